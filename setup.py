@@ -1,0 +1,152 @@
+"""Builds the one extension, ``rankspawn._spawn``; everything else is declared in pyproject.toml.
+
+The extension is the engine on Linux and macOS. Windows has none, and a machine without a working C compiler gets a
+pure-Python install with a warning: the same classes then work over plain ``subprocess``.
+
+Environment variables, all optional:
+
+RANKSPAWN_REQUIRE_EXTENSION=1   a failed build of the extension is an error (set by make and CI)
+RANKSPAWN_LIBNUMA=auto|1|0      link libnuma where it is found (default), insist on it, or build the raw-syscall shim
+RANKSPAWN_DEVELOP=1             -Wall -Wextra -Werror
+RANKSPAWN_SANITIZE=1            AddressSanitizer and UndefinedBehaviorSanitizer
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# Generated C lies here and never in src/, where it would end up in an sdist or in a commit.
+GENERATED = "build/cython"
+
+LINUX = sys.platform.startswith("linux")
+
+# What the engine needs of libnuma: the two headers, and a library that defines what they declare.
+LIBNUMA_PROBE = """\
+#include <numa.h>
+#include <numaif.h>
+int rankspawn_probe(void) { return numa_available() + (int)set_mempolicy(MPOL_DEFAULT, 0, 0); }
+"""
+
+
+def switched_on(name: str) -> bool:
+    """Whether the environment variable ``name`` asks for something."""
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+def compile_args() -> list[str]:
+    # Hidden visibility: the engine's C functions are called inside this one object only, so nothing else in the
+    # process can interpose them, and calls between its files do not go through the dynamic linker's tables.
+    args = ["-std=c11", "-fvisibility=hidden"]
+    if switched_on("RANKSPAWN_DEVELOP"):
+        args += ["-Wall", "-Wextra", "-Werror"]
+    if switched_on("RANKSPAWN_SANITIZE"):
+        # Fortified libc calls hide from AddressSanitizer what it would report better.
+        args += ["-U_FORTIFY_SOURCE", "-g", "-O1", "-fno-omit-frame-pointer"]
+        args += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    else:
+        # Undefined first, because some distributions' compilers define it themselves, with another level.
+        args += ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"]
+    return args
+
+
+def link_args() -> list[str]:
+    args = []
+    if LINUX:
+        # BIND_NOW (-z now) is required, not only hardening. The child shares the parent's memory between clone and
+        # exec; a call that is still unbound there would run the dynamic linker's lazy resolver in the child, which
+        # takes locks and writes tables that belong to the parent. With it every symbol is bound at import.
+        args += ["-Wl,-z,relro", "-Wl,-z,now"]
+    if switched_on("RANKSPAWN_SANITIZE"):
+        args += ["-fsanitize=address,undefined"]
+    return args
+
+
+class BuildSpawn(build_ext):
+    """Looks for libnuma, translates the .pyx into build/, and says clearly what a failure means."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            self._prepare(ext)
+            super().build_extension(ext)
+        except Exception as error:
+            if not ext.optional:
+                raise
+            # Whatever went wrong (no compiler, no Python.h, no Cython), a working install is worth more than none.
+            print(
+                f"\nrankspawn: WARNING: the extension {ext.name} could not be built: {error}\n"
+                "rankspawn: WARNING: installing without it. Ranks are then started by plain subprocess, slower, and\n"
+                "rankspawn: WARNING: memory policies are refused. To get the engine, install a C compiler and Python's\n"
+                "rankspawn: WARNING: headers (Debian, Ubuntu: apt-get install gcc python3-dev libnuma-dev) and install\n"
+                "rankspawn: WARNING: again; RANKSPAWN_REQUIRE_EXTENSION=1 makes this an error.\n",
+                file=sys.stderr,
+            )
+
+    def _prepare(self, ext: Extension) -> None:
+        from Cython.Build import cythonize
+
+        if LINUX and self._use_libnuma():
+            ext.define_macros.append(("RANKSPAWN_HAVE_LIBNUMA", "1"))
+            ext.libraries.append("numa")
+        (translated,) = cythonize([ext], build_dir=GENERATED, force=bool(self.force))
+        ext.sources = translated.sources
+
+    def _use_libnuma(self) -> bool:
+        wish = os.environ.get("RANKSPAWN_LIBNUMA", "auto")
+        if wish not in ("auto", "1", "0"):
+            raise SystemExit(f"rankspawn: RANKSPAWN_LIBNUMA={wish!r}: expected auto, 1 or 0")
+        if wish == "0":
+            print("rankspawn: libnuma: not used, as asked; the shim makes the two system calls")
+            return False
+        complaint = self._libnuma_complaint()
+        if not complaint:
+            print("rankspawn: libnuma: found, linked")
+            return True
+        if wish == "1":
+            raise SystemExit(f"rankspawn: RANKSPAWN_LIBNUMA=1, but libnuma cannot be used:\n{complaint}")
+        print("rankspawn: libnuma: not found (Debian, Ubuntu: libnuma-dev); the shim makes the two system calls")
+        return False
+
+    def _libnuma_complaint(self) -> str:
+        """What the compiler or linker said against a program that uses libnuma; empty when it can be used.
+
+        The commands are run here and not by ``self.compiler.compile``, which would print a failed probe's errors as
+        if something were wrong.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            source, built = Path(folder, "probe.c"), Path(folder, "probe.o")
+            source.write_text(LIBNUMA_PROBE)
+            compiling = [*self.compiler.compiler_so, "-c", str(source), "-o", str(built)]
+            # "-z defs": without it a shared object links even when the symbols are nowhere.
+            linking = [*self.compiler.linker_so, str(built), "-Wl,-z,defs", "-lnuma", "-o", str(Path(folder, "probe.so"))]
+            for command in (compiling, linking):
+                done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+                if done.returncode != 0:
+                    return done.stderr or f"{command[0]} ended with status {done.returncode}"
+        return ""
+
+
+def extensions() -> list[Extension]:
+    if sys.platform == "win32":
+        return []
+    return [
+        Extension(
+            "rankspawn._spawn",
+            # Relative paths with forward slashes, sorted: the same build whatever order the file system lists in.
+            ["src/rankspawn/_spawn.pyx", *sorted(path.as_posix() for path in Path("csrc").glob("*.c"))],
+            include_dirs=["csrc"],
+            depends=["setup.py", *sorted(path.as_posix() for path in Path("csrc").glob("*.h"))],
+            extra_compile_args=compile_args(),
+            extra_link_args=link_args(),
+            optional=not switched_on("RANKSPAWN_REQUIRE_EXTENSION"),
+        )
+    ]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildSpawn})
