@@ -1,0 +1,187 @@
+"""The figures: which cases are timed together, and which ratios are promised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import quantiles
+from typing import Any
+
+from harness import Bench, Case, Group, Situation, Timings
+
+
+@dataclass(frozen=True)
+class Figure:
+    """The ratio ``over`` / ``under``; without ``under``, the median of ``over`` in microseconds.
+
+    most, least: the target, if there is one.
+    """
+
+    text: str
+    over: Case
+    under: Case | None = None
+    most: float | None = None
+    least: float | None = None
+
+    def measured(self, timings: Timings) -> tuple[float, float, float]:
+        """(median, lower quartile, upper quartile). Raises Unable where a case could not run."""
+        if self.under is not None:
+            return timings.ratio(self.over, self.under)
+        low, middle, high = quantiles(timings.samples(self.over), n=4)
+        return middle / 1000, low / 1000, high / 1000
+
+    def met(self, value: float) -> bool | None:
+        """None where nothing is promised. Judged as it is shown, to two decimals."""
+        if self.most is None and self.least is None:
+            return None
+        shown = round(value, 2)
+        return (self.most is None or shown <= self.most) and (self.least is None or shown >= self.least)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A group, and the figures that come out of it."""
+
+    group: Group
+    figures: tuple[Figure, ...]
+
+
+USUAL = Situation()
+
+
+def _popen(label: str, situation: Situation = USUAL, **options: Any) -> Case:
+    return Case(label, "popen", tuple(options.items()), situation)
+
+
+def _spawn() -> Section:
+    other = Situation(variables=(("RANKSPAWN_MECHANISM", "posix_spawn"),))
+    floor = Case("floor: clone, bound", "floor", (("mode", "clone"),))
+    libc = Case("floor: posix_spawn, unbound", "floor", (("mode", "posix_spawn"),))
+    plain = _popen("subprocess.Popen, unbound")
+    plain_env = _popen("subprocess.Popen, unbound, env=", env=True)
+    numactl = Case("subprocess.Popen of numactl", "numactl")
+    ours = _popen("rankspawn.Popen(binding=)", api="rankspawn", bound=True)
+    ours_env = _popen("rankspawn.Popen(binding=, env=)", api="rankspawn", bound=True, env=True)
+    portable = _popen("rankspawn.Popen, unbound, posix_spawn", other, api="rankspawn")
+    group = Group("spawn", (floor, libc, plain, plain_env, numactl, ours, ours_env, portable), blocks=100)
+    return Section(
+        group,
+        (
+            Figure("Popen(binding=) / floor", ours, floor, most=1.30),
+            Figure("Popen(binding=) / subprocess.Popen unbound", ours, plain, most=0.95),
+            Figure("subprocess.Popen of numactl / Popen(binding=)", numactl, ours, least=5.5),
+            Figure("Popen(binding=, env=) / floor", ours_env, floor),
+            Figure("Popen(binding=, env=) / subprocess.Popen unbound, env=", ours_env, plain_env),
+            Figure("Popen unbound, portable mechanism / floor", portable, floor),
+            Figure("subprocess.Popen unbound / floor", plain, floor),
+            Figure("subprocess.Popen unbound, env= / floor", plain_env, floor),
+            Figure("subprocess.Popen of numactl / floor", numactl, floor),
+            Figure("C posix_spawn unbound / floor", libc, floor),
+        ),
+    )
+
+
+def _handlers() -> Section:
+    loaded = Situation(name="torch")  # its own process: importing torch leaves threads, fds and memory behind
+    cases = {
+        (api, logs): Case(
+            f"{api}.SubprocessHandler{', log files' if logs else ''}",
+            "handler",
+            (("api", api), ("logs", logs)),
+            loaded,
+        )
+        for api in ("torch", "rankspawn")
+        for logs in (False, True)
+    }
+    return Section(
+        Group("handler", tuple(cases.values()), blocks=40),
+        (
+            Figure(
+                "torch's SubprocessHandler, node / ours", cases["torch", False], cases["rankspawn", False], least=5.0
+            ),
+            Figure("  both with log files", cases["torch", True], cases["rankspawn", True]),
+        ),
+    )
+
+
+def _fds() -> Section:
+    few, many = Situation(fds=10), Situation(fds=10_000)
+    kinds = {"inherit": "stdio inherited", "null": "/dev/null", "files": "log files", "pipes": "pipes"}
+    cases: list[Case] = []
+    rows: list[Figure] = []
+    beside: list[Figure] = []
+    for stdio, text in kinds.items():
+        ours = [_popen(f"rankspawn, {text}", s, api="rankspawn", bound=True, stdio=stdio) for s in (few, many)]
+        theirs = [_popen(f"subprocess, {text}", s, stdio=stdio) for s in (few, many)]
+        cases += ours + theirs
+        rows.append(Figure(f"10,000 open fds / 10: {text}", ours[1], ours[0], most=None if stdio == "pipes" else 1.3))
+        beside.append(Figure(f"  subprocess: {text}", theirs[1], theirs[0]))
+    return Section(Group("fds", tuple(cases), blocks=40, rounds=10), (*rows, *beside))
+
+
+def _memory() -> Section:
+    small, large = USUAL, Situation(touch_mib=4096)
+    ours = [_popen("rankspawn.Popen(binding=)", s, api="rankspawn", bound=True) for s in (small, large)]
+    theirs = [_popen("subprocess.Popen", s) for s in (small, large)]
+    return Section(
+        Group("memory", (*ours, *theirs), blocks=60),
+        (
+            Figure("4 GiB parent / small", ours[1], ours[0], most=1.1),
+            Figure("  subprocess", theirs[1], theirs[0]),
+        ),
+    )
+
+
+def _notice() -> Section:
+    ours, theirs = (
+        Case(f"{api}: wait(timeout=) notices", "notice", (("api", api),)) for api in ("rankspawn", "subprocess")
+    )
+    return Section(
+        Group("notice", (ours, theirs), blocks=25, rounds=1, warmup=0),
+        (
+            Figure("wait(timeout=) notices an exit after (us)", ours, most=1000),
+            Figure("  subprocess (us)", theirs),
+        ),
+    )
+
+
+def _threads() -> Section:
+    two = Situation(cores=2)
+    cases = {
+        (api, threads): Case(
+            f"{api}, {threads} thread{'s' * (threads > 1)}",
+            "threads",
+            (("api", api), ("threads", threads)),
+            two,
+        )
+        for api in ("rankspawn", "subprocess")
+        for threads in (1, 4)
+    }
+    return Section(
+        Group("threads", tuple(cases.values()), blocks=30, rounds=1, warmup=0),
+        (
+            Figure("rate of 4 threads on 2 cores / of 1", cases["rankspawn", 1], cases["rankspawn", 4], least=1.6),
+            Figure("  subprocess", cases["subprocess", 1], cases["subprocess", 4]),
+        ),
+    )
+
+
+# Printed under the table.
+NOTES = (
+    "torch: where it sees no GPU, the device properties it asks for are those of some PCI device; the rest is its own.",
+    "Log files: the caller opens them for subprocess, and closes them; for rankspawn they are opened by the child.",
+)
+SECTIONS = (_spawn(), _handlers(), _fds(), _memory(), _notice(), _threads())
+
+
+class Measured:
+    """The timings of each section, taken in turns when they are first asked for."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self._timings: dict[str, Timings] = {}
+
+    def timings(self, section: Section) -> Timings:
+        name = section.group.name
+        if name not in self._timings:
+            self._timings[name] = self._bench.interleave(section.group)
+        return self._timings[name]

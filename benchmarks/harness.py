@@ -1,0 +1,206 @@
+"""Competitors timed in turns, in short blocks, so that their ratios hold on a machine that is shared and noisy.
+
+A ``Case`` says what is timed and in which ``Situation``; ``Bench`` keeps one measuring process per situation and hands
+the blocks out. Absolute times change with the machine's mood; only ratios of cases measured in one ``Bench.interleave``
+count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from types import TracebackType
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+BUILD = HERE.parent / ".cache" / "benchmarks"
+PROGRAMS = {
+    "floor": ("-O2",),
+    "tiny": ("-O2", "-nostdlib", "-static", "-fno-stack-protector"),
+    "last_words": ("-O2",),
+}
+
+
+class Unable(Exception):
+    """A case cannot run on this machine; the text says why."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """The state of the measuring process: open fds, touched memory, one core or several, extra variables."""
+
+    fds: int = 10
+    touch_mib: int = 0
+    cores: int = 1
+    variables: tuple[tuple[str, str], ...] = ()
+    name: str = ""  # tells apart situations that are otherwise alike, such as one where torch is loaded
+
+
+@dataclass(frozen=True)
+class Case:
+    """One competitor. job: a key of ``worker.JOBS``, or "floor"; options: that job's keywords."""
+
+    label: str
+    job: str
+    options: tuple[tuple[str, Any], ...] = ()
+    situation: Situation = Situation()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cases timed in turns: ``blocks`` times each, ``rounds`` samples a time, after ``warmup`` that are dropped."""
+
+    name: str
+    cases: tuple[Case, ...]
+    blocks: int = 60
+    rounds: int = 20
+    warmup: int = 3
+
+
+@dataclass
+class Timings:
+    """Nanoseconds by case and block, and the cases that could not run, with the reason."""
+
+    blocks: dict[Case, list[list[int]]] = field(default_factory=dict)
+    unable: dict[Case, str] = field(default_factory=dict)
+
+    def samples(self, case: Case) -> list[int]:
+        self._check(case)
+        return [sample for block in self.blocks[case] for sample in block]
+
+    def median(self, case: Case) -> float:
+        return median(self.samples(case))
+
+    def ratio(self, case: Case, base: Case) -> tuple[float, float, float]:
+        """(median, lower and upper quartile) of case / base, block by block: neighbours in time are compared."""
+        self._check(case)
+        self._check(base)
+        pairs = zip(self.blocks[case], self.blocks[base], strict=True)
+        ratios = [median(ours) / median(theirs) for ours, theirs in pairs]
+        low, middle, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        return middle, low, high
+
+    def _check(self, case: Case) -> None:
+        if case in self.unable:
+            raise Unable(self.unable[case])
+
+
+class Bench:
+    """Builds the C programs, starts measuring processes as cases need them, and ends them when it is closed."""
+
+    def __init__(self, cpu: int | None = None) -> None:
+        self.cpu = max(os.sched_getaffinity(0)) if cpu is None else cpu
+        self.programs = {name: str(build(name, flags)) for name, flags in PROGRAMS.items()}
+        self._stack = ExitStack()
+        self._logs = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="rankspawn-bench-"))
+        self._processes: dict[object, subprocess.Popen[str]] = {}
+        self.node, self.node_note = self._usable_node()
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def interleave(self, group: Group, *, effort: float = 1.0) -> Timings:
+        """Time the cases of ``group`` in turns. effort scales the number of blocks (at least 3 are run)."""
+        timings = Timings()
+        order = random.Random(0)  # the same shuffles every time: no case always follows the same neighbour
+        for _ in range(max(3, round(group.blocks * effort))):
+            for case in order.sample(group.cases, len(group.cases)):
+                if case in timings.unable:
+                    continue
+                try:
+                    samples = self._block(case, group.warmup + group.rounds)
+                except Unable as why:
+                    timings.unable[case] = str(why)
+                else:
+                    timings.blocks.setdefault(case, []).append(samples[group.warmup :])
+        return timings
+
+    def _block(self, case: Case, rounds: int) -> list[int]:
+        if case.job == "floor":
+            return [int(sample) for sample in self._ask(self._floor(dict(case.options)["mode"]), f"{rounds}").split()]
+        if case.situation.cores > len(os.sched_getaffinity(0)):
+            raise Unable(f"{case.situation.cores} CPUs are needed")
+        request = json.dumps([case.job, dict(case.options), rounds])
+        reply = json.loads(self._ask(self._worker(case.situation), request))
+        if "skip" in reply:
+            raise Unable(reply["skip"])
+        samples: list[int] = reply["samples"]
+        return samples
+
+    @staticmethod
+    def _ask(process: subprocess.Popen[str], line: str) -> str:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        print(line, file=process.stdin, flush=True)
+        answer = process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{process.args!r} ended with status {process.wait()}; its error is above")
+        return answer
+
+    def _floor(self, mode: str) -> subprocess.Popen[str]:
+        return self._started(mode, [self.programs["floor"], mode, str(self.cpu), str(self.node), self.programs["tiny"]])
+
+    def _worker(self, situation: Situation) -> subprocess.Popen[str]:
+        others = sorted(os.sched_getaffinity(0) - {self.cpu})
+        settings = {
+            "cpu": self.cpu,
+            "cpus": [self.cpu, *others[: situation.cores - 1]],
+            "node": self.node,
+            "programs": self.programs,
+            "logs": self._logs,
+            "fds": situation.fds,
+            "touch_mib": situation.touch_mib,
+        }
+        command = [sys.executable, str(HERE / "worker.py"), json.dumps(settings)]
+        return self._started(situation, command, {**os.environ, **dict(situation.variables)})
+
+    def _started(
+        self, key: object, command: Sequence[str], env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        if key not in self._processes:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+            self._stack.enter_context(process)  # closes its stdin, which ends it, and waits
+            self._processes[key] = process
+        return self._processes[key]
+
+    def _usable_node(self) -> tuple[int, str]:
+        """The node of the measuring CPU, or -1 and the reason, where a memory policy cannot be set."""
+        nodes = Path(f"/sys/devices/system/cpu/cpu{self.cpu}").glob("node[0-9]*")
+        node = min((int(found.name.removeprefix("node")) for found in nodes), default=0)
+        trial = subprocess.run(
+            [self.programs["floor"], "clone", str(self.cpu), str(node), self.programs["tiny"], "1"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if trial.returncode == 0:
+            return node, ""
+        if "set_mempolicy" in trial.stderr:
+            return -1, f"all without memory policy ({trial.stderr.strip()})"
+        raise RuntimeError(f"the floor does not run here: {trial.stderr.strip()}")
+
+
+def build(name: str, flags: Sequence[str]) -> Path:
+    """Compile ``name``.c where it is newer than the program built last; the path of the program."""
+    source, program = HERE / f"{name}.c", BUILD / name
+    if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
+        BUILD.mkdir(parents=True, exist_ok=True)
+        compiler = os.environ.get("CC", "cc").split()
+        fresh = program.with_suffix(f".{os.getpid()}")  # renamed when whole: two runs may build at once
+        subprocess.run([*compiler, "-Wall", "-Wextra", "-Werror", *flags, str(source), "-o", str(fresh)], check=True)
+        fresh.replace(program)
+    return program

@@ -1,0 +1,52 @@
+"""The figures under pytest-benchmark: ``pytest benchmarks``. ``run.py`` prints the same samples as ratios with targets.
+
+The samples of a group are taken in turns (see ``harness``) and then played back to pytest-benchmark through a clock of
+our own: measured one test after the other, as it would do, the machine's mood would be in every ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from figures import SECTIONS, Measured, Section
+from harness import Case, Unable
+
+
+class Playback:
+    """A clock that goes on by one recorded sample each time one is played."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.samples: Iterator[int] = iter(())
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def play(self) -> None:
+        self.seconds += next(self.samples) / 1e9
+
+
+CLOCK = Playback()
+CASES = [
+    pytest.param(section, case, id=f"{section.group.name}: {case.label} ({case.situation.fds} fds)")
+    for section in SECTIONS
+    for case in section.group.cases
+]
+
+
+@pytest.mark.benchmark(timer=CLOCK, disable_gc=False)
+@pytest.mark.parametrize(("section", "case"), CASES)
+def test_figure(benchmark: Any, measured: Measured, section: Section, case: Case) -> None:
+    timings = measured.timings(section)
+    try:
+        samples = timings.samples(case)
+    except Unable as why:
+        pytest.skip(str(why))
+    CLOCK.seconds, CLOCK.samples = 0.0, iter(samples)
+    benchmark.group = section.group.name
+    for figure in section.figures:
+        if figure.over == case and (figure.under is None or figure.under not in timings.unable):
+            benchmark.extra_info[figure.text] = round(figure.measured(timings)[0], 3)
+    benchmark.pedantic(CLOCK.play, rounds=len(samples), iterations=1)

@@ -1,0 +1,313 @@
+"""The process that measures: a JSON request a line on stdin, a JSON reply a line on stdout.
+
+``harness`` starts one per situation (few or many open fds, a small or large memory, other variables) and gives them
+short blocks of work in turns, so that competitors meet the same noise. Every job returns nanoseconds (CLOCK_MONOTONIC).
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import mmap
+import os
+import random
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import which
+from time import perf_counter_ns
+from types import SimpleNamespace
+from typing import Any
+
+Job = Callable[[], int]
+
+# What a launcher adds to the environment of a rank.
+RANK_ENV = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "8",
+    "LOCAL_WORLD_SIZE": "8",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+class Skip(Exception):
+    """This competitor cannot run here; the text says why."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the measured children go: one CPU, a node (-1: no memory policy), programs by name, a folder for logs."""
+
+    cpu: int
+    node: int
+    programs: Mapping[str, str]
+    logs: Path
+
+
+def module(name: str) -> Any:
+    """The module, or Skip. A module that is there but broken raises what it raises."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        if missing.name != name:
+            raise
+        raise Skip(f"{name} is not installed") from None
+
+
+def binding_to(place: Place, cpu: int) -> Any:
+    rankspawn = module("rankspawn")
+    memory = None if place.node < 0 else rankspawn.MemoryPolicy("bind", frozenset({place.node}))
+    return rankspawn.Binding(frozenset({cpu}), memory)
+
+
+def reaped(process: subprocess.Popen[Any]) -> int:
+    """Wait for ``process`` and return the time, before anything else is done."""
+    status = process.wait()
+    now = perf_counter_ns()
+    if status:
+        raise RuntimeError(f"{process.args!r} ended with status {status}")
+    return now
+
+
+def popen_job(
+    place: Place, *, api: str = "subprocess", bound: bool = False, env: bool = False, stdio: str = "inherit"
+) -> Job:
+    """``Popen(..., start_new_session=True)``, call to reaped. stdio: "inherit", "null", "files" or "pipes"."""
+    popen = module(api).Popen
+    argv = [place.programs["tiny"]]
+    keywords: dict[str, Any] = {"start_new_session": True}
+    if bound:
+        keywords["binding"] = binding_to(place, place.cpu)
+    if env:
+        keywords["env"] = {**os.environ, **RANK_ENV}
+    if stdio == "null":
+        keywords.update(dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL))
+    elif stdio == "pipes":
+        keywords.update(dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE))
+    logs = (place.logs / f"{api}.out", place.logs / f"{api}.err")
+
+    def plain() -> int:
+        began = perf_counter_ns()
+        process = popen(argv, **keywords)
+        return reaped(process) - began
+
+    def piped() -> int:
+        began = perf_counter_ns()
+        process = popen(argv, **keywords)
+        took = reaped(process) - began
+        for stream in (process.stdin, process.stdout, process.stderr):
+            stream.close()
+        return took
+
+    def files_by_parent() -> int:
+        # What a caller of subprocess (and torch's handler) does for log files; closing them is part of it.
+        began = perf_counter_ns()
+        with open(logs[0], "w") as out, open(logs[1], "w") as err:
+            process = popen(argv, stdout=out, stderr=err, **keywords)
+        return reaped(process) - began
+
+    def files_by_child() -> int:
+        began = perf_counter_ns()
+        process = popen(argv, stdout=logs[0], stderr=logs[1], **keywords)
+        return reaped(process) - began
+
+    if stdio == "files":
+        return files_by_parent if api == "subprocess" else files_by_child
+    return piped if stdio == "pipes" else plain
+
+
+def numactl_job(place: Place, *, env: bool = False) -> Job:
+    """``subprocess.Popen`` of numactl, which binds itself and then executes the program."""
+    numactl = which("numactl")
+    if numactl is None:
+        raise Skip("numactl is not installed")
+    argv = [numactl, f"--physcpubind={place.cpu}"]
+    if place.node >= 0:
+        argv.append(f"--membind={place.node}")
+    argv.append(place.programs["tiny"])
+    keywords: dict[str, Any] = {"env": {**os.environ, **RANK_ENV}} if env else {}
+
+    def once() -> int:
+        began = perf_counter_ns()
+        process = subprocess.Popen(argv, start_new_session=True, **keywords)
+        return reaped(process) - began
+
+    return once
+
+
+def handler_job(place: Place, *, api: str, logs: bool = False) -> Job:
+    """``SubprocessHandler`` with the NUMA option "node" of the same library: torch's, or ours."""
+    if api == "torch":
+        module("torch")
+        handlers = importlib.import_module("torch.distributed.elastic.multiprocessing.subprocess_handler")
+        numa = importlib.import_module("torch.numa.binding")
+        if which("numactl") is None:
+            raise Skip("torch's handler needs numactl, which is not installed")
+        pretend_device()
+    else:
+        handlers = numa = module(api)
+    options = numa.NumaOptions(affinity_mode=numa.AffinityMode.NODE)
+    out, err = (str(place.logs / f"{api}-handler.{end}") for end in ("out", "err")) if logs else (None, None)
+
+    def once() -> int:
+        began = perf_counter_ns()
+        handler = handlers.SubprocessHandler(place.programs["tiny"], (), RANK_ENV, out, err, 0, options)
+        took = reaped(handler.proc) - began
+        for file in (handler._stdout, handler._stderr):
+            if hasattr(file, "close"):
+                file.close()
+        return took
+
+    return once
+
+
+def pretend_device() -> None:
+    """Give torch a device 0 where the machine has none: the address of any PCI device, so that the rest of torch's way
+    (sysfs, the node's CPUs, numactl) is its own."""
+    cuda: Any = importlib.import_module("torch.cuda")
+    if cuda.device_count():
+        return
+    for device in sorted(Path("/sys/bus/pci/devices").glob("*.0")):
+        domain, bus, slot = device.name.removesuffix(".0").split(":")
+        if (device / "numa_node").is_file():
+            found = SimpleNamespace(pci_domain_id=int(domain, 16), pci_bus_id=int(bus, 16), pci_device_id=int(slot, 16))
+            cuda.get_device_properties = lambda _index, found=found: found
+            return
+    raise Skip("torch finds a node by PCI address, and this machine has neither a GPU nor any PCI device")
+
+
+def notice_job(place: Place, *, api: str) -> Job:
+    """From the instant before a child's exit to the return of ``wait(timeout=...)``, which was waiting long before."""
+    popen = module(api).Popen
+    reader, writer = os.pipe()
+
+    def once() -> int:
+        # Not a fixed time: a waiter that polls must be met anywhere between two looks.
+        milliseconds = str(random.randint(100, 200))
+        process = popen([place.programs["last_words"], milliseconds], stdout=writer, start_new_session=True)
+        process.wait(timeout=30)
+        now = perf_counter_ns()
+        return now - int.from_bytes(os.read(reader, 8), sys.byteorder)
+
+    return once
+
+
+def threads_job(place: Place, *, api: str, threads: int, batch: int = 200) -> Job:
+    """``batch`` children started and reaped by ``threads`` threads; the time per child. Ours are bound to the CPUs in
+    turn; subprocess cannot bind."""
+    popen = module(api).Popen
+    argv = [place.programs["tiny"]]
+    choices: list[dict[str, Any]] = [{}]
+    if api != "subprocess":
+        choices = [{"binding": binding_to(place, cpu)} for cpu in sorted(os.sched_getaffinity(0))]
+
+    def once() -> int:
+        gate = threading.Barrier(threads)
+        begins: list[int] = []
+        ends: list[int] = []
+
+        def spawn(first: int) -> None:
+            gate.wait()
+            begins.append(perf_counter_ns())
+            for index in range(first, batch, threads):
+                reaped(popen(argv, start_new_session=True, **choices[index % len(choices)]))
+            ends.append(perf_counter_ns())
+
+        crew = [threading.Thread(target=spawn, args=(first,)) for first in range(threads)]
+        for thread in crew:
+            thread.start()
+        for thread in crew:
+            thread.join()
+        if len(ends) != threads:
+            raise RuntimeError("a spawning thread failed; its traceback is above")
+        return (max(ends) - min(begins)) // batch
+
+    return once
+
+
+JOBS: dict[str, Callable[..., Job]] = {
+    "popen": popen_job,
+    "numactl": numactl_job,
+    "handler": handler_job,
+    "notice": notice_job,
+    "threads": threads_job,
+}
+
+
+def open_fds(count: int) -> None:
+    """Hold ``count`` fds open in all, as a busy server does: close-on-exec, which is how Python opens them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count + 64:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard == resource.RLIM_INFINITY else count + 64, hard))
+    try:
+        while len(os.listdir("/proc/self/fd")) - 1 < count:  # one is the listing's own
+            for _ in range(max(1, count - len(os.listdir("/proc/self/fd")))):
+                os.open(os.devnull, os.O_RDONLY)
+    except OSError as full:
+        raise Skip(f"cannot hold {count} fds open (RLIMIT_NOFILE allows {hard}): {full.strerror}") from None
+
+
+def touch(mib: int) -> mmap.mmap | None:
+    """Memory that is really there: every page written once."""
+    if not mib:
+        return None
+    meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+    free = next(int(line.split()[1]) // 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable"))
+    if free < mib + 512:
+        raise Skip(f"{free} MiB of memory are free, {mib + 512} are needed")
+    memory = mmap.mmap(-1, mib << 20)
+    for offset in range(0, len(memory), mmap.PAGESIZE):
+        memory[offset] = 1
+    return memory
+
+
+def main(settings: dict[str, Any]) -> None:
+    place = Place(settings["cpu"], settings["node"], settings["programs"], Path(settings["logs"]))
+    # The pipes to the harness are no child's business: they move away, and 0 and 1 become what a service has there.
+    requests = os.fdopen(os.dup(0), encoding="ascii")
+    replies = os.fdopen(os.dup(1), "w", encoding="ascii")
+    null = os.open(os.devnull, os.O_RDWR)
+    for target in (0, 1):
+        os.dup2(null, target)
+    os.close(null)
+
+    os.sched_setaffinity(0, settings["cpus"])
+    unable = ""
+    try:
+        open_fds(settings["fds"])
+        kept = touch(settings["touch_mib"])  # noqa: F841  (held until the end)
+    except Skip as why:
+        unable = str(why)
+
+    jobs: dict[str, Job] = {}
+    gc.disable()  # it would strike one competitor and spare another; between blocks it is called for
+    for line in requests:
+        name, options, rounds = json.loads(line)
+        key = json.dumps([name, options])
+        reply: dict[str, Any]
+        try:
+            if unable:
+                raise Skip(unable)
+            if key not in jobs:
+                jobs[key] = JOBS[name](place, **options)
+                gc.collect()
+                gc.freeze()
+            job = jobs[key]
+            reply = {"samples": [job() for _ in range(rounds)]}
+        except Skip as why:
+            reply = {"skip": str(why)}
+        print(json.dumps(reply), file=replies, flush=True)
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
