@@ -43,7 +43,8 @@ def switched_on(name: str) -> bool:
 def compile_args() -> list[str]:
     # Hidden visibility: the engine's C functions are called inside this one object only, so nothing else in the
     # process can interpose them, and calls between its files do not go through the dynamic linker's tables.
-    args = ["-std=c11", "-fvisibility=hidden"]
+    # -iquote and not -I: csrc/spawn.h must not hide the system's <spawn.h>, which csrc/posix.c needs.
+    args = ["-std=c11", "-fvisibility=hidden", "-iquote", "csrc"]
     if switched_on("RANKSPAWN_DEVELOP"):
         args += ["-Wall", "-Wextra", "-Werror"]
     if switched_on("RANKSPAWN_SANITIZE"):
@@ -81,10 +82,10 @@ class BuildSpawn(build_ext):
             # Whatever went wrong (no compiler, no Python.h, no Cython), a working install is worth more than none.
             print(
                 f"\nrankspawn: WARNING: the extension {ext.name} could not be built: {error}\n"
-                "rankspawn: WARNING: installing without it. Ranks are then started by plain subprocess, slower, and\n"
-                "rankspawn: WARNING: memory policies are refused. To get the engine, install a C compiler and Python's\n"
-                "rankspawn: WARNING: headers (Debian, Ubuntu: apt-get install gcc python3-dev libnuma-dev) and install\n"
-                "rankspawn: WARNING: again; RANKSPAWN_REQUIRE_EXTENSION=1 makes this an error.\n",
+                "rankspawn: WARNING: installing without it. Ranks are then started by plain subprocess, slower,\n"
+                "rankspawn: WARNING: and memory policies are refused. To get the engine, install a C compiler and\n"
+                "rankspawn: WARNING: Python's headers (Debian, Ubuntu: apt-get install gcc python3-dev libnuma-dev)\n"
+                "rankspawn: WARNING: and install again; RANKSPAWN_REQUIRE_EXTENSION=1 makes this an error.\n",
                 file=sys.stderr,
             )
 
@@ -120,13 +121,13 @@ class BuildSpawn(build_ext):
         if something were wrong.
         """
         with tempfile.TemporaryDirectory() as folder:
-            source, built = Path(folder, "probe.c"), Path(folder, "probe.o")
-            source.write_text(LIBNUMA_PROBE)
-            compiling = [*self.compiler.compiler_so, "-c", str(source), "-o", str(built)]
+            source, built, linked = (os.path.join(folder, f"probe.{kind}") for kind in ("c", "o", "so"))
+            Path(source).write_text(LIBNUMA_PROBE)
+            compiling = [*self.compiler.compiler_so, "-c", source, "-o", built]
             # "-z defs": without it a shared object links even when the symbols are nowhere.
-            linking = [*self.compiler.linker_so, str(built), "-Wl,-z,defs", "-lnuma", "-o", str(Path(folder, "probe.so"))]
+            linking = [*self.compiler.linker_so, built, "-Wl,-z,defs", "-lnuma", "-o", linked]
             for command in (compiling, linking):
-                done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+                done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
                 if done.returncode != 0:
                     return done.stderr or f"{command[0]} ended with status {done.returncode}"
         return ""
@@ -140,7 +141,6 @@ def extensions() -> list[Extension]:
             "rankspawn._spawn",
             # Relative paths with forward slashes, sorted: the same build whatever order the file system lists in.
             ["src/rankspawn/_spawn.pyx", *sorted(path.as_posix() for path in Path("csrc").glob("*.c"))],
-            include_dirs=["csrc"],
             depends=["setup.py", *sorted(path.as_posix() for path in Path("csrc").glob("*.h"))],
             extra_compile_args=compile_args(),
             extra_link_args=link_args(),

@@ -1,0 +1,178 @@
+# Every command of the project. Bare `make` prints them; each does its own set-up, once.
+#
+# Set-up steps leave stamp files inside the virtual environment that they fill (and build/ for the system's packages),
+# so a second call costs nothing, and removing an environment makes it anew.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_VENV ?= .venv-torch
+
+PY := $(VENV)/bin/python
+TORCH_PY := $(TORCH_VENV)/bin/python
+
+# What the built extension depends on.
+ENGINE := $(wildcard csrc/*.c csrc/*.h src/rankspawn/*.pyx) setup.py
+C_FILES := $(wildcard csrc/*.c csrc/*.h benchmarks/*.c tests/*.c tests/*/*.c)
+PYX_FILES := $(wildcard src/rankspawn/*.pyx)
+
+# Extra words for pytest: make test PYTEST_ARGS="-k affinity -x"
+PYTEST_ARGS ?=
+# The tests that exercise C: everything else would only run Python slower.
+ASAN_TESTS ?= $(wildcard tests/test_spawn*.py tests/test_popen*.py tests/test_engine*.py tests/test_failures*.py)
+
+# A build without the engine must not pass for one with it here. Warnings are errors for the project's developers, but
+# not in `make demo`, which strangers run with compilers that we have not met.
+export RANKSPAWN_REQUIRE_EXTENSION := 1
+export RANKSPAWN_DEVELOP ?= 1
+demo: export RANKSPAWN_DEVELOP = 0
+
+C_CHECK := -std=c11 -O2 -Wall -Wextra -Werror -Wframe-larger-than=4096 -Wshadow -Wvla -Icsrc
+
+PIP_FAILED = { echo "make: pip could not install what is named above. It needs a package index: check the network,"; \
+  echo "make: a proxy (https_proxy) or your pip configuration, then run the same make again."; exit 1; }
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format test-asan test-cpython test-torch bench package clean distclean
+
+help: ## print these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# ---- what people run ----------------------------------------------------------------------------------------------
+
+demo: $(VENV)/.built ## set everything up, then run 4 bound ranks: examples/ring_allreduce.py (and ddp_digits.py)
+	$(VENV)/bin/rankspawn run --nproc-per-node 4 examples/ring_allreduce.py
+	@if $(PY) -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("sklearn")))'; \
+	then set -x; $(VENV)/bin/rankspawn run --nproc-per-node 2 examples/ddp_digits.py; \
+	else echo; echo "examples/ddp_digits.py trains a small model with torch, which is not installed in $(VENV). To see it:"; \
+	  echo "  make test-torch                               (in an environment of its own)"; \
+	  echo "  $(PY) -m pip install torch==2.13.0 scikit-learn, then make demo again"; fi
+
+test: $(VENV)/.dev $(VENV)/.built ## set everything up and run the whole default test run (a few minutes)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev ## ruff, mypy --strict, cython-lint, clang-format, gcc -Wall -Wextra -Werror
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy --strict src
+	$(if $(PYX_FILES),$(VENV)/bin/cython-lint $(PYX_FILES))
+	$(if $(C_FILES),$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES))
+	@# Both builds, with and without libnuma; compiled and not only parsed, since some warnings come from the optimiser.
+	@mkdir -p build
+	@for file in $(wildcard csrc/*.c); do \
+	  for numa in $$(test -e build/.numa && echo -DRANKSPAWN_HAVE_LIBNUMA=1) ""; do \
+	    echo "$(CC) $(C_CHECK) $$numa -c $$file"; \
+	    $(CC) $(C_CHECK) $$numa -c $$file -o build/lint.o || exit 1; \
+	  done; \
+	done; rm -f build/lint.o
+
+format: $(VENV)/.dev ## rewrite Python and C as lint wants them
+	$(VENV)/bin/ruff check --fix-only .
+	$(VENV)/bin/ruff format .
+	$(if $(C_FILES),$(VENV)/bin/clang-format -i $(C_FILES))
+
+# The sanitizers' build has a folder of its own, found before src/ by PYTHONPATH. Leaks are not looked for: the
+# interpreter itself keeps memory until it exits.
+test-asan: build/asan/.built $(VENV)/.dev $(VENV)/.built ## the engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	PYTHONPATH=$(CURDIR)/build/asan/lib PYTHONMALLOC=malloc \
+	LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	$(PY) -m pytest -p no:cacheprovider $(ASAN_TESTS) $(PYTEST_ARGS)
+
+test-cpython: $(VENV)/.built ## CPython's own subprocess tests, with Popen replaced by ours
+	$(PY) tests/cpython/run.py
+
+test-torch: $(TORCH_VENV)/.built ## our handler beside torch's, and the DDP example (installs torch into .venv-torch)
+	$(if $(wildcard tests/torch),$(TORCH_PY) -m pytest tests/torch $(PYTEST_ARGS))
+	$(TORCH_VENV)/bin/rankspawn run --nproc-per-node 2 examples/ddp_digits.py
+
+bench: $(VENV)/.dev $(VENV)/.built ## measure: the figures of docs/benchmarks.md
+	$(PY) benchmarks/run.py
+
+package: $(VENV)/.release ## build the sdist and the wheel from it, and check both
+	rm -rf dist
+	$(PY) -m build --no-isolation --outdir dist .
+	$(VENV)/bin/twine check --strict dist/*
+	$(VENV)/bin/check-wheel-contents dist/*.whl
+	@$(PY) -m zipfile -l dist/*.whl | awk '{ print $$1 }' | grep -E '\.(c|h|pyx)$$' \
+	  && { echo "make: the wheel carries source files"; exit 1; } || true
+	@tar tzf dist/*.tar.gz | grep -E '_spawn\.c$$' && { echo "make: the sdist carries generated C"; exit 1; } || true
+
+clean: ## remove what was built (not the environments)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks src/*.egg-info
+	rm -f src/rankspawn/*.so $(VENV)/.built $(TORCH_VENV)/.built
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environments too
+	rm -rf .venv $(VENV) $(TORCH_VENV)
+
+# ---- set-up ---------------------------------------------------------------------------------------------------------
+
+# The system's part: a Python of at least 3.10 that can make environments, a C compiler, Python's headers; and libnuma,
+# which is wanted but not needed. What is missing is installed where that is possible (root on Debian or Ubuntu).
+build/.system: Makefile
+	@mkdir -p build && rm -f build/.numa
+	@missing() { \
+	  $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv; \
+	  command -v $(CC) >/dev/null || echo gcc; \
+	  $(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null \
+	    || echo python3-dev; \
+	  echo 'int main(void) { return 0; }' | $(CC) -x c - -o build/probe 2>/dev/null || echo libc6-dev; \
+	  printf '#include <numa.h>\nint main(void) { return numa_available(); }\n' \
+	    | $(CC) -x c - -o build/probe -lnuma 2>/dev/null || echo libnuma-dev; \
+	  rm -f build/probe; \
+	}; \
+	command -v $(PYTHON) >/dev/null || \
+	  { echo "make: no $(PYTHON) here. Install Python 3.10 or later, or name one: make PYTHON=/path/to/python3"; exit 1; }; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "make: $$($(PYTHON) --version) is too old: rankspawn needs 3.10. Name another: make PYTHON=python3.12"; exit 1; }; \
+	packages=$$(missing | sort -u); \
+	if [ -n "$$packages" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "make: installing" $$packages; \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends $$packages; } </dev/null >build/apt.log 2>&1 || \
+	    { tail -n 5 build/apt.log; echo "make: apt-get failed (all it said: build/apt.log)"; }; \
+	  packages=$$(missing | sort -u); \
+	fi; \
+	needed=$$(echo $$packages | sed 's/libnuma-dev//'); \
+	if [ -n "$$(echo $$needed)" ]; then \
+	  echo "make: this machine lacks what the build needs. On Debian or Ubuntu, as root:"; \
+	  echo "make:   apt-get install" $$needed; \
+	  exit 1; \
+	fi; \
+	if [ -n "$$packages" ]; then \
+	  echo "make: libnuma's header is not here: the engine makes the two system calls itself (no behaviour differs)."; \
+	  echo "make: To link libnuma instead: apt-get install libnuma-dev, then make clean and again."; \
+	else touch build/.numa; fi
+	@touch $@
+
+# pip 25.1 is the first that installs dependency groups.
+$(VENV)/.made $(TORCH_VENV)/.made: %/.made: | build/.system
+	$(PYTHON) -m venv $*
+	@$*/bin/python -m pip install -q --upgrade 'pip >= 25.1' || $(PIP_FAILED)
+	@touch $@
+
+$(VENV)/.build-tools: $(VENV)/.made pyproject.toml
+	$(PY) -m pip install -q --group build 'psutil >= 5.9' || $(PIP_FAILED)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.made pyproject.toml
+	$(PY) -m pip install -q --group dev || $(PIP_FAILED)
+	@touch $@
+
+$(VENV)/.release: $(VENV)/.made pyproject.toml
+	$(PY) -m pip install -q --group build --group release || $(PIP_FAILED)
+	@touch $@
+
+# Named with one exact version: an open range would take gigabytes of another build on some machines.
+$(TORCH_VENV)/.build-tools: $(TORCH_VENV)/.made pyproject.toml
+	$(TORCH_PY) -m pip install -q torch==2.13.0 scikit-learn --group build --group test || $(PIP_FAILED)
+	@touch $@
+
+# "Editable": the .so lies in src/rankspawn, and Python files need no second install.
+$(VENV)/.built $(TORCH_VENV)/.built: %/.built: %/.build-tools $(ENGINE) pyproject.toml | build/.system
+	$*/bin/python -m pip install -q --no-build-isolation --no-deps --editable .
+	@touch $@
+
+build/asan/.built: $(VENV)/.build-tools $(ENGINE) $(wildcard src/rankspawn/*.py)
+	RANKSPAWN_SANITIZE=1 $(PY) setup.py -q build --force --build-temp build/asan/tmp --build-lib build/asan/lib
+	@touch $@

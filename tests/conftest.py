@@ -1,0 +1,156 @@
+"""Every test ends with what it began with, and the fixture here asserts it for all of them."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Threads and processes that end a moment after they were told to (a joined thread leaves /proc a little later).
+GRACE_SECONDS = 2.0
+
+# The one native thread that outlives a test: PR_SET_PDEATHSIG fires when the spawning *thread* ends, so children that
+# carry it are started by a thread that lives as long as the process.
+LIFELONG_THREADS = ("rankspawn",)
+
+_NR_GET_MEMPOLICY = {"x86_64": 239, "aarch64": 236}.get(platform.machine())
+
+
+def _open_fds() -> dict[str, str]:
+    """What each open descriptor is. The one that lists the folder is gone again when its name is looked up."""
+    fds = {}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            fds[fd] = os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:
+            continue
+    return fds
+
+
+def _children() -> dict[str, str]:
+    """Children of any of our threads, zombies too, and their command lines."""
+    if Path("/proc/self/task", str(threading.get_native_id()), "children").exists():
+        pids = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children")).split()
+    else:  # a kernel built without CONFIG_PROC_CHILDREN
+        import psutil
+
+        pids = [str(child.pid) for child in psutil.Process().children()]
+    children = {}
+    for pid in pids:
+        try:
+            children[pid] = Path("/proc", pid, "cmdline").read_text().replace("\0", " ").strip() or "(a zombie)"
+        except OSError:
+            continue
+    return children
+
+
+def _native_threads() -> dict[str, str]:
+    threads = {}
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            name = (task / "comm").read_text().strip()
+        except OSError:
+            continue
+        if not name.startswith(LIFELONG_THREADS):
+            threads[task.name] = name
+    return threads
+
+
+def _status() -> dict[str, str]:
+    """Of this thread: the signal mask, which signals are ignored or caught, and the umask, as the kernel says."""
+    wanted = ("SigBlk", "SigIgn", "SigCgt", "Umask")
+    lines = (line.partition(":") for line in Path("/proc/thread-self/status").read_text().splitlines())
+    return {name: value.strip() for name, _, value in lines if name in wanted}
+
+
+def _memory_policy() -> object:
+    if _NR_GET_MEMPOLICY is None:
+        return None
+    mode, nodes = ctypes.c_int(-1), (ctypes.c_ulong * 64)()
+    maxnode = ctypes.c_ulong(ctypes.sizeof(nodes) * 8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    answer = libc.syscall(_NR_GET_MEMPOLICY, ctypes.byref(mode), nodes, maxnode, None, ctypes.c_ulong(0))
+    return answer, mode.value, tuple(nodes)
+
+
+def _environment() -> dict[str, str]:
+    # pytest keeps the current phase there.
+    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+
+
+def _snapshot() -> dict[str, object]:
+    """What must be the same after a test as before it, by name."""
+    now: dict[str, object] = {
+        "threads": {str(thread.ident): thread.name for thread in threading.enumerate()},
+        "environment": _environment(),
+        "working directory": os.getcwd(),
+        "signal handlers": {str(sig): repr(signal.getsignal(sig)) for sig in signal.valid_signals()},
+    }
+    if sys.platform.startswith("linux"):
+        now.update(
+            {
+                "open fds": _open_fds(),
+                "children": _children(),
+                "native threads": _native_threads(),
+                "signals and umask": _status(),
+                "CPU affinity": sorted(os.sched_getaffinity(0)),
+                "memory policy": _memory_policy(),
+            }
+        )
+    return now
+
+
+def _difference(before: object, after: object) -> str:
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return f"was {before}, is {after}"
+    lines = [f"gone: {key} {before[key]}" for key in before.keys() - after.keys()]
+    lines += [f"left: {key} {after[key]}" for key in after.keys() - before.keys()]
+    lines += [
+        f"was {key} {before[key]}, is {after[key]}" for key in before.keys() & after.keys() if before[key] != after[key]
+    ]
+    return "; ".join(sorted(lines))
+
+
+def _kill_leftover_children(before: dict[str, object], after: dict[str, object]) -> None:
+    """So that a failed test does not slow, or outlive, the rest of the run."""
+    known, now = before.get("children"), after.get("children")
+    if isinstance(known, dict) and isinstance(now, dict):
+        for pid in now.keys() - known.keys():
+            try:
+                os.kill(int(pid), signal.SIGKILL)
+                os.waitpid(int(pid), 0)
+            except (ProcessLookupError, ChildProcessError):
+                continue
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind() -> Iterator[None]:
+    """Fails a test that leaves a descriptor, child, thread, signal setting, binding or variable behind.
+
+    It is set up before a test's other fixtures and ends after them. A folder of tests whose subject keeps something
+    for life (a library with a thread pool) has a conftest.py with a fixture of this name.
+    """
+    before = _snapshot()
+    yield
+    deadline = time.monotonic() + GRACE_SECONDS
+    after = _snapshot()
+    while after != before and time.monotonic() < deadline:
+        # A traceback that pytest.raises kept holds the test's objects in a cycle.
+        gc.collect()
+        time.sleep(0.01)
+        after = _snapshot()
+    if after != before:
+        _kill_leftover_children(before, after)
+        changed = [
+            f"{name}: {_difference(before[name], after[name])}" for name in before if before[name] != after[name]
+        ]
+        pytest.fail("the test did not leave things as it found them\n  " + "\n  ".join(changed), pytrace=False)

@@ -1,0 +1,87 @@
+"""What the child half may call between clone and execve, read from its object file; and how the extension is linked."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the clone mechanism is Linux's"),
+    pytest.mark.skipif(shutil.which("nm") is None or shutil.which("gcc") is None, reason="needs gcc and binutils"),
+]
+
+# Each is here for a reason; whatever allocates, locks, prints, or may run the dynamic linker is not.
+ALLOWED = {
+    "syscall": "the raw system call; sets errno and nothing else",
+    "__errno_location": "address of errno: thread-local, no lock",
+    "_exit": "exit_group(2)",
+    "set_mempolicy": "libnuma's, a bare system call",
+    "memset": "made by the compiler from an initialiser",
+    "memcpy": "made by the compiler from a struct assignment",
+    "__stack_chk_fail": "called when the stack is already overwritten; ends the process",
+    "_GLOBAL_OFFSET_TABLE_": "not a function",
+}
+
+HARDENED = ["-fPIC", "-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"]
+
+
+def have_numa_headers() -> bool:
+    done = subprocess.run(["gcc", "-E", "-include", "numaif.h", "-xc", "/dev/null"], capture_output=True)
+    return done.returncode == 0
+
+
+@pytest.mark.parametrize("libnuma", [False, True], ids=["shim", "libnuma"])
+@pytest.mark.parametrize("options", [["-O2"], ["-O3", *HARDENED], ["-O0"]], ids=["O2", "hardened", "O0"])
+def test_child_calls_nothing_that_could_lock(tmp_path: Path, options: list[str], libnuma: bool) -> None:
+    if libnuma and not have_numa_headers():
+        pytest.skip("numaif.h is not installed")
+    built = tmp_path / "child.o"
+    macros = ["-DRANKSPAWN_HAVE_LIBNUMA=1"] if libnuma else []
+    # The child's stack is small and has no guard page: no large frame, and none whose size is known only at run time.
+    frames = ["-Wframe-larger-than=4096", "-Wvla", "-Walloca", "-Werror"]
+    compiling = ["gcc", "-std=c11", *options, *frames, *macros, "-Icsrc", "-c", "csrc/child.c", "-o", str(built)]
+    subprocess.run(compiling, cwd=ROOT, check=True)
+    listed = subprocess.run(["nm", "-u", str(built)], capture_output=True, text=True, check=True).stdout
+    undefined = {line.split()[-1] for line in listed.splitlines() if line.strip()}
+    assert "syscall" in undefined, "this was not the child half"
+    assert undefined - ALLOWED.keys() == set()
+
+
+@pytest.fixture(scope="module")
+def extension() -> str:
+    found = importlib.util.find_spec("rankspawn._spawn")
+    if found is None or found.origin is None:
+        pytest.skip("this install has no extension")
+    return found.origin
+
+
+def readelf(option: str, path: str) -> str:
+    return subprocess.run(["readelf", "-W", option, path], capture_output=True, text=True, check=True).stdout
+
+
+def test_extension_binds_every_symbol_when_it_is_loaded(extension: str) -> None:
+    dynamic = readelf("-d", extension)
+    assert re.search(r"\(FLAGS\).*\bBIND_NOW\b|\(BIND_NOW\)|\(FLAGS_1\).*\bNOW\b", dynamic), dynamic
+
+
+def test_extension_is_hardened(extension: str) -> None:
+    segments = readelf("-l", extension)
+    assert "GNU_RELRO" in segments
+    stack = re.search(r"GNU_STACK.*", segments)
+    assert stack and "E" not in stack.group().split()[-2], "an executable stack"
+
+
+def test_extension_exports_only_its_entry(extension: str) -> None:
+    listed = subprocess.run(
+        ["nm", "-D", "--defined-only", extension], capture_output=True, text=True, check=True
+    ).stdout
+    exported = {line.split()[-1] for line in listed.splitlines()}
+    assert {name for name in exported if not name.startswith(("_init", "_fini"))} == {"PyInit__spawn"}

@@ -1,0 +1,80 @@
+"""Small promises about the source that a reader relies on and no linter checks."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted((ROOT / "src" / "rankspawn").glob("*.py"))
+C_FILES = sorted((ROOT / "csrc").glob("*.[ch]"))
+
+MOST_PYTHON_LINES = 400
+MOST_C_LINES = 500
+
+# Names that gather whatever has no place.
+NO_PLACE = {"utils", "util", "compat", "errors", "backends", "helpers", "common", "misc"}
+
+# A sysfs or procfs path in code makes it untestable on data: it belongs in one default argument, whose root a test
+# replaces. What is left has its reason here: (module, literal) -> why.
+PATHS_WITH_A_REASON: dict[tuple[str, str], str] = {}
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.name for path in paths]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
+def test_python_module_is_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < MOST_PYTHON_LINES
+
+
+@pytest.mark.parametrize("path", C_FILES, ids=names(C_FILES))
+def test_c_file_is_short_and_says_what_it_is(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) < MOST_C_LINES
+    assert text.startswith("/* ")
+
+
+@pytest.mark.parametrize("path", C_FILES, ids=names(C_FILES))
+def test_c_knows_no_python(path: Path) -> None:
+    assert "Python.h" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
+def test_python_module_says_what_it_is(path: Path) -> None:
+    assert path.stem.strip("_") not in NO_PLACE
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_no_generated_c_beside_the_source() -> None:
+    assert names(sorted((ROOT / "src").rglob("*.c"))) == []
+
+
+def kernel_paths(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and text of every string that is a path under /sys or /proc, but in docstrings and default arguments."""
+    excused = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            for default in [*node.args.defaults, *node.args.kw_defaults]:
+                excused.update(map(id, ast.walk(default)) if default else ())
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            excused.add(id(node.value))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in excused:
+            if node.value.startswith(("/sys", "/proc")):
+                yield node.lineno, node.value
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
+def test_kernel_paths_come_in_through_a_parameter(path: Path) -> None:
+    found = {text for _, text in kernel_paths(ast.parse(path.read_text()))}
+    assert found - {text for module, text in PATHS_WITH_A_REASON if module == path.name} == set()
+
+
+def test_no_stale_reason() -> None:
+    found = {(path.name, text) for path in MODULES for _, text in kernel_paths(ast.parse(path.read_text()))}
+    assert PATHS_WITH_A_REASON.keys() - found == set()

@@ -1,0 +1,111 @@
+"""Arrows go one way: which module of ours may import which, and what `import rankspawn` may cost."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rankspawn
+
+SOURCE = Path(__file__).parent.parent / "src" / "rankspawn"
+
+# Each module and what it may import of ours. A new module gets a row here, and with it a place in the picture in
+# CONTRIBUTING.md. `__init__` re-exports, so it may import all that are public through it.
+_PLACES = {"_binding", "_devices", "_topology", "_placement"}
+ARROWS = {
+    "__main__": {"_cli"},
+    "_cli": {"_group", "_handler", "_show", "_doctor", *_PLACES},
+    "torchrun": {"_group", "_handler", "_show", "_doctor", *_PLACES},
+    "_doctor": {"_popen", "_spawn", *_PLACES},
+    "_show": _PLACES,
+    "_group": {"_handler", "_popen", "_placement", "_binding"},
+    "_handler": {"_popen", "_placement", "_binding"},
+    "_popen": {"_spawn", "_binding"},
+    "_placement": {"_devices", "_topology", "_binding"},
+    "_devices": {"_topology", "_binding"},
+    "_topology": {"_binding"},
+    "_binding": set[str](),
+    "_spawn": set[str](),
+    "__init__": {"_binding", "_devices", "_group", "_handler", "_placement", "_popen", "_topology"},
+}
+
+# Nothing of these is needed to start a rank, and each would add to every launcher's start.
+HEAVY = {"asyncio", "numpy", "psutil", "pynvml", "rich", "torch"}
+
+# By subject, in the order of the README.
+PUBLIC = {
+    "Popen",
+    "SubprocessHandler",
+    "get_subprocess_handler",
+    "Binding",
+    "BindingError",
+    "BindingReport",
+    "MemoryPolicy",
+    "AffinityMode",
+    "NumaOptions",
+}
+
+
+def imports_of_ours(source: str) -> set[str]:
+    """The modules of this package that ``source`` imports anywhere, inside functions and under TYPE_CHECKING too."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "rankspawn"]
+        elif isinstance(node, ast.ImportFrom):
+            module = f"rankspawn.{node.module or ''}".rstrip(".") if node.level else node.module or ""
+            if module == "rankspawn":
+                names = [f"rankspawn.{alias.name}" for alias in node.names]
+            elif module.startswith("rankspawn."):
+                names = [module]
+        for name in names:
+            first, _, rest = name.partition(".")
+            # `import rankspawn`, or a public name taken from the package, is an arrow to __init__.
+            module = rest.split(".")[0]
+            is_module = any((SOURCE / f"{module}{suffix}").exists() for suffix in (".py", ".pyx", ".pyi"))
+            found.add(module if is_module else "__init__")
+    return found
+
+
+def graph() -> dict[str, set[str]]:
+    return {path.stem: imports_of_ours(path.read_text()) for path in sorted(SOURCE.glob("*.py"))}
+
+
+def test_every_module_has_a_place_in_the_picture() -> None:
+    assert graph().keys() - ARROWS.keys() == set()
+
+
+@pytest.mark.parametrize("module", sorted(graph()))
+def test_arrows(module: str) -> None:
+    assert graph()[module] - ARROWS.get(module, set()) == set(), f"{module} imports what it may not"
+
+
+def test_the_picture_has_no_circle() -> None:
+    assert list(graphlib.TopologicalSorter(ARROWS).static_order())
+
+
+def test_the_extension_imports_nothing_of_ours() -> None:
+    text = (SOURCE / "_spawn.pyx").read_text()
+    assert re.findall(r"^\s*(?:from|c?import)\s+(?:rankspawn|\.).*", text, re.MULTILINE) == []
+    assert imports_of_ours((SOURCE / "_spawn.pyi").read_text()) == set()
+
+
+def test_import_is_light() -> None:
+    script = "import json, sys, rankspawn; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True)
+    assert HEAVY.intersection(json.loads(done.stdout)) == set()
+
+
+def test_all_is_what_we_mean_to_promise() -> None:
+    assert sorted(rankspawn.__all__) == sorted(PUBLIC)
+    assert len(set(rankspawn.__all__)) == len(rankspawn.__all__)
+    for name in rankspawn.__all__:
+        assert getattr(rankspawn, name).__module__.startswith("rankspawn"), name
