@@ -67,9 +67,8 @@ def imports_of_ours(source: str) -> set[str]:
             elif module.startswith("rankspawn."):
                 names = [module]
         for name in names:
-            first, _, rest = name.partition(".")
             # `import rankspawn`, or a public name taken from the package, is an arrow to __init__.
-            module = rest.split(".")[0]
+            module = f"{name}.".split(".")[1]
             is_module = any((SOURCE / f"{module}{suffix}").exists() for suffix in (".py", ".pyx", ".pyi"))
             found.add(module if is_module else "__init__")
     return found
