@@ -1,0 +1,343 @@
+/* The child half: everything between clone and execve.
+ *
+ * The child runs in the parent's memory (CLONE_VM) while the thread that called clone is suspended (CLONE_VFORK) and
+ * the parent's other threads run on. The hazards, and what solves each:
+ *
+ *  1. A lock may be held by a thread that is not here: no malloc, no stdio, nothing of libc but thin wrappers of system
+ *     calls. A test runs `nm -u` on this file's object against a list.
+ *  2. Lazy binding runs the dynamic linker at the first call of a symbol: the extension is linked with -z now.
+ *  3. A signal handler must not run here, in the parent's memory: every signal is blocked (the parent did that), all
+ *     handlers are set to the default action, and only then the mask is restored, just before execve. SIG_IGN stays,
+ *     since a program inherits it.
+ *  4. What is written here is written in the parent's memory: only *result, this stack, and errno of the suspended
+ *     thread, which it does not look at.
+ *  5. set*id here would be libc's, which signals all threads of the *parent*; and a change of credentials makes the
+ *     shared memory's owner undumpable, and lets a less privileged process near it. So requests with ids are started
+ *     without CLONE_VM (spawn.c), and the calls are the raw ones, which are of one thread.
+ *  6. With CLONE_FILES the descriptor table is the parent's until close_range(CLOSE_RANGE_UNSHARE) has made a copy of
+ *     what is kept: nothing may be opened, duplicated or closed before.
+ *  7. A new process's death signal is cleared by a change of ids, and is of no use when the parent has died before it
+ *     was set: it is set after the ids, and getppid is looked at after that.
+ *  8. The stack is small and has no guard page: no recursion, no large frame (-Wframe-larger-than).
+ */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include "child.h"
+
+#ifdef __linux__
+
+#include "numa_shim.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef CLOSE_RANGE_UNSHARE
+#define CLOSE_RANGE_UNSHARE (1U << 1)
+#endif
+#ifndef SYS_close_range
+#define SYS_close_range 436
+#endif
+
+enum { FIRST_AFTER_STDIO = 3, KERNEL_SIGNALS = 64 };
+
+/* struct sigaction as rt_sigaction(2) takes it on x86-64, AArch64, POWER, RISC-V and s390: the handler comes first, and
+ * all zeros is the default action. libc's sigaction would refuse the two signals that it keeps for itself. */
+struct kernel_sigaction {
+    void *handler;
+    unsigned long rest[7];
+};
+
+static _Noreturn void
+fail(const struct child_start *start, enum spawn_step step)
+{
+    start->result->error = errno;
+    start->result->step = step;
+    _exit(127);
+}
+
+/* A step of the binding: fatal when it is required, else written down. */
+static void
+refused(const struct child_start *start, enum spawn_step step, int *error)
+{
+    if (start->request->binding_required) {
+        fail(start, step);
+    }
+    *error = errno;
+}
+
+static void
+join_cgroup(const struct child_start *start)
+{
+    /* "0" is the process that writes. */
+    if (start->cgroup_procs >= 0 && syscall(SYS_write, start->cgroup_procs, "0", 1) != 1) {
+        fail(start, STEP_CGROUP);
+    }
+}
+
+static void
+set_session(const struct child_start *start)
+{
+    const struct spawn_request *request = start->request;
+    if (request->new_session && syscall(SYS_setsid) < 0) {
+        fail(start, STEP_SETSID);
+    }
+    if (request->process_group >= 0 && syscall(SYS_setpgid, 0, request->process_group) < 0) {
+        fail(start, STEP_SETPGID);
+    }
+}
+
+static void
+reset_handlers(const struct child_start *start)
+{
+    static const struct kernel_sigaction by_default;
+    for (int sig = 1; sig <= KERNEL_SIGNALS; sig++) {
+        struct kernel_sigaction now;
+        bool restore = start->request->restore_signals && (sig == SIGPIPE || sig == SIGXFSZ);
+        if (syscall(SYS_rt_sigaction, sig, NULL, &now, sizeof(uint64_t)) < 0) {
+            continue;
+        }
+        if (now.handler == (void *)SIG_DFL || (now.handler == (void *)SIG_IGN && !restore)) {
+            continue;
+        }
+        /* SIGKILL and SIGSTOP never get here: their action is always the default one. */
+        syscall(SYS_rt_sigaction, sig, &by_default, NULL, sizeof(uint64_t));
+    }
+}
+
+static void
+bind_to(const struct child_start *start)
+{
+    const struct spawn_request *request = start->request;
+    if (request->cpu_mask &&
+        syscall(SYS_sched_setaffinity, 0, request->cpu_mask_bytes, request->cpu_mask) < 0) {
+        refused(start, STEP_AFFINITY, &start->result->affinity_error);
+    }
+    if (request->mem_mode >= 0) {
+        /* The kernel takes one bit less than it is told (get_nodes in mm/mempolicy.c). */
+        unsigned long maxnode = request->node_mask ? request->node_mask_bits + 1 : 0;
+        if (set_mempolicy(request->mem_mode, request->node_mask, maxnode) < 0) {
+            refused(start, STEP_MEMPOLICY, &start->result->mempolicy_error);
+        }
+    }
+}
+
+/* Close what /proc/self/fd lists in lowest..highest; where there is no /proc, every number below the soft limit. */
+static void
+close_listed(unsigned int lowest, unsigned int highest)
+{
+    struct linux_dirent64 {
+        uint64_t inode;
+        int64_t offset;
+        unsigned short length;
+        unsigned char type;
+        char name[];
+    };
+    _Alignas(8) char entries[1024];
+    long bytes;
+    int list = (int)syscall(SYS_openat, AT_FDCWD, "/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
+    if (list < 0) {
+        struct rlimit limit;
+        if (syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, NULL, &limit) == 0 && limit.rlim_cur <= highest) {
+            highest = (unsigned int)limit.rlim_cur - 1;
+        }
+        for (unsigned int fd = lowest; fd <= highest; fd++) {
+            syscall(SYS_close, fd);
+        }
+        return;
+    }
+    while ((bytes = syscall(SYS_getdents64, list, entries, sizeof entries)) > 0) {
+        for (long at = 0; at < bytes;) {
+            const struct linux_dirent64 *entry = (const struct linux_dirent64 *)(const void *)(entries + at);
+            unsigned int fd = 0;
+            at += entry->length;
+            if (entry->name[0] < '0' || entry->name[0] > '9') {
+                continue;
+            }
+            for (const char *digit = entry->name; *digit; digit++) {
+                fd = fd * 10 + (unsigned int)(*digit - '0');
+            }
+            if (fd >= lowest && fd <= highest && fd != (unsigned int)list) {
+                syscall(SYS_close, fd);
+            }
+        }
+    }
+    syscall(SYS_close, list);
+}
+
+static void
+close_span(unsigned int lowest, unsigned int highest)
+{
+    if (lowest <= highest && syscall(SYS_close_range, lowest, highest, 0) < 0) {
+        close_listed(lowest, highest);
+    }
+}
+
+/* Close every descriptor after stderr that is not passed on. What the child made itself is close-on-exec. */
+static void
+close_others(const struct child_start *start)
+{
+    const struct spawn_request *request = start->request;
+    unsigned int from = FIRST_AFTER_STDIO;
+    for (size_t i = 0; i < request->pass_fds_count; i++) {
+        unsigned int kept = (unsigned int)request->pass_fds[i];
+        if (kept >= from) {
+            if (kept > from) {
+                close_span(from, kept - 1);
+            }
+            from = kept + 1;
+        }
+    }
+    /* After the unshare nothing is open above the highest kept, but what the child made itself. */
+    close_span(from, start->shares_fds ? (unsigned int)start->highest_kept : ~0U);
+}
+
+/* Make a descriptor one that the program inherits. */
+static int
+keep_over_exec(int fd)
+{
+    long flags = syscall(SYS_fcntl, fd, F_GETFD, 0);
+    if (flags < 0) {
+        return -1;
+    }
+    return flags & FD_CLOEXEC ? (int)syscall(SYS_fcntl, fd, F_SETFD, flags & ~FD_CLOEXEC) : 0;
+}
+
+static void
+place_streams(const struct child_start *start)
+{
+    const struct spawn_request *request = start->request;
+    int source[3];
+    for (int i = 0; i < 3; i++) {
+        const struct spawn_stream *stream = &request->streams[i];
+        source[i] = stream->fd;
+        if (stream->path) {
+            source[i] = (int)syscall(SYS_openat, AT_FDCWD, stream->path, stream->open_flags | O_CLOEXEC, 0666);
+            if (source[i] < 0) {
+                fail(start, STEP_STDIN + i);
+            }
+        } else if (stream->fd == STREAM_SAME_AS_STDOUT) {
+            source[i] = source[1] >= 0 ? source[1] : 1;
+        }
+    }
+    for (int i = 0; i < 3; i++) {
+        /* Streams are placed in ascending order: a source below its own number would be overwritten before its turn. */
+        if (source[i] >= 0 && source[i] < i) {
+            source[i] = (int)syscall(SYS_fcntl, source[i], F_DUPFD_CLOEXEC, FIRST_AFTER_STDIO);
+            if (source[i] < 0) {
+                fail(start, STEP_STDIN + i);
+            }
+        }
+    }
+    for (int i = 0; i < 3; i++) {
+        if (source[i] >= 0 &&
+            (source[i] == i ? keep_over_exec(i) : (int)syscall(SYS_dup3, source[i], i, 0)) < 0) {
+            fail(start, STEP_STDIN + i);
+        }
+    }
+}
+
+static void
+place_fds(const struct child_start *start)
+{
+    const struct spawn_request *request = start->request;
+    if (start->shares_fds &&
+        syscall(SYS_close_range, start->highest_kept + 1, ~0U, CLOSE_RANGE_UNSHARE) < 0) {
+        fail(start, STEP_UNSHARE);
+    }
+    for (size_t i = 0; i < request->pass_fds_count; i++) {
+        if (keep_over_exec(request->pass_fds[i]) < 0) {
+            fail(start, STEP_PASS_FDS);
+        }
+    }
+    for (int i = 0; i < 3; i++) {
+        if (request->parent_ends[i] >= 0) {
+            syscall(SYS_close, request->parent_ends[i]);
+        }
+    }
+    place_streams(start);
+    if (request->close_fds) {
+        close_others(start);
+    }
+}
+
+static void
+set_ids(const struct child_start *start)
+{
+    const struct spawn_request *request = start->request;
+    if (request->groups_count >= 0 && syscall(SYS_setgroups, request->groups_count, request->groups) < 0) {
+        fail(start, STEP_SETGROUPS);
+    }
+    if (request->set_gid && syscall(SYS_setregid, request->gid, request->gid) < 0) {
+        fail(start, STEP_SETREGID);
+    }
+    if (request->set_uid && syscall(SYS_setreuid, request->uid, request->uid) < 0) {
+        fail(start, STEP_SETREUID);
+    }
+}
+
+static void
+arm_death_signal(const struct child_start *start)
+{
+    if (!start->request->death_signal) {
+        return;
+    }
+    if (syscall(SYS_prctl, PR_SET_PDEATHSIG, start->request->death_signal, 0, 0, 0) < 0) {
+        fail(start, STEP_DEATHSIG);
+    }
+    /* The parent may have died before this. 0 is a parent in an outer PID namespace (it called unshare(CLONE_NEWPID)),
+     * whose death cannot be told from here. */
+    long parent = syscall(SYS_getppid);
+    if (parent != start->parent && parent != 0) {
+        _exit(127);
+    }
+}
+
+static void
+execute(const struct child_start *start)
+{
+    const struct spawn_request *request = start->request;
+    int telling = 0;
+    for (const char *const *candidate = request->executables; *candidate; candidate++) {
+        syscall(SYS_execve, *candidate, request->argv, request->envp);
+        /* As execvp(3) and CPython: "it is there, but" says more than "it is not in the last folder either". */
+        if (errno != ENOENT && errno != ENOTDIR && telling == 0) {
+            telling = errno;
+        }
+    }
+    if (telling) {
+        errno = telling;
+    }
+    fail(start, STEP_EXEC);
+}
+
+int
+child_main(void *argument)
+{
+    const struct child_start *start = argument;
+    const struct spawn_request *request = start->request;
+    join_cgroup(start);
+    set_session(start);
+    reset_handlers(start);
+    bind_to(start);
+    /* Before the descriptors: a folder like /proc/self/fd/N needs the caller's table. */
+    if (request->cwd && syscall(SYS_chdir, request->cwd) < 0) {
+        fail(start, STEP_CHDIR);
+    }
+    place_fds(start);
+    if (request->umask >= 0) {
+        syscall(SYS_umask, request->umask);
+    }
+    set_ids(start);
+    arm_death_signal(start);
+    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &start->signal_mask, NULL, sizeof(uint64_t));
+    execute(start);
+    return 127;
+}
+
+#endif

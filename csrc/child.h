@@ -1,0 +1,20 @@
+/* Between spawn.c, which makes the child, and child.c, which is the child. */
+#ifndef RANKSPAWN_CHILD_H
+#define RANKSPAWN_CHILD_H
+
+#include "spawn.h"
+
+struct child_start {
+    const struct spawn_request *request;
+    struct spawn_result *result; /* in memory that both sides see */
+    uint64_t signal_mask;        /* the mask that the program starts with, as rt_sigprocmask(2) takes it */
+    pid_t parent;                /* the caller's pid, for the check after PR_SET_PDEATHSIG */
+    int cgroup_procs;            /* open for writing, where clone3 could not place the child; else -1 */
+    bool shares_fds;             /* the descriptor table is still the parent's (CLONE_FILES) */
+    int highest_kept;            /* the highest descriptor that the child needs */
+};
+
+/* The child's whole life. Never returns; the type is what clone(2) takes. */
+int child_main(void *start);
+
+#endif

@@ -1,0 +1,38 @@
+/* libnuma where its header was there at build time, else the same two calls made here. No behaviour differs. */
+#ifndef RANKSPAWN_NUMA_SHIM_H
+#define RANKSPAWN_NUMA_SHIM_H
+
+#ifdef RANKSPAWN_HAVE_LIBNUMA
+#include <numa.h>
+#include <numaif.h>
+#else
+
+#include <limits.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+struct bitmask {
+    unsigned long size; /* bits */
+    unsigned long *maskp;
+};
+
+static inline struct bitmask *
+numa_bitmask_setbit(struct bitmask *mask, unsigned int bit)
+{
+    if (bit < mask->size) {
+        const unsigned int word = sizeof(unsigned long) * CHAR_BIT;
+        mask->maskp[bit / word] |= 1UL << (bit % word);
+    }
+    return mask;
+}
+
+#ifdef SYS_set_mempolicy
+static inline long
+set_mempolicy(int mode, const unsigned long *nodes, unsigned long maxnode)
+{
+    return syscall(SYS_set_mempolicy, mode, nodes, maxnode);
+}
+#endif
+
+#endif
+#endif

@@ -1,0 +1,168 @@
+/* The portable mechanism: libc's posix_spawn.
+ *
+ * It declines, before doing anything, whatever it cannot express or could not report as subprocess does: it returns one
+ * errno without saying which step gave it. Only ISO C and POSIX, and two extensions where libc has them.
+ */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include "spawn.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <spawn.h>
+#include <string.h>
+#include <unistd.h>
+
+#ifdef __linux__
+#include <sys/syscall.h>
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434
+#endif
+#endif
+
+#if defined(__GLIBC__) && defined(__GLIBC_PREREQ)
+#if __GLIBC_PREREQ(2, 34)
+#define HAVE_CLOSEFROM 1
+#endif
+#endif
+
+static bool
+can_express(const struct spawn_request *request)
+{
+    for (int i = 0; i < 3; i++) {
+        /* A source among the targets needs care that file actions cannot take. */
+        if (!request->streams[i].path && request->streams[i].fd >= 0 && request->streams[i].fd < 3) {
+            return false;
+        }
+    }
+#ifndef HAVE_CLOSEFROM
+    if (request->close_fds) {
+        return false;
+    }
+#endif
+#ifndef POSIX_SPAWN_SETSID
+    if (request->new_session) {
+        return false;
+    }
+#endif
+    return !request->cwd && !request->pass_fds_count && request->umask < 0 && !request->set_gid && !request->set_uid &&
+           request->groups_count < 0 && !request->cpu_mask && request->mem_mode < 0 && !request->death_signal &&
+           request->cgroup_fd < 0;
+}
+
+static int
+add_stream(posix_spawn_file_actions_t *actions, const struct spawn_stream *stream, int target)
+{
+    if (stream->path) {
+        return posix_spawn_file_actions_addopen(actions, target, stream->path, stream->open_flags, 0666);
+    }
+    if (stream->fd == STREAM_SAME_AS_STDOUT) {
+        return posix_spawn_file_actions_adddup2(actions, STDOUT_FILENO, target);
+    }
+    return stream->fd >= 0 ? posix_spawn_file_actions_adddup2(actions, stream->fd, target) : 0;
+}
+
+/* Returns 0, or an errno with the step in *step. */
+static int
+add_streams(posix_spawn_file_actions_t *actions, const struct spawn_request *request, int *step)
+{
+    for (int i = 0; i < 3; i++) {
+        /* posix_spawn would report a closed descriptor as if it were the program's fault. */
+        if (!request->streams[i].path && request->streams[i].fd >= 0 &&
+            fcntl(request->streams[i].fd, F_GETFD) < 0) {
+            *step = STEP_STDIN + i;
+            return errno;
+        }
+        int error = add_stream(actions, &request->streams[i], i);
+        if (error) {
+            *step = STEP_STDIN + i;
+            return error;
+        }
+    }
+    for (int i = 0; i < 3; i++) {
+        if (request->parent_ends[i] > STDERR_FILENO && !request->close_fds) {
+            posix_spawn_file_actions_addclose(actions, request->parent_ends[i]);
+        }
+    }
+#ifdef HAVE_CLOSEFROM
+    if (request->close_fds) {
+        return posix_spawn_file_actions_addclosefrom_np(actions, STDERR_FILENO + 1);
+    }
+#endif
+    return 0;
+}
+
+static void
+set_attributes(posix_spawnattr_t *attributes, const struct spawn_request *request)
+{
+    short flags = 0;
+#ifdef POSIX_SPAWN_SETSID
+    flags |= request->new_session ? POSIX_SPAWN_SETSID : 0;
+#endif
+    if (request->process_group >= 0) {
+        flags |= POSIX_SPAWN_SETPGROUP;
+        posix_spawnattr_setpgroup(attributes, request->process_group);
+    }
+    if (request->restore_signals) {
+        sigset_t restored;
+        sigemptyset(&restored);
+        sigaddset(&restored, SIGPIPE);
+        sigaddset(&restored, SIGXFSZ);
+        posix_spawnattr_setsigdefault(attributes, &restored);
+        flags |= POSIX_SPAWN_SETSIGDEF;
+    }
+    posix_spawnattr_setflags(attributes, flags);
+}
+
+static void
+open_pidfd(struct spawn_result *result)
+{
+#ifdef __linux__
+    /* The child is ours and not reaped: its pid cannot have been given to another. */
+    result->pidfd = (int)syscall(SYS_pidfd_open, result->pid, 0);
+    result->pidfd_error = result->pidfd < 0 ? errno : 0;
+#else
+    result->pidfd_error = ENOSYS;
+#endif
+}
+
+int
+spawn_by_posix(const struct spawn_request *request, struct spawn_result *result)
+{
+    memset(result, 0, sizeof *result);
+    result->pidfd = -1;
+    result->mechanism = SPAWN_POSIX;
+    if (!can_express(request)) {
+        return SPAWN_DECLINED;
+    }
+    posix_spawn_file_actions_t actions;
+    posix_spawnattr_t attributes;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawnattr_init(&attributes);
+    set_attributes(&attributes, request);
+    int step = STEP_CLONE, telling = 0;
+    int error = add_streams(&actions, request, &step);
+    if (!error) {
+        for (const char *const *candidate = request->executables; *candidate; candidate++) {
+            step = STEP_EXEC;
+            error = posix_spawn(&result->pid, *candidate, &actions, &attributes, request->argv, request->envp);
+            if (!error) {
+                break;
+            }
+            if (error != ENOENT && error != ENOTDIR && !telling) {
+                telling = error;
+            }
+        }
+    }
+    posix_spawnattr_destroy(&attributes);
+    posix_spawn_file_actions_destroy(&actions);
+    if (error) {
+        result->error = telling ? telling : error;
+        result->step = result->error == EAGAIN || result->error == ENOMEM ? STEP_CLONE : step;
+        return SPAWN_FAILED;
+    }
+    open_pidfd(result);
+    return SPAWN_STARTED;
+}

@@ -1,0 +1,337 @@
+/* The parent half: block signals, choose how to make the child, make it, reap it when it failed. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include "spawn.h"
+#include "child.h"
+#include "numa_shim.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
+
+int
+spawn(const struct spawn_request *request, struct spawn_result *result, enum spawn_mechanism mechanism)
+{
+    if (mechanism == SPAWN_POSIX) {
+        return spawn_by_posix(request, result);
+    }
+#ifdef __linux__
+    /* A death signal is tied to the thread that clones: only the main thread is sure to outlive the child. */
+    if (request->death_signal && syscall(SYS_gettid) != getpid()) {
+        return spawn_by_keeper(request, result);
+    }
+    return spawn_by_clone(request, result, NULL);
+#else
+    return SPAWN_DECLINED;
+#endif
+}
+
+void
+spawn_mask_set(unsigned long *mask, unsigned long bits, unsigned int id)
+{
+    struct bitmask whole = {bits, mask};
+    numa_bitmask_setbit(&whole, id);
+}
+
+#ifdef __linux__
+
+#include <fcntl.h>
+#include <linux/sched.h>
+#include <sched.h>
+#include <sys/mman.h>
+
+#ifndef CLONE_PIDFD
+#define CLONE_PIDFD 0x00001000
+#endif
+#ifndef CLONE_INTO_CGROUP
+#define CLONE_INTO_CGROUP 0x200000000ULL
+#endif
+#ifndef SYS_clone3
+#define SYS_clone3 435
+#endif
+#ifndef SYS_pidfd_send_signal
+#define SYS_pidfd_send_signal 424
+#endif
+#define PIDFD_SIGNAL_PROCESS_GROUP_FLAG (1UL << 2)
+
+/* child.c's deepest path takes under 2 KiB; instrumented builds take several times as much. */
+enum { CHILD_STACK_BYTES = 32 * 1024 };
+
+/* One try at making the child: what it is asked, and what is left to try when the kernel refuses a part. */
+struct attempt {
+    struct child_start start;
+    bool shares_memory;
+    bool wants_pidfd;
+    bool wants_cgroup; /* clone3 places the child */
+};
+
+#if defined(__x86_64__) || defined(__aarch64__)
+#define HAVE_CLONE3 1
+
+/* struct clone_args of clone3(2), as far as CLONE_INTO_CGROUP needs it; older headers lack the last field. */
+struct clone3_args {
+    uint64_t flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size, cgroup;
+};
+
+/* libc does not export clone3, and a child that returned from syscall() on a fresh stack would have no frame to return
+ * to: the call and the jump to child_main must be one piece. */
+static long
+clone3_to_child(struct clone3_args *args, void *start)
+{
+#ifdef __x86_64__
+    long pid;
+    register int (*child)(void *) __asm__("r8") = child_main;
+    register void *argument __asm__("r9") = start;
+    __asm__ volatile("syscall\n\t"
+                     "testq %%rax, %%rax\n\t"
+                     "jnz 1f\n\t"
+                     "xorl %%ebp, %%ebp\n\t"
+                     "movq %%r9, %%rdi\n\t"
+                     "call *%%r8\n\t"
+                     "hlt\n"
+                     "1:"
+                     : "=a"(pid)
+                     : "a"((long)SYS_clone3), "D"(args), "S"(sizeof *args), "r"(child), "r"(argument)
+                     : "rcx", "r11", "memory", "cc");
+    return pid;
+#else
+    register long x0 __asm__("x0") = (long)args;
+    register long x1 __asm__("x1") = (long)sizeof *args;
+    register long x8 __asm__("x8") = SYS_clone3;
+    register int (*child)(void *) __asm__("x9") = child_main;
+    register void *argument __asm__("x10") = start;
+    __asm__ volatile("svc #0\n\t"
+                     "cbnz x0, 1f\n\t"
+                     "mov x29, xzr\n\t"
+                     "mov x0, x10\n\t"
+                     "blr x9\n\t"
+                     "brk #1\n"
+                     "1:"
+                     : "+r"(x0)
+                     : "r"(x1), "r"(x8), "r"(child), "r"(argument)
+                     : "memory", "cc");
+    return x0;
+#endif
+}
+#endif
+
+/* Make the child. Returns its pid, or -1 with errno. The stack is this function's: the caller is suspended until the
+ * child has executed or ended, and a child without CLONE_VM has its own copy. */
+static pid_t
+clone_once(struct attempt *attempt, int *pidfd)
+{
+    _Alignas(16) char stack[CHILD_STACK_BYTES];
+    unsigned int flags = CLONE_VFORK;
+    flags |= attempt->shares_memory ? CLONE_VM : 0U;
+    flags |= attempt->start.shares_fds ? CLONE_FILES : 0U;
+    flags |= attempt->wants_pidfd ? CLONE_PIDFD : 0U;
+    *pidfd = -1;
+#ifdef HAVE_CLONE3
+    if (attempt->wants_cgroup) {
+        struct clone3_args args = {
+            .flags = flags | CLONE_INTO_CGROUP,
+            .pidfd = (uint64_t)(uintptr_t)pidfd,
+            .exit_signal = SIGCHLD,
+            .stack = (uint64_t)(uintptr_t)stack,
+            .stack_size = sizeof stack,
+            .cgroup = (uint64_t)attempt->start.request->cgroup_fd,
+        };
+        long pid = clone3_to_child(&args, &attempt->start);
+        if (pid < 0) {
+            errno = (int)-pid;
+            return -1;
+        }
+        return (pid_t)pid;
+    }
+#endif
+    return clone(child_main, stack + sizeof stack, (int)flags | SIGCHLD, &attempt->start, pidfd, NULL, NULL);
+}
+
+/* What to leave out after the kernel refused a whole attempt. False: nothing, it is a failure. */
+static bool
+ask_for_less(struct attempt *attempt, struct spawn_result *result, int error)
+{
+    if (error == EAGAIN || error == ENOMEM) {
+        return false;
+    }
+    if (attempt->wants_cgroup && error != EMFILE && error != ENFILE) {
+        /* No clone3, a seccomp profile (which may say EPERM or ENOSYS), or the cgroup refuses: then the write of
+         * cgroup.procs fails too, and its errno is the one to report. */
+        int procs = openat(attempt->start.request->cgroup_fd, "cgroup.procs", O_WRONLY | O_CLOEXEC);
+        if (procs < 0) {
+            return false;
+        }
+        attempt->wants_cgroup = false;
+        attempt->start.cgroup_procs = procs;
+        return true;
+    }
+    if (attempt->wants_pidfd) {
+        attempt->wants_pidfd = false;
+        result->pidfd_error = error;
+        return true;
+    }
+    return false;
+}
+
+static void
+reap(pid_t pid, int pidfd)
+{
+    /* ECHILD: the caller ignores SIGCHLD, or another of its threads waits for any child. */
+    while (waitpid(pid, NULL, __WALL) < 0 && errno == EINTR) {
+    }
+    if (pidfd >= 0) {
+        close(pidfd);
+    }
+}
+
+static int
+attempt_all(struct attempt *attempt, struct spawn_result *result)
+{
+    struct spawn_result *shown = attempt->start.result;
+    for (;;) {
+        int pidfd;
+        shown->step = STEP_NONE;
+        pid_t pid = clone_once(attempt, &pidfd);
+        if (pid < 0) {
+            int error = errno;
+            if (ask_for_less(attempt, result, error)) {
+                continue;
+            }
+            result->step = attempt->wants_cgroup && error != EAGAIN && error != ENOMEM ? STEP_CGROUP : STEP_CLONE;
+            result->error = error;
+            return SPAWN_FAILED;
+        }
+        if (shown->step == STEP_UNSHARE) {
+            reap(pid, pidfd);
+            attempt->start.shares_fds = false;
+            continue;
+        }
+        result->step = shown->step;
+        result->error = shown->error;
+        result->affinity_error = shown->affinity_error;
+        result->mempolicy_error = shown->mempolicy_error;
+        if (shown->step != STEP_NONE) {
+            reap(pid, pidfd);
+            return SPAWN_FAILED;
+        }
+        result->pid = pid;
+        result->pidfd = pidfd;
+        return SPAWN_STARTED;
+    }
+}
+
+static int
+highest_kept(const struct spawn_request *request)
+{
+    int highest = STDERR_FILENO;
+    for (int i = 0; i < 3; i++) {
+        highest = request->streams[i].fd > highest ? request->streams[i].fd : highest;
+    }
+    if (request->pass_fds_count && request->pass_fds[request->pass_fds_count - 1] > highest) {
+        highest = request->pass_fds[request->pass_fds_count - 1];
+    }
+    return highest;
+}
+
+int
+spawn_by_clone(const struct spawn_request *request, struct spawn_result *result, const uint64_t *child_mask)
+{
+    memset(result, 0, sizeof *result);
+    result->pidfd = -1;
+    result->mechanism = SPAWN_CLONE;
+    /* The ids: hazard 5 in child.c. Without shared memory the child's report needs a page of its own. */
+    bool changes_ids = request->set_uid || request->set_gid || request->groups_count >= 0;
+    struct spawn_result own = {0}, *shown = &own;
+    if (changes_ids) {
+        shown = mmap(NULL, sizeof *shown, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+        if (shown == MAP_FAILED) {
+            result->step = STEP_CLONE;
+            result->error = errno;
+            return SPAWN_FAILED;
+        }
+    }
+    struct attempt attempt = {
+        .start = {.request = request,
+                  .result = shown,
+                  .parent = getpid(),
+                  .cgroup_procs = -1,
+                  .shares_fds = request->close_fds,
+                  .highest_kept = highest_kept(request)},
+        .shares_memory = !changes_ids,
+        .wants_pidfd = true,
+        .wants_cgroup = request->cgroup_fd >= 0,
+    };
+#ifndef HAVE_CLONE3
+    if (attempt.wants_cgroup) {
+        ask_for_less(&attempt, result, ENOSYS);
+    }
+#endif
+    /* The raw call: libc's would leave out the two signals that it keeps for itself. */
+    uint64_t all = ~(uint64_t)0, before = 0;
+    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof all);
+    attempt.start.signal_mask = child_mask ? *child_mask : before;
+    int outcome = attempt_all(&attempt, result);
+    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof before);
+    if (attempt.start.cgroup_procs >= 0) {
+        close(attempt.start.cgroup_procs);
+    }
+    if (changes_ids) {
+        munmap(shown, sizeof *shown);
+    }
+    return outcome;
+}
+
+static int
+tell_and_exit(void *told)
+{
+    *(volatile int *)told = 1;
+    _exit(0);
+}
+
+bool
+spawn_clone_is_honoured(void)
+{
+    _Alignas(16) char stack[CHILD_STACK_BYTES];
+    volatile int told = 0;
+    uint64_t all = ~(uint64_t)0, before = 0;
+    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof all);
+    pid_t pid = clone(tell_and_exit, stack + sizeof stack, CLONE_VM | CLONE_VFORK | SIGCHLD, (void *)&told);
+    /* Before the wait: CLONE_VFORK promises that the child has ended by now. */
+    bool honoured = pid > 0 && told;
+    if (pid > 0) {
+        reap(pid, -1);
+    }
+    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof before);
+    return honoured;
+}
+
+int
+spawn_pidfd_signal(int pidfd, int sig, bool group)
+{
+    unsigned long flags = group ? PIDFD_SIGNAL_PROCESS_GROUP_FLAG : 0;
+    return syscall(SYS_pidfd_send_signal, pidfd, sig, NULL, flags) < 0 ? errno : 0;
+}
+
+#else
+
+int
+spawn_pidfd_signal(int pidfd, int sig, bool group)
+{
+    (void)pidfd, (void)sig, (void)group;
+    return ENOSYS;
+}
+
+bool
+spawn_clone_is_honoured(void)
+{
+    return false;
+}
+
+#endif

@@ -1,0 +1,122 @@
+/* The contract of the engine: one request in, one result out.
+ *
+ * The caller owns every pointer in the request and keeps it alive until spawn() returns; nothing is copied.
+ * Nothing here knows Python. All functions may be called from any number of threads at once.
+ */
+#ifndef RANKSPAWN_SPAWN_H
+#define RANKSPAWN_SPAWN_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+/* Where a start can fail, in the order in which the child takes the steps. SPAWN_STEP_NAMES in _spawn.pyx says them. */
+enum spawn_step {
+    STEP_NONE = 0,
+    STEP_THREAD,    /* pthread_create of the thread that a death signal is tied to */
+    STEP_CLONE,     /* clone, clone3, posix_spawn */
+    STEP_CGROUP,    /* the cgroup's cgroup.procs */
+    STEP_SETSID,    /* setsid(2) */
+    STEP_SETPGID,   /* setpgid(2) */
+    STEP_AFFINITY,  /* sched_setaffinity(2) */
+    STEP_MEMPOLICY, /* set_mempolicy(2) */
+    STEP_CHDIR,     /* chdir(2) */
+    STEP_UNSHARE,   /* close_range(CLOSE_RANGE_UNSHARE): never reported, the parent goes on without it */
+    STEP_PASS_FDS,  /* clearing FD_CLOEXEC of a descriptor in pass_fds */
+    STEP_STDIN,     /* opening or placing stream 0; the next two follow it */
+    STEP_STDOUT,
+    STEP_STDERR,
+    STEP_SETGROUPS, /* setgroups(2) */
+    STEP_SETREGID,  /* setregid(2) */
+    STEP_SETREUID,  /* setreuid(2) */
+    STEP_DEATHSIG,  /* prctl(PR_SET_PDEATHSIG) */
+    STEP_EXEC,      /* execve(2) of every candidate */
+    STEP_COUNT
+};
+
+enum spawn_mechanism { SPAWN_CLONE = 1, SPAWN_POSIX = 2 };
+
+/* What spawn() and its mechanisms return. */
+enum spawn_outcome {
+    SPAWN_STARTED = 0,
+    SPAWN_FAILED = 1,  /* result.step and result.error say where and why; nothing is left of the child */
+    SPAWN_DECLINED = 2 /* the mechanism cannot express the request; nothing was done */
+};
+
+enum { STREAM_INHERIT = -1, STREAM_SAME_AS_STDOUT = -2 };
+
+/* One standard stream of the child: a path to open (in the child, after it went to `cwd`) where `path` is set, else a
+ * descriptor or a STREAM_ constant. */
+struct spawn_stream {
+    const char *path;
+    int open_flags; /* as open(2) takes them; files are created with mode 0666 less the umask */
+    int fd;
+};
+
+struct spawn_request {
+    const char *const *executables; /* candidates in order, NULL at the end; at least one */
+    char *const *argv;
+    char *const *envp;
+    const char *cwd; /* NULL: the caller's */
+
+    struct spawn_stream streams[3];
+    int parent_ends[3];  /* the caller's pipe ends, closed in the child; -1 for none */
+    const int *pass_fds; /* ascending */
+    size_t pass_fds_count;
+    bool close_fds;
+
+    bool restore_signals; /* SIGPIPE and SIGXFSZ back to their default action */
+    bool new_session;
+    pid_t process_group; /* -1: leave */
+
+    int umask; /* -1: leave */
+    bool set_gid, set_uid;
+    gid_t gid;
+    uid_t uid;
+    const gid_t *groups;
+    ssize_t groups_count; /* -1: leave */
+
+    const unsigned long *cpu_mask; /* NULL: leave */
+    size_t cpu_mask_bytes;
+    int mem_mode;                   /* MPOL_*; -1: leave */
+    const unsigned long *node_mask; /* NULL for modes without nodes */
+    unsigned long node_mask_bits;
+    bool binding_required; /* false: a refused affinity or policy is recorded, and the child goes on */
+
+    int death_signal; /* 0: none */
+    int cgroup_fd;    /* a directory of a cgroup v2; -1: none */
+};
+
+struct spawn_result {
+    pid_t pid;
+    int pidfd; /* close-on-exec; -1 where there is none, and pidfd_error says why */
+    int pidfd_error;
+    int mechanism; /* enum spawn_mechanism */
+    int step;      /* enum spawn_step; STEP_NONE when the program was executed */
+    int error;     /* errno of that step */
+    int affinity_error;
+    int mempolicy_error; /* errno of a refused optional step; 0: not asked, or done */
+};
+
+/* Start a process by one mechanism. Returns an enum spawn_outcome. */
+int spawn(const struct spawn_request *request, struct spawn_result *result, enum spawn_mechanism mechanism);
+
+/* Each mechanism by itself. spawn_by_clone takes the signal mask that the child starts with; NULL is the caller's. */
+int spawn_by_clone(const struct spawn_request *request, struct spawn_result *result, const uint64_t *child_mask);
+int spawn_by_posix(const struct spawn_request *request, struct spawn_result *result);
+
+/* As spawn_by_clone, from a thread made for it that ends only after the child: see keeper.c. */
+int spawn_by_keeper(const struct spawn_request *request, struct spawn_result *result);
+
+/* Whether CLONE_VM|CLONE_VFORK is what it says (QEMU's user mode and WSL1 run it as fork): tried on a child. */
+bool spawn_clone_is_honoured(void);
+
+/* Signal the process behind `pidfd`, or, with `group`, the process group that it leads or led (Linux 6.9).
+ * Returns 0 or an errno; EINVAL where the kernel does not know the flag, ENOSYS where there are no pidfds. */
+int spawn_pidfd_signal(int pidfd, int sig, bool group);
+
+/* Set bit `id` in a mask of `bits` bits. */
+void spawn_mask_set(unsigned long *mask, unsigned long bits, unsigned int id);
+
+#endif

@@ -1,0 +1,6 @@
+"""rankspawn starts the ranks of a job, each born bound to its CPUs and memory."""
+
+from ._binding import AffinityMode, Binding, BindingError, BindingReport, MemoryPolicy, NumaOptions
+from ._popen import Popen
+
+__all__ = ["AffinityMode", "Binding", "BindingError", "BindingReport", "MemoryPolicy", "NumaOptions", "Popen"]

@@ -1,0 +1,401 @@
+"""``Popen``: ``subprocess.Popen`` whose child is started by rankspawn's engine, bound before its first instruction.
+
+One method is overridden for the start, ``_execute_child``; the rest of the standard class is inherited. What an override
+of it must do itself is listed in CPython's own version: the audit event, the search of the child's PATH, ``pid`` and
+``_child_created``, closing the child's pipe ends, and errors with the class and file name of the standard library.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from ._binding import Binding, BindingError, BindingReport, RefusedStep
+
+try:
+    from . import _spawn
+except ImportError as error:
+    _spawn = None  # type: ignore[assignment]
+    EXTENSION_ERROR: str | None = str(error)
+else:
+    EXTENSION_ERROR = None
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+# The stock class under a name of ours: where a program sets subprocess.Popen to our class, that name is ourselves.
+_Stock = subprocess.Popen
+
+# What 3.10 passes, and what 3.11 appended. A new Python that changes the list must fail here, at import, and not start
+# processes with the arguments in the wrong places.
+_SEAM = (
+    "self args executable preexec_fn close_fds pass_fds cwd env startupinfo creationflags shell p2cread p2cwrite c2pread"
+    " c2pwrite errread errwrite restore_signals gid gids uid umask start_new_session process_group"
+).split()
+_seam = _SEAM
+if os.name == "posix":
+    _code = _Stock._execute_child.__code__  # type: ignore[attr-defined]
+    _seam = list(_code.co_varnames[: _code.co_argcount])
+    if _seam not in (_SEAM, _SEAM[:-1]):
+        raise ImportError(
+            f"rankspawn does not know this subprocess.Popen ({_code.co_filename}): its _execute_child takes {_seam};"
+            " a newer rankspawn is needed, or subprocess was patched first"
+        )
+
+_SAME_AS_STDOUT = -2
+_READ, _WRITE = os.O_RDONLY, os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+
+_STREAMS = ("stdin", "stdout", "stderr")
+
+# MPOL_* of linux/mempolicy.h.
+_MPOL = {
+    "default": 0,
+    "preferred": 1,
+    "bind": 2,
+    "interleave": 3,
+    "local": 4,
+    "preferred-many": 5,
+    "weighted-interleave": 6,
+}
+
+
+@cache
+def mechanisms() -> tuple[int, ...]:
+    """The engine's mechanisms in the order in which they are tried; none means the standard library's own path.
+
+    The environment variable RANKSPAWN_MECHANISM (clone, posix_spawn, subprocess) names the first, for tests and
+    comparison; it is read once. Raises ValueError for another value.
+    """
+    wanted = os.environ.get("RANKSPAWN_MECHANISM") or ("clone" if sys.platform == "linux" else "posix_spawn")
+    if wanted not in ("clone", "posix_spawn", "subprocess"):
+        raise ValueError(f"RANKSPAWN_MECHANISM={wanted!r}: expected clone, posix_spawn or subprocess")
+    if _spawn is None or wanted == "subprocess":
+        return ()
+    # QEMU's user mode and WSL1 run the call as a fork, in which the child's report would never arrive.
+    clone = (_spawn.CLONE,) if _spawn.clone_is_honoured() else ()
+    return clone if wanted == "clone" else (_spawn.POSIX_SPAWN, *clone)
+
+
+@lru_cache(maxsize=256)
+def _masks(binding: Binding) -> tuple[bytes | None, int, bytes | None]:
+    """``binding`` as the engine takes it: CPU mask, policy's number (-1: none), node mask."""
+    cpus = None if binding.cpus is None else _spawn.pack_ids(binding.cpus)
+    if binding.memory is None:
+        return cpus, -1, None
+    nodes = _spawn.pack_ids(binding.memory.nodes) if binding.memory.nodes else None
+    return cpus, _MPOL[binding.memory.mode], nodes
+
+
+class Popen(_Stock):  # type: ignore[type-arg]
+    """``subprocess.Popen``, with four things more.
+
+    binding: a Binding that the process is born with, or None.
+    die_with_parent: the process gets SIGKILL when this one ends, however it ends (PR_SET_PDEATHSIG, prctl(2)). A program
+        that is set-user-ID or has file capabilities clears that.
+    cgroup: the directory of a cgroup v2, or a descriptor of it, that the process is born in.
+    stdin, stdout, stderr: also an os.PathLike, which the child opens (stdin to read; the others are created or truncated,
+        as ``open(path, "w")`` would). The same path for stdout and stderr is opened once.
+
+    Raises BindingError when the system refuses a binding that is ``required``; ValueError when ``preexec_fn`` is given
+    beside any of the first three; else what ``subprocess.Popen`` raises.
+    """
+
+    mechanism: str | None = None
+    """What started the process: "clone", "posix_spawn", or "subprocess" for the standard library's own code."""
+
+    _pidfd: Any = None
+    _leads_group = False
+    _opened_by_child: dict[int, tuple[str, int]] = {}  # noqa: RUF012 - replaced, never changed
+
+    def __init__(
+        self,
+        *args: Any,
+        binding: Binding | None = None,
+        die_with_parent: bool = False,
+        cgroup: str | os.PathLike[str] | int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if binding is not None and not isinstance(binding, Binding):
+            raise TypeError(f"binding must be a Binding, not {type(binding).__name__}")
+        self._binding = binding
+        self._die_with_parent = die_with_parent
+        self._cgroup = cgroup
+        self._refused: tuple[RefusedStep, ...] = ()
+        super().__init__(*args, **kwargs)
+
+    @property
+    def pidfd(self) -> int | None:
+        """A descriptor of the process (pidfd_open(2)), owned by this object; None where there is none.
+
+        It is closed with the last use of this object, and once the process was waited for, unless it leads a process
+        group: send_signal_group() needs it then.
+        """
+        return None if self._pidfd is None else int(self._pidfd.fd)
+
+    @property
+    def binding_report(self) -> BindingReport:
+        """What was asked, what was refused and, read on demand, what the process has."""
+        return BindingReport(self._binding, self._refused, self.pid)
+
+    def send_signal_group(self, sig: int) -> None:
+        """Signal the process group that this process leads; nothing is done when nobody is left in it.
+
+        From Linux 6.9 on this is free of races, also when the leader has been waited for. Elsewhere the group is signalled
+        only while the leader has not been waited for, since its number may be another's afterwards.
+
+        Raises ValueError when the process was not started as a leader (``start_new_session``, ``process_group=0``);
+        ProcessLookupError when the leader has been waited for and the system cannot address the group safely;
+        PermissionError when no member may be signalled.
+        """
+        if not self._leads_group:
+            raise ValueError("not a group leader: start it with start_new_session=True or process_group=0")
+        if self._pidfd is not None:
+            refusal = self._pidfd.send_signal(sig, True)
+            if refusal in (0, errno.ESRCH):
+                return
+        # A thread that holds the lock is inside waitpid: the leader is still there, or was a moment ago.
+        held = self._waitpid_lock.acquire(blocking=False)  # type: ignore[attr-defined]
+        try:
+            if self.returncode is not None:
+                raise ProcessLookupError(
+                    errno.ESRCH,
+                    f"process group {self.pid}: its leader has been waited for, and this system cannot address the"
+                    " group by pidfd (Linux 6.9)",
+                )
+            os.killpg(self.pid, sig)
+        finally:
+            if held:
+                self._waitpid_lock.release()  # type: ignore[attr-defined]
+
+    def _get_handles(self, stdin: Any, stdout: Any, stderr: Any) -> tuple[Any, ...]:
+        """As the standard class, but on POSIX paths and DEVNULL are left for the child to open.
+
+        A descriptor opened here would have the lowest free number; where thousands are open, that makes the child copy
+        a table of thousands.
+        """
+        opened: dict[int, tuple[str, int]] = {}
+        streams = [stdin, stdout, stderr]
+        for number, stream in enumerate(streams):
+            if stream is None:
+                continue
+            if _is_path(stream):
+                opened[number] = (os.path.abspath(stream), _WRITE if number else _READ)
+            elif stream == subprocess.DEVNULL and os.name == "posix":
+                opened[number] = (os.devnull, os.O_RDWR)
+            else:
+                continue
+            streams[number] = None
+        if 1 in opened and (stderr == subprocess.STDOUT or opened[1] == opened.get(2)):
+            opened[2] = ("", _SAME_AS_STDOUT)
+            streams[2] = None
+        if os.name == "posix":
+            self._opened_by_child = opened
+            return super()._get_handles(*streams)  # type: ignore[misc, no-any-return]
+        with _opened_here(opened) as fds:
+            return super()._get_handles(*(fds.get(i, s) for i, s in enumerate(streams)))  # type: ignore[misc, no-any-return]
+
+    if os.name == "posix":
+
+        def _execute_child(
+            self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
+            p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals, gid, gids, uid, umask,
+            start_new_session, process_group=-1,
+        ):  # type: ignore[no-untyped-def]  # fmt: skip
+            self._leads_group = bool(start_new_session) or process_group == 0
+            if preexec_fn is None and mechanisms():
+                command, program = _command(args, executable, shell)
+                sys.audit("subprocess.Popen", program, command, cwd, env)
+                streams = [p2cread, c2pwrite, errwrite]
+                for number, (path, flags) in self._opened_by_child.items():
+                    streams[number] = (os.fsencode(path), flags) if path else flags
+                binding = self._binding
+                cpu_mask, mem_mode, node_mask = (None, -1, None) if binding is None else _masks(binding)
+                with _opened_cgroup(self._cgroup) as cgroup:
+                    for mechanism in mechanisms():
+                        outcome = _spawn.spawn(
+                            command, _candidates(program, env), env, cwd, streams, (p2cwrite, c2pread, errread),
+                            tuple(sorted(set(pass_fds))), close_fds, restore_signals, start_new_session, process_group,
+                            gid, gids, uid, umask, cpu_mask, mem_mode, node_mask, binding is None or binding.required,
+                            signal.SIGKILL if self._die_with_parent else 0, cgroup, mechanism,
+                        )  # fmt: skip
+                        if outcome is not None:
+                            self._started(outcome, program, cwd)
+                            self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+                            return
+            seam = [
+                args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
+                p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals, gid, gids, uid, umask,
+                start_new_session, process_group,
+            ]  # fmt: skip
+            self._execute_by_subprocess(seam[: len(_seam) - 1], preexec_fn)
+
+    else:
+
+        def _execute_child(self, *seam: Any) -> None:
+            self._execute_by_subprocess(list(seam))
+
+    def _started(self, outcome: tuple[Any, ...], program: Any, cwd: Any) -> None:
+        """Take over what the engine started, or raise what subprocess would for the step that failed."""
+        pid, pidfd, _, mechanism, step, error, affinity_error, mempolicy_error = outcome
+        if step:
+            raise self._error(_spawn.STEP_NAMES[step], error, program, cwd)
+        self.pid = pid
+        self._child_created = True
+        self._pidfd = pidfd
+        self.mechanism = "clone" if mechanism == _spawn.CLONE else "posix_spawn"
+        if affinity_error or mempolicy_error:
+            steps = (("sched_setaffinity", affinity_error), ("set_mempolicy", mempolicy_error))
+            self._refused = tuple(RefusedStep(step, code) for step, code in steps if code)
+
+    def _error(self, step: str, code: int, program: Any, cwd: Any) -> OSError:
+        if self._binding is not None and step in ("sched_setaffinity", "set_mempolicy"):
+            return BindingError.refused(step, code, self._binding)
+        if step == "execve":
+            return OSError(code, os.strerror(code), program)
+        if step == "chdir":
+            return OSError(code, os.strerror(code), cwd)
+        number = _STREAMS.index(step) if step in _STREAMS else -1
+        if number in self._opened_by_child:
+            return OSError(code, os.strerror(code), self._opened_by_child[number][0])
+        return OSError(code, f"{step}: {os.strerror(code)}")
+
+    def _execute_by_subprocess(self, seam: list[Any], preexec_fn: object = None) -> None:
+        """The standard library's own path, and for a binding what psutil can do to a process that runs already."""
+        wanted = self._die_with_parent or self._cgroup is not None
+        if preexec_fn is not None and (wanted or self._binding is not None):
+            raise ValueError("preexec_fn cannot be used beside binding, die_with_parent or cgroup")
+        if wanted:
+            raise OSError(errno.ENOTSUP, f"die_with_parent and cgroup need rankspawn's engine: {_why_no_engine()}")
+        binding = self._binding
+        if binding is not None and binding.memory is not None:
+            self._refuse("set_mempolicy", errno.ENOTSUP)
+        with _opened_here(self._opened_by_child) as fds:
+            for number, fd in fds.items():
+                seam[_SEAM.index(("p2cread", "c2pwrite", "errwrite")[number]) - 1] = fd
+            super()._execute_child(*seam)  # type: ignore[misc]
+        self.mechanism = "subprocess"
+        if binding is not None and binding.cpus is not None:
+            code = _set_affinity(self.pid, binding.cpus)
+            try:
+                if code:
+                    self._refuse("sched_setaffinity", code)
+            except BindingError:
+                self.kill()
+                self.wait()
+                raise
+
+    def _refuse(self, step: str, code: int) -> None:
+        if self._binding is not None and self._binding.required:
+            raise BindingError.refused(step, code, self._binding)
+        self._refused += (RefusedStep(step, code),)
+
+    if os.name == "posix":
+
+        def _handle_exitstatus(self, sts: int, *saved: Any, **more_saved: Any) -> None:
+            super()._handle_exitstatus(sts, *saved, **more_saved)  # type: ignore[misc]
+            if not self._leads_group:
+                # A thread that waits on it holds a reference: the descriptor is closed after the last.
+                self._pidfd = None
+
+        def _wait(self, timeout: float | None) -> int | None:
+            """As the standard class, but a wait with a timeout sleeps on the pidfd instead of polling."""
+            pidfd = self._pidfd
+            if timeout is None or pidfd is None:
+                return super()._wait(timeout)  # type: ignore[misc, no-any-return]
+            until = time.monotonic() + timeout
+            poller = select.poll()
+            poller.register(pidfd.fd, select.POLLIN)
+            while self._internal_poll() is None:  # type: ignore[attr-defined]
+                remaining = until - time.monotonic()
+                if remaining <= 0:
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+                if poller.poll(remaining * 1000) and self._waitpid_lock.locked():  # type: ignore[attr-defined]
+                    # It has ended and another thread is about to reap it.
+                    time.sleep(0.0001)
+            return self.returncode
+
+
+def _command(args: Any, executable: Any, shell: bool) -> tuple[list[Any], Any]:
+    """The argument list and the program, from Popen's args, executable and shell, as subprocess makes them."""
+    if isinstance(args, (str, bytes)):
+        command = [args]
+    elif isinstance(args, os.PathLike):
+        if shell:
+            raise TypeError("path-like args is not allowed when shell is true")
+        command = [args]
+    else:
+        command = list(args)
+    if shell:
+        command = ["/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/sh", "-c", *command]
+        if executable:
+            command[0] = executable
+    return command, command[0] if executable is None else executable
+
+
+def _candidates(program: Any, env: Mapping[Any, Any] | None) -> tuple[bytes, ...]:
+    """What to execute, in order: the program, or, when it has no folder, the program in each folder of the child's PATH."""
+    name = os.fsencode(program)
+    if b"/" in name:
+        return (name,)
+    return tuple(os.path.join(os.fsencode(folder), name) for folder in os.get_exec_path(env))  # type: ignore[arg-type]
+
+
+def _is_path(stream: object) -> bool:
+    return isinstance(stream, os.PathLike) and not hasattr(stream, "fileno")
+
+
+@contextmanager
+def _opened_here(opened: Mapping[int, tuple[str, int]]) -> Iterator[dict[int, int]]:
+    """The streams that the child would have opened, opened in this process for as long as the start takes."""
+    fds: dict[int, int] = {}
+    try:
+        for number, (path, flags) in opened.items():
+            fds[number] = os.open(path, flags, 0o666) if path else fds[1]
+        yield fds
+    finally:
+        for fd in set(fds.values()):
+            os.close(fd)
+
+
+@contextmanager
+def _opened_cgroup(cgroup: str | os.PathLike[str] | int | None) -> Iterator[int]:
+    """A descriptor of the cgroup's directory; -1 for none."""
+    if cgroup is None or isinstance(cgroup, int):
+        yield -1 if cgroup is None else cgroup
+        return
+    fd = os.open(cgroup, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _set_affinity(pid: int, cpus: frozenset[int]) -> int:
+    """Set the mask of a running process; 0, or the errno of the refusal."""
+    import psutil
+
+    try:
+        psutil.Process(pid).cpu_affinity(sorted(cpus))
+    except psutil.NoSuchProcess:
+        return 0
+    except psutil.AccessDenied:
+        return errno.EPERM
+    except AttributeError:  # psutil has no cpu_affinity on macOS
+        return errno.ENOTSUP
+    except ValueError:  # psutil's word for CPUs that are not there, or not allowed
+        return errno.EINVAL
+    return 0
+
+
+def _why_no_engine() -> str:
+    if EXTENSION_ERROR is not None:
+        return f"the extension is not in this installation ({EXTENSION_ERROR})"
+    return "RANKSPAWN_MECHANISM, preexec_fn or this system (no clone with shared memory) sends this start past it"
