@@ -67,19 +67,22 @@ def _native_threads() -> dict[str, str]:
 
 def _status() -> dict[str, str]:
     """Of this thread: the signal mask, which signals are ignored or caught, and the umask, as the kernel says."""
-    wanted = ("SigBlk", "SigIgn", "SigCgt", "Umask")
     lines = (line.partition(":") for line in Path("/proc/thread-self/status").read_text().splitlines())
-    return {name: value.strip() for name, _, value in lines if name in wanted}
+    status = {name: value.strip() for name, _, value in lines}
+    # 32 and 33 are libc's own: it catches them from the first thread on.
+    ours = ~(1 << 31 | 1 << 32)
+    found = {name: f"{int(status[name], 16) & ours:016x}" for name in ("SigBlk", "SigIgn", "SigCgt")}
+    return {**found, "Umask": status.get("Umask", "unknown")}
 
 
-def _memory_policy() -> object:
+def _memory_policy() -> str:
     if _NR_GET_MEMPOLICY is None:
-        return None
-    mode, nodes = ctypes.c_int(-1), (ctypes.c_ulong * 64)()
-    maxnode = ctypes.c_ulong(ctypes.sizeof(nodes) * 8)
+        return "unknown"
+    mode, mask = ctypes.c_int(-1), (ctypes.c_ulong * 16)()  # 1024 nodes, the most that a kernel is built for
+    maxnode = ctypes.c_ulong(ctypes.sizeof(mask) * 8)
     libc = ctypes.CDLL(None, use_errno=True)
-    answer = libc.syscall(_NR_GET_MEMPOLICY, ctypes.byref(mode), nodes, maxnode, None, ctypes.c_ulong(0))
-    return answer, mode.value, tuple(nodes)
+    answer = libc.syscall(_NR_GET_MEMPOLICY, ctypes.byref(mode), mask, maxnode, None, ctypes.c_ulong(0))
+    return f"get_mempolicy = {answer}, mode {mode.value}, nodes {bytes(mask).rstrip(bytes(1)).hex() or 'none'}"
 
 
 def _environment() -> dict[str, str]:

@@ -31,13 +31,15 @@ def names(paths: list[Path]) -> list[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
 def test_python_module_is_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) < MOST_PYTHON_LINES
+    lines = path.read_text().count("\n")
+    assert lines < MOST_PYTHON_LINES
 
 
 @pytest.mark.parametrize("path", C_FILES, ids=names(C_FILES))
 def test_c_file_is_short_and_says_what_it_is(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) < MOST_C_LINES
+    lines = text.count("\n")
+    assert lines < MOST_C_LINES
     assert text.startswith("/* ")
 
 
