@@ -26,13 +26,13 @@ export RANKSPAWN_REQUIRE_EXTENSION := 1
 export RANKSPAWN_DEVELOP ?= 1
 demo: export RANKSPAWN_DEVELOP = 0
 
-C_CHECK := -std=c11 -O2 -Wall -Wextra -Werror -Wframe-larger-than=4096 -Wshadow -Wvla -Icsrc
+C_CHECK := -std=c11 -O2 -Wall -Wextra -Werror -Wframe-larger-than=4096 -Wshadow -Wvla -iquote csrc
 
 PIP_FAILED = { echo "make: pip could not install what is named above. It needs a package index: check the network,"; \
   echo "make: a proxy (https_proxy) or your pip configuration, then run the same make again."; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-asan test-cpython test-torch bench package clean distclean
+.PHONY: help demo test lint lint-python lint-types lint-cython lint-c format test-asan test-cpython test-torch bench package clean distclean
 
 help: ## print these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,13 +50,20 @@ demo: $(VENV)/.built ## set everything up, then run 4 bound ranks: examples/ring
 test: $(VENV)/.dev $(VENV)/.built ## set everything up and run the whole default test run (a few minutes)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/.dev ## ruff, mypy --strict, cython-lint, clang-format, gcc -Wall -Wextra -Werror
+lint: lint-python lint-types lint-cython lint-c ## ruff, mypy --strict, cython-lint, clang-format, gcc -Werror (-k: tell all)
+
+lint-python: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+lint-types: $(VENV)/.dev
 	$(VENV)/bin/mypy --strict src
-	$(if $(PYX_FILES),$(VENV)/bin/cython-lint $(PYX_FILES))
-	$(if $(C_FILES),$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES))
-	@# Both builds, with and without libnuma; compiled and not only parsed, since some warnings come from the optimiser.
+
+lint-cython: $(VENV)/.dev
+	PATH="$(abspath $(VENV)/bin):$$PATH" cython-lint $(PYX_FILES)  # which looks for pycodestyle on PATH
+
+# Both builds, with and without libnuma; compiled and not only parsed, since some warnings come from the optimiser.
+lint-c: $(VENV)/.dev
 	@mkdir -p build
 	@for file in $(wildcard csrc/*.c); do \
 	  for numa in $$(test -e build/.numa && echo -DRANKSPAWN_HAVE_LIBNUMA=1) ""; do \
@@ -64,6 +71,7 @@ lint: $(VENV)/.dev ## ruff, mypy --strict, cython-lint, clang-format, gcc -Wall 
 	    $(CC) $(C_CHECK) $$numa -c $$file -o build/lint.o || exit 1; \
 	  done; \
 	done; rm -f build/lint.o
+	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)
 
 format: $(VENV)/.dev ## rewrite Python and C as lint wants them
 	$(VENV)/bin/ruff check --fix-only .

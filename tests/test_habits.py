@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def kernel_paths(tree: ast.Module) -> Iterator[tuple[int, str]]:
             excused.add(id(node.value))
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in excused:
-            if node.value.startswith(("/sys", "/proc")):
+            if re.match("/(sys|proc)(/|$)", node.value):
                 yield node.lineno, node.value
 
 
