@@ -1,53 +1,88 @@
-"""Which CPUs and which memory for which rank: Topology, devices, mode and ranks in, one Binding a rank out.
+"""Which CPUs and which memory for which rank: topology, devices, mode and ranks in, one Binding a rank out.
 
-With torch's inputs (``gpu_index``, all visible GPUs) the four modes give the CPU sets of torch.numa.binding, wherever
-that gives any; its rules are told at each function. What goes beyond is in ``plan``.
+With torch's inputs (``gpu_index``, all visible GPUs) the four modes give the CPU sets of torch.numa.binding wherever
+that gives any; each function here says the rule that it keeps. Beyond torch: splits over the ranks that are launched,
+machines without accelerators, reserved cores, threads per core, memory, and an answer or a clear error where torch
+raises, or piles ranks up.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
 
 from rankspawn._binding import AffinityMode, Binding, MemoryMode, MemoryPolicy, format_ids, parse_ids
-from rankspawn._devices import Device, as_devices, find_devices
-from rankspawn._topology import Core, Node, PlacementError, Topology
+from rankspawn._devices import Device, as_devices, find_devices, locate
+from rankspawn._openmp import omp_num_threads
+from rankspawn._topology import Node, PlacementError, Topology
+
+Threads = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Rank:
     """The place of one rank, and why.
 
-    device: the accelerator that it follows, None without. node: the NUMA node that it was put on, None where it is
-    left unbound. cores: the physical cores of its mask. notes: what was assumed or given up, in words.
+    device: the accelerator that it follows, None without. node: the NUMA node that it was put on, None where that is
+    not known. omp_threads: what OMP_NUM_THREADS should be, see ``omp_num_threads``. notes: what was assumed or given
+    up, in words.
     """
 
     binding: Binding
-    device: Device | None
-    node: int | None
-    cores: int
+    device: Device | None = None
+    node: int | None = None
+    omp_threads: int = 1
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Machine:
-    """What a plan may use: the topology without what is forbidden, reserved or switched off."""
+@dataclass
+class _Home:
+    """The node of a rank while it is planned: id, or None and the problem; ``notes`` grows."""
 
-    topology: Topology
-    cpus: frozenset[int]
-    nodes: tuple[Node, ...]
-    required: bool
-    said: list[str]
+    node: int | None
+    notes: list[str]
+    device: Device | None = None
+    problem: str = ""
+
+
+class _Machine:
+    """What a plan may use: the cores of each node without what is forbidden, reserved or switched off.
+
+    Cores are tuples of threads, in the order of their lowest thread, as torch sorts them.
+    """
+
+    def __init__(self, topology: Topology, allowed: frozenset[int], threads_per_core: int | None) -> None:
+        self.topology = topology
+        self.allowed = allowed
+        self.one_thread = threads_per_core is not None
+        node_of = {cpu: node.id for node in topology.nodes for cpu in node.cpus & allowed}
+        self.cores: dict[int, list[Threads]] = {}
+        for core in topology.cores:
+            threads = [cpu for cpu in core.cpus if cpu in node_of]
+            # Threads of a core are on one node, except in trees made by hand.
+            for node in dict.fromkeys(node_of[cpu] for cpu in threads):
+                mine = tuple(cpu for cpu in threads if node_of[cpu] == node)[:threads_per_core]
+                self.cores.setdefault(node, []).append(mine)
+        self.cores = dict(sorted(self.cores.items()))
+        if not self.cores:
+            nodes = format_ids(cpu for node in topology.nodes for cpu in node.cpus)
+            raise PlacementError(f"no CPU is left: allowed are {format_ids(allowed) or 'none'}, in nodes are {nodes}")
+
+    def reserve(self, count: int) -> None:
+        """Keep ``count`` cores of the machine free of ranks: the lowest ones, from the node with the most left."""
+        total = sum(map(len, self.cores.values()))
+        if not 0 <= count < total:
+            raise PlacementError(f"--reserve-cores {count}: must be from 0 to {total - 1}, with {total} usable cores")
+        for _ in range(count):
+            most = max(self.cores, key=lambda node: (len(self.cores[node]), -node))
+            del self.cores[most][0]
+        self.cores = {node: cores for node, cores in self.cores.items() if cores}
 
     def on(self, node: int) -> frozenset[int]:
-        return next((one.cpus for one in self.nodes if one.id == node), frozenset()) & self.cpus
-
-    def cores(self, cpus: frozenset[int]) -> list[tuple[int, ...]]:
-        """The threads among ``cpus``, core by core, in the order of each core's lowest thread, as torch sorts them."""
-        found = [tuple(cpu for cpu in core.cpus if cpu in cpus) for core in self.topology.cores]
-        return [threads for threads in found if threads]
+        """The usable CPUs of a node."""
+        return frozenset(cpu for core in self.cores.get(node, ()) for cpu in core)
 
 
 def place(
@@ -63,9 +98,9 @@ def place(
     memory: MemoryMode | MemoryPolicy | None = None,
     required: bool = True,
 ) -> tuple[Binding, ...]:
-    """One Binding for each rank; ``plan`` tells more, and has the meaning of each argument.
+    """One Binding for each rank. ``plan`` has the meaning of each argument, and tells more of each rank.
 
-    Where ``required`` is false, what had to be given up is said as a RuntimeWarning.
+    What was assumed or given up is said as RuntimeWarnings.
     Raises PlacementError where no placement can be made.
     """
     ranks = plan(
@@ -98,58 +133,318 @@ def plan(
     memory: MemoryMode | MemoryPolicy | None = None,
     required: bool = True,
 ) -> tuple[Rank, ...]:
-    """TODO"""
-    mode = AffinityMode(mode)
-    allowed = topology.allowed_cpus if allowed_cpus is None else frozenset(allowed_cpus) & topology.cpus
-    machine = _Machine(topology, allowed, topology.nodes_with_cpus(), required, [])
+    """The place of each rank.
+
+    nprocs: how many ranks are launched; as many as devices if left out. Rank i follows device i, or i modulo the
+        number of devices. Splits are made over these ranks, not over the devices that no rank follows.
+    gpu_index: as torch counts: the one rank that follows the visible device of this index, with splits over all
+        devices; the answer has one element. On a machine without devices, where torch raises, it is rank
+        ``gpu_index`` of ``nprocs``; without nprocs, of one rank for each node with usable CPUs.
+    devices: PCI addresses or Device objects in local-rank order, empty for none. None finds those of the topology's
+        root: with this process's environment where the root is "/", with none set elsewhere.
+        Without devices, ranks go in blocks over the nodes, in proportion to their usable cores.
+    allowed_cpus: instead of the topology's own; CPUs that are not online fall away.
+    reserve_cores: physical cores of the machine that no rank gets, dealt over the nodes, lowest first.
+    threads_per_core: hardware threads used of each core, the lowest first; None for all.
+    memory: a mode, applied over the nodes of each rank's CPUs, or a whole policy for every rank alike; None leaves
+        memory alone, which is local to the CPU that touches first.
+    required: False leaves a rank unbound, with a note, where it cannot be placed; CPUs and memory each on their own.
+
+    Raises PlacementError, with the option or file and its value, where no placement can be made.
+    """
+    mode = _mode(mode)
+    machine = _usable(topology, allowed_cpus, reserve_cores, threads_per_core)
     found = find_devices(topology) if devices is None else as_devices(topology, devices)
-    homes: list[int | None]
-    if gpu_index is not None and found:
-        if gpu_index >= len(found):
-            raise PlacementError(f"gpu_index {gpu_index}: {len(found)} devices are visible")
-        homes = [_home(machine, device) for device in found]
-        chosen = [gpu_index]
-    else:
-        nodes = [node.id for node in machine.nodes if machine.on(node.id)]
+    homes, chosen = _homes(machine, found, nprocs, gpu_index)
+    drafts = [(homes[i], _cpus(machine, mode, homes, i, required)) for i in chosen]
+    ranks = []
+    for home, cpus in drafts:
+        policy = _memory(machine, memory, home, cpus, found, required)
+        ranks.append(Rank(Binding(cpus, policy, required), home.device, home.node, 1, tuple(home.notes)))
+    return _with_threads(topology, machine.allowed, ranks)
+
+
+def plan_lists(
+    topology: Topology,
+    nprocs: int,
+    *,
+    cpus: str | None = None,
+    mems: str | None = None,
+    memory: MemoryMode = "bind",
+    allowed_cpus: Iterable[int] | None = None,
+    required: bool = True,
+) -> tuple[Rank, ...]:
+    """Ranks placed by hand: ``--cpus`` and ``--mems`` give one list for each rank, with colons between
+    ("0-3:4-7"), or one for all. ``memory`` is the mode that is applied over the nodes of ``mems``.
+
+    Raises PlacementError for a malformed list, a wrong number of them, and ids that this process may not use.
+    """
+    usable = topology.allowed_cpus if allowed_cpus is None else frozenset(allowed_cpus) & topology.cpus
+    cpu_lists = _lists("--cpus", cpus, nprocs, usable)
+    mem_lists = _lists("--mems", mems, nprocs, topology.allowed_nodes)
+    ranks = []
+    for rank, (ids, nodes) in enumerate(zip(cpu_lists, mem_lists, strict=True)):
+        try:
+            policy = None if nodes is None else MemoryPolicy(memory, nodes)
+        except ValueError as error:
+            raise PlacementError(f"--mems {mems!r}, rank {rank}: {error}") from None
+        on = [node.id for node in topology.nodes if ids is not None and node.cpus & ids]
+        ranks.append(Rank(Binding(ids, policy, required), None, on[0] if len(on) == 1 else None))
+    return _with_threads(topology, usable, ranks)
+
+
+def _lists(flag: str, text: str | None, nprocs: int, usable: frozenset[int]) -> list[frozenset[int] | None]:
+    if text is None:
+        return [None] * nprocs
+    parts = text.split(":")
+    if len(parts) not in (1, nprocs):
+        raise PlacementError(f"{flag} {text!r} has {len(parts)} lists for {nprocs} ranks: give one each or one for all")
+    found: list[frozenset[int] | None] = []
+    for rank, part in enumerate(parts):
+        try:
+            ids = parse_ids(part)
+        except ValueError as error:
+            raise PlacementError(f"{flag} {text!r}, rank {rank}: {error}") from None
+        if not ids or not ids <= usable:
+            wrong = f"{format_ids(ids - usable)} may not be used" if ids else "the list is empty"
+            raise PlacementError(f"{flag} {text!r}, rank {rank}: {wrong} (allowed: {format_ids(usable)})")
+        found.append(ids)
+    return found if len(found) == nprocs else found * nprocs
+
+
+def _mode(mode: AffinityMode | str) -> AffinityMode:
+    try:
+        return AffinityMode(getattr(mode, "value", mode))  # torch's own AffinityMode is another class
+    except ValueError:
+        raise PlacementError(f"affinity mode {mode!r} is none of {', '.join(m.value for m in AffinityMode)}") from None
+
+
+def _usable(
+    topology: Topology, allowed_cpus: Iterable[int] | None, reserve_cores: int, threads_per_core: int | None
+) -> _Machine:
+    if threads_per_core is not None and threads_per_core < 1:
+        raise PlacementError(f"--threads-per-core {threads_per_core}: must be 1 or more")
+    allowed = topology.allowed_cpus if allowed_cpus is None else frozenset(allowed_cpus) & topology.cpus
+    machine = _Machine(topology, allowed, threads_per_core)
+    if reserve_cores:
+        machine.reserve(reserve_cores)
+    return machine
+
+
+def _homes(
+    machine: _Machine, devices: tuple[Device, ...], nprocs: int | None, gpu_index: int | None
+) -> tuple[list[_Home], range | tuple[int]]:
+    """The node of each rank over which splits are made, and the indices of the ranks that are asked for."""
+    if nprocs is not None and nprocs < 1:
+        raise PlacementError(f"nprocs {nprocs}: must be 1 or more")
+    if gpu_index is not None and gpu_index < 0:
+        raise PlacementError(f"gpu_index {gpu_index}: must be 0 or more")
+    if gpu_index is not None and devices:
+        if gpu_index >= len(devices):
+            raise PlacementError(f"gpu_index {gpu_index}: only {len(devices)} devices are visible")
+        return [_home(machine, device) for device in devices], (gpu_index,)
+    if devices:
+        count = len(devices) if nprocs is None else nprocs
+        return [_home(machine, devices[i % len(devices)]) for i in range(count)], range(count)
+    count = len(machine.cores) if nprocs is None else nprocs
+    if gpu_index is None:
         if nprocs is None:
-            nprocs = len(found) or max(len(nodes), (gpu_index or 0) + 1)
-        homes = [_home(machine, found[i % len(found)]) for i in range(nprocs)] if found else []
-        if not found:
-            homes = [nodes[i * len(nodes) // nprocs] for i in range(nprocs)]
-        chosen = list(range(nprocs)) if gpu_index is None else [gpu_index]
-    return tuple(
-        Rank(Binding(cpus, None, required), found[i % len(found)] if found else None, homes[i], len(machine.cores(cpus)))
-        for i in chosen
-        for cpus in [_cpus_of(machine, mode, homes, i)]
-    )
+            raise PlacementError("nprocs is needed: there are no devices to count")
+        return _dealt(machine, count), range(count)
+    if gpu_index >= count:
+        raise PlacementError(
+            f"gpu_index {gpu_index}: no accelerator was found, and {count} ranks are placed here; pass nprocs"
+        )
+    return _dealt(machine, count), (gpu_index,)
 
 
-def _home(machine: _Machine, device: Device) -> int:
-    if device.node < 0 and len(machine.nodes) == 1:
-        return machine.nodes[0].id
-    if device.node < 0:
-        raise PlacementError(f"device {device.address}: its NUMA node is unknown (numa_node is {device.node})")
-    return device.node
+def _dealt(machine: _Machine, count: int) -> list[_Home]:
+    """Ranks in blocks over the nodes: rank i goes where core i*cores/ranks is, so that no node gets more ranks than
+    cores while there are enough; where there are not, hardware threads are counted instead."""
+    spots = [node for node, cores in machine.cores.items() for _ in cores]
+    if count > len(spots):
+        spots = [node for node, cores in machine.cores.items() for core in cores for _ in core]
+    return [_Home(spots[i * len(spots) // count], []) for i in range(count)]
 
 
-def _cpus_of(machine: _Machine, mode: AffinityMode, homes: list[int | None], index: int) -> frozenset[int]:
+def _home(machine: _Machine, device: Device) -> _Home:
+    """The node with CPUs that a device belongs to. torch takes numa_node, and node 0 for -1."""
+    node, notes = locate(machine.topology, device)
+    home = _Home(node, list(notes), device)
+    if node is None:
+        home.problem = (
+            f"device {device.address}: its NUMA node is unknown: numa_node is {device.node}, and"
+            f" {len(machine.topology.nodes_with_cpus())} nodes have CPUs; name the CPUs with --cpus, or allow falling"
+            " back to no binding"
+        )
+        return home
+    own = machine.topology.node(node)
+    if own is not None and not own.cpus:
+        near = _nearest(own, machine.topology.nodes_with_cpus())
+        home.notes.append(f"device {device.address} is on node {node}, which has no CPUs: the nearest is {near}")
+        home.node = near
+    return home
+
+
+def _nearest(node: Node, others: Iterable[Node]) -> int:
+    return min(others, key=lambda other: (node.distance(other.id), other.id)).id
+
+
+def _cpus(
+    machine: _Machine, mode: AffinityMode, homes: list[_Home], index: int, required: bool
+) -> frozenset[int] | None:
+    """The CPUs of rank ``index``; None, with a note, where there are none and that is allowed."""
     home = homes[index]
-    assert home is not None
-    cpus = machine.on(home)
-    if not cpus:
-        raise PlacementError(f"rank {index}: no CPU of node {home} is allowed (allowed: {format_ids(machine.cpus)})")
-    if mode is AffinityMode.NODE:
+    cpus: frozenset[int] = frozenset()
+    if home.node is not None:
+        if home.node not in machine.cores:
+            home.problem = (
+                f"node {home.node} has no usable CPU: it has {_node_cpus(machine, home.node)}, allowed are"
+                f" {format_ids(machine.allowed)}" + (f" (device {home.device.address})" if home.device else "")
+            )
+        elif mode is AffinityMode.NODE:
+            cpus = machine.on(home.node)
+        elif mode is AffinityMode.SOCKET:
+            cpus = _socket(machine, home.node)
+        else:
+            sharing = [i for i, other in enumerate(homes) if other.node == home.node]
+            split = _exclusive if mode is AffinityMode.EXCLUSIVE else _core_complex
+            cpus = split(machine, home, sharing.index(index), len(sharing))
+    if cpus:
         return cpus
-    if mode is not AffinityMode.EXCLUSIVE:
-        raise PlacementError(f"{mode.value} comes next")
-    cores = machine.cores(cpus)
-    count = Counter(homes)[home]
-    if count > len(cores):
-        raise PlacementError(f"node {home} has {len(cores)} allowed cores for {count} ranks: exclusive needs one a rank")
-    position = homes[:index].count(home)
-    each, extra = divmod(len(cores), count)
+    if required:
+        raise PlacementError(f"rank {index}: {home.problem}")
+    home.notes.append(f"rank {index} is left unbound: {home.problem}")
+    return None
+
+
+def _node_cpus(machine: _Machine, id: int) -> str:
+    node = machine.topology.node(id)
+    return (format_ids(node.cpus) if node else "") or "none"
+
+
+def _socket(machine: _Machine, home: int) -> frozenset[int]:
+    """All usable CPUs of the nodes of the home's socket; a node belongs to the socket of its lowest usable CPU (torch).
+
+    torch asks this of every possible node, and raises where one has no CPU that is allowed. Here they are passed over.
+    """
+
+    def socket_of(node: int) -> int | None:
+        lowest = min(machine.on(node))
+        return next((socket.id for socket in machine.topology.sockets if lowest in socket.cpus), None)
+
+    own = socket_of(home)
+    return frozenset().union(*(machine.on(node) for node in machine.cores if socket_of(node) == own))
+
+
+def _exclusive(machine: _Machine, home: _Home, position: int, count: int) -> frozenset[int]:
+    """The share of one of ``count`` ranks: whole cores, in order, the first ranks get one more where uneven (torch).
+
+    With fewer cores than ranks torch raises. Here single hardware threads are dealt, and it is said; with too few of
+    those, or where one thread per core was asked for, it is the rank's problem.
+    """
+    assert home.node is not None
+    units = machine.cores[home.node]
+    if count > len(units):
+        threads: list[Threads] = [(cpu,) for core in units for cpu in core]
+        if machine.one_thread or count > len(threads):
+            home.problem = (
+                f"exclusive: {count} ranks on node {home.node}, which has {len(units)} usable cores"
+                f" (CPUs {format_ids(machine.on(home.node))})"
+            )
+            return frozenset()
+        home.notes.append(f"{count} ranks share the {len(units)} cores of node {home.node}, by hardware threads")
+        units = threads
+    each, extra = divmod(len(units), count)
     start = position * each + min(position, extra)
-    return frozenset(cpu for core in cores[start : start + each + (position < extra)] for cpu in core)
+    return frozenset(cpu for unit in units[start : start + each + (position < extra)] for cpu in unit)
 
 
-__all__ = ["Core", "Mapping", "PlacementError", "Rank", "parse_ids", "place", "plan"]
+def _core_complex(machine: _Machine, home: _Home, position: int, count: int) -> frozenset[int]:
+    """One last-level cache's usable CPUs within the node; those with the most CPUs first, then by their lowest CPU;
+    ranks beyond the number of caches begin again at the first (torch)."""
+    assert home.node is not None
+    cpus = machine.on(home.node)
+    groups = [(cache.cpus & cpus, min(cache.cpus)) for cache in machine.topology.caches if cache.cpus & cpus]
+    if not groups:
+        home.notes.append(f"core-complex: the caches of node {home.node} are not told; its whole node is taken")
+        return cpus
+    groups.sort(key=lambda group: (-len(group[0]), group[1]))
+    return groups[position % len(groups)][0]
+
+
+def _memory(
+    machine: _Machine,
+    memory: MemoryMode | MemoryPolicy | None,
+    home: _Home,
+    cpus: frozenset[int] | None,
+    devices: Iterable[Device],
+    required: bool,
+) -> MemoryPolicy | None:
+    """The policy of one rank: the mode over the nodes of its CPUs, or its home where its CPUs were given up."""
+    topology = machine.topology
+    if memory is None:
+        return None
+    if isinstance(memory, MemoryPolicy):
+        policy, problem = memory, ""
+        absent = memory.nodes - topology.allowed_nodes
+        if absent:
+            problem = f"nodes {format_ids(absent)} are absent or not allowed ({format_ids(topology.allowed_nodes)} are)"
+    elif memory in ("default", "local"):
+        return MemoryPolicy(memory)
+    elif memory not in get_args(MemoryMode):
+        raise PlacementError(f"memory policy {memory!r} is none of {', '.join(get_args(MemoryMode))}")
+    else:
+        near = [n for n in topology.nodes if (n.cpus & cpus if cpus is not None else n.id == home.node)]
+        nodes, problem = _memory_nodes(topology, near, home, devices)
+        if nodes:
+            one = home.node if home.node in nodes else min(nodes)
+            policy = MemoryPolicy(memory, frozenset((one,)) if memory == "preferred" else nodes)
+    if not problem:
+        return policy
+    if required:
+        raise PlacementError(f"memory policy {memory}: {problem}")
+    home.notes.append(f"memory is left to the inherited policy: {memory}: {problem}")
+    return None
+
+
+def _memory_nodes(
+    topology: Topology, near: list[Node], home: _Home, devices: Iterable[Device]
+) -> tuple[frozenset[int], str]:
+    """Those of ``near`` that have memory and are allowed, or the nearest that are; else the problem.
+
+    The memory of an accelerator can be a node of its own, without CPUs (field: GH200): no rank is sent there.
+    """
+    if not near:
+        return frozenset(), "the rank's node is unknown"
+    usable = [node for node in topology.nodes if node.id in topology.allowed_nodes]
+    if any(node.memory for node in usable):
+        usable = [node for node in usable if node.memory]
+    nodes = frozenset(node.id for node in near) & frozenset(node.id for node in usable)
+    if nodes:
+        return nodes, ""
+    names = format_ids(node.id for node in near)
+    of_devices = {device.node for device in devices}
+    others = [node for node in usable if node.cpus or node.id not in of_devices]
+    have_none = all(not node.memory for node in near)
+    if not others or not have_none:
+        why = "has no memory" if have_none else "is not allowed"
+        return frozenset(), f"node {names} {why} (allowed: {format_ids(topology.allowed_nodes) or 'none'})"
+    nearest = _nearest(near[0], others)
+    home.notes.append(f"node {names} has no memory: the nearest that has, {nearest}, is taken")
+    return frozenset((nearest,)), ""
+
+
+def _with_threads(topology: Topology, allowed: frozenset[int], ranks: list[Rank]) -> tuple[Rank, ...]:
+    masks = [allowed if rank.binding.cpus is None else rank.binding.cpus for rank in ranks]
+    threads = omp_num_threads(topology, masks)
+    return tuple(replace(rank, omp_threads=count) for rank, count in zip(ranks, threads, strict=True))
+
+
+__all__ = [
+    "PlacementError",
+    "Rank",
+    "place",
+    "plan",
+    "plan_lists",
+]

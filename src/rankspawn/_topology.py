@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from rankspawn._binding import format_ids, parse_ids
+from rankspawn._sysfs import PlacementError, TopologyError, Tree
 
 _CPU = "sys/devices/system/cpu"
 _NODE = "sys/devices/system/node"
@@ -25,7 +26,12 @@ _CACHE_DIR = re.compile(r"index([0-9]+)")
 _MEMTOTAL = re.compile(r"MemTotal:\s+([0-9]+) kB")
 
 # Where several names hold the same fact, today's list comes first and the old mask last.
-_THREADS = ("topology/thread_siblings_list", "topology/core_cpus_list", "topology/core_cpus", "topology/thread_siblings")
+_THREADS = (
+    "topology/thread_siblings_list",
+    "topology/core_cpus_list",
+    "topology/core_cpus",
+    "topology/thread_siblings",
+)
 _PACKAGE = (
     "topology/package_cpus_list",
     "topology/core_siblings_list",
@@ -36,95 +42,6 @@ _DIE = ("topology/die_cpus_list", "topology/die_cpus")
 
 _FULL_CAPACITY = 1024  # SCHED_CAPACITY_SCALE: what the kernel gives its fastest CPU in cpu_capacity
 _BIG = 0.9  # cores of one kind differ a little by their top clock (997 to 1024 on a GB10), kinds by far more
-
-
-class PlacementError(ValueError):
-    """No placement can be made. The message names the file or option, its value, and what to do."""
-
-
-class TopologyError(PlacementError):
-    """A file below the sysfs root cannot be read, or does not say what it should."""
-
-
-class Tree:
-    """The folder that has sys/ and proc/ in it. Paths are relative to it; ``opened`` lists each file that was read."""
-
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = os.fspath(root)
-        self.opened: list[str] = []
-        self._prefix = self.root.rstrip("/") + "/"
-
-    def text(self, path: str) -> str | None:
-        """The file's text without blanks and NUL bytes at its ends; None where there is no such file."""
-        try:
-            fd = os.open(self._prefix + path, os.O_RDONLY | os.O_CLOEXEC)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise TopologyError(f"cannot open {self._prefix}{path}: {error.strerror}") from error
-        try:
-            data = os.read(fd, 65536)
-            # A short read of sysfs is the whole file; only long ones of proc come in pieces.
-            while len(data) >= 4096 and (more := os.read(fd, 65536)):
-                data += more
-        except OSError as error:
-            raise TopologyError(f"cannot read {self._prefix}{path}: {error.strerror}") from error
-        finally:
-            os.close(fd)
-        self.opened.append(path)
-        return data.decode("ascii", "replace").strip(" \t\n\0")
-
-    def ids(self, path: str) -> frozenset[int] | None:
-        """The ids that a list ("0-3,8") or a mask ("ff,00000003") names; a path that ends in "list" is a list."""
-        text = self.text(path)
-        return None if text is None else self._parsed(path, text, mask=False)
-
-    def first_ids(self, folder: str, names: tuple[str, ...]) -> frozenset[int] | None:
-        """The ids in the first of ``names`` that ``folder`` has; names that end in "list" hold lists, others masks."""
-        for name in names:
-            text = self.text(f"{folder}/{name}")
-            if text is not None:
-                return self._parsed(f"{folder}/{name}", text, mask=not name.endswith("list"))
-        return None
-
-    def number(self, path: str) -> int | None:
-        """The one whole number in the file; None where there is no such file."""
-        text = self.text(path)
-        if text is None:
-            return None
-        try:
-            return int(text)
-        except ValueError:
-            raise TopologyError(f"{self._prefix}{path} should be a number: {text[:60]!r}") from None
-
-    def names(self, path: str) -> list[str]:
-        """What the folder holds, sorted; nothing where there is no such folder."""
-        try:
-            return sorted(os.listdir(self._prefix + path))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            raise TopologyError(f"cannot list {self._prefix}{path}: {error.strerror}") from error
-
-    def _parsed(self, path: str, text: str, *, mask: bool) -> frozenset[int]:
-        try:
-            return parse_mask(text) if mask else parse_ids(text)
-        except ValueError:
-            what = "a mask like ff,00000003" if mask else "a list like 0-3,8"
-            raise TopologyError(f"{self._prefix}{path} should be {what}: {text[:60]!r}") from None
-
-
-def parse_mask(text: str) -> frozenset[int]:
-    """The ids of a kernel mask: hexadecimal, in words of 32 bits, the highest first ("1,00000003" is 0, 1 and 32)."""
-    bits = 0
-    for word in text.split(","):
-        value = int(word, 16)
-        if not 0 <= value < 1 << 32 and "," in text:
-            raise ValueError(f"not a word of 32 bits: {word!r}")
-        bits = bits << 32 | value
-    if bits < 0:
-        raise ValueError(f"not a mask: {text!r}")
-    return frozenset(i for i, bit in enumerate(reversed(f"{bits:b}")) if bit == "1")
 
 
 @dataclass(frozen=True)
@@ -375,19 +292,28 @@ def _kinds(tree: Tree, online: frozenset[int], firsts: list[int]) -> dict[int, s
 
 
 def _caches(tree: Tree, online: frozenset[int]) -> tuple[Cache, ...]:
+    """The caches of the highest level that each CPU has, instruction caches aside.
+
+    The kernel numbers a CPU's caches from the core outwards. All are read for the first CPU; for another one the
+    first from the outside that has that CPU's level is its last, and saves reading the rest.
+    """
     levels: dict[int, int] = {}
+    deepest = 0
 
     def last_level(cpu: int) -> frozenset[int] | None:
+        nonlocal deepest
         folder = f"{_CPU}/cpu{cpu}/cache"
         best, level = "", 0
-        for name in tree.names(folder):
-            if not _CACHE_DIR.fullmatch(name):
-                continue
-            one = tree.number(f"{folder}/{name}/level") or 0
-            if one > level and tree.text(f"{folder}/{name}/type") in ("Unified", "Data"):
-                best, level = name, one
+        indices = [int(m[1]) for name in tree.names(folder) if (m := _CACHE_DIR.fullmatch(name))]
+        for index in sorted(indices, reverse=True):
+            one = tree.number(f"{folder}/index{index}/level") or 0
+            if one >= level and one and tree.text(f"{folder}/index{index}/type") in ("Unified", "Data"):
+                best, level = f"{folder}/index{index}", one
+                if level == deepest:
+                    break
         levels[cpu] = level
-        return tree.first_ids(f"{folder}/{best}", ("shared_cpu_list", "shared_cpu_map")) if best else None
+        deepest = deepest or level
+        return tree.first_ids(best, ("shared_cpu_list", "shared_cpu_map")) if best else None
 
     return tuple(Cache(levels[cpu], cpus) for cpu, cpus in _covered(online, last_level) if levels[cpu])
 
@@ -451,3 +377,6 @@ def _cpuset_mounts(tree: Tree) -> Iterator[tuple[str, str, str]]:
     for words in mounts:
         if len(words) > 3 and words[2] == "cgroup2":
             yield words[1], "cpuset.", paths.get("", old or "/")
+
+
+__all__ = ["Cache", "Core", "Die", "Node", "PlacementError", "Socket", "Topology", "TopologyError", "Tree"]

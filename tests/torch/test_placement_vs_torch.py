@@ -1,0 +1,152 @@
+"""The four modes against torch.numa.binding, on made-up machines: the same CPU sets wherever torch gives any."""
+
+from __future__ import annotations
+
+import builtins
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from rankspawn._placement import PlacementError, place
+from rankspawn._topology import Topology
+from tests.sysfs_tree import Gpu, Machine, address, write
+
+binding = pytest.importorskip("torch.numa.binding", reason="torch is not installed")
+MODES = ("node", "socket", "exclusive", "core-complex")
+TorchPlan = Callable[[str, int], "set[int]"]
+
+
+def gpus(*nodes: int) -> tuple[Gpu, ...]:
+    return tuple(Gpu(node) for node in nodes)
+
+
+# Machines on which torch gives a set for every mode and GPU.
+MACHINES = {
+    "one node": Machine(cores=8, threads=2, gpus=gpus(0, 0)),
+    "one node that says -1": Machine(cores=8, gpus=gpus(-1, -1, -1)),
+    "two sockets": Machine(sockets=2, cores=8, threads=2, gpus=gpus(0, 0, 0, 0, 1, 1, 1, 1)),
+    "two sockets, GPUs in another order": Machine(sockets=2, cores=6, threads=2, gpus=gpus(1, 0, 1, 0, 0)),
+    "NPS4": Machine(sockets=2, nodes=4, caches=2, cores=4, threads=2, gpus=gpus(3, 1, 1, 0, 7, 5, 5, 4)),
+    "SNC2": Machine(sockets=2, nodes=2, cores=10, threads=2, gpus=gpus(0, 0, 1, 2, 3, 3)),
+    "siblings adjacent": Machine(sockets=2, caches=2, cores=4, threads=2, siblings="adjacent", gpus=gpus(0, 0, 1)),
+    "uneven split": Machine(cores=7, threads=2, gpus=gpus(0, 0, 0)),
+    "as many GPUs as cores": Machine(cores=4, threads=2, gpus=gpus(0, 0, 0, 0)),
+    "more GPUs than caches": Machine(caches=2, cores=4, gpus=gpus(0, 0, 0, 0, 0)),
+    "no SMT": Machine(sockets=2, caches=4, cores=8, gpus=gpus(0, 0, 1, 1)),
+    "SMT 8": Machine(sockets=2, cores=5, threads=8, siblings="adjacent", gpus=gpus(0, 0, 1, 1)),
+    "offline CPUs": Machine(sockets=2, caches=2, cores=4, threads=2, offline=frozenset({0, 5, 17}), gpus=gpus(0, 0, 1)),
+    "sparse ids": Machine(sockets=2, caches=2, cores=4, threads=2, cpu_stride=3, cpu_base=2, gpus=gpus(0, 0, 1)),
+    "an inherited mask": Machine(
+        sockets=2, caches=4, cores=4, threads=2, allowed="1-3,6-9,20-31,40", gpus=gpus(0, 0, 1)
+    ),
+    "half of each core": Machine(sockets=2, caches=4, cores=4, threads=2, allowed="0-31", gpus=gpus(0, 0)),
+    "second threads first": Machine(caches=2, cores=4, threads=2, allowed="2,5,8,9,11,14", gpus=gpus(0, 0)),
+    "16 nodes": Machine(sockets=4, nodes=4, cores=4, threads=2, gpus=gpus(*range(16))),
+    "1,024 CPUs": Machine(sockets=4, nodes=4, caches=2, cores=16, threads=2, gpus=gpus(0, 0, 5, 5, 10, 15, 15, 15)),
+    "a hybrid": Machine(cores=12, threads=1, big=4, gpus=gpus(0, 0)),
+}
+
+
+@pytest.fixture
+def torch_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, tuple[str, ...], frozenset[int]], TorchPlan]:
+    """torch's functions, reading another machine's tree: its GPUs' addresses, and the mask of the calling thread."""
+
+    def point_at(root: Path, addresses: tuple[str, ...], allowed: frozenset[int]) -> TorchPlan:
+        found = []
+        for one in addresses:
+            domain, bus, rest = one.split(":")
+            slot = int(rest.partition(".")[0], 16)
+            found.append(SimpleNamespace(pci_domain_id=int(domain, 16), pci_bus_id=int(bus, 16), pci_device_id=slot))
+        cuda = SimpleNamespace(device_count=lambda: len(found), get_device_properties=lambda i: found[i])
+        system = SimpleNamespace(
+            path=os.path,
+            listdir=lambda path: os.listdir(f"{root}{path}"),
+            sched_getaffinity=lambda pid: set(allowed),
+        )
+        monkeypatch.setattr(binding, "open", lambda path: builtins.open(f"{root}{path}"), raising=False)
+        monkeypatch.setattr(binding, "os", system)
+        monkeypatch.setattr(binding, "torch", SimpleNamespace(cuda=cuda))
+
+        def plan(mode: str, index: int) -> set[int]:
+            options = binding.NumaOptions(affinity_mode=binding.AffinityMode(mode))
+            cpus: set[int] = binding._get_logical_cpus_to_bind_to(gpu_index=index, numa_options=options)
+            return cpus
+
+        return plan
+
+    return point_at
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_the_same_sets_as_torch(name: str, tmp_path: Path, torch_on) -> None:
+    machine = MACHINES[name]
+    topology = Topology.read(write(tmp_path, machine))
+    addresses = tuple(address(i) for i in range(len(machine.gpus)))
+    torch_plan = torch_on(tmp_path, addresses, topology.allowed_cpus)
+    for mode in MODES:
+        theirs = [torch_plan(mode, i) for i in range(len(addresses))]
+        ours = [place(topology, mode, gpu_index=i, devices=addresses)[0].cpus for i in range(len(addresses))]
+        assert ours == theirs, mode
+        # Launched as one rank for each GPU, found by ourselves, the sets are the same.
+        assert [rank.cpus for rank in place(topology, mode, nprocs=len(addresses))] == theirs, mode
+
+
+DIFFERENCES = {
+    # Where torch raises, and ours has an answer: (machine, mode, error of torch, ours for GPU 0).
+    "socket, a node without CPUs": (Machine(memory_only=1, gpus=gpus(0)), "socket", ValueError, {0, 1, 2, 3}),
+    "socket, a node that is not allowed": (
+        Machine(sockets=2, allowed="0-3", gpus=gpus(0)),
+        "socket",
+        ValueError,
+        {0, 1, 2, 3},
+    ),
+    "core-complex, no cache files": (
+        Machine(caches_written=False, gpus=gpus(0)),
+        "core-complex",
+        FileNotFoundError,
+        {0, 1, 2, 3},
+    ),
+    "exclusive, more GPUs than cores": (
+        Machine(cores=2, threads=2, gpus=gpus(0, 0, 0)),
+        "exclusive",
+        RuntimeError,
+        {0, 2},
+    ),
+    "a GPU on a node without CPUs": (Machine(memory_only=1, gpus=gpus(1)), "node", None, {0, 1, 2, 3}),
+    "one node whose id is not 0": (Machine(node_ids=(3,), gpus=gpus(-1)), "node", RuntimeError, {0, 1, 2, 3}),
+    "-1 on two nodes, with a local_cpulist": (
+        Machine(sockets=2, gpus=(Gpu(-1, local="4-7"),)),
+        "node",
+        {0, 1, 2, 3},
+        {4, 5, 6, 7},
+    ),
+    "masks only": (Machine(masks=True, gpus=gpus(0)), "exclusive", RuntimeError, {0, 1, 2, 3}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # What is assumed is said; test_placement.py looks at the words.
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_a_set_where_torch_has_none_or_a_wrong_one(name: str, tmp_path: Path, torch_on) -> None:
+    machine, mode, theirs, ours = DIFFERENCES[name]
+    topology = Topology.read(write(tmp_path, machine))
+    addresses = tuple(address(i) for i in range(len(machine.gpus)))
+    torch_plan = torch_on(tmp_path, addresses, topology.allowed_cpus)
+    assert place(topology, mode, gpu_index=0, devices=addresses)[0].cpus == ours
+    if isinstance(theirs, type):
+        with pytest.raises(theirs):
+            torch_plan(mode, 0)
+    else:
+        assert torch_plan(mode, 0) == (theirs or set())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_unknown_node_is_said_and_not_node_0(mode: str, tmp_path: Path, torch_on) -> None:
+    machine = Machine(sockets=2, gpus=gpus(-1, -1))
+    topology = Topology.read(write(tmp_path, machine))
+    torch_plan = torch_on(tmp_path, (address(0), address(1)), topology.allowed_cpus)
+    assert torch_plan("node", 0) == torch_plan("node", 1) == {0, 1, 2, 3}
+    with pytest.raises(PlacementError, match=r"0000:10:00\.0: its NUMA node is unknown"):
+        place(topology, mode, gpu_index=0, devices=(address(0), address(1)))
