@@ -395,6 +395,27 @@ def _set_affinity(pid: int, cpus: frozenset[int]) -> int:
     return 0
 
 
+def bind_thread(binding: Binding) -> tuple[RefusedStep, ...]:
+    """Bind the calling thread, and what it will start; returns the refused steps where they are not required.
+
+    Raises BindingError for a refused step of a required binding.
+    """
+    refused = []
+    if binding.cpus is not None:
+        try:
+            os.sched_setaffinity(0, binding.cpus)
+        except OSError as error:
+            refused.append(("sched_setaffinity", error.errno or errno.EINVAL))
+    if binding.memory is not None:
+        _, mode, nodes = _masks(binding)
+        code = _spawn.set_mempolicy(mode, nodes)
+        if code:
+            refused.append(("set_mempolicy", code))
+    if refused and binding.required:
+        raise BindingError.refused(*refused[0], binding)
+    return tuple(RefusedStep(step, code) for step, code in refused)
+
+
 def _why_no_engine() -> str:
     if EXTENSION_ERROR is not None:
         return f"the extension is not in this installation ({EXTENSION_ERROR})"

@@ -87,7 +87,19 @@ cdef extern from "spawn.h" nogil:
 
 cdef extern from *:
     """
+    #include <errno.h>
     #include <unistd.h>
+    #include "numa_shim.h"
+
+    static int rankspawn_set_mempolicy(int mode, const unsigned long *nodes, unsigned long bits)
+    {
+    #if defined(RANKSPAWN_HAVE_LIBNUMA) || defined(SYS_set_mempolicy)
+        return set_mempolicy(mode, nodes, nodes ? bits + 1 : 0) < 0 ? errno : 0;
+    #else
+        (void)mode, (void)nodes, (void)bits;
+        return ENOSYS;
+    #endif
+    }
     #ifdef __APPLE__
     #include <crt_externs.h>
     #define rankspawn_environ (*_NSGetEnviron())
@@ -103,6 +115,7 @@ cdef extern from *:
     """
     char **rankspawn_environ
     bint rankspawn_has_libnuma
+    int rankspawn_set_mempolicy(int mode, const unsigned long *nodes, unsigned long bits)
 
 
 INHERIT = STREAM_INHERIT
@@ -270,6 +283,15 @@ def pack_ids(ids):
     for one in ids:
         spawn_mask_set(<unsigned long *><void *>mask, words * bits, one)
     return bytes(packed)
+
+
+def set_mempolicy(int mode, bytes node_mask):
+    """set_mempolicy(2) for the calling thread alone; node_mask is from pack_ids, or None. Returns 0 or an errno."""
+    if node_mask is None:
+        return rankspawn_set_mempolicy(mode, NULL, 0)
+    return rankspawn_set_mempolicy(
+        mode, <const unsigned long *><const void *><char *>node_mask, len(node_mask) * CHAR_BIT
+    )
 
 
 cdef int _set_stream(spawn_stream *stream, object target) except -1:

@@ -1,0 +1,7 @@
+"""``python -m rankspawn`` is the ``rankspawn`` command."""
+
+import sys
+
+from ._cli import main
+
+sys.exit(main())

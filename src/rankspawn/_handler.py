@@ -1,0 +1,203 @@
+"""``SubprocessHandler``: torch.distributed.elastic's handler of one rank, over our Popen. torch is never imported."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import IO, TYPE_CHECKING, Any
+
+from ._binding import AffinityMode
+from ._popen import Popen, bind_thread
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable
+
+    from ._binding import Binding, NumaOptions
+
+_ON_WINDOWS = sys.platform == "win32"
+
+
+def _warn(text: str, *values: object, exc_info: bool = False) -> None:
+    import logging  # not at import: it is as expensive as all the rest of this package
+
+    logging.getLogger("rankspawn").warning(text, *values, exc_info=exc_info)
+
+
+def _default_signal() -> signal.Signals:
+    return signal.CTRL_C_EVENT if _ON_WINDOWS else signal.SIGTERM  # type: ignore[attr-defined, no-any-return, unused-ignore]
+
+
+class SubprocessHandler:
+    """One rank: its process, its log files, its binding.
+
+    entrypoint, args: the program and its arguments, each made text by ``str()``.
+    env: added to ``os.environ`` for the rank.
+    stdout, stderr: paths of log files, created or truncated; None or "" inherits. One path for both is opened once.
+    local_rank_id: the rank on this machine; with ``numa_options`` also the index of its device.
+    numa_options: how to bind it: ours, torch's, or None.
+
+    The rank leads a session of its own. Raises what Popen raises, and PlacementError when ``numa_options`` cannot be
+    followed on this machine and falling back was not asked for.
+    """
+
+    proc: subprocess.Popen[Any]
+    local_rank_id: int
+
+    def __init__(
+        self,
+        entrypoint: str,
+        args: tuple[Any, ...],
+        env: dict[str, str],
+        stdout: str | None,
+        stderr: str | None,
+        local_rank_id: int,
+        numa_options: NumaOptions | None = None,
+    ) -> None:
+        self._log_paths = (stdout or None, stderr or None)
+        self._log_files: dict[str, IO[str]] = {}
+        self.local_rank_id = local_rank_id
+        self._binding = _binding_for(local_rank_id, numa_options)
+        command = (entrypoint, *map(str, args))
+        # Dropped when the start fails, so that what a subclass opened is closed.
+        try:
+            self.proc = self._start(command, {**os.environ, **env})
+        except BaseException:
+            self._close_logs()
+            raise
+        if isinstance(self.proc, Popen):
+            for refused in self.proc.binding_report.refused:
+                _warn("local rank %d runs without %s", local_rank_id, refused)
+
+    @property
+    def _stdout(self) -> IO[str] | None:
+        """The log file, as torch has it: for subclasses that start the rank themselves. Ours lets the rank open it."""
+        return self._log_file(self._log_paths[0])
+
+    @property
+    def _stderr(self) -> IO[str] | None:
+        return self._log_file(self._log_paths[1])
+
+    def _log_file(self, path: str | None) -> IO[str] | None:
+        if path is None:
+            return None
+        if path not in self._log_files:
+            # The rank may be writing already: its log must not be truncated under it.
+            mode = "a" if hasattr(self, "proc") else "w"
+            self._log_files[path] = open(path, mode)  # noqa: SIM115 - closed by close()
+        return self._log_files[path]
+
+    def _close_logs(self) -> None:
+        for file in self._log_files.values():
+            file.close()
+
+    def _start(self, command: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[Any]:
+        if type(self)._popen is SubprocessHandler._popen or self._binding is None:
+            return self._popen(command, env)
+        # A subclass starts the process in its own way. A thread made for it is bound first: what a thread starts
+        # inherits its mask and policy, and the caller's own stay untouched.
+        return _in_bound_thread(self._binding, lambda: self._popen(command, env))
+
+    def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[Any]:
+        """Start the rank. Subclasses may override it; the binding applies all the same."""
+        stdout, stderr = map(_as_path, self._log_paths)
+        own_session = {} if _ON_WINDOWS else {"start_new_session": True}
+        return Popen(args, env=env, stdout=stdout, stderr=stderr, binding=self._binding, **own_session)
+
+    def close(self, death_sig: signal.Signals | None = None) -> None:
+        """Signal the rank's process group, SIGTERM unless ``death_sig`` is given, and close the log files.
+
+        On Windows the rank itself gets the signal, CTRL_C_EVENT by default. Nothing is signalled when nobody is left in
+        the group, so that closing twice is harmless.
+        """
+        sig = death_sig or _default_signal()
+        try:
+            if _ON_WINDOWS:
+                self.proc.send_signal(sig)
+            elif isinstance(self.proc, Popen) and self.proc._leads_group:
+                self.proc.send_signal_group(sig)
+            elif self.proc.returncode is None:
+                # Started by a subclass: not waited for, so the number is still its own.
+                os.killpg(self.proc.pid, sig)
+        except ProcessLookupError:
+            pass
+        finally:
+            self._close_logs()
+
+
+def get_subprocess_handler(
+    entrypoint: str,
+    args: tuple[Any, ...],
+    env: dict[str, str],
+    stdout: str,
+    stderr: str,
+    local_rank_id: int,
+    numa_options: NumaOptions | None = None,
+) -> SubprocessHandler:
+    """A SubprocessHandler, with torch's signature."""
+    return SubprocessHandler(
+        entrypoint=entrypoint,
+        args=args,
+        env=env,
+        stdout=stdout,
+        stderr=stderr,
+        local_rank_id=local_rank_id,
+        numa_options=numa_options,
+    )
+
+
+def _binding_for(local_rank: int, options: NumaOptions | None) -> Binding | None:
+    """The binding of one rank; torch's own NumaOptions has the first two attributes of ours."""
+    if options is None:
+        return None
+    # Not at import: programs that only start processes need none of it.
+    from ._placement import plan
+    from ._topology import PlacementError, Topology
+
+    fall_back = options.should_fall_back_if_binding_fails
+    try:
+        (rank,) = plan(
+            Topology.read(),
+            AffinityMode(options.affinity_mode),
+            gpu_index=local_rank,
+            memory=getattr(options, "memory_policy", None),
+            required=not fall_back,
+        )
+    except PlacementError:
+        if not fall_back:
+            raise
+        _warn("local rank %d starts unbound", local_rank, exc_info=True)
+        return None
+    for note in rank.notes:
+        _warn("local rank %d: %s", local_rank, note)
+    return rank.binding
+
+
+def _as_path(path: str | None) -> os.PathLike[str] | None:
+    from pathlib import Path  # not at import: it is the most expensive import that this module could need
+
+    return None if path is None else Path(path)
+
+
+def _in_bound_thread(
+    binding: Binding, start: Callable[[], subprocess.Popen[Any]]
+) -> subprocess.Popen[Any]:
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            for refused in bind_thread(binding):
+                _warn("the rank starts without %s", refused)
+            outcome.extend((start(), None))
+        except BaseException as error:  # noqa: BLE001 - raised again in the calling thread
+            outcome[:] = (None, error)
+
+    thread = threading.Thread(target=run, name="rankspawn-bound")
+    thread.start()
+    thread.join()
+    started, error = outcome
+    if error is not None:
+        raise error
+    return started  # type: ignore[no-any-return]
