@@ -26,7 +26,7 @@ export RANKSPAWN_REQUIRE_EXTENSION := 1
 export RANKSPAWN_DEVELOP ?= 1
 demo: export RANKSPAWN_DEVELOP = 0
 
-C_CHECK := -std=c11 -O2 -Wall -Wextra -Werror -Wframe-larger-than=4096 -Wshadow -Wvla -iquote csrc
+C_CHECK := -std=c11 -O2 -Wall -Wextra -Werror -Wshadow -Wvla -iquote csrc
 
 PIP_FAILED = { echo "make: pip could not install what is named above. It needs a package index: check the network,"; \
   echo "make: a proxy (https_proxy) or your pip configuration, then run the same make again."; exit 1; }
@@ -47,23 +47,23 @@ demo: $(VENV)/.built ## set everything up, then run 4 bound ranks: examples/ring
 	  echo "  make test-torch                               (in an environment of its own)"; \
 	  echo "  $(PY) -m pip install torch==2.13.0 scikit-learn, then make demo again"; fi
 
-test: $(VENV)/.dev $(VENV)/.built ## set everything up and run the whole default test run (a few minutes)
+test: $(VENV)/.test $(VENV)/.built ## set everything up and run the whole default test run (a few minutes)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 lint: lint-python lint-types lint-cython lint-c ## ruff, mypy --strict, cython-lint, clang-format, gcc -Werror (-k: tell all)
 
-lint-python: $(VENV)/.dev
+lint-python: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-lint-types: $(VENV)/.dev
+lint-types: $(VENV)/.lint
 	$(VENV)/bin/mypy --strict src
 
-lint-cython: $(VENV)/.dev
+lint-cython: $(VENV)/.lint
 	PATH="$(abspath $(VENV)/bin):$$PATH" cython-lint $(PYX_FILES)  # which looks for pycodestyle on PATH
 
 # Both builds, with and without libnuma; compiled and not only parsed, since some warnings come from the optimiser.
-lint-c: $(VENV)/.dev
+lint-c: $(VENV)/.lint
 	@mkdir -p build
 	@for file in $(wildcard csrc/*.c); do \
 	  for numa in $$(test -e build/.numa && echo -DRANKSPAWN_HAVE_LIBNUMA=1) ""; do \
@@ -73,14 +73,14 @@ lint-c: $(VENV)/.dev
 	done; rm -f build/lint.o
 	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)
 
-format: $(VENV)/.dev ## rewrite Python and C as lint wants them
+format: $(VENV)/.lint ## rewrite Python and C as lint wants them
 	$(VENV)/bin/ruff check --fix-only .
 	$(VENV)/bin/ruff format .
 	$(if $(C_FILES),$(VENV)/bin/clang-format -i $(C_FILES))
 
 # The sanitizers' build has a folder of its own, found before src/ by PYTHONPATH. Leaks are not looked for: the
 # interpreter itself keeps memory until it exits.
-test-asan: build/asan/.built $(VENV)/.dev $(VENV)/.built ## the engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+test-asan: build/asan/.built $(VENV)/.test $(VENV)/.built ## the engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	PYTHONPATH=$(CURDIR)/build/asan/lib PYTHONMALLOC=malloc \
 	LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
@@ -93,7 +93,7 @@ test-torch: $(TORCH_VENV)/.built ## our handler beside torch's, and the DDP exam
 	$(if $(wildcard tests/torch),$(TORCH_PY) -m pytest tests/torch $(PYTEST_ARGS))
 	$(TORCH_VENV)/bin/rankspawn run --nproc-per-node 2 examples/ddp_digits.py
 
-bench: $(VENV)/.dev $(VENV)/.built ## measure: the figures of docs/benchmarks.md
+bench: $(VENV)/.test $(VENV)/.built ## measure: the figures of docs/benchmarks.md
 	$(PY) benchmarks/run.py
 
 package: $(VENV)/.release ## build the sdist and the wheel from it, and check both
@@ -159,22 +159,21 @@ $(VENV)/.made $(TORCH_VENV)/.made: %/.made: | build/.system
 	@$*/bin/python -m pip install -q --upgrade 'pip >= 25.1' || $(PIP_FAILED)
 	@touch $@
 
-$(VENV)/.build-tools: $(VENV)/.made pyproject.toml
-	$(PY) -m pip install -q --group build 'psutil >= 5.9' || $(PIP_FAILED)
-	@touch $@
-
-$(VENV)/.dev: $(VENV)/.made pyproject.toml
-	$(PY) -m pip install -q --group dev || $(PIP_FAILED)
-	@touch $@
-
-$(VENV)/.release: $(VENV)/.made pyproject.toml
-	$(PY) -m pip install -q --group build --group release || $(PIP_FAILED)
-	@touch $@
-
+# One stamp for each dependency group of pyproject.toml.
+$(VENV)/.build-tools: GROUPS = --group build 'psutil >= 5.9'
+$(VENV)/.test: GROUPS = --group test
+$(VENV)/.lint: GROUPS = --group lint
+$(VENV)/.release: GROUPS = --group build --group release
 # Named with one exact version: an open range would take gigabytes of another build on some machines.
-$(TORCH_VENV)/.build-tools: $(TORCH_VENV)/.made pyproject.toml
-	$(TORCH_PY) -m pip install -q torch==2.13.0 scikit-learn --group build --group test || $(PIP_FAILED)
+$(TORCH_VENV)/.build-tools: GROUPS = --group build --group test torch==2.13.0 scikit-learn
+
+$(addprefix $(VENV)/,.build-tools .test .lint .release) $(TORCH_VENV)/.build-tools: pyproject.toml
+	@echo "make: $(@D): pip install $(GROUPS)"
+	@$(@D)/bin/python -m pip install -q $(GROUPS) || $(PIP_FAILED)
 	@touch $@
+
+$(addprefix $(VENV)/,.build-tools .test .lint .release): $(VENV)/.made
+$(TORCH_VENV)/.build-tools: $(TORCH_VENV)/.made
 
 # "Editable": the .so lies in src/rankspawn, and Python files need no second install.
 $(VENV)/.built $(TORCH_VENV)/.built: %/.built: %/.build-tools $(ENGINE) pyproject.toml | build/.system
