@@ -17,6 +17,8 @@ PYX_FILES := $(wildcard src/rankspawn/*.pyx)
 
 # Extra words for pytest: make test PYTEST_ARGS="-k affinity -x"
 PYTEST_ARGS ?=
+# And for benchmarks/run.py, which lists its own.
+BENCH_ARGS ?=
 # The tests that exercise C: everything else would only run Python slower.
 ASAN_TESTS ?= $(wildcard tests/test_spawn*.py tests/test_popen*.py tests/test_engine*.py tests/test_failures*.py)
 
@@ -93,8 +95,9 @@ test-torch: $(TORCH_VENV)/.built ## our handler beside torch's, and the DDP exam
 	$(if $(wildcard tests/torch),$(TORCH_PY) -m pytest tests/torch $(PYTEST_ARGS))
 	$(TORCH_VENV)/bin/rankspawn run --nproc-per-node 2 examples/ddp_digits.py
 
-bench: $(VENV)/.test $(VENV)/.built ## measure: the figures of docs/benchmarks.md
-	$(PY) benchmarks/run.py
+# torch's handler is a competitor where it is installed: after `make test-torch` the benchmarks run beside it.
+bench: $(VENV)/.test $(VENV)/.built ## measure: the figures of docs/benchmarks.md (BENCH_ARGS="--effort 0.2": a quick look)
+	$(if $(wildcard $(TORCH_VENV)/.built),$(TORCH_PY),$(PY)) benchmarks/run.py $(BENCH_ARGS)
 
 package: $(VENV)/.release ## build the sdist and the wheel from it, and check both
 	rm -rf dist

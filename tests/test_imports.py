@@ -18,22 +18,25 @@ SOURCE = Path(__file__).parent.parent / "src" / "rankspawn"
 
 # Each module and what it may import of ours. A new module gets a row here, and with it a place in the picture in
 # CONTRIBUTING.md. `__init__` re-exports, so it may import all that are public through it.
-_PLACES = {"_binding", "_devices", "_topology", "_placement"}
-ARROWS = {
+PLACES = {"_binding", "_devices", "_topology", "_placement"}
+ARROWS: dict[str, set[str]] = {
+    "__init__": {"_group", "_handler", "_popen", *PLACES},
     "__main__": {"_cli"},
-    "_cli": {"_group", "_handler", "_show", "_doctor", *_PLACES},
-    "torchrun": {"_group", "_handler", "_show", "_doctor", *_PLACES},
-    "_doctor": {"_popen", "_spawn", *_PLACES},
-    "_show": _PLACES,
-    "_group": {"_handler", "_popen", "_placement", "_binding"},
-    "_handler": {"_popen", "_placement", "_binding"},
+    "_cli": {"_group", "_handler", "_show", "_doctor", *PLACES},
+    "torchrun": {"_group", "_handler", "_show", "_doctor", *PLACES},
+    "_doctor": {"_popen", "_spawn", *PLACES},
+    "_show": PLACES,
+    "_group": {"_handler", "_popen", "_placement", "_topology", "_binding"},
+    "_handler": {"_popen", "_placement", "_topology", "_binding"},
     "_popen": {"_spawn", "_binding"},
-    "_placement": {"_devices", "_topology", "_binding"},
-    "_devices": {"_topology", "_binding"},
-    "_topology": {"_binding"},
-    "_binding": set[str](),
-    "_spawn": set[str](),
-    "__init__": {"_binding", "_devices", "_group", "_handler", "_placement", "_popen", "_topology"},
+    "_placement": {"_devices", "_topology", "_openmp", "_binding"},
+    "_openmp": {"_topology", "_binding"},
+    "_devices": {"_topology", "_visible", "_sysfs", "_binding"},
+    "_visible": {"_sysfs", "_binding"},
+    "_topology": {"_sysfs", "_binding"},
+    "_sysfs": {"_binding"},
+    "_binding": set(),
+    "_spawn": set(),
 }
 
 # Nothing of these is needed to start a rank, and each would add to every launcher's start.
