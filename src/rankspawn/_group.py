@@ -175,7 +175,7 @@ def launch(
             ranks.append(
                 Popen(
                     command,
-                    env={**env, **job.environment(number), **rank_env[number]},
+                    env={**env, **job.environment(number), **rank_env[number], **_call_time()},
                     stdout=stdout,
                     stderr=stderr,
                     binding=bindings[number],
@@ -188,6 +188,11 @@ def launch(
             started.kill()
         raise
     return RankGroup(ranks)
+
+
+def _call_time() -> dict[str, str]:
+    """When the rank was asked for, by the clock that every process shares: nanoseconds of CLOCK_MONOTONIC."""
+    return {"RANKSPAWN_CALL_NS": str(time.monotonic_ns())}
 
 
 def _logs(log_dir: str | None, rank: int) -> tuple[os.PathLike[str] | None, os.PathLike[str] | None]:

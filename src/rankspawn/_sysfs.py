@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 
 from rankspawn._binding import parse_ids
+
+_PAIR = re.compile(r"[0-9]{1,6}(?:,[0-9]{1,6})?")  # a core's threads, in most machines
 
 
 class PlacementError(ValueError):
@@ -48,12 +51,22 @@ class Tree:
         text = self.text(path)
         return None if text is None else self._parsed(path, text, mask=False)
 
-    def first_ids(self, folder: str, names: tuple[str, ...]) -> frozenset[int] | None:
-        """The ids in the first of ``names`` that ``folder`` has; names that end in "list" hold lists, others masks."""
+    def first_ids(self, folder: str, names: tuple[str, ...], of: int | None = None) -> frozenset[int] | None:
+        """The ids in the first of ``names`` that ``folder`` has; names that end in "list" hold lists, others masks.
+
+        of: an id that must be among them, as a CPU is among its own siblings. A file without it is passed over for
+        the next name (in trees made by hand, lists and masks disagree); TopologyError where no other is there.
+        """
+        wrong = ""
         for name in names:
             text = self.text(f"{folder}/{name}")
             if text is not None:
-                return self._parsed(f"{folder}/{name}", text, mask=not name.endswith("list"))
+                ids = self._parsed(f"{folder}/{name}", text, mask=not name.endswith("list"))
+                if of is None or of in ids:
+                    return ids
+                wrong = wrong or f"{self._prefix}{folder}/{name} should have {of} among its ids: {text[:60]!r}"
+        if wrong:
+            raise TopologyError(wrong)
         return None
 
     def number(self, path: str) -> int | None:
@@ -84,8 +97,8 @@ class Tree:
 
     def _parsed(self, path: str, text: str, *, mask: bool) -> frozenset[int]:
         try:
-            if not mask and len(text) < 12 and text.replace(",", "").isdigit():
-                return frozenset(map(int, text.split(",")))  # "5,133", the commonest: a third of the time
+            if not mask and _PAIR.fullmatch(text):
+                return frozenset(map(int, text.split(",")))  # The commonest by far, in a third of the time.
             return parse_mask(text) if mask else parse_ids(text)
         except ValueError:
             what = "a mask like ff,00000003" if mask else "a list like 0-3,8"

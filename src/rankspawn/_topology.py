@@ -174,15 +174,19 @@ def _nodes(tree: Tree, online: frozenset[int], notes: list[str]) -> tuple[Node, 
         notes.append(f"no {_NODE}: one node with all CPUs is assumed")
         return (Node(0, online, _memory(tree, "proc/meminfo")),)
     order = sorted(ids)
-    nodes = []
+    nodes: list[Node] = []
+    taken: frozenset[int] = frozenset()
     for id in order:
         folder = f"{_NODE}/node{id}"
         cpus = tree.first_ids(folder, ("cpulist", "cpumap"))
         if cpus is None:
             notes.append(f"node {id} is online but {folder} has no cpulist: it is left out")
             continue
+        if cpus & taken:
+            notes.append(f"CPUs {format_ids(cpus & taken)} are in node {id} and in one before: the first one counts")
         row = _distances(tree, f"{folder}/distance", order, notes)
-        nodes.append(Node(id, cpus & online, _memory(tree, f"{folder}/meminfo"), row))
+        nodes.append(Node(id, cpus & online - taken, _memory(tree, f"{folder}/meminfo"), row))
+        taken |= cpus
     if not any(node.cpus for node in nodes):
         raise TopologyError(f"{tree.root}: no node below {_NODE} has an online CPU (online are {format_ids(online)})")
     stray = online.difference(*(node.cpus for node in nodes))
@@ -212,7 +216,7 @@ def _covered(
 ) -> Iterator[tuple[int, frozenset[int]]]:
     """Disjoint groups that cover ``online``, each with its lowest CPU; only that CPU's file is read.
 
-    A group without a file, or that leaves out the CPU itself, is that CPU alone.
+    A CPU without a file is a group of its own.
     """
     left = set(online)
     for cpu in sorted(online):
@@ -229,7 +233,7 @@ def _sockets(tree: Tree, online: frozenset[int], notes: list[str]) -> tuple[Sock
     for cpu in sorted(online):
         if cpu not in left:
             continue
-        cpus = tree.first_ids(f"{_CPU}/cpu{cpu}", _PACKAGE)
+        cpus = tree.first_ids(f"{_CPU}/cpu{cpu}", _PACKAGE, cpu)
         id = tree.number(f"{_CPU}/cpu{cpu}/topology/physical_package_id")
         if cpus is None and id is None:
             unnumbered.append(frozenset((cpu,)))
@@ -251,17 +255,17 @@ def _sockets(tree: Tree, online: frozenset[int], notes: list[str]) -> tuple[Sock
 
 def _dies(tree: Tree, online: frozenset[int]) -> tuple[Die, ...]:
     """The dies; none where the kernel does not tell them (before 5.3, and on architectures without)."""
-    first = tree.first_ids(f"{_CPU}/cpu{min(online)}", _DIE)
+    first = tree.first_ids(f"{_CPU}/cpu{min(online)}", _DIE, min(online))
     if first is None:
         return ()
     known = {min(online): first}
-    groups = _covered(online, lambda cpu: known.get(cpu) or tree.first_ids(f"{_CPU}/cpu{cpu}", _DIE))
+    groups = _covered(online, lambda cpu: known.get(cpu) or tree.first_ids(f"{_CPU}/cpu{cpu}", _DIE, cpu))
     return tuple(Die(tree.number(f"{_CPU}/cpu{cpu}/topology/die_id") or 0, cpus) for cpu, cpus in groups)
 
 
 def _cores(tree: Tree, online: frozenset[int]) -> tuple[Core, ...]:
     names = _present(tree, f"{_CPU}/cpu{min(online)}", _THREADS)
-    groups = list(_covered(online, lambda cpu: tree.first_ids(f"{_CPU}/cpu{cpu}", names)))
+    groups = list(_covered(online, lambda cpu: tree.first_ids(f"{_CPU}/cpu{cpu}", names, cpu)))
     kinds = _kinds(tree, online, [cpu for cpu, _ in groups])
     return tuple(Core(tuple(sorted(cpus)), kinds.get(cpu, "")) for cpu, cpus in groups)
 
@@ -313,7 +317,7 @@ def _caches(tree: Tree, online: frozenset[int]) -> tuple[Cache, ...]:
                     break
         levels[cpu] = level
         deepest = deepest or level
-        return tree.first_ids(best, ("shared_cpu_list", "shared_cpu_map")) if best else None
+        return tree.first_ids(best, ("shared_cpu_list", "shared_cpu_map"), cpu) if best else None
 
     return tuple(Cache(levels[cpu], cpus) for cpu, cpus in _covered(online, last_level) if levels[cpu])
 

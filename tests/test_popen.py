@@ -1,0 +1,560 @@
+"""Popen: the same tests on subprocess.Popen and on ours by each mechanism, then what is ours alone."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rankspawn
+from rankspawn import Binding, BindingError, MemoryPolicy, Popen, _popen
+
+PYTHON = sys.executable
+MECHANISMS = ("clone", "posix_spawn", "subprocess")
+
+
+@pytest.fixture(params=["reference", *MECHANISMS])
+def popen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """subprocess.Popen, then ours with each mechanism first. Asserts that the mechanism ran, or declined to clone."""
+    if request.param == "reference":
+        yield subprocess.Popen
+        return
+    monkeypatch.setenv("RANKSPAWN_MECHANISM", request.param)
+    _popen.mechanisms.cache_clear()
+
+    def start(*args: Any, **kwargs: Any) -> Popen:
+        process = Popen(*args, **kwargs)
+        allowed = {"posix_spawn": ("posix_spawn", "clone")}.get(request.param, (request.param,))
+        assert process.mechanism in (("subprocess",) if kwargs.get("preexec_fn") else allowed)
+        return process
+
+    yield start
+    monkeypatch.undo()
+    _popen.mechanisms.cache_clear()
+
+
+def run(popen: Callable[..., Any], *command: str, **kwargs: Any) -> tuple[bytes, bytes, int]:
+    with popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs) as process:
+        out, err = process.communicate(timeout=30)
+    return out, err, process.returncode
+
+
+def python(popen: Callable[..., Any], code: str, **kwargs: Any) -> str:
+    out, err, status = run(popen, PYTHON, "-c", code, **kwargs)
+    assert (err, status) == (b"", 0)
+    return out.decode().strip()
+
+
+# ---- what subprocess can do ---------------------------------------------------------------------------------------
+
+
+def test_streams_and_status(popen: Callable[..., Any]) -> None:
+    script = "read line; echo out $line; echo err >&2; exit 3"
+    with popen(
+        ["/bin/sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.communicate("in\n", timeout=30) == ("out in\n", "err\n")
+    assert process.returncode == 3
+
+
+def test_stderr_into_stdout(popen: Callable[..., Any]) -> None:
+    with popen("echo a; echo b >&2", shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.communicate()[0] == b"a\nb\n"
+
+
+def test_devnull(popen: Callable[..., Any]) -> None:
+    code = "import os; print(*(os.readlink(f'/proc/self/fd/{n}') for n in (0, 2)), os.read(0, 1))"
+    with popen(
+        [PYTHON, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.communicate()[0] == b"/dev/null /dev/null b''\n"
+
+
+def test_devnull_with_stderr_into_it(popen: Callable[..., Any], tmp_path: Path) -> None:
+    code = "import os, sys; open(sys.argv[1], 'w').write(' '.join(os.readlink(f'/proc/self/fd/{n}') for n in (1, 2)))"
+    command = [PYTHON, "-c", code, str(tmp_path / "told")]
+    with popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT) as process:
+        process.wait()
+    assert (tmp_path / "told").read_text() == "/dev/null /dev/null"
+
+
+def test_environment(popen: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    show = "import os; print(sorted((k, v) for k, v in os.environb.items() if k.startswith(b'RS_')))"
+    env = {"RS_A": "1", b"RS_B": b"\xff", "RS_Ü": "ü", "RS_EMPTY": ""}
+    assert python(popen, show, env=env) == repr(
+        sorted(((b"RS_A", b"1"), (b"RS_B", b"\xff"), ("RS_Ü".encode(), "ü".encode()), (b"RS_EMPTY", b"")))
+    )
+    monkeypatch.setenv("RS_INHERITED", "yes")
+    assert "RS_INHERITED" in python(popen, show)
+    assert python(popen, "import os; print(len(os.environb) <= 1)", env={}) == "True"  # LC_CTYPE may be coerced
+
+
+def test_arguments_of_all_kinds(popen: Callable[..., Any], tmp_path: Path) -> None:
+    code = "import os, sys; print([os.fsencode(a) for a in sys.argv[1:]])"
+    out, _, _ = run(popen, PYTHON, "-c", code, "", "ü", b"\xff\xfe", tmp_path, "x" * 100_000)  # type: ignore[arg-type]
+    assert eval(out) == [b"", "ü".encode(), b"\xff\xfe", os.fsencode(tmp_path), b"x" * 100_000]
+
+
+def test_searches_the_path_of_the_child(popen: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "tool").write_text("#!/bin/sh\necho found\n")
+    (tmp_path / "tool").chmod(0o755)
+    assert run(popen, "tool", env={"PATH": f"/nonexistent::{tmp_path}"}) == (b"found\n", b"", 0)
+    with pytest.raises(FileNotFoundError) as error:
+        popen(["tool"])
+    assert error.value.filename == "tool"
+
+
+def test_path_search_tells_of_what_is_there(popen: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "tool").write_text("not executable")
+    with pytest.raises(PermissionError) as error:
+        popen(["tool"], env={"PATH": f"{tmp_path}:/nonexistent"})
+    assert error.value.filename == "tool"
+
+
+def test_executable_apart_from_args(popen: Callable[..., Any]) -> None:
+    out, _, _ = run(popen, "my name", "-c", "echo $0", executable="/bin/sh")
+    assert out == b"my name\n"
+
+
+def test_cwd_umask_and_session(popen: Callable[..., Any], tmp_path: Path) -> None:
+    code = "import os; print(os.getcwd(), oct(os.umask(0)), os.getsid(0) == os.getpid())"
+    assert python(popen, code, cwd=tmp_path, umask=0o27, start_new_session=True) == f"{tmp_path} 0o27 True"
+
+
+def test_cwd_through_a_descriptor_that_the_child_does_not_keep(popen: Callable[..., Any], tmp_path: Path) -> None:
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert python(popen, "import os; print(os.getcwd())", cwd=f"/proc/self/fd/{folder}") == str(tmp_path)
+    finally:
+        os.close(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "setpgid") or sys.version_info < (3, 11), reason="process_group came with 3.11")
+def test_process_group(popen: Callable[..., Any]) -> None:
+    assert python(popen, "import os; print(os.getpgid(0) == os.getpid())", process_group=0) == "True"
+
+
+def dumpable() -> int:
+    return ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)  # PR_GET_DUMPABLE
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may change its ids")
+def test_ids(popen: Callable[..., Any]) -> None:
+    was_dumpable = dumpable()
+    changed = {"user": 65534, "group": 65533, "extra_groups": [65532, 65531]}
+    out, err, status = run(popen, "/bin/grep", "-E", "^(Uid|Gid|Groups)", "/proc/self/status", **changed)
+    assert (err, status) == (b"", 0)
+    shown = {words[0]: words[1:] for words in map(str.split, out.decode().splitlines())}
+    assert shown == {"Uid:": ["65534"] * 4, "Gid:": ["65533"] * 4, "Groups:": ["65531", "65532"]}
+    # A change of ids in shared memory would have made this process undumpable, and unreadable for debuggers.
+    assert dumpable() == was_dumpable
+
+
+def open_in_child(popen: Callable[..., Any], **kwargs: Any) -> list[int]:
+    code = "import os; print(*sorted(int(n) for n in os.listdir('/proc/self/fd')))"
+    # The descriptor that lists the folder is the lowest free one; the listing shows it.
+    return [int(n) for n in python(popen, code, **kwargs).split()]
+
+
+def test_closes_descriptors(popen: Callable[..., Any]) -> None:
+    made = [os.open("/dev/null", os.O_RDONLY) for _ in range(20)]
+    try:
+        for fd in made:
+            os.set_inheritable(fd, True)
+        high = os.dup2(made[0], 500)
+        try:
+            assert open_in_child(popen) == [0, 1, 2, 3]
+            keep = (made[3], made[7], high)
+            assert set(open_in_child(popen, pass_fds=keep)) - {3} == {0, 1, 2, *keep} - {3}
+            assert set(made) <= set(open_in_child(popen, close_fds=False))
+        finally:
+            os.close(high)
+    finally:
+        for fd in made:
+            os.close(fd)
+
+
+def test_pass_fds_that_is_not_inheritable_here(popen: Callable[..., Any]) -> None:
+    reading, writing = os.pipe()
+    try:
+        code = f"import os; os.write({writing}, b'through')"
+        python(popen, code, pass_fds=[writing])
+        assert os.read(reading, 100) == b"through"
+        assert not os.get_inheritable(writing)
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+@pytest.mark.parametrize("order", [(1, 2, 0), (2, 0, 1), (1, 0, 2), (0, 2, 1), (2, 1, 0), (1, 1, 1)])
+def test_swapped_standard_descriptors(popen: Callable[..., Any], order: tuple[int, int, int], tmp_path: Path) -> None:
+    """Streams given as 0, 1 and 2 themselves, in every order."""
+    saved = [os.dup(n) for n in range(3)]
+    names = [tmp_path / str(n) for n in range(3)]
+    try:
+        for n, name in enumerate(names):
+            fd = os.open(name, os.O_RDWR | os.O_CREAT)
+            os.dup2(fd, n)
+            os.close(fd)
+        code = "import os; f = os.open('told', os.O_WRONLY | os.O_CREAT); os.write(f, ' '.join("
+        code += "os.path.basename(os.readlink(f'/proc/self/fd/{n}')) for n in range(3)).encode())"
+        process = popen([PYTHON, "-c", code], stdin=order[0], stdout=order[1], stderr=order[2], cwd=tmp_path)
+        process.wait()
+    finally:
+        for n, fd in enumerate(saved):
+            os.dup2(fd, n)
+            os.close(fd)
+    assert (tmp_path / "told").read_text() == " ".join(map(str, order))
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
+def test_pipes_when_standard_descriptors_are_closed(popen: Callable[..., Any], closed: tuple[int, ...]) -> None:
+    saved = {n: os.dup(n) for n in closed}
+    try:
+        for n in closed:
+            os.close(n)
+        process = popen(
+            ["/bin/sh", "-c", "cat; echo err >&2"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        got = process.communicate(b"through")
+    finally:
+        for n, fd in saved.items():
+            os.dup2(fd, n)
+            os.close(fd)
+    assert got == (b"through", b"err\n")
+
+
+def test_signals_of_the_child(popen: Callable[..., Any]) -> None:
+    def seen(**kwargs: Any) -> list[int]:
+        out, _, _ = run(popen, "/bin/cat", "/proc/self/status", **kwargs)
+        status = dict(line.split(":\t", 1) for line in out.decode().splitlines())
+        return [int(status[name], 16) for name in ("SigBlk", "SigIgn", "SigCgt")]
+
+    pipe, usr1, usr2 = (1 << (sig - 1) for sig in (signal.SIGPIPE, signal.SIGUSR1, signal.SIGUSR2))
+    ignored_before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    caught_before = signal.signal(signal.SIGUSR2, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    try:
+        blocked, ignored, caught = seen()
+        assert (blocked, ignored & (usr1 | pipe), caught) == (usr2, usr1, 0)
+        assert seen(restore_signals=False)[1] & (usr1 | pipe) == usr1 | pipe
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+        signal.signal(signal.SIGUSR1, ignored_before)
+        signal.signal(signal.SIGUSR2, caught_before)
+
+
+def test_preexec_fn_takes_the_standard_path(popen: Callable[..., Any]) -> None:
+    assert python(popen, "import os; print(os.getcwd())", preexec_fn=lambda: os.chdir("/")) == "/"
+
+
+def test_killed_child(popen: Callable[..., Any]) -> None:
+    with popen(["/bin/sleep", "60"]) as process:
+        assert process.poll() is None
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        process.send_signal(signal.SIGTERM)  # nothing to signal
+
+
+def test_wait_with_a_timeout(popen: Callable[..., Any]) -> None:
+    with popen(["/bin/sleep", "60"]) as process:
+        with pytest.raises(subprocess.TimeoutExpired) as error:
+            process.wait(timeout=0.05)
+        assert error.value.timeout == 0.05
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0)
+        process.terminate()
+        assert process.wait(timeout=30) == -signal.SIGTERM
+        assert process.wait(timeout=0) == -signal.SIGTERM
+
+
+def test_many_threads_wait_for_one_child(popen: Callable[..., Any]) -> None:
+    with popen(["/bin/sleep", "0.2"]) as process:
+        statuses: list[int] = []
+        waits: list[Any] = [lambda: process.wait(30), process.wait, lambda: process.wait(20)]
+        threads = [threading.Thread(target=lambda w=w: statuses.append(w())) for w in waits * 3]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert statuses == [0] * 9
+
+
+def test_child_reaped_by_another(popen: Callable[..., Any]) -> None:
+    process = popen(["/bin/sh", "-c", "exit 3"])
+    os.waitpid(process.pid, 0)
+    assert process.wait(timeout=30) == 0  # the standard library's rule: nobody can know
+
+
+def test_forgotten_child_warns_and_is_reaped_later(popen: Callable[..., Any]) -> None:
+    process = popen(["/bin/sleep", "60"], start_new_session=True)
+    pid = process.pid
+    with pytest.warns(ResourceWarning, match=f"subprocess {pid} is still running"):
+        del process
+    assert [p.pid for p in subprocess._active] == [pid]  # type: ignore[attr-defined]
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    subprocess._cleanup()  # type: ignore[attr-defined]
+    assert subprocess._active == []  # type: ignore[attr-defined]
+
+
+def test_audit_event(popen: Callable[..., Any]) -> None:
+    seen: list[Any] = []
+    listening = True
+
+    def listen(event: str, args: Any) -> None:
+        if listening and event == "subprocess.Popen":
+            seen.append(args)
+
+    sys.addaudithook(listen)  # cannot be taken away again: it is switched off instead
+    run(popen, "/bin/sh", "-c", "exit 0", env={"A": "B"}, cwd="/")
+    listening = False
+    assert seen == [("/bin/sh", ["/bin/sh", "-c", "exit 0"], "/", {"A": "B"})]
+
+
+def test_name_and_repr(popen: Callable[..., Any]) -> None:
+    with popen(["/bin/true"]) as process:
+        process.wait()
+    assert repr(process) == "<Popen: returncode: 0 args: ['/bin/true']>"
+
+
+def test_subclass_that_passes_the_seam_on_by_position(popen: Callable[..., Any]) -> None:
+    """As sarge does: the method is called positionally, with the preexec_fn replaced."""
+    base = subprocess.Popen if popen is subprocess.Popen else Popen
+    called = []
+
+    class Sarge(base):  # type: ignore[misc, valid-type]
+        def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, *rest: Any) -> None:
+            called.append(args)
+            super()._execute_child(args, executable, preexec_fn, *rest)
+
+        def _get_handles(self, stdin: Any, stdout: Any, stderr: Any) -> Any:
+            return super()._get_handles(stdin, stdout, stderr)
+
+    with Sarge(["/bin/echo", "hi"], stdout=subprocess.PIPE) as process:
+        assert process.communicate()[0] == b"hi\n"
+    assert called == [["/bin/echo", "hi"]]
+
+
+def test_from_many_threads(popen: Callable[..., Any]) -> None:
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(20):
+                assert run(popen, "/bin/echo", "hi") == (b"hi\n", b"", 0)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+# ---- what is ours -------------------------------------------------------------------------------------------------
+
+
+def test_binding_is_there_from_birth() -> None:
+    cpu = max(os.sched_getaffinity(0))
+    binding = Binding({cpu}, MemoryPolicy("bind", {0}))
+    out, _, _ = run(Popen, "/bin/cat", "/proc/self/status", "/proc/self/numa_maps", binding=binding)
+    lines = out.decode().splitlines()
+    assert f"Cpus_allowed_list:\t{cpu}" in lines
+    # Every page of the new image, from the stack on, is under the policy.
+    maps = [line.split()[1] for line in lines if "kernelpagesize" in line]
+    assert maps
+    assert set(maps) == {"bind:0"}
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["default", "local", "bind", "preferred", "preferred-many", "interleave", "weighted-interleave"],
+)
+def test_memory_policies(policy: Any) -> None:
+    memory = MemoryPolicy(policy, frozenset() if policy in ("default", "local") else {0})
+    with Popen(["/bin/sleep", "60"], binding=Binding(None, memory)) as process:
+        effective = process.binding_report.effective
+        process.kill()
+    assert effective is not None
+    assert effective.memory == memory
+    assert effective.cpus == os.sched_getaffinity(0)
+
+
+def test_report() -> None:
+    binding = Binding({min(os.sched_getaffinity(0))})
+    with Popen(["/bin/sleep", "60"], binding=binding) as process:
+        report = process.binding_report
+        assert (report.requested, report.refused, report.pid) == (binding, (), process.pid)
+        assert report.effective is not None
+        assert report.effective.cpus == binding.cpus
+        process.kill()
+    assert report.effective is None
+
+
+def test_refused_binding_that_is_not_required() -> None:
+    binding = Binding({5000}, MemoryPolicy("bind", {900}), required=False)
+    with Popen(["/bin/true"], binding=binding) as process:
+        assert process.wait() == 0
+    assert [str(step) for step in process.binding_report.refused] == [
+        "sched_setaffinity: Invalid argument",
+        "set_mempolicy: Invalid argument",
+    ]
+
+
+def test_refused_binding_says_what_to_do() -> None:
+    with pytest.raises(BindingError, match="sched_setaffinity: Invalid argument.*5000.*cpuset") as error:
+        Popen(["/bin/true"], binding=Binding({5000}))
+    assert (error.value.step, error.value.errno) == ("sched_setaffinity", 22)
+
+
+def test_binding_of_a_wrong_type() -> None:
+    with pytest.raises(TypeError, match="binding must be a Binding, not dict"):
+        Popen(["/bin/true"], binding={"cpus": {0}})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("extra", [{"binding": Binding({0})}, {"die_with_parent": True}, {"cgroup": "/nonexistent"}])
+def test_preexec_fn_beside_ours(extra: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="preexec_fn"):
+        Popen(["/bin/true"], preexec_fn=lambda: None, **extra)
+
+
+def test_log_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").write_text("given")
+    (tmp_path / "out").write_text("something old and longer")
+    with Popen("cat; echo err >&2", shell=True, stdin=Path("in"), stdout=Path("out"), stderr=Path("err"), cwd="/") as p:
+        assert p.wait() == 0
+    assert [(tmp_path / name).read_text() for name in ("out", "err")] == ["given", "err\n"]
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_one_log_path_for_both_is_opened_once(mechanism: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKSPAWN_MECHANISM", mechanism)
+    _popen.mechanisms.cache_clear()
+    try:
+        log = tmp_path / "log"
+        with Popen("echo a; echo b >&2; echo c", shell=True, stdout=log, stderr=Path(log)) as process:
+            process.wait()
+    finally:
+        monkeypatch.undo()
+        _popen.mechanisms.cache_clear()
+    assert process.mechanism == mechanism
+    assert log.read_text() == "a\nb\nc\n"
+
+
+def test_log_path_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        Popen(["/bin/true"], stdout=tmp_path / "no" / "log")
+    assert error.value.filename == str(tmp_path / "no" / "log")
+
+
+def test_pidfd_is_of_the_process_and_goes_with_it() -> None:
+    with Popen(["/bin/sleep", "60"]) as process:
+        assert process.pidfd is not None
+        assert f"Pid:\t{process.pid}\n" in Path(f"/proc/self/fdinfo/{process.pidfd}").read_text()
+        assert not os.get_inheritable(process.pidfd)
+        assert select.select([process.pidfd], [], [], 0)[0] == []
+        process.kill()
+        assert select.select([process.pidfd], [], [], 30)[0] == [process.pidfd]
+    assert process.pidfd is None
+
+
+def test_group_signal_after_the_leader_was_waited_for(tmp_path: Path) -> None:
+    """The orphan of a leader that has been reaped is still in its group, and gets the signal."""
+    code = "trap '' TERM; sleep 60 & echo $!; exec 1>&-; exit 0"
+    with Popen(["/bin/sh", "-c", code], stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        orphan = int(process.stdout.readline())
+        assert process.wait() == 0
+        process.send_signal_group(signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while Path(f"/proc/{orphan}").exists() and Path(f"/proc/{orphan}/stat").read_text().split()[2] != "Z":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal_group(signal.SIGKILL)  # nobody is left: nothing happens
+
+
+def test_group_signal_needs_a_leader() -> None:
+    with Popen(["/bin/true"]) as process, pytest.raises(ValueError, match="start_new_session"):
+        process.send_signal_group(signal.SIGTERM)
+
+
+def test_group_signal_without_the_kernels_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Popen(["/bin/sleep", "60"], start_new_session=True) as process:
+        process._pidfd = None  # as on a system without pidfds
+        process.send_signal_group(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        with pytest.raises(ProcessLookupError, match=r"Linux 6\.9"):
+            process.send_signal_group(signal.SIGKILL)
+
+
+def test_unknown_mechanism(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKSPAWN_MECHANISM", "fork")
+    _popen.mechanisms.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="expected clone, posix_spawn or subprocess"):
+            Popen(["/bin/true"])
+    finally:
+        monkeypatch.undo()
+        _popen.mechanisms.cache_clear()
+
+
+def test_binding_without_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_popen, "mechanisms", lambda: ())
+    cpu = max(os.sched_getaffinity(0))
+    with Popen(["/bin/sleep", "60"], binding=Binding({cpu})) as process:
+        assert process.mechanism == "subprocess"
+        assert os.sched_getaffinity(process.pid) == {cpu}
+        process.kill()
+    with pytest.raises(BindingError, match="set_mempolicy"):
+        Popen(["/bin/true"], binding=Binding(None, MemoryPolicy("local")))
+    with pytest.raises(BindingError, match="sched_setaffinity"):
+        Popen(["/bin/sleep", "60"], binding=Binding({5000}))
+    with Popen(["/bin/true"], binding=Binding({5000}, MemoryPolicy("local"), required=False)) as process:
+        process.wait()
+    assert [step.step for step in process.binding_report.refused] == ["set_mempolicy", "sched_setaffinity"]
+    for asked in ({"die_with_parent": True}, {"cgroup": "/nonexistent"}):
+        with pytest.raises(OSError, match="need rankspawn's engine"):
+            Popen(["/bin/true"], **asked)  # type: ignore[arg-type]
+
+
+def test_child_of_a_forked_process() -> None:
+    """The engine keeps nothing that a fork would break."""
+    pid = os.fork()
+    if pid == 0:
+        with Popen(["/bin/true"], die_with_parent=True) as process:
+            os._exit(process.wait(timeout=30))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_asyncio_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    started: list[str | None] = []
+    original = Popen._started
+    monkeypatch.setattr(Popen, "_started", lambda self, *a: (original(self, *a), started.append(self.mechanism))[0])
+
+    async def main() -> bytes:
+        process = await asyncio.create_subprocess_exec("/bin/echo", "hi", stdout=asyncio.subprocess.PIPE)
+        return (await process.communicate())[0]
+
+    assert asyncio.run(main()) == b"hi\n"
+    assert started == ["clone"]
+
+
+def test_public_names() -> None:
+    assert set(rankspawn.__all__) == {name for name in rankspawn.__all__ if hasattr(rankspawn, name)}
