@@ -61,8 +61,9 @@ def _spawn() -> Section:
     numactl = Case("subprocess.Popen of numactl", "numactl")
     ours = _popen("rankspawn.Popen(binding=)", api="rankspawn", bound=True)
     ours_env = _popen("rankspawn.Popen(binding=, env=)", api="rankspawn", bound=True, env=True)
+    extension = Case("rankspawn's extension alone", "extension")
     portable = _popen("rankspawn.Popen, unbound, posix_spawn", other, api="rankspawn")
-    group = Group("spawn", (floor, libc, plain, plain_env, numactl, ours, ours_env, portable), blocks=100)
+    group = Group("spawn", (floor, libc, plain, plain_env, numactl, ours, ours_env, extension, portable), blocks=100)
     return Section(
         group,
         (
@@ -71,6 +72,7 @@ def _spawn() -> Section:
             Figure("subprocess.Popen of numactl / Popen(binding=)", numactl, ours, least=5.5),
             Figure("Popen(binding=, env=) / floor", ours_env, floor),
             Figure("Popen(binding=, env=) / subprocess.Popen unbound, env=", ours_env, plain_env),
+            Figure("  its call into the extension, and waitpid / floor", extension, floor),
             Figure("Popen unbound, portable mechanism / floor", portable, floor),
             Figure("subprocess.Popen unbound / floor", plain, floor),
             Figure("subprocess.Popen unbound, env= / floor", plain_env, floor),

@@ -18,6 +18,15 @@ from figures import NOTES, SECTIONS, Figure
 from harness import Bench, Timings, Unable
 
 MARKS = {True: "pass", False: "MISS", None: ""}
+HEADER = """# Benchmarks
+
+Written by `python benchmarks/run.py --markdown docs/benchmarks.md`; `make bench` prints the same table.
+
+The measuring process and its children are pinned to one core, unless a row says otherwise. Competitors are timed in
+turns, in blocks of a few rounds; a ratio is the median over the blocks, with its quartiles beside it. Every time is
+from the call to the return of `wait`. The floor is `benchmarks/floor.c`: clone, setsid, sched_setaffinity,
+set_mempolicy, execve and waitpid of a program of one system call. Absolute times hold for the machine named here, and
+only for that hour."""
 HEADINGS = ("figure", "measured", "quartiles", "target", "", "medians, us")
 
 
@@ -93,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.markdown:
         lines = [HEADINGS, ("---",) * len(HEADINGS), *(one.cells() for one in rows)]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        options.markdown.write_text("\n\n".join([*facts, table, *NOTES]) + "\n", encoding="utf-8")
+        options.markdown.write_text("\n\n".join([HEADER, *facts, table, *NOTES]) + "\n", encoding="utf-8")
     promised = [one for one in rows if one.figure.most is not None or one.figure.least is not None]
     return int(options.check and not all(one.met for one in promised))
 
