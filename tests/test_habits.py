@@ -23,6 +23,8 @@ NO_PLACE = {"utils", "util", "compat", "errors", "backends", "helpers", "common"
 # replaces. What is left has its reason here: (module, literal) -> why.
 PATHS_WITH_A_REASON: dict[tuple[str, str], str] = {
     ("_binding.py", "/proc/"): "BindingReport.effective reads the started process itself back, not a machine's tree",
+    ("_doctor.py", "/proc/self/cgroup"): "doctor speaks of the process that it is, and of no other machine",
+    ("_doctor.py", "/proc/self/mountinfo"): "as above",
 }
 
 

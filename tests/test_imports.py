@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import json
 import re
@@ -77,6 +78,7 @@ def imports_of_ours(source: str) -> set[str]:
     return found
 
 
+@functools.cache
 def graph() -> dict[str, set[str]]:
     return {path.stem: imports_of_ours(path.read_text()) for path in sorted(SOURCE.glob("*.py"))}
 
