@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 _ON_WINDOWS = sys.platform == "win32"
 
 
-def _warn(text: str, *values: object, exc_info: bool = False) -> None:
+def _warn(text: str, *values: object) -> None:
     import logging  # not at import: it is as expensive as all the rest of this package
 
-    logging.getLogger("rankspawn").warning(text, *values, exc_info=exc_info)
+    logging.getLogger("rankspawn").warning(text, *values)
 
 
 def _default_signal() -> signal.Signals:
@@ -165,10 +165,10 @@ def _binding_for(local_rank: int, options: NumaOptions | None) -> Binding | None
             memory=getattr(options, "memory_policy", None),
             required=not fall_back,
         )
-    except PlacementError:
+    except PlacementError as error:
         if not fall_back:
             raise
-        _warn("local rank %d starts unbound", local_rank, exc_info=True)
+        _warn("local rank %d starts unbound: %s", local_rank, error)
         return None
     for note in rank.notes:
         _warn("local rank %d: %s", local_rank, note)
