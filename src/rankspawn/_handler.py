@@ -168,7 +168,8 @@ def _binding_for(local_rank: int, options: NumaOptions | None) -> Binding | None
     except PlacementError as error:
         if not fall_back:
             raise
-        _warn("local rank %d starts unbound: %s", local_rank, error)
+        # As text: a log record that keeps the error keeps its frames, and in them this handler with its descriptors.
+        _warn("local rank %d starts unbound: %s", local_rank, str(error))
         return None
     for note in rank.notes:
         _warn("local rank %d: %s", local_rank, note)
