@@ -114,8 +114,7 @@ static void
 bind_to(const struct child_start *start)
 {
     const struct spawn_request *request = start->request;
-    if (request->cpu_mask &&
-        syscall(SYS_sched_setaffinity, 0, request->cpu_mask_bytes, request->cpu_mask) < 0) {
+    if (request->cpu_mask && syscall(SYS_sched_setaffinity, 0, request->cpu_mask_bytes, request->cpu_mask) < 0) {
         refused(start, STEP_AFFINITY, &start->result->affinity_error);
     }
     if (request->mem_mode >= 0) {
@@ -235,8 +234,7 @@ place_streams(const struct child_start *start)
         }
     }
     for (int i = 0; i < 3; i++) {
-        if (source[i] >= 0 &&
-            (source[i] == i ? keep_over_exec(i) : (int)syscall(SYS_dup3, source[i], i, 0)) < 0) {
+        if (source[i] >= 0 && (source[i] == i ? keep_over_exec(i) : (int)syscall(SYS_dup3, source[i], i, 0)) < 0) {
             fail(start, STEP_STDIN + i);
         }
     }
@@ -246,8 +244,7 @@ static void
 place_fds(const struct child_start *start)
 {
     const struct spawn_request *request = start->request;
-    if (start->shares_fds &&
-        syscall(SYS_close_range, start->highest_kept + 1, ~0U, CLOSE_RANGE_UNSHARE) < 0) {
+    if (start->shares_fds && syscall(SYS_close_range, start->highest_kept + 1, ~0U, CLOSE_RANGE_UNSHARE) < 0) {
         fail(start, STEP_UNSHARE);
     }
     for (size_t i = 0; i < request->pass_fds_count; i++) {

@@ -70,8 +70,7 @@ add_streams(posix_spawn_file_actions_t *actions, const struct spawn_request *req
 {
     for (int i = 0; i < 3; i++) {
         /* posix_spawn would report a closed descriptor as if it were the program's fault. */
-        if (!request->streams[i].path && request->streams[i].fd >= 0 &&
-            fcntl(request->streams[i].fd, F_GETFD) < 0) {
+        if (!request->streams[i].path && request->streams[i].fd >= 0 && fcntl(request->streams[i].fd, F_GETFD) < 0) {
             *step = STEP_STDIN + i;
             return errno;
         }

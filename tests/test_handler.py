@@ -108,8 +108,8 @@ def test_close_signals_the_group(handlers: Any, sig: signal.Signals | None, tmp_
     """The grandchild gets it too. (SIGINT is ignored in background commands of sh, hence the exec.)"""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    code = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.fork(); f = open(sys.argv[1], 'w');"
-    code += " f.write('x'); f.flush(); signal.pause()"
+    code = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.fork();"
+    code += " f = open(sys.argv[1], 'w'); f.write('x'); f.flush(); signal.pause()"
     handler = handlers.get_subprocess_handler(
         sys.executable, ("-c", code, fifo), {}, stdout=None, stderr=None, local_rank_id=0
     )

@@ -417,7 +417,7 @@ def test_refused_binding_that_is_not_required() -> None:
 
 
 def test_refused_binding_says_what_to_do() -> None:
-    with pytest.raises(BindingError, match="sched_setaffinity: Invalid argument.*5000.*cpuset") as error:
+    with pytest.raises(BindingError, match=r"sched_setaffinity: Invalid argument.*5000.*cpuset") as error:
         Popen(["/bin/true"], binding=Binding({5000}))
     assert (error.value.step, error.value.errno) == ("sched_setaffinity", 22)
 

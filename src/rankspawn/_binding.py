@@ -8,14 +8,12 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, get_args
 
-MemoryMode = Literal[
-    "default", "local", "bind", "preferred", "preferred-many", "interleave", "weighted-interleave"
-]
+MemoryMode = Literal["default", "local", "bind", "preferred", "preferred-many", "interleave", "weighted-interleave"]
 _MODES: tuple[str, ...] = get_args(MemoryMode)
 _MODES_WITHOUT_NODES = ("default", "local")
 
@@ -62,7 +60,7 @@ class MemoryPolicy:
     """
 
     mode: MemoryMode
-    nodes: frozenset[int] = frozenset()
+    nodes: Set[int] = frozenset()
 
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
@@ -92,7 +90,7 @@ class Binding:
     Raises ValueError for an empty set or an id out of range; TypeError for ids that are not int.
     """
 
-    cpus: frozenset[int] | None
+    cpus: Set[int] | None
     memory: MemoryPolicy | None = None
     required: bool = True
 

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         help="memory policy over the rank's nodes: " + ", ".join(get_args(MemoryMode)),
     )  # fmt: skip
     run.add_argument(
-        "--numa-binding-optional", action="store_true", help="start a rank unbound, and say so, where it cannot be bound"
+        "--numa-binding-optional", action="store_true", help="start a rank unbound, and say so, if it cannot be bound"
     )
     run.add_argument("--log-dir", "--log_dir", metavar="DIR", help="one folder for each rank's stdout and stderr")
     run.add_argument("--master-addr", "--master_addr", default="127.0.0.1", metavar="ADDR")
@@ -133,7 +133,7 @@ def _plan(args: argparse.Namespace) -> Sequence[Rank | None]:
 
 
 def _threads(rank: Rank | None, nprocs: int) -> dict[str, str]:
-    """OMP_NUM_THREADS, unless the user set it: the cores of the rank's mask; unbound, 1 for several ranks as torchrun."""
+    """OMP_NUM_THREADS, unless the user set it: the cores of the rank's mask; unbound, 1 for several, as torchrun."""
     if "OMP_NUM_THREADS" in os.environ:
         return {}
     if rank is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from typing import get_args
+from typing import Any, get_args
 
 from ._binding import Binding, BindingError, MemoryMode, MemoryPolicy, format_ids
-from ._popen import EXTENSION_ERROR, Popen, _spawn, mechanisms
+from ._popen import EXTENSION_ERROR, Popen, mechanisms
 from ._topology import PlacementError, Topology
 
 
@@ -28,10 +28,10 @@ def report() -> int:
     width = max(map(len, lines))
     for name, line in lines.items():
         print(f"{name:<{width}}  {line}")
-    return 0 if _spawn is not None and mechanisms() else 1
+    return 0 if mechanisms() else 1
 
 
-def _child(**options: object) -> Popen:
+def _child(**options: Any) -> Popen:
     """A child that ends at once, waited for."""
     process = Popen([sys.executable, "-S", "-E", "-c", ""], stdin=-3, start_new_session=True, **options)
     process.wait()
@@ -39,14 +39,16 @@ def _child(**options: object) -> Popen:
 
 
 def _extension() -> str:
-    if _spawn is None:
+    if EXTENSION_ERROR is not None:
         return f"missing: {EXTENSION_ERROR}; starts go through plain subprocess"
-    return "built with libnuma" if _spawn.HAVE_LIBNUMA else "built without libnuma: its own system calls, same behaviour"
+    from . import _spawn
+
+    return "built with libnuma" if _spawn.HAVE_LIBNUMA else "built without libnuma: own system calls, same behaviour"
 
 
 def _mechanism() -> str:
-    if _spawn is not None and not mechanisms():
-        return "subprocess: asked for by RANKSPAWN_MECHANISM, or clone does not share memory here (QEMU user mode, WSL1)"
+    if EXTENSION_ERROR is None and not mechanisms():
+        return "subprocess: by RANKSPAWN_MECHANISM, or since clone does not share memory (QEMU user mode, WSL1)"
     return str(_child().mechanism)
 
 
@@ -76,8 +78,9 @@ def _cgroup() -> str:
 def _own_cgroup() -> str | None:
     """The directory of this process's cgroup v2 (cgroups(7): the line of /proc/self/cgroup that begins with 0::)."""
     try:
-        with open("/proc/self/cgroup", encoding="utf-8") as listed, open("/proc/self/mountinfo", encoding="utf-8") as mounts:
+        with open("/proc/self/cgroup", encoding="utf-8") as listed:
             path = next((line[3:].strip() for line in listed if line.startswith("0::")), None)
+        with open("/proc/self/mountinfo", encoding="utf-8") as mounts:
             points = [line.split()[4] for line in mounts if " - cgroup2 " in line]
     except OSError:
         return None

@@ -86,7 +86,7 @@ class SubprocessHandler:
         if path not in self._log_files:
             # The rank may be writing already: its log must not be truncated under it.
             mode = "a" if hasattr(self, "proc") else "w"
-            self._log_files[path] = open(path, mode)  # noqa: SIM115 - closed by close()
+            self._log_files[path] = open(path, mode)
         return self._log_files[path]
 
     def _close_logs(self) -> None:
@@ -182,9 +182,7 @@ def _as_path(path: str | None) -> os.PathLike[str] | None:
     return None if path is None else Path(path)
 
 
-def _in_bound_thread(
-    binding: Binding, start: Callable[[], subprocess.Popen[Any]]
-) -> subprocess.Popen[Any]:
+def _in_bound_thread(binding: Binding, start: Callable[[], subprocess.Popen[Any]]) -> subprocess.Popen[Any]:
     outcome: list[Any] = []
 
     def run() -> None:
@@ -192,7 +190,7 @@ def _in_bound_thread(
             for refused in bind_thread(binding):
                 _warn("the rank starts without %s", refused)
             outcome.extend((start(), None))
-        except BaseException as error:  # noqa: BLE001 - raised again in the calling thread
+        except BaseException as error:  # raised again in the calling thread
             outcome[:] = (None, error)
 
     thread = threading.Thread(target=run, name="rankspawn-bound")

@@ -1,7 +1,7 @@
-"""``Popen``: ``subprocess.Popen`` whose child is started by rankspawn's engine, bound before its first instruction.
+"""``Popen``: ``subprocess.Popen`` whose child is started by rankspawn's engine, bound from its first instruction on.
 
-One method is overridden for the start, ``_execute_child``; the rest of the standard class is inherited. What an override
-of it must do itself is listed in CPython's own version: the audit event, the search of the child's PATH, ``pid`` and
+One method is overridden for the start, ``_execute_child``; most of the standard class is inherited. What an override of
+it must do itself is what CPython's own does: the audit event, the search of the child's PATH, ``pid`` and
 ``_child_created``, closing the child's pipe ends, and errors with the class and file name of the standard library.
 """
 
@@ -20,25 +20,24 @@ from typing import TYPE_CHECKING, Any
 
 from ._binding import Binding, BindingError, BindingReport, RefusedStep
 
+EXTENSION_ERROR: str | None = None
+"""Why there is no engine in this installation; None where there is one."""
 try:
     from . import _spawn
 except ImportError as error:
-    _spawn = None  # type: ignore[assignment]
-    EXTENSION_ERROR: str | None = str(error)
-else:
-    EXTENSION_ERROR = None
+    EXTENSION_ERROR = str(error)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Set
 
 # The stock class under a name of ours: where a program sets subprocess.Popen to our class, that name is ourselves.
 _Stock = subprocess.Popen
 
-# What 3.10 passes, and what 3.11 appended. A new Python that changes the list must fail here, at import, and not start
-# processes with the arguments in the wrong places.
+# What 3.10 passes, and what 3.11 appended. A new Python that changes the list must fail here, at import, and not
+# start processes with the arguments in the wrong places.
 _SEAM = (
-    "self args executable preexec_fn close_fds pass_fds cwd env startupinfo creationflags shell p2cread p2cwrite c2pread"
-    " c2pwrite errread errwrite restore_signals gid gids uid umask start_new_session process_group"
+    "self args executable preexec_fn close_fds pass_fds cwd env startupinfo creationflags shell p2cread p2cwrite"
+    " c2pread c2pwrite errread errwrite restore_signals gid gids uid umask start_new_session process_group"
 ).split()
 _seam = _SEAM
 if os.name == "posix":
@@ -74,10 +73,10 @@ def mechanisms() -> tuple[int, ...]:
     The environment variable RANKSPAWN_MECHANISM (clone, posix_spawn, subprocess) names the first, for tests and
     comparison; it is read once. Raises ValueError for another value.
     """
-    wanted = os.environ.get("RANKSPAWN_MECHANISM") or ("clone" if sys.platform == "linux" else "posix_spawn")
+    wanted = os.environ.get("RANKSPAWN_MECHANISM", "clone" if sys.platform == "linux" else "posix_spawn")
     if wanted not in ("clone", "posix_spawn", "subprocess"):
         raise ValueError(f"RANKSPAWN_MECHANISM={wanted!r}: expected clone, posix_spawn or subprocess")
-    if _spawn is None or wanted == "subprocess":
+    if EXTENSION_ERROR is not None or wanted == "subprocess":
         return ()
     # QEMU's user mode and WSL1 run the call as a fork, in which the child's report would never arrive.
     clone = (_spawn.CLONE,) if _spawn.clone_is_honoured() else ()
@@ -98,11 +97,11 @@ class Popen(_Stock):  # type: ignore[type-arg]
     """``subprocess.Popen``, with four things more.
 
     binding: a Binding that the process is born with, or None.
-    die_with_parent: the process gets SIGKILL when this one ends, however it ends (PR_SET_PDEATHSIG, prctl(2)). A program
-        that is set-user-ID or has file capabilities clears that.
+    die_with_parent: the process gets SIGKILL when this one ends, however it ends (PR_SET_PDEATHSIG, prctl(2)). A
+        program that is set-user-ID or has file capabilities clears that.
     cgroup: the directory of a cgroup v2, or a descriptor of it, that the process is born in.
-    stdin, stdout, stderr: also an os.PathLike, which the child opens (stdin to read; the others are created or truncated,
-        as ``open(path, "w")`` would). The same path for stdout and stderr is opened once.
+    stdin, stdout, stderr: also an os.PathLike, which the child opens (stdin to read; the others are created or
+        truncated, as ``open(path, "w")`` would). The same path for stdout and stderr is opened once.
 
     Raises BindingError when the system refuses a binding that is ``required``; ValueError when ``preexec_fn`` is given
     beside any of the first three; else what ``subprocess.Popen`` raises.
@@ -148,8 +147,8 @@ class Popen(_Stock):  # type: ignore[type-arg]
     def send_signal_group(self, sig: int) -> None:
         """Signal the process group that this process leads; nothing is done when nobody is left in it.
 
-        From Linux 6.9 on this is free of races, also when the leader has been waited for. Elsewhere the group is signalled
-        only while the leader has not been waited for, since its number may be another's afterwards.
+        From Linux 6.9 on this is free of races, also when the leader has been waited for. Elsewhere the group is
+        signalled only while the leader has not been waited for, since its number may be another's afterwards.
 
         Raises ValueError when the process was not started as a leader (``start_new_session``, ``process_group=0``);
         ProcessLookupError when the leader has been waited for and the system cannot address the group safely;
@@ -204,11 +203,11 @@ class Popen(_Stock):  # type: ignore[type-arg]
 
     if os.name == "posix":
 
-        def _execute_child(
+        def _execute_child(  # type: ignore[no-untyped-def]
             self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
             p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals, gid, gids, uid, umask,
             start_new_session, process_group=-1,
-        ):  # type: ignore[no-untyped-def]  # fmt: skip
+        ):  # fmt: skip
             self._leads_group = bool(start_new_session) or process_group == 0
             if preexec_fn is None and mechanisms():
                 command, program = _command(args, executable, shell)
@@ -218,7 +217,8 @@ class Popen(_Stock):  # type: ignore[type-arg]
                     streams[number] = (os.fsencode(path), flags) if path else flags
                 binding = self._binding
                 cpu_mask, mem_mode, node_mask = (None, -1, None) if binding is None else _masks(binding)
-                with _opened_cgroup(self._cgroup) as cgroup:
+                cgroup, opened = _cgroup_descriptor(self._cgroup)
+                try:
                     for mechanism in mechanisms():
                         outcome = _spawn.spawn(
                             command, _candidates(program, env), env, cwd, streams, (p2cwrite, c2pread, errread),
@@ -228,8 +228,13 @@ class Popen(_Stock):  # type: ignore[type-arg]
                         )  # fmt: skip
                         if outcome is not None:
                             self._started(outcome, program, cwd)
-                            self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+                            self._close_pipe_fds(  # type: ignore[attr-defined]
+                                p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite
+                            )
                             return
+                finally:
+                    if opened:
+                        os.close(cgroup)
             seam = [
                 args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
                 p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals, gid, gids, uid, umask,
@@ -239,7 +244,7 @@ class Popen(_Stock):  # type: ignore[type-arg]
 
     else:
 
-        def _execute_child(self, *seam: Any) -> None:
+        def _execute_child(self, *seam: Any) -> None:  # type: ignore[misc]
             self._execute_by_subprocess(list(seam))
 
     def _started(self, outcome: tuple[Any, ...], program: Any, cwd: Any) -> None:
@@ -325,6 +330,7 @@ class Popen(_Stock):  # type: ignore[type-arg]
 
 def _command(args: Any, executable: Any, shell: bool) -> tuple[list[Any], Any]:
     """The argument list and the program, from Popen's args, executable and shell, as subprocess makes them."""
+    command: list[Any]
     if isinstance(args, (str, bytes)):
         command = [args]
     elif isinstance(args, os.PathLike):
@@ -341,11 +347,11 @@ def _command(args: Any, executable: Any, shell: bool) -> tuple[list[Any], Any]:
 
 
 def _candidates(program: Any, env: Mapping[Any, Any] | None) -> tuple[bytes, ...]:
-    """What to execute, in order: the program, or, when it has no folder, the program in each folder of the child's PATH."""
+    """What to execute, in order: the program; one named without a folder, in each folder of the child's PATH."""
     name = os.fsencode(program)
     if b"/" in name:
         return (name,)
-    return tuple(os.path.join(os.fsencode(folder), name) for folder in os.get_exec_path(env))  # type: ignore[arg-type]
+    return tuple(os.path.join(os.fsencode(folder), name) for folder in os.get_exec_path(env))
 
 
 def _is_path(stream: object) -> bool:
@@ -365,20 +371,16 @@ def _opened_here(opened: Mapping[int, tuple[str, int]]) -> Iterator[dict[int, in
             os.close(fd)
 
 
-@contextmanager
-def _opened_cgroup(cgroup: str | os.PathLike[str] | int | None) -> Iterator[int]:
-    """A descriptor of the cgroup's directory; -1 for none."""
-    if cgroup is None or isinstance(cgroup, int):
-        yield -1 if cgroup is None else cgroup
-        return
-    fd = os.open(cgroup, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+def _cgroup_descriptor(cgroup: str | os.PathLike[str] | int | None) -> tuple[int, bool]:
+    """A descriptor of the cgroup's directory, -1 for none, and whether it was opened here."""
+    if cgroup is None:
+        return -1, False
+    if isinstance(cgroup, int):
+        return cgroup, False
+    return os.open(cgroup, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), True
 
 
-def _set_affinity(pid: int, cpus: frozenset[int]) -> int:
+def _set_affinity(pid: int, cpus: Set[int]) -> int:
     """Set the mask of a running process; 0, or the errno of the refusal."""
     import psutil
 
@@ -407,8 +409,7 @@ def bind_thread(binding: Binding) -> tuple[RefusedStep, ...]:
         except OSError as error:
             refused.append(("sched_setaffinity", error.errno or errno.EINVAL))
     if binding.memory is not None:
-        _, mode, nodes = _masks(binding)
-        code = _spawn.set_mempolicy(mode, nodes)
+        code = errno.ENOTSUP if EXTENSION_ERROR is not None else _spawn.set_mempolicy(*_masks(binding)[1:])
         if code:
             refused.append(("set_mempolicy", code))
     if refused and binding.required:

@@ -329,7 +329,7 @@ def spawn(
     argv, executables: text or bytes. cwd: the same, or None. env: a mapping or None for the caller's. streams: three of what
     _set_stream takes. cpu_mask, node_mask: from pack_ids, or None.
 
-    Returns None when no mechanism can express the request, else (pid, Pidfd or None, errno of the missing pidfd,
+    Returns None when the mechanism cannot express the request, else (pid, Pidfd or None, errno of the missing pidfd,
     mechanism, step, errno of the step, errno of a refused affinity, errno of a refused memory policy); step is an
     index into STEP_NAMES, 0 when the program was executed.
 
@@ -337,7 +337,7 @@ def spawn(
     """
     cdef spawn_request request
     cdef spawn_result result
-    cdef _Strings arguments = _Strings(), environment = _Strings(), candidates = _Strings(), folder = _Strings()
+    cdef _Strings arguments = _Strings(), candidates = _Strings(), environment = None, folder = None
     cdef _Ints fds = None, gids = None
     cdef int i, outcome
 
@@ -348,6 +348,7 @@ def spawn(
     if env is None:
         request.envp = rankspawn_environ
     else:
+        environment = _Strings()
         for name, value in env.items():
             environment.add_pair(name, value)
         request.envp = environment.ready()
@@ -356,6 +357,7 @@ def spawn(
     if cwd is None:
         request.cwd = NULL
     else:
+        folder = _Strings()
         folder.add(cwd)
         request.cwd = folder.ready()[0]
     for i in range(3):

@@ -1,0 +1,43 @@
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+INHERIT: int
+SAME_AS_STDOUT: int
+CLONE: int
+POSIX_SPAWN: int
+HAVE_LIBNUMA: bool
+STEP_NAMES: tuple[str, ...]
+
+class Pidfd:
+    fd: int
+    def __init__(self, fd: int) -> None: ...
+    def fileno(self) -> int: ...
+    def send_signal(self, sig: int, group: bool = False) -> int: ...
+
+def clone_is_honoured() -> bool: ...
+def pack_ids(ids: Collection[int]) -> bytes: ...
+def set_mempolicy(mode: int, node_mask: bytes | None) -> int: ...
+def spawn(
+    argv: Iterable[object],
+    executables: Iterable[bytes],
+    env: Mapping[object, object] | None,
+    cwd: object,
+    streams: Sequence[int | tuple[bytes, int]],
+    parent_ends: Sequence[int],
+    pass_fds: tuple[int, ...],
+    close_fds: bool,
+    restore_signals: bool,
+    new_session: bool,
+    process_group: int,
+    gid: int | None,
+    groups: Sequence[int] | None,
+    uid: int | None,
+    umask: int,
+    cpu_mask: bytes | None,
+    mem_mode: int,
+    node_mask: bytes | None,
+    binding_required: bool,
+    death_signal: int,
+    cgroup_fd: int,
+    mechanism: int,
+    /,
+) -> tuple[int, Pidfd | None, int, int, int, int, int, int] | None: ...
