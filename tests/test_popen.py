@@ -260,6 +260,45 @@ def test_preexec_fn_takes_the_standard_path(popen: Callable[..., Any]) -> None:
     assert python(popen, "import os; print(os.getcwd())", preexec_fn=lambda: os.chdir("/")) == "/"
 
 
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"extra_groups": [2**64]}, ValueError),
+        ({"extra_groups": [0] * 65537}, ValueError),
+        ({"user": 2**64}, OverflowError),
+        ({"umask": 1.5}, TypeError),
+        ({"stdin": subprocess.STDOUT}, OSError),
+        ({"stdout": -5}, OSError),
+        ({"pass_fds": (object,)}, TypeError),
+        ({"pass_fds": (-1,)}, ValueError),
+        ({"env": {"PATH": 5}}, TypeError),
+        ({"env": {"A=B": ""}}, ValueError),
+        ({"env": {"A": "\0"}}, ValueError),
+        ({"cwd": "/\0"}, ValueError),
+        ({"cwd": 1.5}, TypeError),
+        ({"executable": "/bin/\0"}, ValueError),
+        ({"executable": 7}, TypeError),
+    ],
+    ids=repr,
+)
+def test_values_that_cannot_be_passed_on(
+    popen: Callable[..., Any], options: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        popen(["true"], **options)
+
+
+def test_descriptors_given_as_other_numbers(popen: Callable[..., Any]) -> None:
+    run(popen, "/bin/true", pass_fds=(1.5,))
+    run(popen, "/bin/true", pass_fds=())
+
+
+@pytest.mark.parametrize("timeout", [3e6, 1e10, float("inf"), threading.TIMEOUT_MAX])
+def test_wait_with_a_very_long_timeout(popen: Callable[..., Any], timeout: float) -> None:
+    with popen(["/bin/sleep", "0.05"]) as process:
+        assert process.wait(timeout=timeout) == 0
+
+
 def test_killed_child(popen: Callable[..., Any]) -> None:
     with popen(["/bin/sleep", "60"]) as process:
         assert process.poll() is None

@@ -298,9 +298,10 @@ def _cpus(
     cpus: frozenset[int] = frozenset()
     if home.node is not None:
         if home.node not in machine.cores:
+            usable = format_ids(cpu for node in machine.cores for cpu in machine.on(node))
             home.problem = (
-                f"node {home.node} has no usable CPU: it has {_node_cpus(machine, home.node)}, allowed are"
-                f" {format_ids(machine.allowed)}" + (f" (device {home.device.address})" if home.device else "")
+                f"node {home.node} has no usable CPU: it has {_node_cpus(machine, home.node)}, ranks may use {usable}"
+                + (f" (device {home.device.address})" if home.device else "")
             )
         elif mode is AffinityMode.NODE:
             cpus = machine.on(home.node)

@@ -213,8 +213,12 @@ class Popen(_Stock):  # type: ignore[type-arg]
                 command, program = _command(args, executable, shell)
                 sys.audit("subprocess.Popen", program, command, cwd, env)
                 streams = [p2cread, c2pwrite, errwrite]
+                if min(streams) < -1:
+                    # Below the standard library's "none" are numbers that mean something to the engine.
+                    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
                 for number, (path, flags) in self._opened_by_child.items():
                     streams[number] = (os.fsencode(path), flags) if path else flags
+                kept = tuple(sorted(map(int, set(pass_fds)))) if pass_fds else ()
                 binding = self._binding
                 cpu_mask, mem_mode, node_mask = (None, -1, None) if binding is None else _masks(binding)
                 cgroup, opened = _cgroup_descriptor(self._cgroup)
@@ -222,7 +226,7 @@ class Popen(_Stock):  # type: ignore[type-arg]
                     for mechanism in mechanisms():
                         outcome = _spawn.spawn(
                             command, _candidates(program, env), env, cwd, streams, (p2cwrite, c2pread, errread),
-                            tuple(sorted(set(pass_fds))), close_fds, restore_signals, start_new_session, process_group,
+                            kept, close_fds, restore_signals, start_new_session, process_group,
                             gid, gids, uid, umask, cpu_mask, mem_mode, node_mask, binding is None or binding.required,
                             signal.SIGKILL if self._die_with_parent else 0, cgroup, mechanism,
                         )  # fmt: skip
@@ -322,7 +326,8 @@ class Popen(_Stock):  # type: ignore[type-arg]
                 remaining = until - time.monotonic()
                 if remaining <= 0:
                     raise subprocess.TimeoutExpired(self.args, timeout)
-                if poller.poll(remaining * 1000) and self._waitpid_lock.locked():  # type: ignore[attr-defined]
+                # A day at a time: poll(2) counts milliseconds in an int, and a timeout may be infinite.
+                if poller.poll(min(86400, remaining) * 1000) and self._waitpid_lock.locked():  # type: ignore[attr-defined]
                     # It has ended and another thread is about to reap it.
                     time.sleep(0.0001)
             return self.returncode
@@ -351,6 +356,8 @@ def _candidates(program: Any, env: Mapping[Any, Any] | None) -> tuple[bytes, ...
     name = os.fsencode(program)
     if b"/" in name:
         return (name,)
+    if env is not None:
+        os.fsencode(env.get("PATH", ""))  # TypeError for what no environment can hold
     return tuple(os.path.join(os.fsencode(folder), name) for folder in os.get_exec_path(env))
 
 

@@ -16,6 +16,7 @@ cdef extern from "Python.h":
     int PyUnicode_FSConverter(object text, void *encoded) except 0
     bint PyUnicode_IS_ASCII(object text)
     bint PyUnicode_Check(object text)
+    object PyNumber_Index(object number)
     void *PyUnicode_DATA(object text)
     Py_ssize_t PyUnicode_GET_LENGTH(object text)
 
@@ -227,7 +228,7 @@ cdef inline void _release(void *owned):
 
 
 cdef class _Ints:
-    """A C array of int (descriptors) or gid_t (groups); both are 32 bits wide, checked when filled."""
+    """A C array of int (descriptors) or gid_t (groups): both are 32 bits wide. OverflowError for what is wider."""
 
     cdef unsigned int *items
     cdef size_t count
@@ -309,6 +310,11 @@ cdef int _set_stream(spawn_stream *stream, object target) except -1:
     return 0
 
 
+cdef int _index(object number) except? -1:
+    # Cython's own conversion would cut 1.5 down to 1.
+    return PyNumber_Index(number)
+
+
 cdef int _check_pass_fds(tuple fds) except -1:
     # The same words as CPython's fork_exec has.
     cdef long long last = -1
@@ -321,13 +327,13 @@ cdef int _check_pass_fds(tuple fds) except -1:
 
 def spawn(
     argv, executables, env, cwd, streams, parent_ends, tuple pass_fds, bint close_fds, bint restore_signals,
-    bint new_session, pid_t process_group, gid, groups, uid, int umask, bytes cpu_mask, int mem_mode, bytes node_mask,
+    bint new_session, process_group, gid, groups, uid, umask, bytes cpu_mask, int mem_mode, bytes node_mask,
     bint binding_required, int death_signal, int cgroup_fd, spawn_mechanism mechanism,
 ):
     """Start one process; the arguments are the fields of struct spawn_request.
 
-    argv, executables: text or bytes. cwd: the same, or None. env: a mapping or None for the caller's. streams: three of what
-    _set_stream takes. cpu_mask, node_mask: from pack_ids, or None.
+    argv, executables: text or bytes. cwd: the same, or None. env: a mapping or None for the caller's. streams: three of
+    what _set_stream takes. cpu_mask, node_mask: from pack_ids, or None.
 
     Returns None when the mechanism cannot express the request, else (pid, Pidfd or None, errno of the missing pidfd,
     mechanism, step, errno of the step, errno of a refused affinity, errno of a refused memory policy); step is an
@@ -370,8 +376,8 @@ def spawn(
     request.close_fds = close_fds
     request.restore_signals = restore_signals
     request.new_session = new_session
-    request.process_group = process_group
-    request.umask = umask
+    request.process_group = _index(process_group)
+    request.umask = _index(umask)
     request.set_gid = gid is not None
     request.gid = 0 if gid is None else gid
     request.set_uid = uid is not None
@@ -379,7 +385,13 @@ def spawn(
     request.groups = NULL
     request.groups_count = -1
     if groups is not None:
-        gids = _Ints(groups)
+        # The same words as CPython's fork_exec has.
+        if len(groups) > 65536:
+            raise ValueError("too many extra_groups")
+        try:
+            gids = _Ints(groups)
+        except OverflowError:
+            raise ValueError("invalid group id") from None
         request.groups = <const gid_t *>gids.items
         request.groups_count = gids.count
     request.cpu_mask = NULL
