@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,12 +107,17 @@ def as_mask(ids: frozenset[int]) -> str:
 
 class _Writer:
     def __init__(self, root: Path, machine: Machine) -> None:
-        self.root, self.machine = root, machine
+        self.root, self.machine = f"{root}/", machine
+        self.made: set[str] = set()
 
     def text(self, path: str, text: str) -> None:
-        file = self.root / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{text}\n" + ("\0" if self.machine.nul else ""))
+        # Plain calls: a machine of 1,024 CPUs is 17,000 files.
+        folder = path.rpartition("/")[0]
+        if folder not in self.made:
+            os.makedirs(self.root + folder, exist_ok=True)
+            self.made.add(folder)
+        with open(self.root + path, "w") as file:
+            file.write(f"{text}\n" + ("\0" if self.machine.nul else ""))
 
     def ids(self, lists: str, masks: str, ids: frozenset[int]) -> None:
         if self.machine.masks:
