@@ -572,6 +572,44 @@ def test_binding_without_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
             Popen(["/bin/true"], **asked)  # type: ignore[arg-type]
 
 
+def test_handler_that_raises_leaves_no_child(tmp_path: Path) -> None:
+    """Signals wait while a child is made, so that Ctrl-C most often strikes right after it: the child must not stay."""
+
+    class Struck(Exception):
+        pass
+
+    def strike(*_: object) -> None:
+        raise Struck
+
+    log = tmp_path / "fifo"
+    os.mkfifo(log)
+
+    def strike_while_the_child_opens_its_log() -> None:
+        while not any("/fifo" in name for name in opening()):
+            time.sleep(0.001)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+        os.close(os.open(log, os.O_RDONLY))
+
+    def opening() -> list[str]:
+        # The child is blocked in openat(): it is a child with our command line, since it has not executed yet.
+        tasks = Path("/proc/self/task").glob("*/children")
+        pids = [pid for task in tasks for pid in task.read_text().split()]
+        return ["/fifo" for pid in pids if Path(f"/proc/{pid}/syscall").read_text().split()[0] == str(openat)]
+
+    openat = {"x86_64": 257, "aarch64": 56}[os.uname().machine]
+    before = signal.signal(signal.SIGALRM, strike)
+    thread = threading.Thread(target=strike_while_the_child_opens_its_log)
+    thread.start()
+    try:
+        with pytest.raises(Struck):
+            Popen(["/bin/sleep", "60"], stdout=log, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        thread.join()
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
 def test_child_of_a_forked_process() -> None:
     """The engine keeps nothing that a fork would break."""
     pid = os.fork()
@@ -584,8 +622,8 @@ def test_child_of_a_forked_process() -> None:
 def test_asyncio_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", Popen)
     started: list[str | None] = []
-    original = Popen._started
-    monkeypatch.setattr(Popen, "_started", lambda self, *a: (original(self, *a), started.append(self.mechanism))[0])
+    original = Popen._check
+    monkeypatch.setattr(Popen, "_check", lambda self, *a: (original(self, *a), started.append(self.mechanism))[0])
 
     async def main() -> bytes:
         process = await asyncio.create_subprocess_exec("/bin/echo", "hi", stdout=asyncio.subprocess.PIPE)

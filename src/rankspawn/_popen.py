@@ -128,7 +128,14 @@ class Popen(_Stock):  # type: ignore[type-arg]
         self._die_with_parent = die_with_parent
         self._cgroup = cgroup
         self._refused: tuple[RefusedStep, ...] = ()
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except BaseException:
+            if self._child_created and self.returncode is None:  # type: ignore[attr-defined]
+                # A signal handler raised after the start (Ctrl-C): the caller gets no object to end the child by.
+                self.kill()
+                self.wait()
+            raise
 
     @property
     def pidfd(self) -> int | None:
@@ -225,13 +232,14 @@ class Popen(_Stock):  # type: ignore[type-arg]
                 try:
                     for mechanism in mechanisms():
                         outcome = _spawn.spawn(
-                            command, _candidates(program, env), env, cwd, streams, (p2cwrite, c2pread, errread),
+                            self, command, _candidates(program, env), env, cwd, streams, (p2cwrite, c2pread, errread),
                             kept, close_fds, restore_signals, start_new_session, process_group,
                             gid, gids, uid, umask, cpu_mask, mem_mode, node_mask, binding is None or binding.required,
                             signal.SIGKILL if self._die_with_parent else 0, cgroup, mechanism,
                         )  # fmt: skip
                         if outcome is not None:
-                            self._started(outcome, program, cwd)
+                            self.mechanism = "clone" if mechanism == _spawn.CLONE else "posix_spawn"
+                            self._check(*outcome, program, cwd)
                             self._close_pipe_fds(  # type: ignore[attr-defined]
                                 p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite
                             )
@@ -251,18 +259,13 @@ class Popen(_Stock):  # type: ignore[type-arg]
         def _execute_child(self, *seam: Any) -> None:  # type: ignore[misc]
             self._execute_by_subprocess(list(seam))
 
-    def _started(self, outcome: tuple[Any, ...], program: Any, cwd: Any) -> None:
-        """Take over what the engine started, or raise what subprocess would for the step that failed."""
-        pid, pidfd, _, mechanism, step, error, affinity_error, mempolicy_error = outcome
+    def _check(self, step: int, error: int, affinity_error: int, mempolicy_error: int, program: Any, cwd: Any) -> None:
+        """Raise what subprocess would for a step that failed; write down the optional ones that were refused."""
         if step:
             raise self._error(_spawn.STEP_NAMES[step], error, program, cwd)
-        self.pid = pid
-        self._child_created = True
-        self._pidfd = pidfd
-        self.mechanism = "clone" if mechanism == _spawn.CLONE else "posix_spawn"
         if affinity_error or mempolicy_error:
             steps = (("sched_setaffinity", affinity_error), ("set_mempolicy", mempolicy_error))
-            self._refused = tuple(RefusedStep(step, code) for step, code in steps if code)
+            self._refused = tuple(RefusedStep(name, code) for name, code in steps if code)
 
     def _error(self, step: str, code: int, program: Any, cwd: Any) -> OSError:
         if self._binding is not None and step in ("sched_setaffinity", "set_mempolicy"):

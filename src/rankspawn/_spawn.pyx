@@ -326,18 +326,20 @@ cdef int _check_pass_fds(tuple fds) except -1:
 
 
 def spawn(
-    argv, executables, env, cwd, streams, parent_ends, tuple pass_fds, bint close_fds, bint restore_signals,
+    owner, argv, executables, env, cwd, streams, parent_ends, tuple pass_fds, bint close_fds, bint restore_signals,
     bint new_session, process_group, gid, groups, uid, umask, bytes cpu_mask, int mem_mode, bytes node_mask,
     bint binding_required, int death_signal, int cgroup_fd, spawn_mechanism mechanism,
 ):
-    """Start one process; the arguments are the fields of struct spawn_request.
+    """Start one process for ``owner``; the other arguments are the fields of struct spawn_request.
+
+    A started process is given to its owner here, as pid, _pidfd (a Pidfd or None) and _child_created: a signal handler
+    that raises, such as Ctrl-C's, runs as soon as this call returns, and must find an owner to clean up.
 
     argv, executables: text or bytes. cwd: the same, or None. env: a mapping or None for the caller's. streams: three of
     what _set_stream takes. cpu_mask, node_mask: from pack_ids, or None.
 
-    Returns None when the mechanism cannot express the request, else (pid, Pidfd or None, errno of the missing pidfd,
-    mechanism, step, errno of the step, errno of a refused affinity, errno of a refused memory policy); step is an
-    index into STEP_NAMES, 0 when the program was executed.
+    Returns None when the mechanism cannot express the request, else (step, errno of the step, errno of a refused
+    affinity, errno of a refused memory policy); step is an index into STEP_NAMES, 0 when the program was executed.
 
     Raises TypeError and ValueError as subprocess does for arguments that cannot be passed on.
     """
@@ -413,7 +415,8 @@ def spawn(
         outcome = c_spawn(&request, &result, mechanism)
     if outcome == SPAWN_DECLINED:
         return None
-    return (
-        result.pid, None if result.pidfd < 0 else Pidfd(result.pidfd), result.pidfd_error, result.mechanism,
-        result.step, result.error, result.affinity_error, result.mempolicy_error,
-    )
+    if outcome == SPAWN_STARTED:
+        owner.pid = result.pid
+        owner._child_created = True
+        owner._pidfd = None if result.pidfd < 0 else Pidfd(result.pidfd)
+    return result.step, result.error, result.affinity_error, result.mempolicy_error
