@@ -35,7 +35,7 @@ struct job {
     size_t cpus_size;
     unsigned long cpus[MASK_BITS / WORD_BITS];
     unsigned long nodes[MASK_BITS / WORD_BITS];
-    unsigned long maxnode; /* 0 leaves the memory policy alone */
+    unsigned long maxnode;       /* 0 leaves the memory policy alone */
     const char *volatile failed; /* the call that failed in the child, which shares this memory */
     volatile int error;
 };
@@ -45,7 +45,8 @@ typedef pid_t starter(struct job *);
 static char child_stack[64 * 1024] __attribute__((aligned(16)));
 extern char **environ;
 
-static int child(void *argument)
+static int
+child(void *argument)
 {
     struct job *job = argument;
 
@@ -66,12 +67,14 @@ fail:
     _exit(127);
 }
 
-static pid_t start_clone(struct job *job)
+static pid_t
+start_clone(struct job *job)
 {
     return clone(child, child_stack + sizeof child_stack, CLONE_VM | CLONE_VFORK | SIGCHLD, job);
 }
 
-static pid_t start_posix_spawn(struct job *job)
+static pid_t
+start_posix_spawn(struct job *job)
 {
     static posix_spawnattr_t attributes;
     static int ready;
@@ -91,7 +94,8 @@ static pid_t start_posix_spawn(struct job *job)
     return pid;
 }
 
-static int64_t now(void)
+static int64_t
+now(void)
 {
     struct timespec time;
 
@@ -99,7 +103,8 @@ static int64_t now(void)
     return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
 }
 
-static void measure(struct job *job, starter *start, long rounds)
+static void
+measure(struct job *job, starter *start, long rounds)
 {
     for (long round = 0; round < rounds; round++) {
         int status = 0;
@@ -120,12 +125,14 @@ static void measure(struct job *job, starter *start, long rounds)
     fflush(stdout);
 }
 
-static void set_bit(unsigned long *mask, long bit)
+static void
+set_bit(unsigned long *mask, long bit)
 {
     mask[(size_t)bit / WORD_BITS] |= 1ul << ((size_t)bit % WORD_BITS);
 }
 
-int main(int argc, char **argv)
+int
+main(int argc, char **argv)
 {
     if (argc < 5 || argc > 6 || (strcmp(argv[1], "clone") != 0 && strcmp(argv[1], "posix_spawn") != 0)) {
         fprintf(stderr, "usage: floor clone|posix_spawn CPU NODE PROGRAM [ROUNDS]\n");

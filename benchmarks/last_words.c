@@ -7,7 +7,8 @@
 #include <time.h>
 #include <unistd.h>
 
-int main(int argc, char **argv)
+int
+main(int argc, char **argv)
 {
     long milliseconds = argc > 1 ? strtol(argv[1], NULL, 10) : 0;
     struct timespec pause = {milliseconds / 1000, milliseconds % 1000 * 1000000};

@@ -3,7 +3,8 @@
 
 __attribute__((noreturn)) void _start(void);
 
-void _start(void)
+void
+_start(void)
 {
 #if defined(__x86_64__)
     __asm__ volatile("syscall" : : "a"(60L), "D"(0L)); /* exit(0) */

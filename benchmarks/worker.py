@@ -126,6 +126,7 @@ def popen_job(
 
 def extension_job(place: Place) -> Job:
     """The extension called as ``Popen(binding=...)`` calls it, and waitpid: the rest is the cost of Popen itself."""
+    module("rankspawn")
     inside = module("rankspawn._popen")
     extension: Any = inside._spawn
     if extension is None:
@@ -192,9 +193,9 @@ def handler_job(place: Place, *, api: str, logs: bool = False) -> Job:
         began = perf_counter_ns()
         handler = handlers.SubprocessHandler(place.programs["tiny"], (), RANK_ENV, out, err, 0, options)
         took = reaped(handler.proc) - began
-        for file in (handler._stdout, handler._stderr):
-            if hasattr(file, "close"):
-                file.close()
+        if logs and api == "torch":  # its close() would signal a group that is gone; ours holds nothing open
+            handler._stdout.close()
+            handler._stderr.close()
         return took
 
     return once
