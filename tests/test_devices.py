@@ -265,9 +265,10 @@ def intel(tmp_path: Path) -> Topology:
     )
     root = write(tmp_path, Machine(sockets=2, gpus=gpus))
     for number, gpu in enumerate(gpus):
-        (root / "sys/class/drm" / f"renderD{128 + number}").mkdir(parents=True)
-        (root / "sys/class/drm" / f"renderD{128 + number}" / "device").symlink_to(root / PCI / gpu.address)
-        (root / PCI / gpu.address / "driver").symlink_to("../drivers/" + ("ast" if number == 3 else "xe"))
+        (root / PCI / gpu.address / "drm" / f"renderD{128 + number}").mkdir(parents=True)
+        driver = root / "sys/bus/pci/drivers" / ("ast" if number == 3 else "xe")
+        driver.mkdir(parents=True, exist_ok=True)
+        (driver / gpu.address).symlink_to(root / PCI / gpu.address)
         for tile in range(2 if number in (1, 2) else 0):
             (root / PCI / gpu.address / f"tile{tile}").mkdir()
     return Topology.read(root)
@@ -284,6 +285,18 @@ def intel(tmp_path: Path) -> Topology:
 )
 def test_intel_by_drm(environ: dict[str, str], buses: list[str], tmp_path: Path) -> None:
     assert [device.address[5:7] for device in find_devices(intel(tmp_path), environ)] == buses
+
+
+def test_the_tiles_that_i915_shows(tmp_path: Path) -> None:
+    gpus = tuple(Gpu(0, address(i), vendor=0x8086, device=id, driver="i915") for i, id in enumerate((0x0BD5, 0x56C0)))
+    root = write(tmp_path, Machine(gpus=gpus))
+    for gpu in gpus:
+        (root / "sys/bus/pci/drivers/i915" / gpu.address).mkdir(parents=True)
+        (root / PCI / gpu.address / "drm/renderD128").mkdir(parents=True)
+        for gt in ("gt0", "gt1"):
+            (root / PCI / gpu.address / "drm/card1/gt" / gt).mkdir(parents=True)
+    devices = find_devices(Topology.read(root), {})
+    assert [device.address for device in devices] == [address(0), address(0), address(1)]
 
 
 def test_a_malformed_affinity_mask(tmp_path: Path) -> None:

@@ -14,31 +14,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rankspawn._sysfs import Tree
-from rankspawn._topology import Topology
-from rankspawn._visible import Device, DeviceError, intel_visible, nvidia_visible, rocm_visible
+from ._sysfs import Tree
+from ._topology import Topology
+from ._visible import Device, DeviceError, intel_visible, nvidia_visible, rocm_visible
 
 _PCI = "sys/bus/pci/devices"
 _NVIDIA = "proc/driver/nvidia/gpus"
-_NVIDIA_DRIVER = "sys/bus/pci/drivers/nvidia"
+_DRIVERS = "sys/bus/pci/drivers"
 _KFD = "sys/class/kfd/kfd/topology/nodes"
-_DRM = "sys/class/drm"
+_INTEL_DRIVERS = ("i915", "xe")
 
 _ADDRESS = re.compile(r"(?:pci:)?(?:([0-9a-fA-F]{4,8}):)?([0-9a-fA-F]{2}):([0-9a-fA-F]{2})(?:\.([0-7]))?")
 _FIELD = re.compile(r"^([^:\n]+):[ \t]*(.*?)[ \t]*$", re.MULTILINE)
-_PONTE_VECCHIO = range(0x0BD0, 0x0BE0)  # PCI device ids of Intel's Max series, whose i915 "gt" folders are tiles
+_TILE = re.compile(r"tile[0-9]+")
+_PONTE_VECCHIO = "0x0bd"  # how the PCI device ids of Intel's Max series begin
 
 
-def find_devices(topology: Topology, environ: Mapping[str, str] | None = None) -> tuple[Device, ...]:
+def find_devices(
+    topology: Topology, environ: Mapping[str, str] | None = None, tree: Tree | None = None
+) -> tuple[Device, ...]:
     """The visible accelerators of the first vendor that has any (NVIDIA, AMD, Intel), in the order of its runtime.
 
     environ: None is this process's environment for the running machine, and an empty one for a captured tree.
+    tree: where to read, and to note what is read; the topology's root if left out.
     Raises DeviceError for a variable that cannot be understood.
     """
     live = is_live(topology.root)
     if environ is None:
         environ = os.environ if live else {}
-    tree = Tree(topology.root)
+    tree = tree or Tree(topology.root)
     for find, visible in (
         (_nvidia, nvidia_visible),
         (_amd, rocm_visible),
@@ -140,7 +144,7 @@ def _nvidia(tree: Tree, live: bool) -> list[Device]:
             known = {"vendor": "nvidia", "name": told.get("Model", ""), "uuid": told.get("GPU UUID", "")}
             found.append(_pci_device(tree, _address(name, f"{_NVIDIA}: "), **known))
         if not found and not live:
-            bound = [name for name in tree.names(_NVIDIA_DRIVER) if _ADDRESS.fullmatch(name)]
+            bound = [name for name in tree.names(f"{_DRIVERS}/nvidia") if _ADDRESS.fullmatch(name)]
             found = [_pci_device(tree, name, vendor="nvidia") for name in bound]
     return sorted(found, key=lambda device: device.address)
 
@@ -220,27 +224,24 @@ def _amd(tree: Tree, live: bool) -> list[Device]:
 
 
 def _intel(tree: Tree, live: bool) -> list[Device]:
-    """The GPUs of i915 and xe, by PCI address, the integrated one (bus 0) last, as Level Zero puts it."""
-    found = {}
-    for name in tree.names(_DRM):
-        if not name.startswith("renderD"):
-            continue
-        folder = f"{_DRM}/{name}/device"
-        if os.path.basename(tree.link(f"{folder}/driver")) not in ("i915", "xe"):
-            continue
-        address = os.path.basename(tree.link(folder))
-        tiles = tuple(one.removeprefix("tile") for one in tree.names(folder) if re.fullmatch("tile[0-9]+", one))
-        if not tiles and (tree.text(f"{folder}/device") or "").startswith("0x"):
-            tiles = _i915_tiles(tree, folder)
-        found[address] = _pci_device(tree, address, vendor="intel", partitions=tiles)
-    return [found[address] for address in sorted(found, key=lambda one: (one.startswith("0000:00:"), one))]
+    """The GPUs of i915 and xe with a DRM render node, by PCI address; the integrated one (bus 0) last, as Level Zero
+    puts it."""
+    found = []
+    for driver in _INTEL_DRIVERS:
+        for address in filter(_ADDRESS.fullmatch, tree.names(f"{_DRIVERS}/{driver}")):
+            drm = tree.names(f"{_PCI}/{address}/drm")
+            if any(name.startswith("renderD") for name in drm):
+                found.append(_pci_device(tree, address, vendor="intel", partitions=_intel_tiles(tree, address, drm)))
+    return sorted(found, key=lambda device: (device.address.startswith("0000:00:"), device.address))
 
 
-def _i915_tiles(tree: Tree, folder: str) -> tuple[str, ...]:
-    if int(tree.text(f"{folder}/device") or "0", 16) not in _PONTE_VECCHIO:
-        return ()
-    card = next((name for name in tree.names(f"{folder}/drm") if name.startswith("card")), "")
-    return tuple(name.removeprefix("gt") for name in tree.names(f"{folder}/drm/{card}/gt") if name.startswith("gt"))
+def _intel_tiles(tree: Tree, address: str, drm: list[str]) -> tuple[str, ...]:
+    """The tiles: folders of the device with xe; with i915 the card's "gt" folders, which mean tiles on one series."""
+    tiles = [name.removeprefix("tile") for name in tree.names(f"{_PCI}/{address}") if _TILE.fullmatch(name)]
+    if not tiles and (tree.text(f"{_PCI}/{address}/device") or "")[:5] == _PONTE_VECCHIO:
+        card = next((name for name in drm if name.startswith("card")), "")
+        tiles = [name.removeprefix("gt") for name in tree.names(f"{_PCI}/{address}/drm/{card}/gt")]
+    return tuple(tiles)
 
 
 __all__ = ["Device", "DeviceError", "as_devices", "find_devices", "is_live", "locate", "parse_devices"]

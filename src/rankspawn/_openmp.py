@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from rankspawn._topology import Topology
+from ._topology import Topology
 
 
 def omp_num_threads(topology: Topology, masks: Sequence[Iterable[int]]) -> tuple[int, ...]:

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from rankspawn._binding import AffinityMode, Binding, MemoryMode, MemoryPolicy, format_ids, parse_ids
-from rankspawn._devices import Device, as_devices, find_devices, locate
-from rankspawn._openmp import omp_num_threads
-from rankspawn._topology import Node, PlacementError, Topology
+from ._binding import AffinityMode, Binding, MemoryMode, MemoryPolicy, format_ids, parse_ids
+from ._devices import Device, as_devices, find_devices, locate
+from ._openmp import omp_num_threads
+from ._topology import Node, PlacementError, Topology
 
 Threads = tuple[int, ...]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from rankspawn._binding import parse_ids
+from ._binding import parse_ids
 
 _PAIR = re.compile(r"[0-9]{1,6}(?:,[0-9]{1,6})?")  # a core's threads, in most machines
 
@@ -19,15 +19,25 @@ class TopologyError(PlacementError):
 
 
 class Tree:
-    """The folder that has sys/ and proc/ in it. Paths are relative to it; ``opened`` lists each file that was read."""
+    """The folder that has sys/ and proc/ in it; paths are relative to it.
+
+    opened: each file that was read, with its text. listed: each folder that was listed, with its names.
+    """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = os.fspath(root)
-        self.opened: list[str] = []
+        self.opened: dict[str, str] = {}
+        self.listed: dict[str, list[str]] = {}
         self._prefix = self.root.rstrip("/") + "/"
 
     def text(self, path: str) -> str | None:
-        """The file's text without blanks and NUL bytes at its ends; None where there is no such file."""
+        """The file's text without blanks and NUL bytes at its ends; None where there is no such file.
+
+        A file is opened once; what was read is remembered.
+        """
+        known = self.opened.get(path)
+        if known is not None:
+            return known
         try:
             fd = os.open(self._prefix + path, os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
@@ -43,8 +53,8 @@ class Tree:
             raise TopologyError(f"cannot read {self._prefix}{path}: {error.strerror}") from error
         finally:
             os.close(fd)
-        self.opened.append(path)
-        return data.decode("ascii", "replace").strip(" \t\n\0")
+        text = self.opened[path] = data.decode("ascii", "replace").strip(" \t\n\0")
+        return text
 
     def ids(self, path: str) -> frozenset[int] | None:
         """The ids of a list such as "0-3,8"; None where there is no such file."""
@@ -82,18 +92,12 @@ class Tree:
     def names(self, path: str) -> list[str]:
         """What the folder holds, sorted; nothing where there is no such folder."""
         try:
-            return sorted(os.listdir(self._prefix + path))
+            names = self.listed[path] = sorted(os.listdir(self._prefix + path))
+            return names
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise TopologyError(f"cannot list {self._prefix}{path}: {error.strerror}") from error
-
-    def link(self, path: str) -> str:
-        """Where a symbolic link points, as it is written; "" where there is none."""
-        try:
-            return os.readlink(self._prefix + path)
-        except OSError:  # Absent, or a plain folder in a tree that was copied without its links.
-            return ""
 
     def _parsed(self, path: str, text: str, *, mask: bool) -> frozenset[int]:
         try:

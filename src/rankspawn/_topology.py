@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from rankspawn._binding import format_ids, parse_ids
-from rankspawn._sysfs import PlacementError, TopologyError, Tree
+from ._binding import format_ids, parse_ids
+from ._sysfs import PlacementError, TopologyError, Tree
 
 _CPU = "sys/devices/system/cpu"
 _NODE = "sys/devices/system/node"

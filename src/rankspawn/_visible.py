@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rankspawn._sysfs import PlacementError
+from ._sysfs import PlacementError
 
 
 class DeviceError(PlacementError):
