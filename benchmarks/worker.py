@@ -137,7 +137,7 @@ def extension_job(place: Place) -> Job:
         calls.append(arguments)
         return extension.spawn(*arguments)
 
-    # The arguments are taken down from a real call, so that this knows nothing of them.
+    # The arguments are taken down from a real call, so that this knows nothing of them but the first, their owner.
     inside._spawn = SimpleNamespace(**{**vars(extension), "spawn": recorded})
     try:
         popen_job(place, api="rankspawn", bound=True)()
@@ -145,12 +145,13 @@ def extension_job(place: Place) -> Job:
         inside._spawn = extension
     if not calls:
         raise Skip("Popen does not call _spawn.spawn here")
-    spawn, arguments = extension.spawn, calls[0]
+    spawn, arguments = extension.spawn, calls[0][1:]
 
     def once() -> int:
+        owner = SimpleNamespace()
         began = perf_counter_ns()
-        started = spawn(*arguments)
-        os.waitpid(started[0], 0)
+        spawn(owner, *arguments)
+        os.waitpid(owner.pid, 0)
         return perf_counter_ns() - began
 
     return once
