@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from ._binding import AffinityMode, MemoryMode
 from ._topology import PlacementError, Topology
 
-TYPE_CHECKING = False  # as typing.TYPE_CHECKING, read by type checkers too
 if TYPE_CHECKING:
     from ._placement import Rank
 

@@ -6,13 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ._binding import format_ids
 from ._options import add_placement_options, placement
 from ._topology import PlacementError, Topology, Tree
 
-TYPE_CHECKING = False  # as typing.TYPE_CHECKING, read by type checkers too
 if TYPE_CHECKING:
     from ._devices import Device
     from ._placement import Rank

@@ -6,6 +6,7 @@ Boxes are laid out from the inside out: each knows its size, and puts its childr
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from colorsys import hls_to_rgb
 from dataclasses import dataclass, field
 from math import ceil, sqrt
 
@@ -21,7 +22,7 @@ text { font: 11px system-ui, sans-serif; fill: #1d2733 }
 .cpu { font-size: 9px; text-anchor: middle } .off { fill: #9aa5b1 }
 .socket { fill: #f2f4f7; stroke: #8a97a6 } .node { fill: #ffffff; stroke: #5b7fa6 }
 .memory { fill: #fbf7ec; stroke: #b59b4c } .cache { fill: #f7f9fb; stroke: #c3ccd6 }
-.device { fill: #ffffff; stroke: #4a5562; stroke-width: 1.5 } .core { fill: none; stroke: #8a97a6; stroke-width: .8 }
+.device { fill: #ffffff; stroke: #4a5562; stroke-width: 1.5 } .core { fill: none; stroke: #5d6a79 }
 .small { stroke-dasharray: 2 1.5 } .plain { fill: none; stroke: none }
 """
 
@@ -65,10 +66,11 @@ class _Artist:
                 self.users.setdefault(cpu, []).append(index)
         self.lines: list[str] = []
 
-    def rect(self, x: float, y: float, w: float, h: float, kind: str, more: str = "") -> None:
-        self.lines.append(
-            f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="3"{more}/>'
-        )
+    def rect(self, x: float, y: float, w: float, h: float, kind: str) -> None:
+        self.lines.append(f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="2"/>')
+
+    def fill(self, x: float, y: float, w: float, h: float, colour: str) -> None:
+        self.lines.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" fill="{colour}"/>')
 
     def text(self, x: float, y: float, text: str, kind: str = "") -> None:
         attribute = f' class="{kind}"' if kind else ""
@@ -100,10 +102,10 @@ class _Artist:
             who = f", rank {format_ids(users)}" if users else ("" if cpu in self.allowed else ", not allowed")
             self.lines.append(f"<g><title>CPU {cpu}{who}{_escaped(box.hint)}</title>")
             fill = "#ffffff" if cpu in self.allowed else "#e4e8ec"
-            self.rect(x, top, _CELL_W, _CELL_H, "", f' fill="{fill}"')
+            self.fill(x, top, _CELL_W, _CELL_H, fill)
             for i, rank in enumerate(users[:6]):  # More stripes than six cannot be told apart; the title has them all.
                 part = _CELL_W / len(users[:6])
-                self.rect(x + i * part, top, part, _CELL_H, "", f' fill="{_colour(rank)}"')
+                self.fill(x + i * part, top, part, _CELL_H, _colour(rank))
             self.text(x + _CELL_W / 2, top + 11, str(cpu), "cpu" if cpu in self.allowed else "cpu off")
             self.lines.append("</g>")
         kind = "core small" if box.hint.endswith("efficiency") else "core"
@@ -114,7 +116,7 @@ class _Artist:
         self.rect(x, y, w, h, "device")
         for i, rank in enumerate(box.ranks):
             part = w / len(box.ranks)
-            self.rect(x + i * part, y + h - 5, part, 5, "", f' fill="{_colour(rank)}"')
+            self.fill(x + 1 + i * part, y + h - 6, part - 2, 5, _colour(rank))
         self.text(x + 7, y + 13, box.title)
         self.lines.append("</g>")
 
@@ -130,7 +132,11 @@ def drawing(topology: Topology, devices: Sequence[Device], ranks: Sequence[Rank]
     tops = _tops(topology, by_node)
     if None in by_node:
         tops.append(_Box("memory", "node unknown", [_Box("plain", "", by_node[None], 4)]))
-    machine = _Box("plain", "", tops, 1 if len(tops) < 3 else ceil(sqrt(len(tops))))
+    memory = [box for box in tops if box.kind == "memory"]
+    tops = [box for box in tops if box.kind != "memory"]
+    machine = _Box("plain", "", [_Box("plain", "", tops, 1 if len(tops) < 3 else _columns(len(tops)))])
+    if memory:
+        machine.children.append(_Box("plain", "", memory, 4))
     artist = _Artist(topology, ranks)
     width, height = machine.size()
     artist.box(machine, _PAD, _PAD)
@@ -145,7 +151,8 @@ def drawing(topology: Topology, devices: Sequence[Device], ranks: Sequence[Rank]
 
 def _legend(artist: _Artist, ranks: Sequence[Rank], width: float, y: float) -> tuple[float, float]:
     for index, rank in enumerate(ranks):
-        artist.rect(_PAD, y, 14, 12, "core", f' style="fill: {_colour(index)}"')
+        artist.fill(_PAD, y, 14, 12, _colour(index))
+        artist.rect(_PAD, y, 14, 12, "core")
         text = f"rank {index}: {rank.binding}" + (f", follows {rank.device.address}" if rank.device else "")
         artist.text(_PAD + 20, y + 10, text)
         width = max(width, _PAD + 28 + 6.2 * len(text))
@@ -161,7 +168,7 @@ def _tops(topology: Topology, devices: dict[int | None, list[_Box]]) -> list[_Bo
         inside = [socket for socket in topology.sockets if socket.cpus & node.cpus]
         if len(inside) > 1:
             boxes = [_Box("socket", f"socket {one.id}", [_cores(topology, one.cpus & node.cpus)]) for one in inside]
-            tops.append(_node(node, [_Box("plain", "", boxes, ceil(sqrt(len(boxes))))], devices))
+            tops.append(_node(node, [_Box("plain", "", boxes, _columns(len(boxes)))], devices))
             done.update(node.cpus)
     for socket in topology.sockets:
         nodes = [node for node in topology.nodes_with_cpus() if node.cpus <= socket.cpus and not node.cpus & done]
@@ -175,9 +182,10 @@ def _tops(topology: Topology, devices: dict[int | None, list[_Box]]) -> list[_Bo
 
 
 def _node(node: Node, children: list[_Box], devices: dict[int | None, list[_Box]]) -> _Box:
-    memory = f"{node.memory / (1 << 30):.0f} GiB" if node.memory else "no memory"
+    gib = node.memory / (1 << 30)
+    memory = f"{gib:.{0 if gib >= 10 else 1}f} GiB" if gib else "no memory"
     here = devices.get(node.id, [])
-    rows = [*children, _Box("plain", "", here, 2 if len(here) < 5 else 4)] if here else children
+    rows = [*children, _Box("plain", "", here, 4)] if here else children
     title = f"node {node.id}, {memory}" + ("" if node.cpus else ", no CPUs")
     return _Box("node" if node.cpus else "memory", title, rows)
 
@@ -194,7 +202,7 @@ def _cores(topology: Topology, cpus: frozenset[int]) -> _Box:
             title = f"L{cache.level}" if cache else ""
             boxes.append(_Box("cache" if cache else "plain", title, cores, columns))
     lone = all(len(box.children) == 1 for box in boxes)
-    return _Box("plain", "", boxes, 8 if lone else ceil(sqrt(len(boxes))))
+    return _Box("plain", "", boxes, 8 if lone else _columns(len(boxes)))
 
 
 def _core_boxes(topology: Topology, cpus: frozenset[int]) -> Iterable[_Box]:
@@ -205,9 +213,19 @@ def _core_boxes(topology: Topology, cpus: frozenset[int]) -> Iterable[_Box]:
 
 
 def _colour(rank: int) -> str:
-    """A light colour for black text; neighbours are far apart on the wheel, and every second round is paler."""
-    hue = rank * 137.508 % 360  # the golden angle
-    return f"hsl({hue:.0f} 72% {(68, 80, 58)[rank // 9 % 3]}%)"
+    """A light colour for dark text; neighbours are far apart on the wheel, and each round of it has its lightness.
+
+    As hexadecimal digits: not every program that draws SVG knows CSS's hsl().
+    """
+    hue = rank * 137.508 % 360 / 360  # the golden angle
+    parts = hls_to_rgb(hue, (0.70, 0.82, 0.60)[rank // 9 % 3], 0.72)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in parts)
+
+
+def _columns(count: int) -> int:
+    """How many in a row: the nearest to a square that leaves no gap, unless that is far from it."""
+    side = max(1, ceil(sqrt(count)))
+    return next((columns for columns in range(side, 2 * side) if count % columns == 0), side)
 
 
 def _escaped(text: str) -> str:

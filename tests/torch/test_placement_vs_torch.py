@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import builtins
 import os
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from rankspawn._placement import PlacementError, place
+from rankspawn._devices import as_devices
+from rankspawn._placement import PlacementError, place, plan
 from rankspawn._topology import Topology
 from tests.sysfs_tree import Gpu, Machine, address, write
+from tests.test_placement import machines
 
 binding = pytest.importorskip("torch.numa.binding", reason="torch is not installed")
 MODES = ("node", "socket", "exclusive", "core-complex")
+SPLIT = ("exclusive", "core-complex")
 TorchPlan = Callable[[str, int], "set[int]"]
 
 
@@ -92,6 +99,32 @@ def test_the_same_sets_as_torch(name: str, tmp_path: Path, torch_on) -> None:
         assert ours == theirs, mode
         # Launched as one rank for each GPU, found by ourselves, the sets are the same.
         assert [rank.cpus for rank in place(topology, mode, nprocs=len(addresses))] == theirs, mode
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+@given(machine=machines(), nodes=st.lists(st.integers(-1, 6), min_size=1, max_size=6))
+def test_the_same_sets_wherever_torch_gives_any(machine: Machine, nodes: list[int], torch_on) -> None:
+    machine = replace(machine, masks=False, gpus=tuple(Gpu(node) for node in nodes))
+    addresses = tuple(address(i) for i in range(len(nodes)))
+    with tempfile.TemporaryDirectory() as folder:
+        topology = Topology.read(write(Path(folder), machine))
+        torch_plan = torch_on(Path(folder), addresses, topology.allowed_cpus)
+        devices = as_devices(topology, addresses)
+        # Devices on other nodes (absent, without CPUs, unknown) are put elsewhere by us, and count in splits there.
+        plain = {node.id for node in topology.nodes_with_cpus()}
+        plain |= {-1} if plain == {0} else set()
+        for mode in MODES:
+            for index, node in enumerate(nodes):
+                try:
+                    theirs = torch_plan(mode, index)
+                except (RuntimeError, ValueError, ZeroDivisionError):
+                    continue
+                # An empty set is refused by torch afterwards.
+                if theirs and node in plain and (mode not in SPLIT or plain.issuperset(nodes)):
+                    (rank,) = plan(topology, mode, gpu_index=index, devices=devices)
+                    assert rank.binding.cpus == theirs, (mode, index)
 
 
 DIFFERENCES = {

@@ -1,0 +1,215 @@
+"""The commands ``topology`` and ``plan``: tables, JSON, drawings and captures."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from rankspawn._devices import find_devices
+from rankspawn._placement import plan
+from rankspawn._show import _table, add_commands
+from rankspawn._svg import drawing
+from rankspawn._topology import PlacementError, Topology
+from tests.sysfs_tree import Gpu, Machine, address, write
+
+TWO_SOCKETS = Machine(
+    sockets=2, caches=2, cores=2, threads=2, memory_only=1, offline=frozenset({9}), gpus=(Gpu(0), Gpu(1), Gpu(1))
+)
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def command(*words: object) -> int:
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers(required=True))
+    args = parser.parse_args([str(word) for word in words])
+    return int(args.run(args))
+
+
+def test_the_table_of_a_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("topology", "--sysfs", write(tmp_path, TWO_SOCKETS)) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "15 CPUs, 8 cores, 2 sockets, 3 nodes",
+        "allowed: CPUs 0-8,10-15, nodes 0-2",
+        "offline: CPUs 9",
+        "",
+        "node  socket  CPUs         cores  memory    last-level caches                   distances",
+        "0     0       0-3,8,10-11  4      64.0 GiB  1 x L3 of 3 CPUs, 1 x L3 of 4 CPUs  10 21 32",
+        "1     1       4-7,12-15    4      64.0 GiB  2 x L3 of 4 CPUs                    21 10 31",
+        "2             none         0      64.0 GiB                                      32 31 10",
+        "",
+        "device  address       node  vendor  name         local CPUs",
+        "0       0000:10:00.0  0     nvidia  NVIDIA H100  0-3,8,10-11",
+        "1       0000:11:00.0  1     nvidia  NVIDIA H100  4-7,12-15",
+        "2       0000:12:00.0  1     nvidia  NVIDIA H100  4-7,12-15",
+    ]
+
+
+def test_the_table_of_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, Machine(sockets=2, cores=2, threads=2, gpus=(Gpu(0), Gpu(-1, local="2-3,6-7"))))
+    words = ("plan", "--sysfs", tmp_path, "--numa-binding", "exclusive", "--memory-policy", "preferred")
+    assert command(*words, "--nproc-per-node", 2) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "rank  device        node  CPUs     cores  memory       OMP_NUM_THREADS",
+        "0     0000:10:00.0  0     0-1,4-5  2      preferred:0  2",
+        "1     0000:11:00.0  1     2-3,6-7  2      preferred:1  2",
+        "note: device 0000:11:00.0: numa_node is -1; by local_cpulist it is on node 1",
+    ]
+
+
+def test_a_plan_that_left_a_rank_unbound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, Machine(sockets=2, gpus=(Gpu(0), Gpu(-1))))
+    with pytest.raises(PlacementError, match="unknown"):
+        command("plan", "--sysfs", tmp_path)
+    assert command("plan", "--sysfs", tmp_path, "--numa-binding-optional") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["1", "0000:11:00.0", "-", "inherited", "-", "inherited", "6"]
+    assert lines[3].startswith("note: rank 1 is left unbound: device 0000:11:00.0: its NUMA node is unknown")
+
+
+def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, TWO_SOCKETS)
+    command("topology", "--sysfs", tmp_path, "--json")
+    machine = json.loads(capsys.readouterr().out)
+    assert machine["nodes"][1] == {
+        "id": 1,
+        "cpus": [4, 5, 6, 7, 12, 13, 14, 15],
+        "memory": 64 << 30,
+        "distances": {"0": 21, "1": 10, "2": 31},
+    }
+    assert machine["offline"] == [9]
+    assert [device["address"] for device in machine["devices"]] == [address(i) for i in range(3)]
+    command("plan", "--sysfs", tmp_path, "--json", "--numa-binding", "exclusive", "--memory-policy", "bind")
+    ranks = json.loads(capsys.readouterr().out)["ranks"]
+    assert [rank["cpus"] for rank in ranks] == [[0, 1, 2, 3, 8, 10, 11], [4, 5, 12, 13], [6, 7, 14, 15]]
+    assert ranks[2]["memory"] == {"mode": "bind", "nodes": [1]}
+    assert ranks[2]["omp_num_threads"] == 2
+
+
+def test_lists_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("plan", "--sysfs", write(tmp_path, TWO_SOCKETS), "--cpus", "0-1:4")
+    assert command(*words, "--nproc-per-node", 2, "--mems", "2", "--json") == 0
+    ranks = json.loads(capsys.readouterr().out)["ranks"]
+    assert [(rank["cpus"], rank["memory"]["nodes"]) for rank in ranks] == [([0, 1], [2]), ([4], [2])]
+    with pytest.raises(PlacementError, match="--cpus and --mems need the number of ranks"):
+        command(*words)
+    with pytest.raises(PlacementError, match="--numa-binding node does not go with --cpus and --mems"):
+        command(*words, "--nproc-per-node", 2, "--numa-binding", "node")
+
+
+def test_devices_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, TWO_SOCKETS)
+    command("plan", "--sysfs", tmp_path, "--json", "--devices", f"pci:{address(2)},{address(0)}")
+    assert [rank["node"] for rank in json.loads(capsys.readouterr().out)["ranks"]] == [1, 0]
+    command("plan", "--sysfs", tmp_path, "--json", "--devices", "none", "--nproc-per-node", 2)
+    assert [rank["device"] for rank in json.loads(capsys.readouterr().out)["ranks"]] == [None, None]
+    with pytest.raises(PlacementError, match="--devices 'gpu0': 'gpu0' is not a PCI address"):
+        command("plan", "--sysfs", tmp_path, "--devices", "gpu0")
+
+
+MACHINES = {
+    "two sockets": TWO_SOCKETS,
+    "NPS4": Machine(sockets=2, nodes=4, caches=2, cores=4, threads=2, gpus=(Gpu(3), Gpu(7), Gpu(-1))),
+    "masks, no caches": Machine(cores=20, masks=True, caches_written=False),
+    "no node folder": Machine(sockets=4, node_dir=False),
+    "hybrid": Machine(cores=12, big=4),
+    "a mask, sparse ids": Machine(sockets=2, cpu_stride=7, cpu_base=100, allowed="100,107,149"),
+    "a CPU in no node": Machine(sockets=2, extra={"sys/devices/system/node/node1/cpulist": "4-6"}),
+}
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_a_drawing_has_every_cpu_once_and_every_rank(name: str, tmp_path: Path) -> None:
+    topology = Topology.read(write(tmp_path, MACHINES[name]))
+    devices = find_devices(topology)
+    ranks = plan(topology, "node", nprocs=3, required=False)
+    root = ElementTree.fromstring(drawing(topology, devices, ranks))
+    titles = [title.text or "" for title in root.iter(f"{SVG}title")]
+    drawn = Counter(int(title.split(",")[0].removeprefix("CPU ")) for title in titles if title.startswith("CPU "))
+    assert drawn == Counter(topology.cpus)
+    texts = [text.text or "" for text in root.iter(f"{SVG}text")]
+    for index, rank in enumerate(ranks):
+        assert f"rank {index}: {rank.binding}" in " ".join(texts)
+    for number, device in enumerate(devices):
+        assert f"{number}: {device.address}" in texts
+    for cpu in topology.cpus - topology.allowed_cpus:
+        assert any(title.startswith(f"CPU {cpu}, not allowed") for title in titles)
+    width, height = float(root.get("width", "")), float(root.get("height", ""))
+    for rect in root.iter(f"{SVG}rect"):
+        if rect.get("x"):
+            assert float(rect.get("x", "")) + float(rect.get("width", "")) <= width
+            assert float(rect.get("y", "")) + float(rect.get("height", "")) <= height
+
+
+def test_drawings_are_written(tmp_path: Path) -> None:
+    root = write(tmp_path / "tree", TWO_SOCKETS)
+    command("topology", "--sysfs", root, "--svg", tmp_path / "machine.svg")
+    command("plan", "--sysfs", root, "--svg", tmp_path / "plan.svg", "--numa-binding", "exclusive")
+    machine, plan_ = ((tmp_path / name).read_text() for name in ("machine.svg", "plan.svg"))
+    assert "CPU 12, rank 1" not in machine
+    assert "CPU 12, rank 1" in plan_
+    with pytest.raises(PlacementError, match=r"--svg .*absent/x\.svg: No such file or directory"):
+        command("topology", "--sysfs", root, "--svg", tmp_path / "absent" / "x.svg")
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_a_capture_gives_the_same_machine(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write(tmp_path / "tree", MACHINES[name])
+    command("topology", "--sysfs", root, "--json", "--capture", tmp_path / "capture.tar.gz")
+    before = json.loads(capsys.readouterr().out)
+    with tarfile.open(tmp_path / "capture.tar.gz") as tar:
+        assert len(tar.getnames()) == len(set(tar.getnames()))
+        tar.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    command("topology", "--sysfs", tmp_path / "rankspawn-capture", "--json")
+    after = json.loads(capsys.readouterr().out)
+    assert {**before, "root": ""} == {**after, "root": ""}
+
+
+def test_a_capture_of_this_machine_holds_nothing_private(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command("topology", "--json", "--capture", tmp_path / "capture.tar.gz")
+    before = json.loads(capsys.readouterr().out)
+    with tarfile.open(tmp_path / "capture.tar.gz") as tar:
+        tar.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    status = (tmp_path / "rankspawn-capture/proc/self/status").read_text()
+    assert [line.partition(":")[0] for line in status.splitlines()] == ["Cpus_allowed_list", "Mems_allowed_list"]
+    command("topology", "--json", "--sysfs", tmp_path / "rankspawn-capture")
+    after = json.loads(capsys.readouterr().out)
+    for key in ("cpus", "allowed_cpus", "allowed_nodes", "cores", "caches", "sockets"):
+        assert after[key] == before[key]
+
+
+def test_a_terminal_gets_rich_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    rows = (("node", "CPUs"), [("0", "0-3")])
+    plain = Terminal()
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    _table(*rows, plain)
+    assert plain.getvalue() == "node  CPUs\n0     0-3\n"
+    monkeypatch.undo()
+    pytest.importorskip("rich", reason="rich is not installed")
+    monkeypatch.setenv("TERM", "xterm")
+    rich = Terminal()
+    _table(*rows, rich)
+    assert "\x1b[" in rich.getvalue()
+    assert "0-3" in rich.getvalue()
+
+
+def test_nothing_dear_is_imported_until_it_is_used() -> None:
+    modules = "rich json tarfile pynvml psutil asyncio pathlib rankspawn._svg rankspawn._devices"
+    code = (
+        "import sys, rankspawn._binding; before = set(sys.modules); import rankspawn._show\n"
+        f"print(*sorted(set({modules!r}.split()) & (set(sys.modules) - before)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
