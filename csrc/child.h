@@ -10,6 +10,7 @@ struct child_start {
     uint64_t signal_mask;        /* the mask that the program starts with, as rt_sigprocmask(2) takes it */
     pid_t parent;                /* the caller's pid, for the check after PR_SET_PDEATHSIG */
     int cgroup_procs;            /* open for writing, where clone3 could not place the child; else -1 */
+    bool handlers_are_clear;     /* clone3 has set every handler to the default action */
     bool shares_fds;             /* the descriptor table is still the parent's (CLONE_FILES) */
     int highest_kept;            /* the highest descriptor that the child needs */
 };

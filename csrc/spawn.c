@@ -4,6 +4,7 @@
 #endif
 #include "spawn.h"
 #include "child.h"
+#include "clone3.h"
 #include "numa_shim.h"
 
 #include <errno.h>
@@ -50,11 +51,11 @@ spawn_mask_set(unsigned long *mask, unsigned long bits, unsigned int id)
 #ifndef CLONE_PIDFD
 #define CLONE_PIDFD 0x00001000
 #endif
+#ifndef CLONE_CLEAR_SIGHAND
+#define CLONE_CLEAR_SIGHAND 0x100000000ULL
+#endif
 #ifndef CLONE_INTO_CGROUP
 #define CLONE_INTO_CGROUP 0x200000000ULL
-#endif
-#ifndef SYS_clone3
-#define SYS_clone3 435
 #endif
 #ifndef SYS_pidfd_send_signal
 #define SYS_pidfd_send_signal 424
@@ -69,58 +70,8 @@ struct attempt {
     struct child_start start;
     bool shares_memory;
     bool wants_pidfd;
-    bool wants_cgroup; /* clone3 places the child */
+    bool uses_clone3; /* it clears the handlers and places the child in its cgroup */
 };
-
-#if defined(__x86_64__) || defined(__aarch64__)
-#define HAVE_CLONE3 1
-
-/* struct clone_args of clone3(2), as far as CLONE_INTO_CGROUP needs it; older headers lack the last field. */
-struct clone3_args {
-    uint64_t flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size, cgroup;
-};
-
-/* libc does not export clone3, and a child that returned from syscall() on a fresh stack would have no frame to return
- * to: the call and the jump to child_main must be one piece. */
-static long
-clone3_to_child(struct clone3_args *args, void *start)
-{
-#ifdef __x86_64__
-    long pid;
-    register int (*child)(void *) __asm__("r8") = child_main;
-    register void *argument __asm__("r9") = start;
-    __asm__ volatile("syscall\n\t"
-                     "testq %%rax, %%rax\n\t"
-                     "jnz 1f\n\t"
-                     "xorl %%ebp, %%ebp\n\t"
-                     "movq %%r9, %%rdi\n\t"
-                     "call *%%r8\n\t"
-                     "hlt\n"
-                     "1:"
-                     : "=a"(pid)
-                     : "a"((long)SYS_clone3), "D"(args), "S"(sizeof *args), "r"(child), "r"(argument)
-                     : "rcx", "r11", "memory", "cc");
-    return pid;
-#else
-    register long x0 __asm__("x0") = (long)args;
-    register long x1 __asm__("x1") = (long)sizeof *args;
-    register long x8 __asm__("x8") = SYS_clone3;
-    register int (*child)(void *) __asm__("x9") = child_main;
-    register void *argument __asm__("x10") = start;
-    __asm__ volatile("svc #0\n\t"
-                     "cbnz x0, 1f\n\t"
-                     "mov x29, xzr\n\t"
-                     "mov x0, x10\n\t"
-                     "blr x9\n\t"
-                     "brk #1\n"
-                     "1:"
-                     : "+r"(x0)
-                     : "r"(x1), "r"(x8), "r"(child), "r"(argument)
-                     : "memory", "cc");
-    return x0;
-#endif
-}
-#endif
 
 /* Make the child. Returns its pid, or -1 with errno. The stack is this function's: the caller is suspended until the
  * child has executed or ended, and a child without CLONE_VM has its own copy. */
@@ -133,15 +84,16 @@ clone_once(struct attempt *attempt, int *pidfd)
     flags |= attempt->start.shares_fds ? CLONE_FILES : 0U;
     flags |= attempt->wants_pidfd ? CLONE_PIDFD : 0U;
     *pidfd = -1;
-#ifdef HAVE_CLONE3
-    if (attempt->wants_cgroup) {
+    attempt->start.handlers_are_clear = attempt->uses_clone3;
+    if (attempt->uses_clone3) {
+        int cgroup = attempt->start.request->cgroup_fd;
         struct clone3_args args = {
-            .flags = flags | CLONE_INTO_CGROUP,
+            .flags = flags | CLONE_CLEAR_SIGHAND | (cgroup >= 0 ? CLONE_INTO_CGROUP : 0),
             .pidfd = (uint64_t)(uintptr_t)pidfd,
             .exit_signal = SIGCHLD,
             .stack = (uint64_t)(uintptr_t)stack,
             .stack_size = sizeof stack,
-            .cgroup = (uint64_t)attempt->start.request->cgroup_fd,
+            .cgroup = cgroup >= 0 ? (uint64_t)cgroup : 0,
         };
         long pid = clone3_to_child(&args, &attempt->start);
         if (pid < 0) {
@@ -150,34 +102,41 @@ clone_once(struct attempt *attempt, int *pidfd)
         }
         return (pid_t)pid;
     }
-#endif
     return clone(child_main, stack + sizeof stack, (int)flags | SIGCHLD, &attempt->start, pidfd, NULL, NULL);
 }
 
-/* What to leave out after the kernel refused a whole attempt. False: nothing, it is a failure. */
+/* Go on without clone3: the child clears its handlers, and joins its cgroup, itself. False: it could not join. */
 static bool
-ask_for_less(struct attempt *attempt, struct spawn_result *result, int error)
+leave_clone3(struct attempt *attempt)
 {
-    if (error == EAGAIN || error == ENOMEM) {
-        return false;
+    int cgroup = attempt->start.request->cgroup_fd;
+    attempt->uses_clone3 = false;
+    if (cgroup >= 0) {
+        attempt->start.cgroup_procs = openat(cgroup, "cgroup.procs", O_WRONLY | O_CLOEXEC);
     }
-    if (attempt->wants_cgroup && error != EMFILE && error != ENFILE) {
-        /* No clone3, a seccomp profile (which may say EPERM or ENOSYS), or the cgroup refuses: then the write of
-         * cgroup.procs fails too, and its errno is the one to report. */
-        int procs = openat(attempt->start.request->cgroup_fd, "cgroup.procs", O_WRONLY | O_CLOEXEC);
-        if (procs < 0) {
-            return false;
-        }
-        attempt->wants_cgroup = false;
-        attempt->start.cgroup_procs = procs;
-        return true;
+    return cgroup < 0 || attempt->start.cgroup_procs >= 0;
+}
+
+/* The kernel refused a whole attempt: what is next? STEP_NONE: another attempt. Else it has failed there, with errno. */
+static enum spawn_step
+after_refusal(struct attempt *attempt, struct spawn_result *result)
+{
+    int error = errno;
+    bool no_descriptors = error == EMFILE || error == ENFILE;
+    if (error == EAGAIN || error == ENOMEM) {
+        return STEP_CLONE;
+    }
+    if (attempt->uses_clone3 && !no_descriptors) {
+        /* An old kernel, a seccomp profile (which may say ENOSYS or EPERM), or a cgroup that refuses: then writing to
+         * it is refused, too, and says why. */
+        return leave_clone3(attempt) ? STEP_NONE : STEP_CGROUP;
     }
     if (attempt->wants_pidfd) {
         attempt->wants_pidfd = false;
         result->pidfd_error = error;
-        return true;
+        return STEP_NONE;
     }
-    return false;
+    return STEP_CLONE;
 }
 
 static void
@@ -200,12 +159,11 @@ attempt_all(struct attempt *attempt, struct spawn_result *result)
         shown->step = STEP_NONE;
         pid_t pid = clone_once(attempt, &pidfd);
         if (pid < 0) {
-            int error = errno;
-            if (ask_for_less(attempt, result, error)) {
+            result->step = after_refusal(attempt, result);
+            if (result->step == STEP_NONE) {
                 continue;
             }
-            result->step = attempt->wants_cgroup && error != EAGAIN && error != ENOMEM ? STEP_CGROUP : STEP_CLONE;
-            result->error = error;
+            result->error = errno;
             return SPAWN_FAILED;
         }
         if (shown->step == STEP_UNSHARE) {
@@ -266,13 +224,8 @@ spawn_by_clone(const struct spawn_request *request, struct spawn_result *result,
                   .highest_kept = highest_kept(request)},
         .shares_memory = !changes_ids,
         .wants_pidfd = true,
-        .wants_cgroup = request->cgroup_fd >= 0,
+        .uses_clone3 = true,
     };
-#ifndef HAVE_CLONE3
-    if (attempt.wants_cgroup) {
-        ask_for_less(&attempt, result, ENOSYS);
-    }
-#endif
     /* The raw call: libc's would leave out the two signals that it keeps for itself. */
     uint64_t all = ~(uint64_t)0, before = 0;
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof all);

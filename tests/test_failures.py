@@ -628,13 +628,10 @@ def test_cpus_of_which_some_are_not_there(engine: Engine) -> None:
 
 
 def test_binding_that_is_none() -> None:
-    for wrong in (
-        lambda: Binding(frozenset()),
-        lambda: Binding(frozenset({-1})),
-        lambda: Binding(frozenset({1 << 40})),
-    ):
+    none: tuple[int, ...] = ()
+    for wrong in (none, (-1,), (1 << 40,)):
         with pytest.raises(ValueError, match="cpus"):
-            wrong()  # type: ignore[no-untyped-call]
+            Binding(frozenset(wrong))
     for mode, nodes in (("bind", ()), ("preferred", (0, 1)), ("local", (0,)), ("nearest", ()), ("bind", (-1,))):
         with pytest.raises(ValueError, match="memory"):
             MemoryPolicy(mode, frozenset(nodes))  # type: ignore[arg-type]

@@ -502,6 +502,23 @@ def test_log_path_that_cannot_be_opened(tmp_path: Path) -> None:
     assert error.value.filename == str(tmp_path / "no" / "log")
 
 
+def test_log_path_that_is_a_fifo(tmp_path: Path) -> None:
+    """Without a reader it is an error, and not a launcher that sleeps where no signal reaches it."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with pytest.raises(OSError, match="No such device or address") as error:
+        Popen(["/bin/true"], stdout=fifo)
+    assert error.value.filename == str(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        code = "import fcntl, os; os.write(1, b'%d' % (fcntl.fcntl(1, fcntl.F_GETFL) & os.O_NONBLOCK))"
+        with Popen([PYTHON, "-c", code], stdout=fifo) as process:
+            assert process.wait() == 0
+        assert os.read(reader, 10) == b"0"
+    finally:
+        os.close(reader)
+
+
 def test_pidfd_is_of_the_process_and_goes_with_it() -> None:
     with Popen(["/bin/sleep", "60"]) as process:
         assert process.pidfd is not None
@@ -581,28 +598,30 @@ def test_handler_that_raises_leaves_no_child(tmp_path: Path) -> None:
     def strike(*_: object) -> None:
         raise Struck
 
-    log = tmp_path / "fifo"
-    os.mkfifo(log)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
 
-    def strike_while_the_child_opens_its_log() -> None:
-        while not any("/fifo" in name for name in opening()):
-            time.sleep(0.001)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
-        os.close(os.open(log, os.O_RDONLY))
+    def strike_while_the_child_opens_its_input() -> None:
+        try:
+            while not child_is_opening():
+                time.sleep(0.001)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+        finally:
+            os.close(os.open(fifo, os.O_WRONLY))
 
-    def opening() -> list[str]:
-        # The child is blocked in openat(): it is a child with our command line, since it has not executed yet.
+    def child_is_opening() -> bool:
+        # It is blocked in openat() and has not executed yet.
         tasks = Path("/proc/self/task").glob("*/children")
         pids = [pid for task in tasks for pid in task.read_text().split()]
-        return ["/fifo" for pid in pids if Path(f"/proc/{pid}/syscall").read_text().split()[0] == str(openat)]
+        return any(Path(f"/proc/{pid}/syscall").read_text().split()[0] == str(openat) for pid in pids)
 
     openat = {"x86_64": 257, "aarch64": 56}[os.uname().machine]
     before = signal.signal(signal.SIGALRM, strike)
-    thread = threading.Thread(target=strike_while_the_child_opens_its_log)
+    thread = threading.Thread(target=strike_while_the_child_opens_its_input)
     thread.start()
     try:
         with pytest.raises(Struck):
-            Popen(["/bin/sleep", "60"], stdout=log, start_new_session=True)
+            Popen(["/bin/sleep", "60"], stdin=fifo, start_new_session=True)
     finally:
         signal.signal(signal.SIGALRM, before)
         thread.join()

@@ -109,7 +109,7 @@ def locate(topology: Topology, device: Device) -> tuple[int | None, tuple[str, .
 
 def _node_of(topology: Topology, cpus: frozenset[int]) -> int | None:
     """The one node that these CPUs lie on; None where they lie on several, or there are none."""
-    nodes = [node.id for node in topology.nodes if node.cpus & cpus]
+    nodes = [node.id for node in topology.nodes if not node.cpus.isdisjoint(cpus)] if cpus else []
     return nodes[0] if len(nodes) == 1 else None
 
 

@@ -8,7 +8,8 @@ import sys
 from typing import Any, get_args
 
 from ._binding import Binding, BindingError, MemoryMode, MemoryPolicy, format_ids
-from ._popen import EXTENSION_ERROR, Popen, mechanisms
+from ._engine import EXTENSION_ERROR, mechanisms
+from ._popen import Popen
 from ._topology import PlacementError, Topology
 
 

@@ -9,7 +9,8 @@ import threading
 from typing import IO, TYPE_CHECKING, Any
 
 from ._binding import AffinityMode
-from ._popen import Popen, bind_thread
+from ._engine import bind_thread
+from ._popen import Popen
 
 if TYPE_CHECKING:
     import subprocess

@@ -57,15 +57,19 @@ class _Machine:
         self.topology = topology
         self.allowed = allowed
         self.one_thread = threads_per_core is not None
-        node_of = {cpu: node.id for node in topology.nodes for cpu in node.cpus & allowed}
-        self.cores: dict[int, list[Threads]] = {}
+        usable = {node.id: node.cpus & allowed for node in topology.nodes}
+        node_of = {cpu: id for id, cpus in usable.items() for cpu in cpus}
+        cores: dict[int, list[Threads]] = {id: [] for id in usable}
         for core in topology.cores:
-            threads = [cpu for cpu in core.cpus if cpu in node_of]
-            # Threads of a core are on one node, except in trees made by hand.
-            for node in dict.fromkeys(node_of[cpu] for cpu in threads):
-                mine = tuple(cpu for cpu in threads if node_of[cpu] == node)[:threads_per_core]
-                self.cores.setdefault(node, []).append(mine)
-        self.cores = dict(sorted(self.cores.items()))
+            threads: Sequence[int] = core.cpus
+            node = node_of.get(threads[0], -1)
+            if node >= 0 and usable[node].issuperset(threads):  # Nearly always, and quick.
+                cores[node].append(core.cpus[:threads_per_core])
+                continue
+            threads = [cpu for cpu in threads if cpu in node_of]
+            for node in sorted({node_of[cpu] for cpu in threads}):  # More than one in trees made by hand.
+                cores[node].append(tuple([cpu for cpu in threads if node_of[cpu] == node][:threads_per_core]))
+        self.cores = {id: cores[id] for id in sorted(cores) if cores[id]}
         if not self.cores:
             nodes = format_ids(cpu for node in topology.nodes for cpu in node.cpus)
             raise PlacementError(f"no CPU is left: allowed are {format_ids(allowed) or 'none'}, in nodes are {nodes}")

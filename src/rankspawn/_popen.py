@@ -15,20 +15,16 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ._binding import Binding, BindingError, BindingReport, RefusedStep
+from ._engine import EXTENSION_ERROR, masks, mechanisms, set_affinity
 
-EXTENSION_ERROR: str | None = None
-"""Why there is no engine in this installation; None where there is one."""
-try:
+if EXTENSION_ERROR is None:
     from . import _spawn
-except ImportError as error:
-    EXTENSION_ERROR = str(error)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Set
+    from collections.abc import Iterator, Mapping
 
 # The stock class under a name of ours: where a program sets subprocess.Popen to our class, that name is ourselves.
 _Stock = subprocess.Popen
@@ -53,44 +49,6 @@ _SAME_AS_STDOUT = -2
 _READ, _WRITE = os.O_RDONLY, os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 _STREAMS = ("stdin", "stdout", "stderr")
-
-# MPOL_* of linux/mempolicy.h.
-_MPOL = {
-    "default": 0,
-    "preferred": 1,
-    "bind": 2,
-    "interleave": 3,
-    "local": 4,
-    "preferred-many": 5,
-    "weighted-interleave": 6,
-}
-
-
-@cache
-def mechanisms() -> tuple[int, ...]:
-    """The engine's mechanisms in the order in which they are tried; none means the standard library's own path.
-
-    The environment variable RANKSPAWN_MECHANISM (clone, posix_spawn, subprocess) names the first, for tests and
-    comparison; it is read once. Raises ValueError for another value.
-    """
-    wanted = os.environ.get("RANKSPAWN_MECHANISM", "clone" if sys.platform == "linux" else "posix_spawn")
-    if wanted not in ("clone", "posix_spawn", "subprocess"):
-        raise ValueError(f"RANKSPAWN_MECHANISM={wanted!r}: expected clone, posix_spawn or subprocess")
-    if EXTENSION_ERROR is not None or wanted == "subprocess":
-        return ()
-    # QEMU's user mode and WSL1 run the call as a fork, in which the child's report would never arrive.
-    clone = (_spawn.CLONE,) if _spawn.clone_is_honoured() else ()
-    return clone if wanted == "clone" else (_spawn.POSIX_SPAWN, *clone)
-
-
-@lru_cache(maxsize=256)
-def _masks(binding: Binding) -> tuple[bytes | None, int, bytes | None]:
-    """``binding`` as the engine takes it: CPU mask, policy's number (-1: none), node mask."""
-    cpus = None if binding.cpus is None else _spawn.pack_ids(binding.cpus)
-    if binding.memory is None:
-        return cpus, -1, None
-    nodes = _spawn.pack_ids(binding.memory.nodes) if binding.memory.nodes else None
-    return cpus, _MPOL[binding.memory.mode], nodes
 
 
 class Popen(_Stock):  # type: ignore[type-arg]
@@ -227,7 +185,7 @@ class Popen(_Stock):  # type: ignore[type-arg]
                     streams[number] = (os.fsencode(path), flags) if path else flags
                 kept = tuple(sorted(map(int, set(pass_fds)))) if pass_fds else ()
                 binding = self._binding
-                cpu_mask, mem_mode, node_mask = (None, -1, None) if binding is None else _masks(binding)
+                cpu_mask, mem_mode, node_mask = (None, -1, None) if binding is None else masks(binding)
                 cgroup, opened = _cgroup_descriptor(self._cgroup)
                 try:
                     for mechanism in mechanisms():
@@ -295,7 +253,7 @@ class Popen(_Stock):  # type: ignore[type-arg]
             super()._execute_child(*seam)  # type: ignore[misc]
         self.mechanism = "subprocess"
         if binding is not None and binding.cpus is not None:
-            code = _set_affinity(self.pid, binding.cpus)
+            code = set_affinity(self.pid, binding.cpus)
             try:
                 if code:
                     self._refuse("sched_setaffinity", code)
@@ -388,43 +346,6 @@ def _cgroup_descriptor(cgroup: str | os.PathLike[str] | int | None) -> tuple[int
     if isinstance(cgroup, int):
         return cgroup, False
     return os.open(cgroup, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), True
-
-
-def _set_affinity(pid: int, cpus: Set[int]) -> int:
-    """Set the mask of a running process; 0, or the errno of the refusal."""
-    import psutil
-
-    try:
-        psutil.Process(pid).cpu_affinity(sorted(cpus))
-    except psutil.NoSuchProcess:
-        return 0
-    except psutil.AccessDenied:
-        return errno.EPERM
-    except AttributeError:  # psutil has no cpu_affinity on macOS
-        return errno.ENOTSUP
-    except ValueError:  # psutil's word for CPUs that are not there, or not allowed
-        return errno.EINVAL
-    return 0
-
-
-def bind_thread(binding: Binding) -> tuple[RefusedStep, ...]:
-    """Bind the calling thread, and what it will start; returns the refused steps where they are not required.
-
-    Raises BindingError for a refused step of a required binding.
-    """
-    refused = []
-    if binding.cpus is not None:
-        try:
-            os.sched_setaffinity(0, binding.cpus)
-        except OSError as error:
-            refused.append(("sched_setaffinity", error.errno or errno.EINVAL))
-    if binding.memory is not None:
-        code = errno.ENOTSUP if EXTENSION_ERROR is not None else _spawn.set_mempolicy(*_masks(binding)[1:])
-        if code:
-            refused.append(("set_mempolicy", code))
-    if refused and binding.required:
-        raise BindingError.refused(*refused[0], binding)
-    return tuple(RefusedStep(step, code) for step, code in refused)
 
 
 def _why_no_engine() -> str:

@@ -1,0 +1,96 @@
+"""The engine as this installation and this machine have it, and bindings as the kernel takes them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING
+
+from ._binding import Binding, BindingError, RefusedStep
+
+EXTENSION_ERROR: str | None = None
+"""Why there is no engine in this installation; None where there is one."""
+try:
+    from . import _spawn
+except ImportError as error:
+    EXTENSION_ERROR = str(error)
+
+if TYPE_CHECKING:
+    from collections.abc import Set
+
+# MPOL_* of linux/mempolicy.h.
+_MPOL = {
+    "default": 0,
+    "preferred": 1,
+    "bind": 2,
+    "interleave": 3,
+    "local": 4,
+    "preferred-many": 5,
+    "weighted-interleave": 6,
+}
+
+
+@cache
+def mechanisms() -> tuple[int, ...]:
+    """The engine's mechanisms in the order in which they are tried; none means the standard library's own path.
+
+    The environment variable RANKSPAWN_MECHANISM (clone, posix_spawn, subprocess) names the first, for tests and
+    comparison; it is read once. Raises ValueError for another value.
+    """
+    wanted = os.environ.get("RANKSPAWN_MECHANISM", "clone" if sys.platform == "linux" else "posix_spawn")
+    if wanted not in ("clone", "posix_spawn", "subprocess"):
+        raise ValueError(f"RANKSPAWN_MECHANISM={wanted!r}: expected clone, posix_spawn or subprocess")
+    if EXTENSION_ERROR is not None or wanted == "subprocess":
+        return ()
+    # QEMU's user mode and WSL1 run the call as a fork, in which the child's report would never arrive.
+    clone = (_spawn.CLONE,) if _spawn.clone_is_honoured() else ()
+    return clone if wanted == "clone" else (_spawn.POSIX_SPAWN, *clone)
+
+
+@lru_cache(maxsize=256)
+def masks(binding: Binding) -> tuple[bytes | None, int, bytes | None]:
+    """``binding`` as the engine takes it: CPU mask, policy's number (-1: none), node mask."""
+    cpus = None if binding.cpus is None else _spawn.pack_ids(binding.cpus)
+    if binding.memory is None:
+        return cpus, -1, None
+    nodes = _spawn.pack_ids(binding.memory.nodes) if binding.memory.nodes else None
+    return cpus, _MPOL[binding.memory.mode], nodes
+
+
+def set_affinity(pid: int, cpus: Set[int]) -> int:
+    """Set the mask of a running process; 0, or the errno of the refusal."""
+    import psutil
+
+    try:
+        psutil.Process(pid).cpu_affinity(sorted(cpus))
+    except psutil.NoSuchProcess:
+        return 0
+    except psutil.AccessDenied:
+        return errno.EPERM
+    except AttributeError:  # psutil has no cpu_affinity on macOS
+        return errno.ENOTSUP
+    except ValueError:  # psutil's word for CPUs that are not there, or not allowed
+        return errno.EINVAL
+    return 0
+
+
+def bind_thread(binding: Binding) -> tuple[RefusedStep, ...]:
+    """Bind the calling thread, and what it will start; returns the refused steps where they are not required.
+
+    Raises BindingError for a refused step of a required binding.
+    """
+    refused = []
+    if binding.cpus is not None:
+        try:
+            os.sched_setaffinity(0, binding.cpus)
+        except OSError as error:
+            refused.append(("sched_setaffinity", error.errno or errno.EINVAL))
+    if binding.memory is not None:
+        code = errno.ENOTSUP if EXTENSION_ERROR is not None else _spawn.set_mempolicy(*masks(binding)[1:])
+        if code:
+            refused.append(("set_mempolicy", code))
+    if refused and binding.required:
+        raise BindingError.refused(*refused[0], binding)
+    return tuple(RefusedStep(step, code) for step, code in refused)

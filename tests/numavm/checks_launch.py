@@ -1,0 +1,278 @@
+"""The command, the handler, cgroups at birth and signals to groups, on the whole machine."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rankspawn import AffinityMode, NumaOptions, Popen, SubprocessHandler
+from tests.numavm import machine
+from tests.numavm.cgroups import Group, group_of
+from tests.numavm.conftest import Touched, bound
+from tests.numavm.kernel_says import in_thread, masks_in, policy_of, private_nodes
+
+Start = Callable[..., Touched]
+
+# The shell becomes cat, so that it is the rank's own process that tells of itself.
+TELL = "echo threads $OMP_NUM_THREADS; exec cat /proc/self/status /proc/self/numa_maps"
+
+
+class Told:
+    """What a rank wrote about itself."""
+
+    def __init__(self, log: Path) -> None:
+        text = log.read_text()
+        self.threads = text.partition("\n")[0].partition(" ")[2]
+        self.cpus, self.mems = masks_in(text)
+        maps = "\n".join(line for line in text.splitlines() if line[:8].isalnum() and " mapped=" in line)
+        self.policy = policy_of(maps)
+        self.nodes = set(+private_nodes(maps))
+
+
+def run_ranks(folder: Path, count: int, *options: str, **variables: str) -> tuple[list[Told], str]:
+    """`rankspawn run` with these options; what each rank told, and what the launcher said."""
+    command = [sys.executable, "-m", "rankspawn", "run", "--nproc-per-node", str(count), "--log-dir", str(folder)]
+    command += [*options, "--no-python", "/bin/sh", "-c", TELL]
+    said = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr
+    (run,) = folder.iterdir()
+    return [Told(run / "attempt_0" / str(rank) / "stdout.log") for rank in range(count)], said.stderr
+
+
+def test_run_node_gives_each_rank_its_node(tmp_path: Path) -> None:
+    ranks, _ = run_ranks(tmp_path, 4, "--numa-binding", "node", "--memory-policy", "bind")
+    for rank, told in enumerate(ranks):
+        assert told.cpus == machine.CPUS[rank]
+        assert (told.policy, told.nodes) == (f"bind:{rank}", {rank})
+        assert told.threads == "2"  # cores
+
+
+def test_run_exclusive_gives_each_rank_its_cores(tmp_path: Path) -> None:
+    ranks, _ = run_ranks(tmp_path, 8, "--numa-binding", "exclusive")
+    # By node, and within it by core.
+    dies = sorted(machine.DIES, key=lambda cpus: (machine.DIES[cpus], cpus))
+    assert [tuple(sorted(told.cpus)) for told in ranks] == dies
+    for told, cpus in zip(ranks, dies, strict=True):
+        assert (told.policy, told.nodes, told.threads) == ("default", {machine.DIES[cpus]}, "1")
+
+
+def test_run_socket_gives_each_rank_its_socket(tmp_path: Path) -> None:
+    ranks, _ = run_ranks(tmp_path, 4, "--numa-binding", "socket", "--memory-policy", "interleave")
+    assert [told.cpus for told in ranks] == [machine.SOCKET_CPUS[socket] for socket in (0, 0, 1, 1)]
+    assert [told.policy for told in ranks] == ["interleave:0-1", "interleave:0-1", "interleave:2-3", "interleave:2-3"]
+    for told, nodes in zip(ranks, ({0, 1}, {0, 1}, {2, 3}, {2, 3}), strict=True):
+        assert told.nodes <= nodes
+
+
+def test_run_follows_the_visible_gpus(tmp_path: Path, gpus: None) -> None:
+    options = ("--numa-binding", "node", "--memory-policy", "preferred")
+    ranks, said = run_ranks(tmp_path, 4, *options, CUDA_VISIBLE_DEVICES="4,2,1,0")
+    nodes = [machine.NEAREST_TO_MEMORY_ONLY, 1, 0, 3]
+    assert [told.cpus for told in ranks] == [machine.CPUS[node] for node in nodes]
+    assert [told.policy for told in ranks] == [f"prefer:{node}" for node in nodes]
+    assert "which has no CPUs" in said
+
+
+def test_run_stays_in_the_inherited_mask(tmp_path: Path) -> None:
+    mask = {0, 1, 8, 9, 12}
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, mask)
+    try:
+        ranks, _ = run_ranks(tmp_path, 3, "--numa-binding", "exclusive")
+    finally:
+        os.sched_setaffinity(0, before)
+    assert [told.cpus for told in ranks] == [{0, 1}, {8, 9}, {12}]
+
+
+# ---- the handler --------------------------------------------------------------------------------------------------
+
+
+def handle(rank: int, folder: Path, options: NumaOptions) -> Told:
+    log = folder / str(rank)
+    handler = SubprocessHandler("/bin/sh", ("-c", TELL), {}, str(log), None, rank, options)
+    assert handler.proc.wait(60) == 0
+    handler.close()
+    return Told(log)
+
+
+def test_handler_follows_the_gpus(tmp_path: Path, gpus: None) -> None:
+    options = NumaOptions(AffinityMode.NODE, memory_policy="bind")
+    for rank, node in enumerate([3, 0, 1, 1, machine.NEAREST_TO_MEMORY_ONLY]):
+        told = handle(rank, tmp_path, options)
+        assert (told.cpus, told.policy, told.nodes) == (machine.CPUS[node], f"bind:{node}", {node})
+
+
+def test_handler_splits_a_node_over_all_its_gpus(tmp_path: Path, gpus: None) -> None:
+    options = NumaOptions(AffinityMode.EXCLUSIVE)
+    assert [handle(rank, tmp_path, options).cpus for rank in (2, 3)] == [{2, 3}, {6, 7}]
+
+
+@pytest.mark.parametrize("fall_back", [False, True])
+def test_handler_with_a_policy_that_is_refused(
+    fall_back: bool, tmp_path: Path, gpus: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A node that is there for the plan and outside of the cpuset that the kernel goes by cannot be had; one that is
+    absent stops the plan, and with falling back the memory alone is left as it was."""
+    from rankspawn import MemoryPolicy
+    from rankspawn._topology import PlacementError
+
+    options = NumaOptions(AffinityMode.NODE, fall_back, MemoryPolicy("bind", frozenset({7})))
+    if not fall_back:
+        with pytest.raises(PlacementError, match="nodes 7 are absent"):
+            handle(0, tmp_path, options)
+        return
+    told = handle(0, tmp_path, options)
+    assert (told.cpus, told.policy) == (machine.CPUS[3], "default")
+    assert "nodes 7 are absent" in caplog.text
+
+
+# ---- cgroups at birth ---------------------------------------------------------------------------------------------
+
+
+def without_clone3() -> None:
+    """Make clone3 fail with ENOSYS for the calling thread and what it starts, as older kernels and containers do."""
+    load, jump_if_equal, give_back = 0x20, 0x15, 0x06  # BPF: A = number; if (A == K) skip; return K
+    allow, fail, number_of_clone3 = 0x7FFF0000, 0x00050000 | errno.ENOSYS, 435
+    steps = [
+        (load, 0, 0, 0),
+        (jump_if_equal, 0, 1, number_of_clone3),
+        (give_back, 0, 0, fail),
+        (give_back, 0, 0, allow),
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code)))
+    set_seccomp, mode_filter = 22, 2
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(set_seccomp, ctypes.c_ulong(mode_filter), program) == 0, os.strerror(ctypes.get_errno())
+
+
+def test_a_child_is_born_in_its_cgroup(touched: Start) -> None:
+    """clone3 charges the new process to the cgroup that it is born in, and a full one refuses it. A process that is
+    moved is counted and never refused (the kernel's Documentation/admin-guide/cgroup-v2.rst, "PID"): so this can only
+    be a birth."""
+    with Group.of("pids", "jobs") as group:
+        child = touched(bound(machine.CPUS[2], "bind", {3}), cgroup=group.folder)
+        assert group_of(child.pid) == "/jobs"
+        assert group.pids == [child.pid]
+        group["pids.max"] = "1"
+        with pytest.raises(BlockingIOError):
+            touched(cgroup=group.folder)
+        child.process.communicate()
+
+
+def test_without_clone3_a_child_moves_into_its_cgroup_before_it_runs(touched: Start) -> None:
+    with Group.of("pids", "jobs", pids_max="0") as group:
+
+        def start() -> Touched:
+            without_clone3()
+            return touched(bound(machine.CPUS[2], "bind", {3}), cgroup=group.folder)
+
+        child = in_thread(start)
+        assert group_of(child.pid) == "/jobs"
+        assert child.process.binding_report.effective == bound(machine.CPUS[2], "bind", {3})
+        child.process.communicate()
+
+
+def test_a_cgroup_that_takes_nobody_is_an_error(touched: Start) -> None:
+    """A group that hands its controllers down has no processes of its own (cgroup-v2.rst, "No Internal Process")."""
+    with Group.of("pids", "jobs") as group:
+        inner = Group(group.folder / "inner")
+        group["cgroup.subtree_control"] = "+pids"
+        with pytest.raises(OSError, match="cgroup") as caught:
+            touched(cgroup=group.folder)
+        assert caught.value.errno in (errno.EBUSY, errno.EOPNOTSUPP)
+        group["cgroup.subtree_control"] = "-pids"
+        inner.folder.rmdir()
+
+
+# ---- signals to groups --------------------------------------------------------------------------------------------
+
+
+def kernel() -> tuple[int, int]:
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int(minor)
+
+
+def leader_with_a_child(leader: str) -> tuple[Popen, int]:
+    """A leader of its own session that has started a sleeping process, and then does ``leader``; the sleeper's pid."""
+    process = Popen(
+        ["/bin/sh", "-c", f"sleep 1000 & echo $!; {leader}"], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    sleeper = int(process.stdout.readline())
+    process.stdout.close()
+    return process, sleeper
+
+
+def ends(pid: int) -> bool:
+    """Whether the process ends within some time. Orphans are reaped by the machine's first process."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_group_is_signalled_with_its_leader() -> None:
+    process, sleeper = leader_with_a_child("wait")
+    process.send_signal_group(signal.SIGTERM)
+    assert process.wait(30) == -signal.SIGTERM
+    assert ends(sleeper)
+
+
+def test_a_group_is_signalled_beside_a_leader_that_has_ended_and_was_not_waited_for() -> None:
+    process, sleeper = leader_with_a_child("exit 3")
+    assert os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    process.send_signal_group(signal.SIGTERM)
+    assert ends(sleeper)
+    assert process.wait(30) == 3
+
+
+def test_a_group_whose_leader_was_waited_for_is_signalled_from_linux_6_9_on() -> None:
+    process, sleeper = leader_with_a_child("exit 3")
+    assert process.wait(30) == 3
+    try:
+        if kernel() >= (6, 9):
+            process.send_signal_group(signal.SIGTERM)
+            assert ends(sleeper)
+        else:
+            with pytest.raises(ProcessLookupError, match="cannot address the group"):
+                process.send_signal_group(signal.SIGTERM)
+            assert Path(f"/proc/{sleeper}").exists()
+    finally:
+        if not ends_now(sleeper):
+            os.kill(sleeper, signal.SIGKILL)
+            assert ends(sleeper)
+
+
+def ends_now(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_run_leaves_nothing_that_its_ranks_started(status: int, tmp_path: Path) -> None:
+    """Also where the kernel cannot signal a group whose leader was waited for."""
+    rank = f"sleep 1000 & echo $! > {tmp_path}/$RANK; exit {status}"
+    command = [sys.executable, "-m", "rankspawn", "run", "--nproc-per-node", "2", "--no-python", "/bin/sh", "-c", rank]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == status
+    sleepers = [int(path.read_text()) for path in tmp_path.iterdir()]
+    assert sleepers
+    left = [pid for pid in sleepers if not ends(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+        assert ends(pid)
+    assert left == []

@@ -1,0 +1,102 @@
+"""What the checks share: a child that touches memory, cgroups, and a plain refusal to run on another machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankspawn import Binding, MemoryPolicy, Popen
+from tests.numavm.cgroups import Group
+from tests.numavm.machine import DEVICES
+
+BUILT = Path(__file__).resolve().parents[2] / "build" / "numavm"
+NVIDIA = Path("/proc/driver/nvidia/gpus")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def in_the_machine() -> None:
+    if "RANKSPAWN_NUMAVM" not in os.environ:
+        pytest.exit("these checks run in the virtual machine of tests/numavm/run.py, and break things elsewhere", 2)
+
+
+class Touched:
+    """A child that has touched ``pages`` pages from ``address`` on, and lives."""
+
+    def __init__(self, process: Popen, pages: int) -> None:
+        assert process.stdout is not None
+        self.process, self.pages = process, pages
+        self.pid = process.pid
+        self.address = int(process.stdout.readline(), 16)
+
+    @property
+    def numa_maps(self) -> str:
+        return Path(f"/proc/{self.pid}/numa_maps").read_text()
+
+
+@pytest.fixture
+def touched() -> Iterator[Callable[..., Touched]]:
+    """Starts a child with a binding, or with other arguments of Popen; ends it with the check."""
+    with ExitStack() as stack:
+
+        def start(binding: Binding | None = None, pages: int = 64, **more: Any) -> Touched:
+            command = [BUILT / "touch", str(pages)]
+            process = Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, binding=binding, **more)
+            assert process.mechanism == "clone"
+            # Leaving the child's own context closes its input, at which it ends.
+            return Touched(stack.enter_context(process), pages)
+
+        yield start
+
+
+def bound(cpus: Any = None, mode: Any = None, nodes: Any = (), **more: Any) -> Binding:
+    """A Binding, in few words."""
+    memory = None if mode is None else MemoryPolicy(mode, frozenset(nodes))
+    return Binding(None if cpus is None else frozenset(cpus), memory, **more)
+
+
+# For the whole session, so that pytest runs all checks with one kind, and then all with the other.
+@pytest.fixture(scope="session", params=["v2", "v1"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """The kind of cgroup."""
+    return str(request.param)
+
+
+@pytest.fixture
+def cpuset(kind: str) -> Iterator[Callable[[str, str], Group]]:
+    """Makes a cpuset with these CPUs and nodes, of either kind of cgroup; removed with the check."""
+    with ExitStack() as stack:
+
+        def make(cpus: str, mems: str) -> Group:
+            return stack.enter_context(Group.cpuset(kind, cpus, mems))
+
+        yield make
+
+
+@contextmanager
+def nvidia_gpus(*addresses: str) -> Iterator[None]:
+    """The driver's files for GPUs at these PCI addresses, where devices are, that are none of NVIDIA's."""
+    subprocess.run(["mount", "-t", "tmpfs", "none", "/proc/driver"], check=True)
+    try:
+        for number, address in enumerate(addresses):
+            folder = NVIDIA / address
+            folder.mkdir(parents=True)
+            uuid = f"GPU-{number:08x}-0000-0000-0000-000000000000"
+            (folder / "information").write_text(
+                f"Model: \t\t Made up\nGPU UUID: \t {uuid}\nBus Location: \t {address}\n"
+            )
+        yield
+    finally:
+        subprocess.run(["umount", "/proc/driver"], check=True)
+
+
+@pytest.fixture
+def gpus() -> Iterator[None]:
+    """NVIDIA GPUs on all devices that belong to a node: in the order of addresses on nodes 3, 0, 1, 1 and 4."""
+    with nvidia_gpus(*DEVICES):
+        yield

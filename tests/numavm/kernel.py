@@ -1,0 +1,135 @@
+"""The distribution's kernel, downloaded and taken apart, never installed; and the initramfs that it boots with."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import re
+import shutil
+import stat
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_PACKAGE = "linux-image-amd64"
+
+# What reaches the host's files. What they depend on comes with them, and what is built in is passed over.
+MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
+
+
+class Unavailable(Exception):
+    """Something that this machine lacks; the message says what, and how to get it."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """image: what QEMU boots. modules: the kernel modules to load, in order."""
+
+    image: Path
+    modules: tuple[Path, ...]
+
+
+def kernel(wanted: str, cache: Path) -> Kernel:
+    """The kernel of a package name, or of a package file (FILE.deb), from the cache or else downloaded into it."""
+    folder = cache / f"kernel-{Path(wanted).stem}"
+    if not folder.is_dir():
+        # Filled under another name, so that what is there is whole.
+        with tempfile.TemporaryDirectory(dir=cache) as temporary:
+            made = Path(temporary, "made")
+            made.mkdir()
+            package = Path(wanted) if wanted.endswith(".deb") else _download(wanted, Path(temporary))
+            _take_apart(package, Path(temporary, "unpacked"), made)
+            made.rename(folder)
+    return Kernel(folder / "image", tuple(sorted(folder.glob("*.ko"))))
+
+
+def _download(name: str, folder: Path) -> Path:
+    """Download a package; of one that only depends on the newest kernel's (linux-image-amd64), that one."""
+    if shutil.which("apt-get") is None:
+        raise Unavailable(
+            "the virtual machine boots Debian's kernel, and there is no apt-get here to download it with. Where a"
+            " package file is at hand: --kernel linux-image-VERSION-amd64.deb"
+        )
+    # From another user's temporary folder apt warns that it cannot drop its privileges.
+    depends = subprocess.run(["apt-cache", "depends", name], capture_output=True, text=True, check=False).stdout
+    newest = re.search(r"Depends: (linux-image-\d\S*)", depends)
+    command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", newest[1] if newest else name]
+    said = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    packages = list(folder.glob("*.deb"))
+    if said.returncode or not packages:
+        raise Unavailable(
+            f"{' '.join(command)} failed; it needs the network, and package lists (apt-get update):\n{said.stdout}"
+        )
+    return packages[0]
+
+
+def _take_apart(package: Path, unpacked: Path, made: Path) -> None:
+    """Keep the image and the few modules of a package that unpacks to half a gigabyte."""
+    subprocess.run(["dpkg-deb", "-x", package, unpacked], check=True)
+    images = list(unpacked.glob("boot/vmlinuz*"))
+    if not images:
+        raise Unavailable(f"there is no kernel in {package.name}")
+    packed = images[0].read_bytes()
+    made.joinpath("image").write_bytes(_uncompressed(packed) or packed)
+    for number, (name, content) in enumerate(_with_dependencies(unpacked, MODULES)):
+        made.joinpath(f"{number:02}-{name}.ko").write_bytes(content)
+
+
+def _uncompressed(image: bytes) -> bytes | None:
+    """The ELF file inside a bzImage (the kernel's Documentation/arch/x86/boot.rst), which QEMU boots by its PVH entry.
+
+    Software emulation spends 3 seconds on the decompression. None where the compression is one that only other
+    programs know: the image as it is boots too.
+    """
+    setup_sectors = image[0x1F1] or 4
+    offset, length = struct.unpack_from("<II", image, 0x248)
+    start = (setup_sectors + 1) * 512 + offset
+    payload = image[start : start + length]
+    elf = b""
+    if payload.startswith(b"\xfd7zXZ\0"):
+        elf = lzma.LZMADecompressor().decompress(payload)  # The image's size follows, and is no part of the stream.
+    elif payload.startswith(b"\x1f\x8b"):
+        elf = gzip.decompress(payload[:-4])
+    return elf if elf.startswith(b"\x7fELF") else None
+
+
+def _with_dependencies(unpacked: Path, names: Iterable[str]) -> list[tuple[str, bytes]]:
+    """Modules in the order in which they can be loaded. A package that was never installed has no modules.dep; each
+    module names what it needs. A name that is not there is built in."""
+    there = {path.name.partition(".")[0].replace("-", "_"): path for path in unpacked.rglob("*.ko*")}
+    ordered: dict[str, bytes] = {}
+
+    def add(name: str) -> None:
+        if name not in there or name in ordered:
+            return
+        content = there[name].read_bytes()
+        if there[name].suffix == ".xz":
+            content = lzma.decompress(content)
+        elif there[name].suffix != ".ko":
+            raise Unavailable(f"kernel module {there[name].name}: no way here to decompress it")
+        needs = re.search(rb"\0depends=([^\0]*)\0", content)
+        for need in needs[1].decode().split(",") if needs and needs[1] else ():
+            add(need.replace("-", "_"))
+        ordered[name] = content
+
+    for name in names:
+        add(name.replace("-", "_"))
+    return list(ordered.items())
+
+
+def initramfs(init: Path, modules: Iterable[Path], job: str) -> bytes:
+    """The archive with init, its modules and the job."""
+    folders = ("dev", "proc", "sys", "lower", "upper", "root", "modules")
+    entries = [(name, stat.S_IFDIR | 0o755, b"") for name in folders]
+    entries += [("init", stat.S_IFREG | 0o755, init.read_bytes()), ("job", stat.S_IFREG | 0o644, job.encode())]
+    entries += [(f"modules/{path.name}", stat.S_IFREG | 0o644, path.read_bytes()) for path in modules]
+    # The kernel's Documentation/driver-api/early-userspace/buffer-format.rst: "newc", each part filled up to 4 bytes.
+    archive = b""
+    for number, (name, mode, content) in enumerate((*entries, ("TRAILER!!!", 0, b"")), start=1):
+        fields = (number, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name) + 1, 0)
+        head = b"070701" + b"".join(b"%08X" % field for field in fields) + name.encode() + b"\0"
+        archive += head + bytes(-len(head) % 4) + content + bytes(-len(content) % 4)
+    return archive

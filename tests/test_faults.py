@@ -1,0 +1,438 @@
+"""System calls made to fail by strace's fault injection, in a small launcher of its own.
+
+strace is attached when the launcher has imported what it needs, so that a fault hits a start and nothing before it, and
+each test reads strace's log: a fault that never happened would be a test of nothing. The launcher compares what
+conftest.py compares around every test, before and after its starts, under the faults.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankspawn._engine import EXTENSION_ERROR
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the engine's mechanisms are Linux's"),
+    pytest.mark.skipif(EXTENSION_ERROR is not None, reason="this install has no extension"),
+    pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace (Debian, Ubuntu: apt-get install strace)"),
+]
+
+SECONDS = 60
+
+LAUNCHER = """
+import ctypes, json, os, signal, subprocess, sys, threading
+sys.path[:0] = json.loads(sys.argv[1])
+from pathlib import Path
+from rankspawn import Binding, BindingError, MemoryPolicy, Popen
+from rankspawn._engine import mechanisms
+from tests.conftest import _difference, _snapshot
+
+# Where Yama restricts ptrace to ancestors, a sibling must be let in: prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY).
+ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
+
+def attempt(*args, **kwargs):
+    "What a start gave: its exception, or the process's status and what ran."
+    try:
+        process = Popen(*args, **kwargs)
+    except Exception as error:
+        return {"raised": type(error).__name__, "errno": getattr(error, "errno", None), "text": str(error)}
+    out = process.communicate(timeout=30)[0]
+    refused = [[one.step, one.errno] for one in process.binding_report.refused]
+    found = {"status": process.returncode, "mechanism": process.mechanism, "refused": refused, "out": out}
+    return found
+
+def scenario():
+    cpus = sorted(os.sched_getaffinity(0))
+SCENARIO
+
+mechanisms()  # its probe is a clone, too
+before = _snapshot()
+print("ready", flush=True)
+sys.stdin.readline()
+found = scenario()
+after = _snapshot()
+changed = {name: _difference(before[name], after[name]) for name in before if before[name] != after[name]}
+print(json.dumps({"found": found, "changed": changed}), flush=True)
+# strace goes away first: its end is not part of the scenario.
+sys.stdin.readline()
+"""
+
+
+def line_of(pipe: Any, what: str) -> str:
+    ready, _, _ = select.select([pipe], [], [], SECONDS)
+    assert ready, f"no word from {what} in {SECONDS} s"
+    line: str = pipe.readline()
+    return line
+
+
+class Faults:
+    """Runs a scenario in a launcher under faults."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.hit: list[str] = []
+
+    def run(self, scenario: str, *faults: str, mechanism: str = "clone", trace: str = "") -> Any:
+        """What ``scenario``, the body of a function in LAUNCHER, returns under ``faults`` (CALL:error=NAME[:when=N]).
+
+        self.hit has the lines of strace's log that a fault was injected into.
+        """
+        body = "\n".join("    " + line for line in scenario.strip().splitlines())
+        script = self.folder / "launcher.py"
+        script.write_text(LAUNCHER.replace("SCENARIO", body))
+        env = {**os.environ, "RANKSPAWN_MECHANISM": mechanism}
+        command = [sys.executable, "-B", str(script), json.dumps(sys.path)]
+        with subprocess.Popen(
+            command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as launcher:
+            try:
+                assert launcher.stdin is not None
+                assert line_of(launcher.stdout, "the launcher") == "ready\n"
+                with self._attached(launcher.pid, faults, trace):
+                    print(file=launcher.stdin, flush=True)
+                    answer = json.loads(line_of(launcher.stdout, "the scenario"))
+            finally:
+                launcher.kill()
+        assert answer["changed"] == {}
+        log = (self.folder / "log").read_text().splitlines()
+        self.hit = [line for line in log if "(INJECTED)" in line]
+        calls = [fault.partition(":")[0] for fault in faults]
+        assert all(any(f"{call}(" in line for line in self.hit) for call in calls), f"not hit: {calls}\n" + "\n".join(
+            log
+        )
+        return answer["found"]
+
+    def _attached(self, pid: int, faults: tuple[str, ...], trace: str) -> _Strace:
+        calls = ",".join([fault.partition(":")[0] for fault in faults] + ([trace] if trace else []))
+        options = [f"--inject={fault}" for fault in faults]
+        return _Strace(["strace", "-f", "-o", str(self.folder / "log"), f"--trace={calls}", *options, "-p", str(pid)])
+
+
+class _Strace:
+    """A strace that has attached by the time the block begins."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.command = command
+
+    def __enter__(self) -> None:
+        self.process = subprocess.Popen(self.command, stderr=subprocess.PIPE, text=True)
+        said = line_of(self.process.stderr, "strace")
+        if "attached" not in said:
+            self.process.communicate()
+            pytest.skip(f"strace may not attach here: {said.strip()}")
+
+    def __exit__(self, *_: object) -> None:
+        # It lets go of what it traces, and ends.
+        self.process.terminate()
+        self.process.communicate()
+
+
+@pytest.fixture
+def faults(tmp_path: Path) -> Iterator[Faults]:
+    yield Faults(tmp_path)
+
+
+BINDING = "binding=Binding(frozenset(cpus[:1]), MemoryPolicy('local')%s)"
+BOUND = "return attempt(['true'], " + BINDING % "" + ")"
+BOUND_IF_POSSIBLE = "return attempt(['true'], " + BINDING % ", required=False" + ")"
+STARTED = {"status": 0, "mechanism": "clone", "refused": [], "out": None}
+
+
+# ---- a step of the child that fails --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", ["EPERM", "ENOSYS", "EINVAL"])
+@pytest.mark.parametrize("call", ["sched_setaffinity", "set_mempolicy"])
+def test_binding(faults: Faults, call: str, code: str) -> None:
+    found = faults.run(BOUND, f"{call}:error={code}")
+    assert (found["raised"], found["errno"]) == ("BindingError", getattr(errno, code))
+    assert f"{call}: {os.strerror(getattr(errno, code))}" in found["text"]
+    if (call, code) == ("set_mempolicy", "EPERM"):
+        assert "SYS_NICE" in found["text"]
+    assert len(faults.hit) == 1
+
+
+def test_binding_that_is_not_required(faults: Faults) -> None:
+    found = faults.run(BOUND_IF_POSSIBLE, "sched_setaffinity:error=EPERM", "set_mempolicy:error=ENOSYS")
+    refused = [["sched_setaffinity", errno.EPERM], ["set_mempolicy", errno.ENOSYS]]
+    assert found == {**STARTED, "refused": refused}
+
+
+@pytest.mark.parametrize(
+    ("call", "step", "keywords"),
+    [
+        ("setsid", "setsid", "start_new_session=True"),
+        ("chdir", "chdir", "cwd='/'"),
+        ("setgroups", "setgroups", "extra_groups=[os.getgid()]"),
+        ("setregid", "setregid", "group=os.getgid()"),
+        ("setreuid", "setreuid", "user=os.getuid()"),
+        ("prctl", "prctl", "die_with_parent=True"),
+        ("dup3", "stdout", "stdout=subprocess.PIPE"),
+        ("openat", "stdout", "stdout=Path('/dev/null')"),
+        ("setpgid", "setpgid", "process_group=0"),
+        ("execve", "execve", ""),
+    ],
+)
+def test_step(faults: Faults, call: str, step: str, keywords: str) -> None:
+    if call == "setpgid" and sys.version_info < (3, 11):
+        pytest.skip("process_group came with Python 3.11")
+    # The launcher itself opens files too: the fault is for the one name.
+    fault = f"{call}:error=EPERM" if call != "openat" else "openat:error=EPERM:when=1"
+    found = faults.run(f"return attempt(['/bin/true'], {keywords})", fault)
+    assert (found["raised"], found["errno"]) == ("PermissionError", errno.EPERM)
+    if step == "execve":
+        assert found["text"].endswith("'/bin/true'")
+    elif step == "chdir":
+        assert found["text"].endswith("'/'")
+    elif call == "openat":
+        assert found["text"].endswith("'/dev/null'")
+    else:
+        assert f"{step}: " in found["text"]
+
+
+@pytest.mark.parametrize("die_with_parent", [True, False])
+def test_program_of_a_thread(faults: Faults, die_with_parent: bool) -> None:
+    """The failure arrives in the thread that asked, whichever thread made the child."""
+    scenario = f"""
+found = []
+def start():
+    found.append(attempt(['/bin/true'], die_with_parent={die_with_parent}))
+thread = threading.Thread(target=start)
+thread.start()
+thread.join()
+return found[0]
+"""
+    found = faults.run(scenario, "execve:error=EACCES")
+    assert (found["raised"], found["errno"]) == ("PermissionError", errno.EACCES)
+
+
+def test_signal_actions(faults: Faults) -> None:
+    """A seccomp profile that forbids them: execve(2) resets what is caught by itself."""
+    scenario = """
+signal.signal(signal.SIGUSR1, lambda *_: None)
+try:
+    return attempt(['/bin/sh', '-c', 'kill -USR1 $$; exit 3'])
+finally:
+    os.environ.pop('none', None)
+    # Not by signal.signal: the fault is in this process, too.
+"""
+    # The handler stays in the launcher: that is what the scenario did, and the comparison would say so.
+    scenario = scenario.replace("signal.signal(signal.SIGUSR1, lambda *_: None)\n", "")
+    found = faults.run(scenario, "rt_sigaction:error=EPERM")
+    assert found["status"] == -10
+
+
+# ---- an optional call that is not there: the next way is taken -----------------------------------------------------
+
+DESCRIPTORS = """
+high = os.dup2(os.open('/dev/null', os.O_RDONLY), 300)
+kept = os.dup2(high, 310)
+inherited = [fd for fd in os.listdir('/proc/self/fd') if int(fd) > 2 and int(fd) not in (300, 310)]
+for fd in (high, kept):
+    os.set_inheritable(fd, True)
+try:
+    return [
+        attempt(['/bin/sh', '-c', 'cd /proc/self/fd; echo *'], stdout=subprocess.PIPE, text=True, **keywords)
+        for keywords in KEYWORDS
+    ]
+finally:
+    os.closerange(3, 300)
+    os.close(high)
+    os.close(kept)
+"""
+
+
+def listing(keywords: str) -> str:
+    """A scenario that starts a program which lists its descriptors, once for each of ``keywords``."""
+    lines = DESCRIPTORS.replace("KEYWORDS", keywords).splitlines()
+    # The one that was duplicated is the lowest; nothing else was opened.
+    lines = [line.replace("os.dup2(os.open('/dev/null', os.O_RDONLY), 300)", "os.dup2(0, 300)") for line in lines]
+    return "\n".join(line for line in lines if "inherited" not in line and "closerange" not in line)
+
+
+def open_in_child(found: dict[str, Any]) -> set[str]:
+    assert found["status"] == 0 and found["mechanism"] in ("clone", "posix_spawn"), found
+    # The shell's * needs a descriptor of its own while it reads the folder: the first free number.
+    return set(found["out"].split())
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "EPERM", "EINVAL"])
+def test_close_range(faults: Faults, code: str) -> None:
+    """Without it the child copies the whole table, and closes what /proc lists."""
+    found = faults.run(listing("[{}, {'pass_fds': [310]}, {'close_fds': False}]"), f"close_range:error={code}")
+    none, one, all_of_them = (open_in_child(start) for start in found)
+    assert none == {"0", "1", "2", "3"}
+    assert one == {"0", "1", "2", "3", "310"}
+    assert {"0", "1", "2", "300", "310"} <= all_of_them
+
+
+def test_close_range_without_unshare(faults: Faults) -> None:
+    """The first call is refused; the second start's plain one is not."""
+    (found,) = faults.run(listing("[{'pass_fds': [310]}]"), "close_range:error=EINVAL:when=1", trace="clone")
+    assert open_in_child(found) == {"0", "1", "2", "3", "310"}
+
+
+def test_close_range_and_proc(faults: Faults) -> None:
+    """With neither, every number below the limit is closed."""
+    fault = "openat:error=ENOENT:when=1"
+    scenario = listing("[{}]").replace("try:", "os.close(310); kept = os.dup2(high, 310, True)\ntry:", 1)
+    (found,) = faults.run(scenario, "close_range:error=ENOSYS", fault)
+    assert open_in_child(found) == {"0", "1", "2", "3"}
+    assert any("/proc/self/fd" in line for line in faults.hit)
+
+
+@pytest.mark.parametrize("code", ["EINVAL", "EMFILE", "EPERM", "ENOSYS"])
+def test_clone_with_a_pidfd(faults: Faults, code: str) -> None:
+    scenario = """
+process = Popen(['/bin/sh', '-c', 'exit 3'], start_new_session=True)
+return [process.pidfd, process.mechanism, process.wait(timeout=30), process.pidfd]
+"""
+    found = faults.run(scenario, f"clone:error={code}:when=1", trace="close")
+    assert found == [None, "clone", 3, None]
+
+
+@pytest.mark.parametrize("code", ["EAGAIN", "ENOMEM"])
+def test_clone(faults: Faults, code: str) -> None:
+    found = faults.run("return attempt(['true'])", f"clone:error={code}")
+    assert found["errno"] == getattr(errno, code) and "clone: " in found["text"]
+    assert len(faults.hit) == 1
+
+
+def test_clone_in_every_form(faults: Faults) -> None:
+    found = faults.run("return attempt(['true'])", "clone:error=EPERM")
+    assert (found["raised"], found["errno"]) == ("PermissionError", errno.EPERM) and "clone: " in found["text"]
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """A new, empty cgroup v2."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    roots = [Path(mount) for _, mount, kind, *_ in mounts if kind == "cgroup2"]
+    if not roots:
+        pytest.skip("no cgroup v2 is mounted")
+    group = roots[0] / f"rankspawn-faults-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup v2 can be made here: {error}")
+    yield group
+    group.rmdir()
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "EPERM", "E2BIG", "EINVAL"])
+@pytest.mark.parametrize("user", ["", ", user=os.getuid()"])
+def test_clone3(faults: Faults, cgroup: Path, code: str, user: str) -> None:
+    """The child then goes there by itself, before anything else."""
+    scenario = f"""
+return attempt(['grep', '^0:', '/proc/self/cgroup'], cgroup={str(cgroup)!r}, stdout=subprocess.PIPE, text=True{user})
+"""
+    found = faults.run(scenario, f"clone3:error={code}")
+    assert found == {**STARTED, "out": f"0::/{cgroup.name}\n"}
+
+
+def test_clone3_and_the_write(faults: Faults, cgroup: Path) -> None:
+    scenario = f"return attempt(['true'], cgroup={str(cgroup)!r})"
+    found = faults.run(scenario, "clone3:error=ENOSYS", "write:error=EBUSY:when=1")
+    assert (found["raised"], found["errno"]) == ("OSError", errno.EBUSY) and "cgroup.procs: " in found["text"]
+
+
+@pytest.mark.parametrize("code", ["EINVAL", "ENOSYS", "EPERM"])
+def test_group_signal(faults: Faults, code: str) -> None:
+    """The group is signalled by its number while the leader holds it; afterwards that is refused."""
+    scenario = """
+process = Popen(['/bin/sh', '-c', 'sleep 100 & wait'], start_new_session=True)
+process.send_signal_group(signal.SIGTERM)
+found = [process.wait(timeout=30)]
+try:
+    process.send_signal_group(signal.SIGTERM)
+except OSError as error:
+    found.append([type(error).__name__, str(error)])
+return found
+"""
+    status, (raised, text) = faults.run(scenario, f"pidfd_send_signal:error={code}")
+    assert status == -15
+    assert raised == "ProcessLookupError" and "waited for" in text
+
+
+def test_group_signal_to_nobody(faults: Faults) -> None:
+    scenario = """
+process = Popen(['true'], start_new_session=True)
+process.wait(timeout=30)
+process.send_signal_group(signal.SIGTERM)
+return 'said nothing'
+"""
+    assert faults.run(scenario, "pidfd_send_signal:error=ESRCH") == "said nothing"
+
+
+@pytest.mark.parametrize("code", ["EMFILE", "EPERM", "ENOSYS"])
+def test_pidfd_of_posix_spawn(faults: Faults, code: str) -> None:
+    scenario = """
+process = Popen(['/bin/sh', '-c', 'exit 3'])
+return [process.pidfd, process.mechanism, process.wait(timeout=30)]
+"""
+    found = faults.run(scenario, f"pidfd_open:error={code}", mechanism="posix_spawn")
+    assert found == [None, "posix_spawn", 3]
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "EPERM"])
+def test_close_range_of_posix_spawn(faults: Faults, code: str) -> None:
+    (found,) = faults.run(listing("[{}]"), f"close_range:error={code}", mechanism="posix_spawn")
+    assert open_in_child(found) == {"0", "1", "2", "3"} and found["mechanism"] == "posix_spawn"
+
+
+def test_interrupted_wait_for_a_failed_child(faults: Faults) -> None:
+    """EINTR of wait4(2), which every signal of the caller can give, is no answer."""
+    found = faults.run("return attempt(['/no/such/program'])", "wait4:error=EINTR:when=1..3")
+    assert (found["raised"], found["errno"]) == ("FileNotFoundError", errno.ENOENT)
+
+
+def test_interrupted_wait_for_the_thread(faults: Faults) -> None:
+    """A thread that asked for a child which dies with its parent waits on a futex for the one that makes it."""
+    scenario = """
+found = []
+thread = threading.Thread(target=lambda: found.append(attempt(['/bin/true'], die_with_parent=True)))
+thread.start()
+thread.join()
+return found[0]
+"""
+    found = faults.run(scenario, "waitid:error=EINTR:when=1..3")
+    assert found == STARTED
+
+
+@pytest.mark.xfail(
+    strict=True, reason="with no close_range and no descriptor free, numbers above a lowered RLIMIT_NOFILE stay open"
+)
+def test_close_range_without_a_free_descriptor(faults: Faults) -> None:
+    """The folder cannot be opened then; what is above the limit must be closed all the same."""
+    scenario = """
+import resource
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+high = os.dup2(0, 300)
+os.set_inheritable(high, True)
+resource.setrlimit(resource.RLIMIT_NOFILE, (20, hard))
+filled = []
+try:
+    while True:
+        filled.append(os.dup(0))
+except OSError:
+    pass
+found = attempt(['/bin/sh', '-c', 'exec 3</dev/null; test ! -e /proc/self/fd/300'])
+for fd in (*filled, high):
+    os.close(fd)
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+return found
+"""
+    assert faults.run(scenario, "close_range:error=ENOSYS")["status"] == 0
