@@ -97,7 +97,8 @@ def test_ring_whose_port_is_taken_says_so() -> None:
 
 def test_ring_that_loses_a_rank_ends() -> None:
     # Rank 1 ends by itself before it meets the others: the launcher stops these, long before their own time is up.
-    code = f"import os, runpy, sys\nif os.environ['RANK'] == '1': sys.exit(7)\nrunpy.run_path({RING!r}, run_name='__main__')"
+    code = "import os, runpy, sys\nif os.environ['RANK'] == '1': sys.exit(7)\n"
+    code += f"runpy.run_path({RING!r}, run_name='__main__')"
     done = launch(3, "--no-python", sys.executable, "-c", code)
     assert (done.returncode, done.stdout) == (7, "")
     assert done.stderr == "rankspawn: rank 1 exited with status 7\n"

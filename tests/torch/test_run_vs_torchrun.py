@@ -85,7 +85,8 @@ def both(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Outcome, Outco
 
 
 def differences(theirs: dict[str, str], ours: dict[str, str]) -> dict[str, tuple[object, object]]:
-    found = {}
+    """What differs, in the form of DIFFERENCES."""
+    found: dict[str, tuple[object, object]] = {}
     for name in theirs.keys() | ours.keys():
         if theirs.get(name) != ours.get(name):
             a, b = DIFFERENCES.get(name, (0, 0))
