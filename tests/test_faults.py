@@ -1,8 +1,8 @@
 """System calls made to fail by strace's fault injection, in a small launcher of its own.
 
-strace is attached when the launcher has imported what it needs, so that a fault hits a start and nothing before it, and
+strace is attached when the launcher is about to start something, so that a fault hits that and nothing before it, and
 each test reads strace's log: a fault that never happened would be a test of nothing. The launcher compares what
-conftest.py compares around every test, before and after its starts, under the faults.
+conftest.py compares around every test, before and after its starts.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,15 +35,16 @@ pytestmark = [
 SECONDS = 60
 
 LAUNCHER = """
-import ctypes, json, os, signal, subprocess, sys, threading
+import ctypes, json, os, resource, signal, subprocess, sys, threading, traceback
 sys.path[:0] = json.loads(sys.argv[1])
 from pathlib import Path
 from rankspawn import Binding, BindingError, MemoryPolicy, Popen
 from rankspawn._engine import mechanisms
 from tests.conftest import _difference, _snapshot
 
-# Where Yama restricts ptrace to ancestors, a sibling must be let in: prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY).
+# Yama may restrict ptrace to ancestors, and strace is a sibling: prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY).
 ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
+cpus = sorted(os.sched_getaffinity(0))
 
 def attempt(*args, **kwargs):
     "What a start gave: its exception, or the process's status and what ran."
@@ -51,23 +54,24 @@ def attempt(*args, **kwargs):
         return {"raised": type(error).__name__, "errno": getattr(error, "errno", None), "text": str(error)}
     out = process.communicate(timeout=30)[0]
     refused = [[one.step, one.errno] for one in process.binding_report.refused]
-    found = {"status": process.returncode, "mechanism": process.mechanism, "refused": refused, "out": out}
-    return found
+    return {"status": process.returncode, "mechanism": process.mechanism, "refused": refused, "out": out}
 
-def scenario():
-    cpus = sorted(os.sched_getaffinity(0))
-SCENARIO
-
-mechanisms()  # its probe is a clone, too
-before = _snapshot()
-print("ready", flush=True)
-sys.stdin.readline()
-found = scenario()
-after = _snapshot()
-changed = {name: _difference(before[name], after[name]) for name in before if before[name] != after[name]}
-print(json.dumps({"found": found, "changed": changed}), flush=True)
-# strace goes away first: its end is not part of the scenario.
-sys.stdin.readline()
+while asked := sys.stdin.readline():
+    asked = json.loads(asked)
+    os.environ["RANKSPAWN_MECHANISM"] = asked["mechanism"]
+    mechanisms.cache_clear()
+    mechanisms()  # its probe is a clone, too
+    exec("def scenario():" + asked["body"])
+    before = _snapshot()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    try:
+        answer = {"found": scenario()}
+    except BaseException:
+        answer = {"failed": traceback.format_exc()}
+    after = _snapshot()
+    changed = {name: _difference(before[name], after[name]) for name in before if before[name] != after[name]}
+    print(json.dumps({**answer, "changed": changed}), flush=True)
 """
 
 
@@ -78,51 +82,8 @@ def line_of(pipe: Any, what: str) -> str:
     return line
 
 
-class Faults:
-    """Runs a scenario in a launcher under faults."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.hit: list[str] = []
-
-    def run(self, scenario: str, *faults: str, mechanism: str = "clone", trace: str = "") -> Any:
-        """What ``scenario``, the body of a function in LAUNCHER, returns under ``faults`` (CALL:error=NAME[:when=N]).
-
-        self.hit has the lines of strace's log that a fault was injected into.
-        """
-        body = "\n".join("    " + line for line in scenario.strip().splitlines())
-        script = self.folder / "launcher.py"
-        script.write_text(LAUNCHER.replace("SCENARIO", body))
-        env = {**os.environ, "RANKSPAWN_MECHANISM": mechanism}
-        command = [sys.executable, "-B", str(script), json.dumps(sys.path)]
-        with subprocess.Popen(
-            command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as launcher:
-            try:
-                assert launcher.stdin is not None
-                assert line_of(launcher.stdout, "the launcher") == "ready\n"
-                with self._attached(launcher.pid, faults, trace):
-                    print(file=launcher.stdin, flush=True)
-                    answer = json.loads(line_of(launcher.stdout, "the scenario"))
-            finally:
-                launcher.kill()
-        assert answer["changed"] == {}
-        log = (self.folder / "log").read_text().splitlines()
-        self.hit = [line for line in log if "(INJECTED)" in line]
-        calls = [fault.partition(":")[0] for fault in faults]
-        assert all(any(f"{call}(" in line for line in self.hit) for call in calls), f"not hit: {calls}\n" + "\n".join(
-            log
-        )
-        return answer["found"]
-
-    def _attached(self, pid: int, faults: tuple[str, ...], trace: str) -> _Strace:
-        calls = ",".join([fault.partition(":")[0] for fault in faults] + ([trace] if trace else []))
-        options = [f"--inject={fault}" for fault in faults]
-        return _Strace(["strace", "-f", "-o", str(self.folder / "log"), f"--trace={calls}", *options, "-p", str(pid)])
-
-
-class _Strace:
-    """A strace that has attached by the time the block begins."""
+class Strace:
+    """A strace that has attached by the time the block begins, and has let go when it ends."""
 
     def __init__(self, command: list[str]) -> None:
         self.command = command
@@ -135,20 +96,78 @@ class _Strace:
             pytest.skip(f"strace may not attach here: {said.strip()}")
 
     def __exit__(self, *_: object) -> None:
-        # It lets go of what it traces, and ends.
         self.process.terminate()
         self.process.communicate()
 
 
+class Faults:
+    """Runs scenarios in a launcher under faults."""
+
+    def __init__(self, launcher: subprocess.Popen[str], log: Path) -> None:
+        self.launcher = launcher
+        self.log = log
+        self.hit: list[str] = []
+
+    def run(self, scenario: str, *faults: str, mechanism: str = "clone") -> Any:
+        """What ``scenario``, the body of a function in LAUNCHER, returns under ``faults`` (CALL:error=NAME[:when=N]).
+
+        strace counts for when= in each process by itself. self.hit has the lines of strace's log with a fault.
+        """
+        body = "".join("\n    " + line for line in scenario.strip().splitlines())
+        print(json.dumps({"mechanism": mechanism, "body": body}), file=self.launcher.stdin, flush=True)
+        assert line_of(self.launcher.stdout, "the launcher") == "ready\n"
+        calls = [fault.partition(":")[0] for fault in faults]
+        command = ["strace", "-f", "-o", str(self.log), f"--trace={','.join(calls)}", "-p", str(self.launcher.pid)]
+        with Strace([*command, *(f"--inject={fault}" for fault in faults)]):
+            print(file=self.launcher.stdin, flush=True)
+            answer = json.loads(line_of(self.launcher.stdout, "the scenario"))
+        assert "found" in answer, answer["failed"]
+        assert answer["changed"] == {}
+        lines = self.log.read_text().splitlines()
+        self.hit = [line for line in lines if "(INJECTED)" in line]
+        missed = [call for call in calls if not any(f"{call}(" in line for line in self.hit)]
+        assert not missed, "\n".join(["no fault in:", *missed, *lines])
+        return answer["found"]
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    """One for all tests: what takes long is the start of the interpreter."""
+    script = tmp_path_factory.mktemp("faults") / "launcher.py"
+    script.write_text(LAUNCHER)
+    command = [sys.executable, str(script), json.dumps(sys.path)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
+
+
 @pytest.fixture
-def faults(tmp_path: Path) -> Iterator[Faults]:
-    yield Faults(tmp_path)
+def faults(launcher: subprocess.Popen[str], tmp_path: Path) -> Faults:
+    return Faults(launcher, tmp_path / "log")
 
 
 BINDING = "binding=Binding(frozenset(cpus[:1]), MemoryPolicy('local')%s)"
 BOUND = "return attempt(['true'], " + BINDING % "" + ")"
 BOUND_IF_POSSIBLE = "return attempt(['true'], " + BINDING % ", required=False" + ")"
 STARTED = {"status": 0, "mechanism": "clone", "refused": [], "out": None}
+
+
+# Calls that the launcher makes, too: it makes one before, for the fault to hit, and in the child it is the first again.
+FIRST_OF_ALL = defaultdict(
+    str,
+    openat="""
+try:
+    open('/dev/null').close()
+except PermissionError:
+    pass
+""",
+    write="""
+try:
+    os.write(1, b'')
+except PermissionError:
+    pass
+""",
+)
 
 
 # ---- a step of the child that fails --------------------------------------------------------------------------------
@@ -189,9 +208,7 @@ def test_binding_that_is_not_required(faults: Faults) -> None:
 def test_step(faults: Faults, call: str, step: str, keywords: str) -> None:
     if call == "setpgid" and sys.version_info < (3, 11):
         pytest.skip("process_group came with Python 3.11")
-    # The launcher itself opens files too: the fault is for the one name.
-    fault = f"{call}:error=EPERM" if call != "openat" else "openat:error=EPERM:when=1"
-    found = faults.run(f"return attempt(['/bin/true'], {keywords})", fault)
+    found = faults.run(f"{FIRST_OF_ALL[call]}return attempt(['/bin/true'], {keywords})", f"{call}:error=EPERM:when=1")
     assert (found["raised"], found["errno"]) == ("PermissionError", errno.EPERM)
     if step == "execve":
         assert found["text"].endswith("'/bin/true'")
@@ -219,48 +236,33 @@ return found[0]
     assert (found["raised"], found["errno"]) == ("PermissionError", errno.EACCES)
 
 
-def test_signal_actions(faults: Faults) -> None:
+@pytest.mark.parametrize("without", [(), ("clone3:error=ENOSYS",)], ids=["clone3", "clone"])
+def test_signal_actions(faults: Faults, without: tuple[str, ...]) -> None:
     """A seccomp profile that forbids them: execve(2) resets what is caught by itself."""
-    scenario = """
-signal.signal(signal.SIGUSR1, lambda *_: None)
-try:
-    return attempt(['/bin/sh', '-c', 'kill -USR1 $$; exit 3'])
-finally:
-    os.environ.pop('none', None)
-    # Not by signal.signal: the fault is in this process, too.
-"""
-    # The handler stays in the launcher: that is what the scenario did, and the comparison would say so.
-    scenario = scenario.replace("signal.signal(signal.SIGUSR1, lambda *_: None)\n", "")
-    found = faults.run(scenario, "rt_sigaction:error=EPERM")
-    assert found["status"] == -10
+    found = faults.run("return attempt(['/bin/sh', '-c', 'kill -USR1 $$'])", "rt_sigaction:error=EPERM", *without)
+    assert found["status"] == -signal.SIGUSR1
 
 
 # ---- an optional call that is not there: the next way is taken -----------------------------------------------------
 
-DESCRIPTORS = """
-high = os.dup2(os.open('/dev/null', os.O_RDONLY), 300)
-kept = os.dup2(high, 310)
-inherited = [fd for fd in os.listdir('/proc/self/fd') if int(fd) > 2 and int(fd) not in (300, 310)]
-for fd in (high, kept):
-    os.set_inheritable(fd, True)
-try:
-    return [
-        attempt(['/bin/sh', '-c', 'cd /proc/self/fd; echo *'], stdout=subprocess.PIPE, text=True, **keywords)
-        for keywords in KEYWORDS
-    ]
-finally:
-    os.closerange(3, 300)
-    os.close(high)
-    os.close(kept)
-"""
-
 
 def listing(keywords: str) -> str:
     """A scenario that starts a program which lists its descriptors, once for each of ``keywords``."""
-    lines = DESCRIPTORS.replace("KEYWORDS", keywords).splitlines()
-    # The one that was duplicated is the lowest; nothing else was opened.
-    lines = [line.replace("os.dup2(os.open('/dev/null', os.O_RDONLY), 300)", "os.dup2(0, 300)") for line in lines]
-    return "\n".join(line for line in lines if "inherited" not in line and "closerange" not in line)
+    return f"""
+before = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (400, before[1]))
+for number in (300, 310):
+    os.dup2(0, number, inheritable=True)
+try:
+    return [
+        attempt(['/bin/sh', '-c', 'cd /proc/self/fd; echo *'], stdout=subprocess.PIPE, text=True, **keywords)
+        for keywords in {keywords}
+    ]
+finally:
+    os.close(300)
+    os.close(310)
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+"""
 
 
 def open_in_child(found: dict[str, Any]) -> set[str]:
@@ -280,39 +282,54 @@ def test_close_range(faults: Faults, code: str) -> None:
 
 
 def test_close_range_without_unshare(faults: Faults) -> None:
-    """The first call is refused; the second start's plain one is not."""
-    (found,) = faults.run(listing("[{'pass_fds': [310]}]"), "close_range:error=EINVAL:when=1", trace="clone")
+    """A kernel between the call and its flag: the first child is refused, and the second copies the whole table."""
+    (found,) = faults.run(listing("[{'pass_fds': [310]}]"), "close_range:error=EINVAL:when=1")
     assert open_in_child(found) == {"0", "1", "2", "3", "310"}
 
 
 def test_close_range_and_proc(faults: Faults) -> None:
     """With neither, every number below the limit is closed."""
-    fault = "openat:error=ENOENT:when=1"
-    scenario = listing("[{}]").replace("try:", "os.close(310); kept = os.dup2(high, 310, True)\ntry:", 1)
-    (found,) = faults.run(scenario, "close_range:error=ENOSYS", fault)
+    scenario = FIRST_OF_ALL["openat"].replace("Permission", "FileNotFound") + listing("[{}]")
+    (found,) = faults.run(scenario, "close_range:error=ENOSYS", "openat:error=ENOENT:when=1")
     assert open_in_child(found) == {"0", "1", "2", "3"}
     assert any("/proc/self/fd" in line for line in faults.hit)
 
 
-@pytest.mark.parametrize("code", ["EINVAL", "EMFILE", "EPERM", "ENOSYS"])
-def test_clone_with_a_pidfd(faults: Faults, code: str) -> None:
-    scenario = """
+PIDFD = """
 process = Popen(['/bin/sh', '-c', 'exit 3'], start_new_session=True)
-return [process.pidfd, process.mechanism, process.wait(timeout=30), process.pidfd]
+return [process.pidfd is not None, process.mechanism, process.wait(timeout=30), process.pidfd is not None]
 """
-    found = faults.run(scenario, f"clone:error={code}:when=1", trace="close")
-    assert found == [None, "clone", 3, None]
+
+
+@pytest.mark.parametrize("code", ["EINVAL", "ENOSYS", "EPERM", "E2BIG"])
+def test_clone3(faults: Faults, code: str) -> None:
+    """clone gives a pidfd as well."""
+    assert faults.run(PIDFD, f"clone3:error={code}") == [True, "clone", 3, True]
+
+
+@pytest.mark.parametrize("code", ["EINVAL", "EMFILE", "ENFILE", "EPERM", "ENOSYS"])
+def test_clone_with_a_pidfd(faults: Faults, code: str) -> None:
+    found = faults.run(PIDFD, "clone3:error=ENOSYS", f"clone:error={code}:when=1")
+    assert found == [False, "clone", 3, False]
+
+
+@pytest.mark.parametrize("code", ["EMFILE", "ENFILE"])
+def test_clone3_with_a_pidfd(faults: Faults, code: str) -> None:
+    assert faults.run(PIDFD, f"clone3:error={code}:when=1") == [False, "clone", 3, False]
 
 
 @pytest.mark.parametrize("code", ["EAGAIN", "ENOMEM"])
-def test_clone(faults: Faults, code: str) -> None:
-    found = faults.run("return attempt(['true'])", f"clone:error={code}")
+@pytest.mark.parametrize("without", [(), ("clone3:error=ENOSYS",)], ids=["clone3", "clone"])
+def test_no_memory_for_a_process(faults: Faults, code: str, without: tuple[str, ...]) -> None:
+    """That is no reason to ask for less: it is what the caller must hear."""
+    call = "clone" if without else "clone3"
+    found = faults.run("return attempt(['true'])", f"{call}:error={code}", *without)
     assert found["errno"] == getattr(errno, code) and "clone: " in found["text"]
-    assert len(faults.hit) == 1
+    assert len(faults.hit) == 1 + len(without)
 
 
 def test_clone_in_every_form(faults: Faults) -> None:
-    found = faults.run("return attempt(['true'])", "clone:error=EPERM")
+    found = faults.run("return attempt(['true'])", "clone:error=EPERM", "clone3:error=EPERM")
     assert (found["raised"], found["errno"]) == ("PermissionError", errno.EPERM) and "clone: " in found["text"]
 
 
@@ -332,9 +349,9 @@ def cgroup() -> Iterator[Path]:
     group.rmdir()
 
 
-@pytest.mark.parametrize("code", ["ENOSYS", "EPERM", "E2BIG", "EINVAL"])
+@pytest.mark.parametrize("code", ["ENOSYS", "EPERM", "EBUSY"])
 @pytest.mark.parametrize("user", ["", ", user=os.getuid()"])
-def test_clone3(faults: Faults, cgroup: Path, code: str, user: str) -> None:
+def test_clone3_into_a_cgroup(faults: Faults, cgroup: Path, code: str, user: str) -> None:
     """The child then goes there by itself, before anything else."""
     scenario = f"""
 return attempt(['grep', '^0:', '/proc/self/cgroup'], cgroup={str(cgroup)!r}, stdout=subprocess.PIPE, text=True{user})
@@ -344,9 +361,16 @@ return attempt(['grep', '^0:', '/proc/self/cgroup'], cgroup={str(cgroup)!r}, std
 
 
 def test_clone3_and_the_write(faults: Faults, cgroup: Path) -> None:
-    scenario = f"return attempt(['true'], cgroup={str(cgroup)!r})"
-    found = faults.run(scenario, "clone3:error=ENOSYS", "write:error=EBUSY:when=1")
-    assert (found["raised"], found["errno"]) == ("OSError", errno.EBUSY) and "cgroup.procs: " in found["text"]
+    scenario = f"{FIRST_OF_ALL['write']}return attempt(['true'], cgroup={str(cgroup)!r})"
+    found = faults.run(scenario, "clone3:error=ENOSYS", "write:error=EACCES:when=1")
+    assert (found["raised"], found["errno"]) == ("PermissionError", errno.EACCES) and "cgroup.procs: " in found["text"]
+
+
+def test_clone3_into_a_cgroup_without_a_pidfd(faults: Faults, cgroup: Path) -> None:
+    scenario = f"""
+return attempt(['grep', '^0:', '/proc/self/cgroup'], cgroup={str(cgroup)!r}, stdout=subprocess.PIPE, text=True)
+"""
+    assert faults.run(scenario, "clone3:error=EMFILE:when=1") == {**STARTED, "out": f"0::/{cgroup.name}\n"}
 
 
 @pytest.mark.parametrize("code", ["EINVAL", "ENOSYS", "EPERM"])
@@ -379,12 +403,8 @@ return 'said nothing'
 
 @pytest.mark.parametrize("code", ["EMFILE", "EPERM", "ENOSYS"])
 def test_pidfd_of_posix_spawn(faults: Faults, code: str) -> None:
-    scenario = """
-process = Popen(['/bin/sh', '-c', 'exit 3'])
-return [process.pidfd, process.mechanism, process.wait(timeout=30)]
-"""
-    found = faults.run(scenario, f"pidfd_open:error={code}", mechanism="posix_spawn")
-    assert found == [None, "posix_spawn", 3]
+    found = faults.run(PIDFD, f"pidfd_open:error={code}", mechanism="posix_spawn")
+    assert found == [False, "posix_spawn", 3, False]
 
 
 @pytest.mark.parametrize("code", ["ENOSYS", "EPERM"])
@@ -418,7 +438,6 @@ return found[0]
 def test_close_range_without_a_free_descriptor(faults: Faults) -> None:
     """The folder cannot be opened then; what is above the limit must be closed all the same."""
     scenario = """
-import resource
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 high = os.dup2(0, 300)
 os.set_inheritable(high, True)
