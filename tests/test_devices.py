@@ -9,8 +9,17 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from rankspawn import _devices
-from rankspawn._devices import Device, DeviceError, as_devices, find_devices, locate, parse_devices
+from rankspawn._devices import (
+    Device,
+    DeviceError,
+    as_devices,
+    find_devices,
+    locate,
+    parse_devices,
+    read_device_files,
+)
 from rankspawn._placement import PlacementError
+from rankspawn._sysfs import Tree
 from rankspawn._topology import Topology
 from tests.sysfs_tree import PCI, Gpu, Machine, address, write
 
@@ -168,6 +177,17 @@ def test_nvml_where_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert find_devices(topology, {"CUDA_VISIBLE_DEVICES": "MIG-7"}) == ()
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(broken=True))
     assert find_devices(topology, {}) == ()
+
+
+def test_a_capture_has_the_files_also_where_nvml_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = four_gpus(tmp_path)
+    tree = Tree(tmp_path)
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    monkeypatch.setattr(_devices, "is_live", lambda root: True)
+    assert len(find_devices(topology, {}, tree)) == 2
+    read_device_files(tree)
+    assert f"proc/driver/nvidia/gpus/{address(3)}/information" in tree.opened
+    assert f"{PCI}/{address(3)}/numa_node" in tree.opened
 
 
 @pytest.mark.parametrize(

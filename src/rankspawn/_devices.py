@@ -54,6 +54,12 @@ def find_devices(
     return ()
 
 
+def read_device_files(tree: Tree) -> None:
+    """Reads what tells the devices of a captured tree, so that ``tree`` has it also where NVML told them."""
+    for find in (_nvidia, _amd, _intel):
+        find(tree, False)
+
+
 def is_live(root: str) -> bool:
     """Whether the root is the running machine's, which environment variables and NVML speak of."""
     return os.path.realpath(root) == "/"
@@ -244,4 +250,13 @@ def _intel_tiles(tree: Tree, address: str, drm: list[str]) -> tuple[str, ...]:
     return tuple(tiles)
 
 
-__all__ = ["Device", "DeviceError", "as_devices", "find_devices", "is_live", "locate", "parse_devices"]
+__all__ = [
+    "Device",
+    "DeviceError",
+    "as_devices",
+    "find_devices",
+    "is_live",
+    "locate",
+    "parse_devices",
+    "read_device_files",
+]

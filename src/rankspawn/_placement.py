@@ -37,14 +37,11 @@ class Rank:
     notes: tuple[str, ...] = ()
 
 
-@dataclass
 class _Home:
     """The node of a rank while it is planned: id, or None and the problem; ``notes`` grows."""
 
-    node: int | None
-    notes: list[str]
-    device: Device | None = None
-    problem: str = ""
+    def __init__(self, node: int | None, notes: list[str], device: Device | None = None) -> None:
+        self.node, self.notes, self.device, self.problem = node, notes, device, ""
 
 
 class _Machine:

@@ -38,12 +38,13 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _topology(args: argparse.Namespace) -> int:
-    from ._devices import find_devices
+    from ._devices import find_devices, read_device_files
 
     tree = Tree(args.sysfs)
     topology = Topology.read(tree)
     devices = find_devices(topology, tree=tree)
     if args.capture:
+        read_device_files(tree)
         capture(tree, args.capture)
     if args.svg:
         _draw(args.svg, topology, devices, ())
