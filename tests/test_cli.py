@@ -439,9 +439,16 @@ def test_a_log_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
 
 PLACE = SAY + (
     "from pathlib import Path\n"
-    "policy = Path('/proc/self/numa_maps').read_text().split()[1]\n"
+    "maps = Path('/proc/self/numa_maps')\n"
+    "policy = maps.read_text().split()[1] if maps.exists() else None\n"
     "say([sorted(os.sched_getaffinity(0)), policy, os.environ.get('OMP_NUM_THREADS')])\n"
 )
+
+
+def skip_where_memory_is_refused(done: subprocess.CompletedProcess[str]) -> None:
+    """A kernel without NUMA, one too old for a mode, a container that gates the call: each is said, and no failure."""
+    if done.returncode and "set_mempolicy: " in done.stderr:
+        pytest.skip(done.stderr.strip())
 
 
 @linux
@@ -453,6 +460,7 @@ def test_each_mode_stays_inside_the_inherited_mask(mode: str, ranks: int) -> Non
         pytest.skip("too few CPUs")
     options = ["--nproc-per-node", str(ranks), "--numa-binding", mode, "--memory-policy", "bind"]
     done = completed(in_ranks(PLACE, *options), env=environment_here())
+    skip_where_memory_is_refused(done)
     assert done.returncode == 0, done.stderr
     places = said(done.stdout)
     assert places.keys() == set(range(ranks))
@@ -470,8 +478,7 @@ def test_each_mode_stays_inside_the_inherited_mask(mode: str, ranks: int) -> Non
 @pytest.mark.parametrize("policy", get_args(MemoryMode))
 def test_each_memory_policy(policy: str) -> None:
     done = completed(in_ranks(PLACE, "--numa-binding", "node", "--memory-policy", policy))
-    if "set_mempolicy" in done.stderr:
-        pytest.skip("this kernel refuses it")
+    skip_where_memory_is_refused(done)
     written = {"preferred": "prefer:", "preferred-many": "prefer", "weighted-interleave": "weighted"}.get(
         policy, policy
     )
@@ -482,7 +489,8 @@ def test_each_memory_policy(policy: str) -> None:
 def test_unbound_ranks_keep_what_they_inherit() -> None:
     cpus, policy, _ = said(completed(in_ranks(PLACE)).stdout)[0]
     assert set(cpus) == os.sched_getaffinity(0)
-    assert policy == Path("/proc/self/numa_maps").read_text().split()[1]
+    maps = Path("/proc/self/numa_maps")
+    assert policy == (maps.read_text().split()[1] if maps.exists() else None)
 
 
 @linux
