@@ -22,7 +22,7 @@ import pytest
 
 from rankspawn import Binding, BindingError, MemoryPolicy, Popen, _popen
 from rankspawn._engine import mechanisms
-from tests.state import NOBODY, become, in_child
+from tests.state import NOBODY, become, fork, in_child
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the engine's mechanisms are Linux's")
 
@@ -832,46 +832,59 @@ def test_log_with_a_nul_in_its_name(engine: Engine) -> None:
     assert engine.ran == []
 
 
-@pytest.mark.parametrize(
-    "engine",
-    [
-        pytest.param(
-            "clone",
-            marks=pytest.mark.xfail(
-                strict=True, reason="the child waits in open() with every signal blocked, and the caller is in vfork: D"
-            ),
-        ),
-        "subprocess",
-    ],
-    indirect=True,
+def state_of(pid: int) -> str:
+    """The letter of proc(5): R runs, S sleeps, D sleeps and hears no signal, Z has ended."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+sleeps_in_open = pytest.mark.xfail(
+    strict=True, reason="the child waits in open() with every signal blocked, and the caller in vfork: state D"
 )
-def test_stream_that_takes_long_to_open_can_be_interrupted(engine: Engine, tmp_path: Path) -> None:
-    """Opening a FIFO waits for its other end. Ctrl-C must get through to the launcher meanwhile."""
+
+
+@pytest.mark.parametrize(
+    ("engine", "stream"),
+    [
+        pytest.param("clone", "stdin", marks=sleeps_in_open),
+        ("clone", "stdout"),
+        pytest.param("posix_spawn", "stdin", marks=sleeps_in_open),
+        pytest.param("posix_spawn", "stdout", marks=sleeps_in_open),
+        ("subprocess", "stdin"),
+        ("subprocess", "stdout"),
+    ],
+    indirect=["engine"],
+)
+def test_stream_that_takes_long_to_open_can_be_interrupted(engine: Engine, stream: str, tmp_path: Path) -> None:
+    """Opening a FIFO waits for its other end. Ctrl-C must reach the launcher meanwhile, or it must not wait."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
 
     def start() -> bool:
         reading, writing = os.pipe()
-        pid = os.fork()
-        if pid == 0:
+
+        def start_it() -> None:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.close(reading)
             os.write(writing, b".")
-            Popen(["true"], stdin=fifo)
-            os._exit(0)
+            attempt(Popen, ["/bin/true"], **{stream: fifo})
+
+        pid = fork(start_it)
         os.read(reading, 1)
-        # Inside open(), or in ours inside vfork, when it sleeps; then it is told to end, and has long to do so.
-        deadline = 200
-        ended = 0
-        while not ended and deadline:
-            deadline -= 1
+        asleep = 0
+        while asleep < 20 and state_of(pid) != "Z":
+            # When it does nothing but sleep, it is inside open(), or with the engine inside vfork.
+            asleep = asleep + 1 if state_of(pid) in "SD" else 0
+            threading.Event().wait(0.005)
+        os.kill(pid, signal.SIGINT)
+        for _ in range(50):
             threading.Event().wait(0.01)
-            os.kill(pid, signal.SIGINT)
             ended, _ = os.waitpid(pid, os.WNOHANG)
-        if not ended:
-            os.close(os.open(fifo, os.O_WRONLY))  # lets the child, and with it the launcher, go on
-            os.waitpid(pid, 0)
-        return bool(ended)
+            if ended:
+                return True
+        # Lets the child, and with it the launcher, go on.
+        other_end = os.open(fifo, os.O_RDWR)
+        os.waitpid(pid, 0)
+        os.close(other_end)
+        return False
 
     assert in_child(start)
 
