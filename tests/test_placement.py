@@ -351,3 +351,28 @@ def test_one_rank_by_gpu_index_is_that_rank_of_the_whole_plan(machine, mode) -> 
     for index, rank in enumerate(whole):
         (one,) = plan(topology, mode, gpu_index=index, devices=devices, required=False)
         assert one.binding == rank.binding
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    data=st.data(),
+    text=st.one_of(
+        st.sampled_from(["", "0", "-1", "9", "0-", "7-3", "0-9999999", "ff", ",", "\0", "1\n2", "0-1,0-1", "é", "- 1"]),
+        st.text(alphabet="0123456789-, xabf\n\0:", max_size=12),
+    ),
+    mode=st.sampled_from(MODES),
+)
+def test_a_broken_file_gives_a_plan_or_a_clear_error(data, text, mode) -> None:
+    machine = Machine(
+        sockets=2, nodes=2, caches=2, cores=2, threads=2, memory_only=1, gpus=(Gpu(0), Gpu(3)), allowed="0-15"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        files = sorted(file for file in write(Path(folder), machine).rglob("*") if file.is_file())
+        file = data.draw(st.sampled_from(files), label="file")
+        file.write_text(text)
+        try:
+            ranks = plan(Topology.read(folder), mode, nprocs=2, memory="bind")
+        except PlacementError as error:
+            assert len(str(error)) > 20
+        else:
+            assert all(rank.binding.cpus for rank in ranks)
