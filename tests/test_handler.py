@@ -283,6 +283,8 @@ def test_errors_of_a_subclass_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_falling_back(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     from rankspawn import _placement
 
+    _handler._plan.cache_clear()
+
     def impossible(*_: Any, **__: Any) -> Any:
         raise PlacementError("no such place")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from functools import cache, lru_cache
+from functools import cache
 from typing import TYPE_CHECKING
 
 from ._binding import Binding, BindingError, RefusedStep
@@ -49,14 +49,19 @@ def mechanisms() -> tuple[int, ...]:
     return clone if wanted == "clone" else (_spawn.POSIX_SPAWN, *clone)
 
 
-@lru_cache(maxsize=256)
 def masks(binding: Binding) -> tuple[bytes | None, int, bytes | None]:
-    """``binding`` as the engine takes it: CPU mask, policy's number (-1: none), node mask."""
-    cpus = None if binding.cpus is None else _spawn.pack_ids(binding.cpus)
-    if binding.memory is None:
-        return cpus, -1, None
-    nodes = _spawn.pack_ids(binding.memory.nodes) if binding.memory.nodes else None
-    return cpus, _MPOL[binding.memory.mode], nodes
+    """``binding`` as the engine takes it: CPU mask, policy's number (-1: none), node mask.
+
+    They are kept with the binding, which never changes: hashing it for a cache takes longer than all else in a start.
+    """
+    kept: tuple[bytes | None, int, bytes | None] | None = binding.__dict__.get("_masks")
+    if kept is None:
+        cpus = None if binding.cpus is None else _spawn.pack_ids(binding.cpus)
+        memory = binding.memory
+        mode = -1 if memory is None else _MPOL[memory.mode]
+        nodes = _spawn.pack_ids(memory.nodes) if memory is not None and memory.nodes else None
+        kept = binding.__dict__["_masks"] = (cpus, mode, nodes)
+    return kept
 
 
 def set_affinity(pid: int, cpus: Set[int]) -> int:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any
 
 from ._binding import AffinityMode
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
 
-    from ._binding import Binding, NumaOptions
+    from ._binding import Binding, MemoryMode, MemoryPolicy, NumaOptions
 
 _ON_WINDOWS = sys.platform == "win32"
 
@@ -154,27 +155,44 @@ def _binding_for(local_rank: int, options: NumaOptions | None) -> Binding | None
     if options is None:
         return None
     # Not at import: programs that only start processes need none of it.
-    from ._placement import plan
-    from ._topology import PlacementError, Topology
+    from ._topology import PlacementError
+    from ._visible import VARIABLES
 
     fall_back = options.should_fall_back_if_binding_fails
+    inherited = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+    visible = tuple(map(os.environ.get, VARIABLES))
+    mode, memory = AffinityMode(options.affinity_mode), getattr(options, "memory_policy", None)
     try:
-        (rank,) = plan(
-            Topology.read(),
-            AffinityMode(options.affinity_mode),
-            gpu_index=local_rank,
-            memory=getattr(options, "memory_policy", None),
-            required=not fall_back,
-        )
+        binding, notes = _plan(local_rank, mode, memory, fall_back, inherited, visible)
     except PlacementError as error:
         if not fall_back:
             raise
         # As text: a log record that keeps the error keeps its frames, and in them this handler with its descriptors.
         _warn("local rank %d starts unbound: %s", local_rank, str(error))
         return None
-    for note in rank.notes:
+    for note in notes:
         _warn("local rank %d: %s", local_rank, note)
-    return rank.binding
+    return binding
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    local_rank: int,
+    mode: AffinityMode,
+    memory: MemoryMode | MemoryPolicy | None,
+    fall_back: bool,
+    inherited: frozenset[int],
+    visible: tuple[str | None, ...],
+) -> tuple[Binding, tuple[str, ...]]:
+    """One rank's binding and what there is to say of it, kept for as long as what it follows from stays the same.
+
+    The machine itself is read once for each inherited mask: reading it again for each rank takes longer than its start.
+    """
+    from ._placement import plan
+    from ._topology import Topology
+
+    (rank,) = plan(Topology.read(), mode, gpu_index=local_rank, memory=memory, required=not fall_back)
+    return rank.binding, rank.notes
 
 
 def _as_path(path: str | None) -> os.PathLike[str] | None:

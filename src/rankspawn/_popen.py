@@ -48,6 +48,7 @@ if os.name == "posix":
 _SAME_AS_STDOUT = -2
 _READ, _WRITE = os.O_RDONLY, os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
+_NO_HANDLES = (-1,) * 6
 _STREAMS = ("stdin", "stdout", "stderr")
 
 
@@ -145,6 +146,8 @@ class Popen(_Stock):  # type: ignore[type-arg]
         A descriptor opened here would have the lowest free number; where thousands are open, that makes the child copy
         a table of thousands.
         """
+        if stdin is stdout is stderr is None:
+            return _NO_HANDLES
         opened: dict[int, tuple[str, int]] = {}
         streams = [stdin, stdout, stderr]
         for number, stream in enumerate(streams):
@@ -174,21 +177,22 @@ class Popen(_Stock):  # type: ignore[type-arg]
             start_new_session, process_group=-1,
         ):  # fmt: skip
             self._leads_group = bool(start_new_session) or process_group == 0
-            if preexec_fn is None and mechanisms():
+            if preexec_fn is None and (tried := mechanisms()):
                 command, program = _command(args, executable, shell)
                 sys.audit("subprocess.Popen", program, command, cwd, env)
                 streams = [p2cread, c2pwrite, errwrite]
                 if min(streams) < -1:
                     # Below the standard library's "none" are numbers that mean something to the engine.
                     raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-                for number, (path, flags) in self._opened_by_child.items():
-                    streams[number] = (os.fsencode(path), flags) if path else flags
+                if self._opened_by_child:
+                    for number, (path, flags) in self._opened_by_child.items():
+                        streams[number] = (os.fsencode(path), flags) if path else flags
                 kept = tuple(sorted(map(int, set(pass_fds)))) if pass_fds else ()
                 binding = self._binding
                 cpu_mask, mem_mode, node_mask = (None, -1, None) if binding is None else masks(binding)
-                cgroup, opened = _cgroup_descriptor(self._cgroup)
+                cgroup, opened = (-1, False) if self._cgroup is None else _cgroup_descriptor(self._cgroup)
                 try:
-                    for mechanism in mechanisms():
+                    for mechanism in tried:
                         outcome = _spawn.spawn(
                             self, command, _candidates(program, env), env, cwd, streams, (p2cwrite, c2pread, errread),
                             kept, close_fds, restore_signals, start_new_session, process_group,
@@ -197,10 +201,13 @@ class Popen(_Stock):  # type: ignore[type-arg]
                         )  # fmt: skip
                         if outcome is not None:
                             self.mechanism = "clone" if mechanism == _spawn.CLONE else "posix_spawn"
-                            self._check(*outcome, program, cwd)
-                            self._close_pipe_fds(  # type: ignore[attr-defined]
-                                p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite
-                            )
+                            if outcome is not _spawn.ALL_DONE:
+                                self._check(*outcome, program, cwd)
+                            if p2cread != -1 or c2pwrite != -1 or errwrite != -1:
+                                self._close_pipe_fds(  # type: ignore[attr-defined]
+                                    p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite
+                                )
+                            self._closed_child_pipe_fds = True
                             return
                 finally:
                     if opened:
@@ -269,14 +276,35 @@ class Popen(_Stock):  # type: ignore[type-arg]
 
     if os.name == "posix":
 
-        def _handle_exitstatus(self, sts: int, *saved: Any, **more_saved: Any) -> None:
-            super()._handle_exitstatus(sts, *saved, **more_saved)  # type: ignore[misc]
+        def _handle_exitstatus(
+            self,
+            sts: int,
+            *_: Any,
+            _stopped: Any = os.WIFSTOPPED,
+            _stop_signal: Any = os.WSTOPSIG,
+            _to_exitcode: Any = os.waitstatus_to_exitcode,
+        ) -> None:
+            # Also called by __del__ at the end of the interpreter, when the names of this module may be gone.
+            self.returncode = -_stop_signal(sts) if _stopped(sts) else _to_exitcode(sts)
             if not self._leads_group:
                 # A thread that waits on it holds a reference: the descriptor is closed after the last.
                 self._pidfd = None
 
         def _wait(self, timeout: float | None) -> int | None:
             """As the standard class, but a wait with a timeout sleeps on the pidfd instead of polling."""
+            while timeout is None and self.returncode is None:
+                # The standard library's loop without its inner calls: right after an exit, with cold caches, they are a
+                # measurable part of a short job.
+                with self._waitpid_lock:  # type: ignore[attr-defined]
+                    if self.returncode is not None:
+                        break  # another thread waited
+                    try:
+                        pid, status = os.waitpid(self.pid, 0)
+                    except ChildProcessError:
+                        pid, status = self.pid, 0  # reaped behind our back: nobody can know its status
+                    if pid == self.pid:
+                        self._handle_exitstatus(status)
+                        return self.returncode
             pidfd = self._pidfd
             if timeout is None or pidfd is None:
                 return super()._wait(timeout)  # type: ignore[misc, no-any-return]
@@ -312,8 +340,10 @@ def _command(args: Any, executable: Any, shell: bool) -> tuple[list[Any], Any]:
     return command, command[0] if executable is None else executable
 
 
-def _candidates(program: Any, env: Mapping[Any, Any] | None) -> tuple[bytes, ...]:
+def _candidates(program: Any, env: Mapping[Any, Any] | None) -> tuple[str | bytes, ...]:
     """What to execute, in order: the program; one named without a folder, in each folder of the child's PATH."""
+    if type(program) is str and "/" in program:
+        return (program,)
     name = os.fsencode(program)
     if b"/" in name:
         return (name,)
@@ -339,10 +369,8 @@ def _opened_here(opened: Mapping[int, tuple[str, int]]) -> Iterator[dict[int, in
             os.close(fd)
 
 
-def _cgroup_descriptor(cgroup: str | os.PathLike[str] | int | None) -> tuple[int, bool]:
-    """A descriptor of the cgroup's directory, -1 for none, and whether it was opened here."""
-    if cgroup is None:
-        return -1, False
+def _cgroup_descriptor(cgroup: str | os.PathLike[str] | int) -> tuple[int, bool]:
+    """A descriptor of the cgroup's directory, and whether it was opened here."""
     if isinstance(cgroup, int):
         return cgroup, False
     return os.open(cgroup, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), True

@@ -6,6 +6,7 @@ CLONE: int
 POSIX_SPAWN: int
 HAVE_LIBNUMA: bool
 STEP_NAMES: tuple[str, ...]
+ALL_DONE: tuple[int, int, int, int]
 
 class Pidfd:
     fd: int
@@ -19,7 +20,7 @@ def set_mempolicy(mode: int, node_mask: bytes | None) -> int: ...
 def spawn(
     owner: object,
     argv: Iterable[object],
-    executables: Iterable[bytes],
+    executables: Iterable[str | bytes],
     env: Mapping[object, object] | None,
     cwd: object,
     streams: Sequence[int | tuple[bytes, int]],

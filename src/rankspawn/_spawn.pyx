@@ -134,6 +134,9 @@ if len(STEP_NAMES) != STEP_COUNT:
     raise ImportError("STEP_NAMES does not match enum spawn_step: rebuild rankspawn")
 
 
+ALL_DONE = (0, 0, 0, 0)
+
+
 cdef class _Strings:
     """A NULL-ended char ** over one block of text, filled by add() and add_pair(), then closed by ready()."""
 
@@ -340,6 +343,7 @@ def spawn(
 
     Returns None when the mechanism cannot express the request, else (step, errno of the step, errno of a refused
     affinity, errno of a refused memory policy); step is an index into STEP_NAMES, 0 when the program was executed.
+    ALL_DONE itself stands for four zeros.
 
     Raises TypeError and ValueError as subprocess does for arguments that cannot be passed on.
     """
@@ -419,4 +423,6 @@ def spawn(
         owner.pid = result.pid
         owner._child_created = True
         owner._pidfd = None if result.pidfd < 0 else Pidfd(result.pidfd)
+        if not result.affinity_error and not result.mempolicy_error:
+            return ALL_DONE
     return result.step, result.error, result.affinity_error, result.mempolicy_error

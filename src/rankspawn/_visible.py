@@ -11,6 +11,16 @@ from dataclasses import dataclass, replace
 
 from ._sysfs import PlacementError
 
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_DEVICE_ORDER",
+    "ROCR_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "ZE_AFFINITY_MASK",
+    "ZE_FLAT_DEVICE_HIERARCHY",
+)
+"""Every variable that is looked at here."""
+
 
 class DeviceError(PlacementError):
     """A device that is not there, or an environment variable or option that cannot be understood."""
