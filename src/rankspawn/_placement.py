@@ -298,6 +298,8 @@ def _cpus(
     home = homes[index]
     cpus: frozenset[int] = frozenset()
     if home.node is not None:
+        if mode is AffinityMode.SOCKET:
+            cpus = _socket(machine, home.node)
         if home.node not in machine.cores:
             usable = format_ids(cpu for node in machine.cores for cpu in machine.on(node))
             home.problem = (
@@ -306,9 +308,7 @@ def _cpus(
             )
         elif mode is AffinityMode.NODE:
             cpus = machine.on(home.node)
-        elif mode is AffinityMode.SOCKET:
-            cpus = _socket(machine, home.node)
-        else:
+        elif mode is not AffinityMode.SOCKET:
             sharing = [i for i, other in enumerate(homes) if other.node == home.node]
             split = _exclusive if mode is AffinityMode.EXCLUSIVE else _core_complex
             cpus = split(machine, home, sharing.index(index), len(sharing))
@@ -328,11 +328,13 @@ def _node_cpus(machine: _Machine, id: int) -> str:
 def _socket(machine: _Machine, home: int) -> frozenset[int]:
     """All usable CPUs of the nodes of the home's socket; a node belongs to the socket of its lowest usable CPU (torch).
 
-    torch asks this of every possible node, and raises where one has no CPU that is allowed. Here they are passed over.
+    torch asks this of every possible node, and raises where one has no CPU that is allowed. Here they are passed over;
+    the home itself may be one of them.
     """
 
     def socket_of(node: int) -> int | None:
-        lowest = min(machine.on(node))
+        known = machine.topology.node(node)
+        lowest = min(machine.on(node) or (known.cpus if known else ()), default=-1)
         return next((socket.id for socket in machine.topology.sockets if lowest in socket.cpus), None)
 
     own = socket_of(home)

@@ -136,6 +136,12 @@ DIFFERENCES = {
         ValueError,
         {0, 1, 2, 3},
     ),
+    "socket, the GPU's own node is not allowed": (
+        Machine(nodes=2, allowed="5-7", gpus=gpus(0)),
+        "socket",
+        ValueError,
+        {5, 6, 7},
+    ),
     "core-complex, no cache files": (
         Machine(caches_written=False, gpus=gpus(0)),
         "core-complex",
