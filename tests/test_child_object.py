@@ -47,8 +47,8 @@ def test_child_calls_nothing_that_could_lock(tmp_path: Path, options: list[str],
     macros = ["-DRANKSPAWN_HAVE_LIBNUMA=1"] if libnuma else []
     # The child's stack is small and has no guard page: no large frame, and none whose size is known only at run time.
     frames = ["-Wframe-larger-than=4096", "-Wvla", "-Walloca", "-Werror"]
-    compiling = ["gcc", "-std=c11", *options, *frames, *macros, "-iquote", "csrc", "-c", "csrc/child.c", "-o", str(built)]
-    subprocess.run(compiling, cwd=ROOT, check=True)
+    compiling = ["gcc", "-std=c11", *options, *frames, *macros, "-iquote", "csrc", "-c", "csrc/child.c"]
+    subprocess.run([*compiling, "-o", str(built)], cwd=ROOT, check=True)
     listed = subprocess.run(["nm", "-u", str(built)], capture_output=True, text=True, check=True).stdout
     undefined = {line.split()[-1] for line in listed.splitlines() if line.strip()}
     assert "syscall" in undefined, "this was not the child half"
