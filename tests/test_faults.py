@@ -35,12 +35,12 @@ pytestmark = [
 SECONDS = 60
 
 LAUNCHER = """
-import ctypes, json, os, resource, signal, subprocess, sys, threading, traceback
+import ctypes, json, os, resource, signal, subprocess, sys, threading, time, traceback
 sys.path[:0] = json.loads(sys.argv[1])
 from pathlib import Path
 from rankspawn import Binding, BindingError, MemoryPolicy, Popen
 from rankspawn._engine import mechanisms
-from tests.conftest import _difference, _snapshot
+from tests.conftest import GRACE_SECONDS, _difference, _snapshot
 
 # Yama may restrict ptrace to ancestors, and strace is a sibling: prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY).
 ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
@@ -56,6 +56,7 @@ def attempt(*args, **kwargs):
     refused = [[one.step, one.errno] for one in process.binding_report.refused]
     return {"status": process.returncode, "mechanism": process.mechanism, "refused": refused, "out": out}
 
+print("here", flush=True)
 while asked := sys.stdin.readline():
     asked = json.loads(asked)
     os.environ["RANKSPAWN_MECHANISM"] = asked["mechanism"]
@@ -69,7 +70,10 @@ while asked := sys.stdin.readline():
         answer = {"found": scenario()}
     except BaseException:
         answer = {"failed": traceback.format_exc()}
-    after = _snapshot()
+    after, deadline = _snapshot(), time.monotonic() + GRACE_SECONDS
+    while after != before and time.monotonic() < deadline:
+        time.sleep(0.01)
+        after = _snapshot()
     changed = {name: _difference(before[name], after[name]) for name in before if before[name] != after[name]}
     print(json.dumps({**answer, "changed": changed}), flush=True)
 """
@@ -137,6 +141,8 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Po
     script.write_text(LAUNCHER)
     command = [sys.executable, str(script), json.dumps(sys.path)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        # conftest.py compares command lines of children, and a process has none in the middle of its exec.
+        assert line_of(process.stdout, "the launcher") == "here\n"
         yield process
         process.kill()
 
