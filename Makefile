@@ -116,7 +116,7 @@ clean: ## remove what was built (not the environments)
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environments too
-	rm -rf .venv $(VENV) $(TORCH_VENV)
+	rm -rf .venv .venv-* $(VENV) $(TORCH_VENV)
 
 # ---- set-up ---------------------------------------------------------------------------------------------------------
 
