@@ -312,6 +312,7 @@ def test_affinity_of_the_thread_is_the_childs() -> None:
 def test_children_end_with_the_launcher(how: str, end: signal.Signals | None) -> None:
     held, holding = os.pipe()
     told, telling = os.pipe()
+    staying, leave = os.pipe()
     started = threading.Event()
     processes: list[Popen] = []
 
@@ -334,20 +335,21 @@ def test_children_end_with_the_launcher(how: str, end: signal.Signals | None) ->
             processes.append(started_in_thread(FOREVER, stdout=holding))
         os.close(holding)
         os.write(telling, str(processes[0].mechanism).encode())
-        if end is not None:
-            signal.pause()
+        os.read(staying, 1)
 
     launcher = fork(launch)
     os.close(holding)
     assert os.read(told, 100) == b"clone"
     # From here on the child alone holds the pipe: its end is the pipe's.
     assert select.select([held], [], [], 0) == ([], [], [])
-    if end is not None:
+    if end is None:
+        os.write(leave, b".")
+    else:
         os.kill(launcher, end)
     os.waitpid(launcher, 0)
     assert select.select([held], [], [], PATIENCE) == ([held], [], []), "the child outlives its launcher"
     assert os.read(held, 1) == b""
-    for fd in (held, told, telling):
+    for fd in (held, told, telling, staying, leave):
         os.close(fd)
 
 
