@@ -135,7 +135,14 @@ def test_each_rank_has_torchruns_variables() -> None:
         of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank), "ROLE_RANK": str(rank)}
         assert {**environment, **TOLD, **of_rank} == environment
         # The rest is the launcher's own: nothing else is added, and nothing is lost.
-        ours = {*TOLD, *of_rank, "MASTER_PORT", "OMP_NUM_THREADS", "RANKSPAWN_CALL_NS"}
+        ours = {
+            *TOLD,
+            *of_rank,
+            "MASTER_PORT",
+            "OMP_NUM_THREADS",
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+            "RANKSPAWN_CALL_NS",
+        }
         rest = {name: value for name, value in environment.items() if name not in ours}
         if "LC_CTYPE" not in os.environ:
             rest.pop("LC_CTYPE", None)  # an interpreter sets it for itself, where the locale is C (PEP 538)
@@ -213,7 +220,6 @@ def test_a_double_dash_ends_our_options() -> None:
     assert said(completed(command).stdout) == {0: ["--nproc-per-node", "3"]}
 
 
-@pytest.mark.xfail(reason="argparse takes a double dash that stands right behind SCRIPT for itself")
 def test_a_double_dash_right_behind_the_script_is_the_scripts(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(ARGUMENTS)
@@ -325,7 +331,6 @@ def test_a_killed_launcher_leaves_no_rank() -> None:
 
 
 # Where a launcher inherits an ignored SIGCHLD (some daemons leave it so), the kernel reaps its children unasked.
-@pytest.mark.xfail(reason="the statuses of ranks are lost, and the job seems to succeed")
 def test_the_status_is_known_also_where_sigchld_is_ignored() -> None:
     command = after("signal.signal(signal.SIGCHLD, signal.SIG_IGN)", in_ranks("raise SystemExit(3)"))
     assert completed(command).returncode == 3
@@ -394,7 +399,6 @@ def test_nohup_is_respected() -> None:
         assert job.end() == 0
 
 
-@pytest.mark.xfail(reason="each signal begins the grace anew, so that one who repeats SIGTERM waits for ever")
 def test_a_repeated_sigterm_does_not_lengthen_the_grace() -> None:
     with launched([*with_grace(1.0, in_ranks(NOTE_SIGNALS)), "stay"]) as job:
         job.hear(1)
@@ -402,7 +406,8 @@ def test_a_repeated_sigterm_does_not_lengthen_the_grace() -> None:
         while job.process.poll() is None and time.monotonic() < until:
             job.process.send_signal(signal.SIGTERM)
             time.sleep(0.1)
-        assert job.process.poll() == 128 + signal.SIGTERM
+        # One that arrives when the command has done its work ends the command itself: the same status to a shell.
+        assert job.process.poll() in (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
 # ---- log files ------------------------------------------------------------------------------------------------------
@@ -427,7 +432,6 @@ def test_log_files_are_where_torchrun_has_them(tmp_path: Path) -> None:
         }
 
 
-@pytest.mark.xfail(reason="a traceback")
 def test_a_log_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = completed(in_ranks(ENVIRONMENT, "--log-dir", str(tmp_path / "file")))
@@ -530,8 +534,8 @@ def test_what_cannot_be_placed_starts_unbound_where_that_is_allowed() -> None:
     [
         ("", "COMMAND"),
         ("fly", "invalid choice: 'fly'"),
-        ("run", "required: SCRIPT"),
-        ("run --nproc-per-node 2", "required: SCRIPT"),
+        ("run", "SCRIPT is missing"),
+        ("run --nproc-per-node 2", "SCRIPT is missing"),
         ("run --no-such-option x.py", "--no-such-option"),
         ("run --nproc-per-node 0 x.py", "'0' is not a whole number from 1 on"),
         ("run --nproc-per-node -1 x.py", "--nproc-per-node"),
@@ -562,14 +566,12 @@ def test_wrong_usage_ends_the_process_with_2() -> None:
     assert done.stderr.startswith("usage: rankspawn run ") and "Traceback" not in done.stderr
 
 
-@pytest.mark.xfail(reason="argparse says that 'nodes' is no AffinityMode, and not what there is")
 def test_a_wrong_mode_is_answered_with_the_right_ones() -> None:
     done = completed([*LAUNCHER, "run", "--numa-binding", "nodes", "x.py"])
     message = done.stderr.splitlines()[-1]
     assert all(mode.value in message for mode in AffinityMode)
 
 
-@pytest.mark.xfail(reason="port 99999 is passed to the ranks; an address of another machine gives a traceback")
 @pytest.mark.parametrize(
     "options", [["--master-port", "99999"], ["--master-port", "-1"], ["--master-addr", "192.0.2.1"]], ids=" ".join
 )
@@ -621,9 +623,6 @@ def test_posix_spawn_gives_the_same() -> None:
     assert (done.returncode, said(done.stdout)) == (0, {0: True, 1: True})
 
 
-@pytest.mark.xfail(
-    sys.platform == "linux", reason="run asks for die_with_parent, and nothing starts without the engine"
-)
 def test_run_without_the_engine() -> None:
     environment = environment_here(RANKSPAWN_MECHANISM="subprocess")
     code = SAY + "say(os.getpid() == os.getsid(0))\nif os.environ['RANK'] == '1': sys.exit(3)\n"
@@ -632,7 +631,6 @@ def test_run_without_the_engine() -> None:
 
 
 @linux
-@pytest.mark.xfail(reason="it is the missing die_with_parent that is said")
 def test_a_memory_policy_without_the_engine_is_refused_and_said() -> None:
     environment = environment_here(RANKSPAWN_MECHANISM="subprocess")
     done = completed(in_ranks(PLACE, "--numa-binding", "node", "--memory-policy", "bind"), env=environment)
@@ -640,11 +638,10 @@ def test_a_memory_policy_without_the_engine_is_refused_and_said() -> None:
     assert "set_mempolicy" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.xfail(reason="a traceback")
 def test_an_unknown_mechanism_is_said() -> None:
     for arguments in (["run", "--no-python", "true"], ["doctor"]):
         done = completed([*LAUNCHER, *arguments], env=environment_here(RANKSPAWN_MECHANISM="fork"))
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert "RANKSPAWN_MECHANISM='fork'" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -246,6 +246,19 @@ def test_node_binding(tmp_path: Path) -> None:
     assert policy == str(report.requested.memory)
 
 
+def test_ranks_of_a_machine_without_devices_are_dealt_over_it() -> None:
+    """Exclusive, by LOCAL_WORLD_SIZE, as torch's agent tells it to each rank; torch itself raises without a GPU."""
+    cores = min(2, len(os.sched_getaffinity(0)))
+    options = NumaOptions(AffinityMode.EXCLUSIVE)
+    seen = []
+    for rank in range(cores):
+        env = {"LOCAL_WORLD_SIZE": str(cores)}
+        handler = start(rankspawn, "exit 0", env=env, local_rank_id=rank, numa_options=options)
+        seen.append(handler.proc.binding_report.requested.cpus)
+        finish(handler)
+    assert set.intersection(*map(set, seen)) == set() or cores == 1
+
+
 def test_torchs_own_options_are_taken(tmp_path: Path) -> None:
     binding = pytest.importorskip("torch.numa.binding")
     options = binding.NumaOptions(affinity_mode=binding.AffinityMode.EXCLUSIVE)

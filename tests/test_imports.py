@@ -23,7 +23,7 @@ PLACES = {"_binding", "_devices", "_topology", "_placement"}
 ARROWS: dict[str, set[str]] = {
     "__init__": {"_group", "_handler", "_popen", *PLACES},
     "__main__": {"_cli"},
-    "_cli": {"_group", "_handler", "_options", "_show", "_doctor", *PLACES},
+    "_cli": {"_engine", "_group", "_handler", "_options", "_show", "_doctor", *PLACES},
     "torchrun": {"_group", "_handler", "_options", "_show", "_doctor", *PLACES},
     "_doctor": {"_popen", "_engine", "_spawn", *PLACES},
     "_show": {"_options", "_openmp", "_svg", *PLACES},
@@ -33,7 +33,8 @@ ARROWS: dict[str, set[str]] = {
     "_handler": {"_popen", "_engine", "_placement", "_topology", "_visible", "_binding"},
     "_popen": {"_engine", "_spawn", "_binding"},
     "_engine": {"_spawn", "_binding"},
-    "_placement": {"_devices", "_topology", "_openmp", "_binding"},
+    "_placement": {"_machine", "_devices", "_topology", "_openmp", "_binding"},
+    "_machine": {"_devices", "_topology", "_binding"},
     "_openmp": {"_topology", "_binding"},
     "_devices": {"_topology", "_visible", "_sysfs", "_binding"},
     "_visible": {"_sysfs", "_binding"},
@@ -57,6 +58,8 @@ PUBLIC = {
     "MemoryPolicy",
     "AffinityMode",
     "NumaOptions",
+    "Topology",
+    "place",
 }
 
 

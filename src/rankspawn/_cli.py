@@ -11,10 +11,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from ._binding import AffinityMode, BindingError, MemoryMode
+from ._binding import BindingError
+from ._engine import mechanisms
 from ._group import Job, RankGroup, free_port, launch
+from ._options import add_placement_options, placement
+from ._show import add_commands
 from ._topology import PlacementError, Topology
 
 if TYPE_CHECKING:
@@ -22,15 +25,25 @@ if TYPE_CHECKING:
 
 # How long ranks that were told to end may take until they are killed; torchrun waits as long.
 _GRACE_SECONDS = 30.0
-_FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP")
+_FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
+
+
+class CommandError(Exception):
+    """The command cannot do what it was asked; the message is for the user."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (the process's own arguments if left out); returns the exit status."""
-    args = _parser().parse_args(argv)
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    try:
+        mechanisms()
+    except ValueError as error:  # RANKSPAWN_MECHANISM
+        args.parser.error(str(error))
     try:
         return int(args.run(args))
-    except (PlacementError, BindingError) as error:
+    except (CommandError, PlacementError, BindingError) as error:
         print(f"rankspawn: {error}", file=sys.stderr)
         return 1
 
@@ -40,33 +53,27 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser(
         "run",
-        help="start one rank of a script for each device, and stop all when one fails",
+        usage="rankspawn run [OPTIONS] SCRIPT [ARGS ...]",
+        help="start the ranks of a script, and stop all when one fails",
         description="Starts N ranks with the variables that torchrun sets (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,"
         " ...), waits for them, and exits with the status of the rank that failed first.",
     )
     run.add_argument("--nproc-per-node", "--nproc_per_node", type=_positive, default=1, metavar="N", help="ranks")
-    run.add_argument(
-        "--numa-binding", "--numa_binding", type=AffinityMode, choices=list(AffinityMode), metavar="MODE",
-        help="bind each rank: " + ", ".join(mode.value for mode in AffinityMode),
-    )  # fmt: skip
-    run.add_argument(
-        "--memory-policy", choices=get_args(MemoryMode), metavar="MODE",
-        help="memory policy over the rank's nodes: " + ", ".join(get_args(MemoryMode)),
-    )  # fmt: skip
-    run.add_argument(
-        "--numa-binding-optional", action="store_true", help="start a rank unbound, and say so, if it cannot be bound"
-    )
-    run.add_argument("--log-dir", "--log_dir", metavar="DIR", help="one folder for each rank's stdout and stderr")
-    run.add_argument("--master-addr", "--master_addr", default="127.0.0.1", metavar="ADDR")
-    run.add_argument("--master-port", "--master_port", type=int, default=0, metavar="PORT", help="default: a free port")
+    run.add_argument("--log-dir", "--log_dir", metavar="DIR", help="a folder for each rank's stdout.log and stderr.log")
+    run.add_argument("--master-addr", "--master_addr", default="127.0.0.1", metavar="ADDR", help="where rank 0 listens")
+    run.add_argument("--master-port", "--master_port", type=_port, metavar="PORT", help="default: a free one")
     run.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module, as for python -m")
     run.add_argument("--no-python", "--no_python", action="store_true", help="SCRIPT is a program of its own")
-    run.add_argument("script", metavar="SCRIPT")
-    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
-    run.set_defaults(run=_run)
+    add_placement_options(run)
+    # One list for both: argparse would take a double dash that stands right behind a SCRIPT of its own.
+    run.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ARGS", help="what each rank runs")
+    run.set_defaults(run=_run, parser=run)
 
+    add_commands(commands)
     doctor = commands.add_parser("doctor", help="say what this machine allows")
     doctor.set_defaults(run=_doctor)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 
@@ -77,6 +84,13 @@ def _positive(text: str) -> int:
     return number
 
 
+def _port(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if not 1 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535")
+    return number
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from ._doctor import report
 
@@ -84,19 +98,15 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.module and args.no_python:
-        print("rankspawn run: --module and --no-python exclude each other", file=sys.stderr)
-        return 2
-    if args.memory_policy and not args.numa_binding:
-        print("rankspawn run: --memory-policy needs --numa-binding, which gives each rank its nodes", file=sys.stderr)
-        return 2
-    ranks = _plan(args)
-    log_dir = None
-    if args.log_dir is not None:
-        os.makedirs(args.log_dir, exist_ok=True)
-        log_dir = tempfile.mkdtemp(prefix="none_", dir=args.log_dir)
-        print(f"rankspawn: logs in {log_dir}", file=sys.stderr)
-    job = Job(args.nproc_per_node, "none", args.master_addr, args.master_port or free_port(args.master_addr))
+    ranks = _checked_plan(args)
+    log_dir = _new_log_dir(args.log_dir)
+    job = Job(args.nproc_per_node, "none", args.master_addr, args.master_port or _free_port(args.master_addr))
+    engine = bool(mechanisms()) and sys.platform == "linux"
+    if not engine:
+        print("rankspawn: without its engine ranks may outlive this launcher; see rankspawn doctor", file=sys.stderr)
+    # Whoever ignored it for us would make the kernel forget the statuses of our ranks.
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with _signals_as_bytes() as signals:
         try:
             group = launch(
@@ -106,7 +116,10 @@ def _run(args: argparse.Namespace) -> int:
                 env=os.environ,
                 rank_env=[_threads(rank, job.nprocs) for rank in ranks],
                 log_dir=log_dir,
+                die_with_parent=engine,
             )
+        except BindingError:
+            raise
         except OSError as error:
             print(f"rankspawn: cannot start the ranks: {error}", file=sys.stderr)
             # As a shell: 127 when the program is not there, 126 when it cannot be executed.
@@ -115,21 +128,47 @@ def _run(args: argparse.Namespace) -> int:
             return _supervise(group, signals)
 
 
-def _plan(args: argparse.Namespace) -> Sequence[Rank | None]:
-    if args.numa_binding is None:
+def _checked_plan(args: argparse.Namespace) -> Sequence[Rank | None]:
+    """The place of each rank, None for ranks that stay unbound; usage errors end the process with status 2."""
+    if args.command[:1] == ["--"]:
+        del args.command[0]
+    if not args.command:
+        args.parser.error("SCRIPT is missing")
+    if args.module and args.no_python:
+        args.parser.error("--module and --no-python exclude each other")
+    placed = args.numa_binding or args.cpus or args.mems
+    details = ("memory_policy", "devices", "reserve_cores", "threads_per_core", "numa_binding_optional")
+    for detail in details:
+        if getattr(args, detail) and not placed:
+            args.parser.error(f"--{detail.replace('_', '-')} needs --numa-binding, or --cpus or --mems")
+    if not placed:
         return [None] * args.nproc_per_node
-    from ._placement import plan
-
-    ranks = plan(
-        Topology.read(),
-        args.numa_binding,
-        nprocs=args.nproc_per_node,
-        memory=args.memory_policy,
-        required=not args.numa_binding_optional,
-    )
+    ranks = placement(args, Topology.read(), args.nproc_per_node)
     for note in dict.fromkeys(note for rank in ranks for note in rank.notes):
         print(f"rankspawn: {note}", file=sys.stderr)
     return ranks
+
+
+def _new_log_dir(parent: str | None) -> str | None:
+    if parent is None:
+        return None
+    try:
+        os.makedirs(parent, exist_ok=True)
+        made = tempfile.mkdtemp(prefix="none_", dir=parent)  # torchrun's name for a job without --rdzv-id
+    except OSError as error:
+        raise CommandError(f"--log-dir {parent}: {error.strerror}: {error.filename}") from error
+    print(f"rankspawn: logs in {made}", file=sys.stderr)
+    return made
+
+
+def _free_port(address: str) -> int:
+    try:
+        return free_port(address)
+    except OSError as error:
+        raise CommandError(
+            f"--master-addr {address}: no port can be found there ({error.strerror}); if it is another machine's, give"
+            " --master-port too"
+        ) from error
 
 
 def _threads(rank: Rank | None, nprocs: int) -> dict[str, str]:
@@ -143,8 +182,10 @@ def _threads(rank: Rank | None, nprocs: int) -> dict[str, str]:
 
 def _command(args: argparse.Namespace) -> list[str]:
     if args.no_python:
-        return [args.script, *args.arguments]
-    return [sys.executable, "-u", *(["-m"] if args.module else []), args.script, *args.arguments]
+        return list(args.command)
+    # PYTHON_EXEC as torchrun: another interpreter for the ranks.
+    python = os.environ.get("PYTHON_EXEC", sys.executable)
+    return [python, "-u", *(["-m"] if args.module else []), *args.command]
 
 
 @contextmanager
@@ -182,20 +223,23 @@ def _supervise(group: RankGroup, signals: socket.socket) -> int:
             print("rankspawn: ranks still run: killing them", file=sys.stderr)
             group.kill()
             break
+        ask = None
         for number in group.wait_any(left):
             returncode = group.ranks[number].returncode
             if returncode and status is None:
                 print(f"rankspawn: rank {number} {_how_it_ended(returncode)}", file=sys.stderr)
                 status = returncode if returncode > 0 else 128 - returncode
-                group.send_signal(signal.SIGTERM)
-                kill_at = time.monotonic() + _GRACE_SECONDS
+                ask = signal.SIGTERM
         for sig in _read(signals):
             if sig == signal.SIGINT and status is not None:
                 group.kill()
-                continue
-            status = 128 + sig if status is None else status
-            group.send_signal(sig)
-            kill_at = time.monotonic() + _GRACE_SECONDS
+            else:
+                status = 128 + sig if status is None else status
+                ask = signal.Signals(sig)
+        if ask is not None:
+            group.send_signal(ask)
+            # From the first time that they were asked: who repeats a signal must not make it longer.
+            kill_at = kill_at or time.monotonic() + _GRACE_SECONDS
     return status or 0
 
 

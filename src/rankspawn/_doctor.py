@@ -14,7 +14,8 @@ from ._topology import PlacementError, Topology
 
 
 def report() -> int:
-    """Print the report; 0 when ranks can be bound at birth, else 1."""
+    """Print the report; 0 when ranks can be bound to CPUs at birth, else 1."""
+    affinity = _affinity()
     lines = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}, Python {platform.python_version()}",
         "extension": _extension(),
@@ -22,14 +23,14 @@ def report() -> int:
         "pidfd": _pidfd(),
         "group signal": _group_signal(),
         "cgroup at birth": _cgroup(),
-        "CPU affinity": _affinity(),
+        "CPU affinity": affinity,
         **{f"memory {mode}": _memory(mode) for mode in get_args(MemoryMode)},
         **_machine(),
     }
     width = max(map(len, lines))
     for name, line in lines.items():
         print(f"{name:<{width}}  {line}")
-    return 0 if mechanisms() else 1
+    return 0 if mechanisms() and affinity.startswith("yes") else 1
 
 
 def _child(**options: Any) -> Popen:
@@ -68,7 +69,7 @@ def _group_signal() -> str:
 def _cgroup() -> str:
     folder = _own_cgroup()
     if folder is None:
-        return "no cgroup v2 is mounted"
+        return "no cgroup v2 of this process is mounted"
     try:
         _child(cgroup=folder)
     except OSError as error:
@@ -77,15 +78,19 @@ def _cgroup() -> str:
 
 
 def _own_cgroup() -> str | None:
-    """The directory of this process's cgroup v2 (cgroups(7): the line of /proc/self/cgroup that begins with 0::)."""
+    """The directory of this process's cgroup v2: the line of /proc/self/cgroup that begins with 0:: (cgroups(7)), below
+    the folder of the hierarchy that is mounted (the fourth field of /proc/self/mountinfo, proc(5))."""
     try:
         with open("/proc/self/cgroup", encoding="utf-8") as listed:
             path = next((line[3:].strip() for line in listed if line.startswith("0::")), None)
         with open("/proc/self/mountinfo", encoding="utf-8") as mounts:
-            points = [line.split()[4] for line in mounts if " - cgroup2 " in line]
+            mounted = [line.split()[3:5] for line in mounts if " - cgroup2 " in line]
     except OSError:
         return None
-    return None if path is None or not points else os.path.join(points[0], path.lstrip("/"))
+    for root, point in mounted:
+        if path is not None and (path + "/").startswith(root.rstrip("/") + "/"):
+            return os.path.normpath(os.path.join(point, os.path.relpath(path, root)))
+    return None
 
 
 def _affinity() -> str:

@@ -13,7 +13,7 @@ from ._binding import Binding, BindingError, RefusedStep
 EXTENSION_ERROR: str | None = None
 """Why there is no engine in this installation; None where there is one."""
 try:
-    from . import _spawn
+    import rankspawn._spawn as _spawn  # "from . import" would call a missing extension a circular import
 except ImportError as error:
     EXTENSION_ERROR = str(error)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ._binding import Binding
 
+_KILL = signal.SIGKILL if sys.platform != "win32" else signal.SIGTERM
 _POLL_SECONDS = 0.02  # where a rank has no pidfd (not Linux, or no descriptor was left)
 
 
@@ -55,6 +56,7 @@ class Job:
             "TORCHELASTIC_RUN_ID": self.run_id,
             # Rank 0 makes the store at MASTER_PORT itself: there is no agent that holds one.
             "TORCHELASTIC_USE_AGENT_STORE": "False",
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
         }
 
 
@@ -114,13 +116,19 @@ class RankGroup:
         return []
 
     def send_signal(self, sig: int) -> None:
-        """Signal the process group of every rank, also of those that have ended: their children may run."""
+        """Signal the process group of every rank, also of those that have ended: their children may run.
+
+        Raises PermissionError, after the others have been signalled, when a rank may not be signalled: it runs as
+        another user.
+        """
+        refused = None
         for rank in self.ranks:
-            with suppress(ProcessLookupError):
-                if os.name == "posix":
-                    rank.send_signal_group(sig)
-                else:
-                    rank.send_signal(sig)
+            try:
+                _signal(rank, sig)
+            except PermissionError as error:
+                refused = error
+        if refused is not None:
+            raise refused
 
     def terminate(self, grace: float = 30.0) -> None:
         """End every rank and its process group: SIGTERM, at most ``grace`` seconds, SIGKILL."""
@@ -133,7 +141,7 @@ class RankGroup:
 
     def kill(self) -> None:
         """SIGKILL to every rank's process group, and a wait for the ranks."""
-        self.send_signal(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
+        self.send_signal(_KILL)
         while self._running:
             self.wait_any()
 
@@ -179,15 +187,26 @@ def launch(
                     stdout=stdout,
                     stderr=stderr,
                     binding=bindings[number],
-                    die_with_parent=die_with_parent and sys.platform == "linux",
+                    die_with_parent=die_with_parent,
                     start_new_session=os.name == "posix",
                 )
             )
+        return RankGroup(ranks)
     except BaseException:
-        with RankGroup(ranks) as started:
-            started.kill()
+        for rank in ranks:
+            _signal(rank, _KILL)
+        for rank in ranks:
+            rank.wait()
         raise
-    return RankGroup(ranks)
+
+
+def _signal(rank: Popen, sig: int) -> None:
+    """Signal a rank's process group; nothing when nobody is left in it."""
+    with suppress(ProcessLookupError):
+        if os.name == "posix":
+            rank.send_signal_group(sig)
+        else:
+            rank.send_signal(sig)
 
 
 def _call_time() -> dict[str, str]:

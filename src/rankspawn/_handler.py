@@ -15,7 +15,7 @@ from ._popen import Popen
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from ._binding import Binding, MemoryMode, MemoryPolicy, NumaOptions
 
@@ -61,7 +61,7 @@ class SubprocessHandler:
         self._log_paths = (stdout or None, stderr or None)
         self._log_files: dict[str, IO[str]] = {}
         self.local_rank_id = local_rank_id
-        self._binding = _binding_for(local_rank_id, numa_options)
+        self._binding = _binding_for(local_rank_id, numa_options, env)
         command = (entrypoint, *map(str, args))
         # Dropped when the start fails, so that what a subclass opened is closed.
         try:
@@ -150,10 +150,13 @@ def get_subprocess_handler(
     )
 
 
-def _binding_for(local_rank: int, options: NumaOptions | None) -> Binding | None:
+def _binding_for(local_rank: int, options: NumaOptions | None, env: Mapping[str, str]) -> Binding | None:
     """The binding of one rank; torch's own NumaOptions has the first two attributes of ours."""
     if options is None:
         return None
+    # Where there are no devices to count, ranks are dealt over the nodes: how many there are, launchers tell the rank.
+    told = env.get("LOCAL_WORLD_SIZE", "")
+    nprocs = int(told) if told.isdecimal() and int(told) > local_rank else None
     # Not at import: programs that only start processes need none of it.
     from ._topology import PlacementError
     from ._visible import VARIABLES
@@ -163,7 +166,7 @@ def _binding_for(local_rank: int, options: NumaOptions | None) -> Binding | None
     visible = tuple(map(os.environ.get, VARIABLES))
     mode, memory = AffinityMode(options.affinity_mode), getattr(options, "memory_policy", None)
     try:
-        binding, notes = _plan(local_rank, mode, memory, fall_back, inherited, visible)
+        binding, notes = _plan(local_rank, nprocs, mode, memory, fall_back, inherited, visible)
     except PlacementError as error:
         if not fall_back:
             raise
@@ -178,6 +181,7 @@ def _binding_for(local_rank: int, options: NumaOptions | None) -> Binding | None
 @lru_cache(maxsize=1024)
 def _plan(
     local_rank: int,
+    nprocs: int | None,
     mode: AffinityMode,
     memory: MemoryMode | MemoryPolicy | None,
     fall_back: bool,
@@ -191,7 +195,7 @@ def _plan(
     from ._placement import plan
     from ._topology import Topology
 
-    (rank,) = plan(Topology.read(), mode, gpu_index=local_rank, memory=memory, required=not fall_back)
+    (rank,) = plan(Topology.read(), mode, gpu_index=local_rank, nprocs=nprocs, memory=memory, required=not fall_back)
     return rank.binding, rank.notes
 
 

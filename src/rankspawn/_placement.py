@@ -15,10 +15,9 @@ from typing import get_args
 
 from ._binding import AffinityMode, Binding, MemoryMode, MemoryPolicy, format_ids, parse_ids
 from ._devices import Device, as_devices, find_devices, locate
+from ._machine import Home, Machine, Threads, usable_machine
 from ._openmp import omp_num_threads
 from ._topology import Node, PlacementError, Topology
-
-Threads = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -35,55 +34,6 @@ class Rank:
     node: int | None = None
     omp_threads: int = 1
     notes: tuple[str, ...] = ()
-
-
-class _Home:
-    """The node of a rank while it is planned: id, or None and the problem; ``notes`` grows."""
-
-    def __init__(self, node: int | None, notes: list[str], device: Device | None = None) -> None:
-        self.node, self.notes, self.device, self.problem = node, notes, device, ""
-
-
-class _Machine:
-    """What a plan may use: the cores of each node without what is forbidden, reserved or switched off.
-
-    Cores are tuples of threads, in the order of their lowest thread, as torch sorts them.
-    """
-
-    def __init__(self, topology: Topology, allowed: frozenset[int], threads_per_core: int | None) -> None:
-        self.topology = topology
-        self.allowed = allowed
-        self.one_thread = threads_per_core is not None
-        usable = {node.id: node.cpus & allowed for node in topology.nodes}
-        node_of = {cpu: id for id, cpus in usable.items() for cpu in cpus}
-        cores: dict[int, list[Threads]] = {id: [] for id in usable}
-        for core in topology.cores:
-            threads: Sequence[int] = core.cpus
-            node = node_of.get(threads[0], -1)
-            if node >= 0 and usable[node].issuperset(threads):  # Nearly always, and quick.
-                cores[node].append(core.cpus[:threads_per_core])
-                continue
-            threads = [cpu for cpu in threads if cpu in node_of]
-            for node in sorted({node_of[cpu] for cpu in threads}):  # More than one in trees made by hand.
-                cores[node].append(tuple([cpu for cpu in threads if node_of[cpu] == node][:threads_per_core]))
-        self.cores = {id: cores[id] for id in sorted(cores) if cores[id]}
-        if not self.cores:
-            nodes = format_ids(cpu for node in topology.nodes for cpu in node.cpus)
-            raise PlacementError(f"no CPU is left: allowed are {format_ids(allowed) or 'none'}, in nodes are {nodes}")
-
-    def reserve(self, count: int) -> None:
-        """Keep ``count`` cores of the machine free of ranks: the lowest ones, from the node with the most left."""
-        total = sum(map(len, self.cores.values()))
-        if not 0 <= count < total:
-            raise PlacementError(f"--reserve-cores {count}: must be from 0 to {total - 1}, with {total} usable cores")
-        for _ in range(count):
-            most = max(self.cores, key=lambda node: (len(self.cores[node]), -node))
-            del self.cores[most][0]
-        self.cores = {node: cores for node, cores in self.cores.items() if cores}
-
-    def on(self, node: int) -> frozenset[int]:
-        """The usable CPUs of a node."""
-        return frozenset(cpu for core in self.cores.get(node, ()) for cpu in core)
 
 
 def place(
@@ -154,7 +104,7 @@ def plan(
     Raises PlacementError, with the option or file and its value, where no placement can be made.
     """
     mode = _mode(mode)
-    machine = _usable(topology, allowed_cpus, reserve_cores, threads_per_core)
+    machine = usable_machine(topology, allowed_cpus, reserve_cores, threads_per_core)
     found = find_devices(topology) if devices is None else as_devices(topology, devices)
     homes, chosen = _homes(machine, found, nprocs, gpu_index)
     drafts = [(homes[i], _cpus(machine, mode, homes, i, required)) for i in chosen]
@@ -220,21 +170,9 @@ def _mode(mode: AffinityMode | str) -> AffinityMode:
         raise PlacementError(f"affinity mode {mode!r} is none of {', '.join(m.value for m in AffinityMode)}") from None
 
 
-def _usable(
-    topology: Topology, allowed_cpus: Iterable[int] | None, reserve_cores: int, threads_per_core: int | None
-) -> _Machine:
-    if threads_per_core is not None and threads_per_core < 1:
-        raise PlacementError(f"--threads-per-core {threads_per_core}: must be 1 or more")
-    allowed = topology.allowed_cpus if allowed_cpus is None else frozenset(allowed_cpus) & topology.cpus
-    machine = _Machine(topology, allowed, threads_per_core)
-    if reserve_cores:
-        machine.reserve(reserve_cores)
-    return machine
-
-
 def _homes(
-    machine: _Machine, devices: tuple[Device, ...], nprocs: int | None, gpu_index: int | None
-) -> tuple[list[_Home], range | tuple[int]]:
+    machine: Machine, devices: tuple[Device, ...], nprocs: int | None, gpu_index: int | None
+) -> tuple[list[Home], range | tuple[int]]:
     """The node of each rank over which splits are made, and the indices of the ranks that are asked for."""
     if nprocs is not None and nprocs < 1:
         raise PlacementError(f"nprocs {nprocs}: must be 1 or more")
@@ -259,19 +197,19 @@ def _homes(
     return _dealt(machine, count), (gpu_index,)
 
 
-def _dealt(machine: _Machine, count: int) -> list[_Home]:
+def _dealt(machine: Machine, count: int) -> list[Home]:
     """Ranks in blocks over the nodes: rank i goes where core i*cores/ranks is, so that no node gets more ranks than
     cores while there are enough; where there are not, hardware threads are counted instead."""
     spots = [node for node, cores in machine.cores.items() for _ in cores]
     if count > len(spots):
         spots = [node for node, cores in machine.cores.items() for core in cores for _ in core]
-    return [_Home(spots[i * len(spots) // count], []) for i in range(count)]
+    return [Home(spots[i * len(spots) // count], []) for i in range(count)]
 
 
-def _home(machine: _Machine, device: Device) -> _Home:
+def _home(machine: Machine, device: Device) -> Home:
     """The node with CPUs that a device belongs to. torch takes numa_node, and node 0 for -1."""
     node, notes = locate(machine.topology, device)
-    home = _Home(node, list(notes), device)
+    home = Home(node, list(notes), device)
     if node is None:
         home.problem = (
             f"device {device.address}: its NUMA node is unknown: numa_node is {device.node}, and"
@@ -291,9 +229,7 @@ def _nearest(node: Node, others: Iterable[Node]) -> int:
     return min(others, key=lambda other: (node.distance(other.id), other.id)).id
 
 
-def _cpus(
-    machine: _Machine, mode: AffinityMode, homes: list[_Home], index: int, required: bool
-) -> frozenset[int] | None:
+def _cpus(machine: Machine, mode: AffinityMode, homes: list[Home], index: int, required: bool) -> frozenset[int] | None:
     """The CPUs of rank ``index``; None, with a note, where there are none and that is allowed."""
     home = homes[index]
     cpus: frozenset[int] = frozenset()
@@ -320,12 +256,12 @@ def _cpus(
     return None
 
 
-def _node_cpus(machine: _Machine, id: int) -> str:
+def _node_cpus(machine: Machine, id: int) -> str:
     node = machine.topology.node(id)
     return (format_ids(node.cpus) if node else "") or "none"
 
 
-def _socket(machine: _Machine, home: int) -> frozenset[int]:
+def _socket(machine: Machine, home: int) -> frozenset[int]:
     """All usable CPUs of the nodes of the home's socket; a node belongs to the socket of its lowest usable CPU (torch).
 
     torch asks this of every possible node, and raises where one has no CPU that is allowed. Here they are passed over;
@@ -341,7 +277,7 @@ def _socket(machine: _Machine, home: int) -> frozenset[int]:
     return frozenset().union(*(machine.on(node) for node in machine.cores if socket_of(node) == own))
 
 
-def _exclusive(machine: _Machine, home: _Home, position: int, count: int) -> frozenset[int]:
+def _exclusive(machine: Machine, home: Home, position: int, count: int) -> frozenset[int]:
     """The share of one of ``count`` ranks: whole cores, in order, the first ranks get one more where uneven (torch).
 
     With fewer cores than ranks torch raises. Here single hardware threads are dealt, and it is said; with too few of
@@ -364,7 +300,7 @@ def _exclusive(machine: _Machine, home: _Home, position: int, count: int) -> fro
     return frozenset(cpu for unit in units[start : start + each + (position < extra)] for cpu in unit)
 
 
-def _core_complex(machine: _Machine, home: _Home, position: int, count: int) -> frozenset[int]:
+def _core_complex(machine: Machine, home: Home, position: int, count: int) -> frozenset[int]:
     """One last-level cache's usable CPUs within the node; those with the most CPUs first, then by their lowest CPU;
     ranks beyond the number of caches begin again at the first (torch)."""
     assert home.node is not None
@@ -378,9 +314,9 @@ def _core_complex(machine: _Machine, home: _Home, position: int, count: int) -> 
 
 
 def _memory(
-    machine: _Machine,
+    machine: Machine,
     memory: MemoryMode | MemoryPolicy | None,
-    home: _Home,
+    home: Home,
     cpus: frozenset[int] | None,
     devices: Iterable[Device],
     required: bool,
@@ -413,7 +349,7 @@ def _memory(
 
 
 def _memory_nodes(
-    topology: Topology, near: list[Node], home: _Home, devices: Iterable[Device]
+    topology: Topology, near: list[Node], home: Home, devices: Iterable[Device]
 ) -> tuple[frozenset[int], str]:
     """Those of ``near`` that have memory and are allowed, or the nearest that are; else the problem.
 
