@@ -1,9 +1,10 @@
-"""What the failure tests share: a process of their own to break things in, and the engine's record of what ran."""
+"""What the failure tests share: processes of their own to break things in, and what such a process has changed."""
 
 from __future__ import annotations
 
 import os
 import pickle
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -62,3 +63,27 @@ def in_child(function: Callable[[], Answer]) -> Answer:
     assert status == 0, "the forked half of the test failed: its traceback is in the captured output"
     found: Any = pickle.loads(sent)
     return found  # type: ignore[no-any-return]
+
+
+def snapshot() -> dict[str, object]:
+    """What conftest.py compares around every test, of this process, for launchers that pytest does not run in."""
+    from tests.conftest import _snapshot
+
+    while True:
+        try:
+            return _snapshot()
+        except (FileNotFoundError, ProcessLookupError):
+            # A thread ended between the listing and the reading of /proc/self/task.
+            continue
+
+
+def changed_since(before: dict[str, object]) -> dict[str, str]:
+    """What is not as it was, in words, once what was told to end had its time."""
+    from tests.conftest import GRACE_SECONDS, _difference
+
+    deadline = time.monotonic() + GRACE_SECONDS
+    after = snapshot()
+    while after != before and time.monotonic() < deadline:
+        time.sleep(0.01)
+        after = snapshot()
+    return {name: _difference(before[name], after[name]) for name in before if before[name] != after[name]}

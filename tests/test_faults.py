@@ -35,12 +35,12 @@ pytestmark = [
 SECONDS = 60
 
 LAUNCHER = """
-import ctypes, json, os, resource, signal, subprocess, sys, threading, time, traceback
+import ctypes, json, os, resource, signal, subprocess, sys, threading, traceback
 sys.path[:0] = json.loads(sys.argv[1])
 from pathlib import Path
 from rankspawn import Binding, BindingError, MemoryPolicy, Popen
 from rankspawn._engine import mechanisms
-from tests.conftest import GRACE_SECONDS, _difference, _snapshot
+from tests.state import changed_since, snapshot
 
 # Yama may restrict ptrace to ancestors, and strace is a sibling: prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY).
 ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
@@ -63,19 +63,14 @@ while asked := sys.stdin.readline():
     mechanisms.cache_clear()
     mechanisms()  # its probe is a clone, too
     exec("def scenario():" + asked["body"])
-    before = _snapshot()
+    before = snapshot()
     print("ready", flush=True)
     sys.stdin.readline()
     try:
         answer = {"found": scenario()}
     except BaseException:
         answer = {"failed": traceback.format_exc()}
-    after, deadline = _snapshot(), time.monotonic() + GRACE_SECONDS
-    while after != before and time.monotonic() < deadline:
-        time.sleep(0.01)
-        after = _snapshot()
-    changed = {name: _difference(before[name], after[name]) for name in before if before[name] != after[name]}
-    print(json.dumps({**answer, "changed": changed}), flush=True)
+    print(json.dumps({**answer, "changed": changed_since(before)}), flush=True)
 """
 
 

@@ -83,7 +83,7 @@ import ctypes, json, os, resource, signal, subprocess, sys, threading, time
 sys.path[:0] = json.loads(sys.argv[1])
 library, seconds = sys.argv[2], float(sys.argv[3])
 from rankspawn import Binding, MemoryPolicy, Popen
-from tests.conftest import _difference, _snapshot
+from tests.state import changed_since, snapshot
 
 launcher = os.getpid()
 caught = [signal.SIGUSR1, signal.SIGALRM, signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH]
@@ -126,7 +126,7 @@ def start_many(number):
             wrong.append([repr(error), str(way)])
     started.append(done)
 
-before = _snapshot()
+before = snapshot()
 # Those that the storm may hit while it is not over yet must find a handler in place.
 print("ready", flush=True)
 signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
@@ -139,12 +139,7 @@ for thread in threads:
         # A Python handler runs in this thread, which must not sit in a lock for it.
         thread.join(0.05)
 signal.setitimer(signal.ITIMER_REAL, 0)
-deadline = time.monotonic() + 5
-after = _snapshot()
-while after != before and time.monotonic() < deadline:
-    time.sleep(0.05)
-    after = _snapshot()
-changed = {name: _difference(before[name], after[name]) for name in before if before[name] != after[name]}
+changed = changed_since(before)
 if library:
     runs = {"here": counts[0], "elsewhere": counts[1]}
 print(json.dumps({"started": started, "wrong": wrong[:20], "changed": changed, **runs}), flush=True)
