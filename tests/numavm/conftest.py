@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ NVIDIA = Path("/proc/driver/nvidia/gpus")
 
 @pytest.fixture(scope="session", autouse=True)
 def in_the_machine() -> None:
-    if "RANKSPAWN_NUMAVM" not in os.environ:
+    if "RANKSPAWN_NUMAVM_SECONDS" not in os.environ:
         pytest.exit("these checks run in the virtual machine of tests/numavm/run.py, and break things elsewhere", 2)
 
 
@@ -44,9 +44,16 @@ def touched() -> Iterator[Callable[..., Touched]]:
     """Starts a child with a binding, or with other arguments of Popen; ends it with the check."""
     with ExitStack() as stack:
 
-        def start(binding: Binding | None = None, pages: int = 64, **more: Any) -> Touched:
-            command = [BUILT / "touch", str(pages)]
-            process = Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, binding=binding, **more)
+        def start(
+            binding: Binding | None = None, pages: int = 64, command: Sequence[object] | None = None, **more: Any
+        ) -> Touched:
+            process = Popen(
+                command or [BUILT / "touch", str(pages)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                binding=binding,
+                **more,
+            )
             assert process.mechanism == "clone"
             # Leaving the child's own context closes its input, at which it ends.
             return Touched(stack.enter_context(process), pages)

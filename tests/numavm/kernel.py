@@ -54,10 +54,10 @@ def _download(name: str, folder: Path) -> Path:
             " package file is at hand: --kernel linux-image-VERSION-amd64.deb"
         )
     # From another user's temporary folder apt warns that it cannot drop its privileges.
-    depends = subprocess.run(["apt-cache", "depends", name], capture_output=True, text=True, check=False).stdout
+    depends = subprocess.run(["apt-cache", "depends", name], capture_output=True, text=True).stdout
     newest = re.search(r"Depends: (linux-image-\d\S*)", depends)
     command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", newest[1] if newest else name]
-    said = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    said = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     packages = list(folder.glob("*.deb"))
     if said.returncode or not packages:
         raise Unavailable(

@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -130,12 +131,15 @@ def in_thread(function: Callable[[], Answer]) -> Answer:
     def run() -> None:
         try:
             answers.append(function())
-        except BaseException as error:  # noqa: BLE001 - raised again below
+        except BaseException as error:  # Raised again below.
             errors.append(error)
 
     thread = Thread(target=run)
     thread.start()
     thread.join()
+    # A thread that was joined leaves /proc a little later, where its absence would be a surprise to the next check.
+    while thread.native_id and os.path.exists(f"/proc/self/task/{thread.native_id}"):
+        time.sleep(0.001)
     if errors:
         raise errors[0]
     return answers[0]

@@ -93,6 +93,6 @@ def qemu_arguments() -> list[str]:
 
 
 def _accelerator(name: str, bus: str, slot: int, chassis: int) -> list[str]:
-    """A display controller without VGA (class 0x0380) behind a root port. No device of QEMU has an accelerator's ids."""
+    """A display controller (class 0x0380) behind a root port: no device of QEMU has an accelerator's ids."""
     port = f"pcie-root-port,id=port{name},bus={bus},addr={slot:#x},chassis={chassis}"
     return ["-device", port, "-device", f"bochs-display,bus=port{name}"]

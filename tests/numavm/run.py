@@ -2,11 +2,11 @@
 
     python -m tests.numavm.run [--kernel PACKAGE] [--show] [-k WORDS]
 
-One boot of the distribution's kernel (downloaded, never installed) with the machine that machine.py draws. Its root file
-system is this machine's own, shared read-only with a tmpfs on top: the same Python, the same built package, and what
-the checks write is lost with the machine. No privileges, no /dev/kvm and no network are needed inside. Each check is
-printed with its result as it ends; the last line is "N passed, N failed". The exit status is 0 when all passed, 1 when
-one failed, 2 when the machine could not be made or did not finish.
+One boot of the distribution's kernel (downloaded, never installed) with the machine that machine.py draws. Its root
+file system is this machine's own, shared read-only with a tmpfs on top: the same Python, the same built package, and
+what the checks write is lost with the machine. Neither privileges nor /dev/kvm are needed. Each check is printed with
+its result as it ends; the last line is "N passed, N failed". The exit status is 0 when none failed, 1 when one did, 2
+when the machine could not be made or did not finish.
 
 Nothing is left behind, also after an interruption: the initramfs and the console are in memory, and QEMU dies with this
 process. What is kept, for the next time, is build/numavm (the kernel, two small programs).
@@ -18,6 +18,7 @@ import argparse
 import ctypes
 import os
 import platform
+import re
 import select
 import shlex
 import shutil
@@ -49,6 +50,9 @@ PROGRAMS = {
 BOOT_SECONDS = 90
 BOOT_TRIES = 2
 
+# Before the machine is ended, for a check that hangs to say where.
+LAST_WORDS_SECONDS = 20
+
 KERNEL_PARAMETERS = (
     # A panic ends the machine (reboot, and QEMU runs with -no-reboot).
     "console=ttyS0 quiet panic=-1 rdinit=/init 8250.nr_uarts=2 "
@@ -65,6 +69,7 @@ INHERITED = ("PATH", "HOME", "LANG", "VIRTUAL_ENV", "PYTHONPATH", "RANKSPAWN_MEC
 CHECKS = sorted(HERE.glob("checks_*.py"))
 
 _PR_SET_PDEATHSIG = 1
+_COUNTS = re.compile(r"\d+ passed, \d+ failed")
 
 
 def main() -> int:
@@ -73,7 +78,7 @@ def main() -> int:
     )
     parser.add_argument("--kernel", default=DEFAULT_PACKAGE, help="a package's name, or FILE.deb (%(default)s)")
     parser.add_argument("-k", dest="words", metavar="WORDS", help="only the checks that pytest -k would choose")
-    parser.add_argument("--limit", type=float, default=900, help="seconds for the checks (%(default)g)")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for the checks (%(default)g)")
     parser.add_argument("--show", action="store_true", help="print QEMU's command line and the console as well")
     options = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -87,12 +92,12 @@ def main() -> int:
     except Unavailable as error:
         print(f"numavm: {error}", file=sys.stderr)
         return 2
-    archive = initramfs(CACHE / "init", chosen.modules, job(options.words))
+    archive = initramfs(CACHE / "init", chosen.modules, job(options.words, options.limit))
     for _ in range(BOOT_TRIES):
         machine = Machine(chosen.image, archive, options.show)
         try:
             if machine.wait_for_start():
-                return machine.relay(options.limit)
+                return machine.relay(options.limit + LAST_WORDS_SECONDS)
             if machine.ended:
                 break
         finally:
@@ -141,30 +146,19 @@ def build(name: str) -> None:
     subprocess.run(["gcc", "-std=gnu11", "-Os", "-Wall", "-Wextra", *static, "-o", made, source], check=True)
 
 
-def job(words: str | None) -> str:
+def job(words: str | None, seconds: float) -> str:
     """The shell script that runs in the machine."""
     variables = {name: os.environ[name] for name in INHERITED if name in os.environ}
-    # Plugins cost seconds at a tenth of the usual speed, and byte code would be written to be lost.
     variables |= {
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
+        "RANKSPAWN_NUMAVM_SECONDS": f"{seconds:g}",
         "NO_COLOR": "1",
-        "RANKSPAWN_NUMAVM": "1",
+        # Byte code would be written to be lost; plugins take seconds to load, at a tenth of the usual speed.
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
-    command = [
-        sys.executable,
-        "-u",
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:terminal",
-        "-p",
-        "tests.numavm.report",
-    ]
-    # In place of the project's own, which speak to the terminal plugin.
-    command += ["-o", "addopts=--import-mode=importlib --strict-markers"]
+    command = [sys.executable, "-u", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:terminal"]
+    # In place of the project's own options, which speak to the terminal plugin.
+    command += ["-p", "tests.numavm.report", "-o", "addopts=--import-mode=importlib --strict-markers"]
     command += [*map(str, CHECKS), *(["-k", words] if words else [])]
     lines = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     return "\n".join([*lines, f"cd {shlex.quote(str(ROOT))} || exit 126", f"exec {shlex.join(command)}", ""])
@@ -208,7 +202,7 @@ class Machine:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             pass_fds=(self._console, archive_fd),
-            preexec_fn=die_with_parent,  # noqa: PLW1509 - this process has one thread
+            preexec_fn=die_with_parent,
         )
         os.close(archive_fd)
 
@@ -257,19 +251,18 @@ class Machine:
         return False
 
     def relay(self, limit: float) -> int:
-        """Print what the job prints. Its last line comes last of all, after the time."""
+        """Print what the job prints; the counts come last of all. The exit status."""
         started = time.monotonic()
-        last = None
+        counts = ""
         while (line := self._line(started + limit)) is not None:
             if line.startswith("numavm: exit "):
                 print(f"numavm: the checks took {time.monotonic() - started:.1f} s")
-                if last is not None:
-                    print(last, flush=True)
-                return 1 if int(line.rpartition(" ")[2]) else 0
-            if last is not None:
-                print(last, flush=True)
-            last = line
-        print(last or "")
+                print(counts, flush=True)
+                return 0 if line == "numavm: exit 0" else 1
+            if _COUNTS.fullmatch(line):
+                counts = line
+            else:
+                print(line, flush=True)
         self._say_console()
         ended = "the machine ended" if self.ended else "the time was over"
         print(f"numavm: the checks did not finish: {ended} after {time.monotonic() - started:.0f} s", file=sys.stderr)
