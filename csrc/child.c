@@ -44,7 +44,7 @@
 #define SYS_close_range 436
 #endif
 
-enum { FIRST_AFTER_STDIO = 3, KERNEL_SIGNALS = 64 };
+enum { FIRST_AFTER_STDIO = 3, KERNEL_SIGNALS = 64, MOST_NUMBERS = 1 << 20 };
 
 /* struct sigaction as rt_sigaction(2) takes it on x86-64, AArch64, POWER, RISC-V and s390: the handler comes first, and
  * all zeros is the default action. libc's sigaction would refuse the two signals that it keeps for itself. */
@@ -125,7 +125,7 @@ bind_to(const struct child_start *start)
     }
 }
 
-/* Close what /proc/self/fd lists in lowest..highest; where there is no /proc, every number below the soft limit. */
+/* Close what /proc/self/fd lists in lowest..highest; where it cannot be read, every number that could be open. */
 static void
 close_listed(unsigned int lowest, unsigned int highest)
 {
@@ -140,11 +140,12 @@ close_listed(unsigned int lowest, unsigned int highest)
     long bytes;
     int list = (int)syscall(SYS_openat, AT_FDCWD, "/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
     if (list < 0) {
-        struct rlimit limit;
-        if (syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, NULL, &limit) == 0 && limit.rlim_cur <= highest) {
-            highest = (unsigned int)limit.rlim_cur - 1;
-        }
-        for (unsigned int fd = lowest; fd <= highest; fd++) {
+        /* No /proc, or no free number. What is open may lie above a limit that was lowered since, but seldom above the
+         * hard one, and not above fs.nr_open's default. */
+        struct rlimit limit = {MOST_NUMBERS, MOST_NUMBERS};
+        syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, NULL, &limit);
+        unsigned long end = limit.rlim_max < MOST_NUMBERS ? limit.rlim_max : MOST_NUMBERS;
+        for (unsigned long fd = lowest; fd < end && fd <= highest; fd++) {
             syscall(SYS_close, fd);
         }
         return;
@@ -195,6 +196,13 @@ close_others(const struct child_start *start)
     close_span(from, start->shares_fds ? (unsigned int)start->highest_kept : ~0U);
 }
 
+/* In the table that both share, the child's pidfd took the lowest free number: to the caller that number is closed. */
+static bool
+is_own_pidfd(const struct child_start *start, int fd)
+{
+    return start->shares_fds && fd >= 0 && fd == *start->pidfd;
+}
+
 /* Make a descriptor one that the program inherits. */
 static int
 keep_over_exec(int fd)
@@ -206,19 +214,6 @@ keep_over_exec(int fd)
     return flags & FD_CLOEXEC ? (int)syscall(SYS_fcntl, fd, F_SETFD, flags & ~FD_CLOEXEC) : 0;
 }
 
-static int
-open_stream(const struct spawn_stream *stream)
-{
-    bool writes = (stream->open_flags & O_ACCMODE) == O_WRONLY;
-    int flags = stream->open_flags | O_CLOEXEC;
-    /* A FIFO that nobody reads must be an error here, and not a sleep in which no signal reaches the parent. */
-    int fd = (int)syscall(SYS_openat, AT_FDCWD, stream->path, writes ? flags | O_NONBLOCK : flags, 0666);
-    if (fd >= 0 && writes) {
-        syscall(SYS_fcntl, fd, F_SETFL, stream->open_flags & O_APPEND);
-    }
-    return fd;
-}
-
 static void
 place_streams(const struct child_start *start)
 {
@@ -228,12 +223,15 @@ place_streams(const struct child_start *start)
         const struct spawn_stream *stream = &request->streams[i];
         source[i] = stream->fd;
         if (stream->path) {
-            source[i] = open_stream(stream);
-            if (source[i] < 0) {
-                fail(start, STEP_STDIN + i);
-            }
+            source[i] = (int)syscall(SYS_openat, AT_FDCWD, stream->path, stream->open_flags | O_CLOEXEC, 0666);
         } else if (stream->fd == STREAM_SAME_AS_STDOUT) {
             source[i] = source[1] >= 0 ? source[1] : 1;
+        } else if (is_own_pidfd(start, stream->fd)) {
+            errno = EBADF;
+            fail(start, STEP_STDIN + i);
+        }
+        if (stream->path && source[i] < 0) {
+            fail(start, STEP_STDIN + i);
         }
     }
     for (int i = 0; i < 3; i++) {
@@ -256,11 +254,13 @@ static void
 place_fds(const struct child_start *start)
 {
     const struct spawn_request *request = start->request;
-    if (start->shares_fds && syscall(SYS_close_range, start->highest_kept + 1, ~0U, CLOSE_RANGE_UNSHARE) < 0) {
+    if (start->shares_fds &&
+        syscall(SYS_close_range, (unsigned int)start->highest_kept + 1, ~0U, CLOSE_RANGE_UNSHARE) < 0) {
         fail(start, STEP_UNSHARE);
     }
     for (size_t i = 0; i < request->pass_fds_count; i++) {
-        if (keep_over_exec(request->pass_fds[i]) < 0) {
+        errno = EBADF;
+        if (is_own_pidfd(start, request->pass_fds[i]) || keep_over_exec(request->pass_fds[i]) < 0) {
             fail(start, STEP_PASS_FDS);
         }
     }

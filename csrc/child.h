@@ -8,6 +8,7 @@ struct child_start {
     const struct spawn_request *request;
     struct spawn_result *result; /* in memory that both sides see */
     uint64_t signal_mask;        /* the mask that the program starts with, as rt_sigprocmask(2) takes it */
+    const int *pidfd;            /* the number of the child's own pidfd in the parent's table, or -1 */
     pid_t parent;                /* the caller's pid, for the check after PR_SET_PDEATHSIG */
     int cgroup_procs;            /* open for writing, where clone3 could not place the child; else -1 */
     bool handlers_are_clear;     /* clone3 has set every handler to the default action */

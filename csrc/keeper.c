@@ -21,8 +21,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { KEEPER_STACK_BYTES = 256 * 1024 };
-
 /* On the caller's stack: the keeper does not touch it after the post. */
 struct errand {
     const struct spawn_request *request;
@@ -60,7 +58,6 @@ spawn_by_keeper(const struct spawn_request *request, struct spawn_result *result
     sem_init(&errand.done, 0, 0);
     pthread_attr_init(&attributes);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    pthread_attr_setstacksize(&attributes, KEEPER_STACK_BYTES);
     /* The keeper inherits a full mask: it never runs the program's handlers. */
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &errand.child_mask, sizeof all);
     int error = pthread_create(&keeper, &attributes, keeper_main, &errand);

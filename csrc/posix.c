@@ -32,10 +32,15 @@ static bool
 can_express(const struct spawn_request *request)
 {
     for (int i = 0; i < 3; i++) {
-        /* A source among the targets needs care that file actions cannot take. */
-        if (!request->streams[i].path && request->streams[i].fd >= 0 && request->streams[i].fd < 3) {
+        const struct spawn_stream *stream = &request->streams[i];
+        /* A source among the targets needs care that file actions cannot take; a file that cannot be opened would be
+         * reported as if it were the program. */
+        if (stream->path ? strcmp(stream->path, "/dev/null") != 0 : stream->fd >= 0 && stream->fd < 3) {
             return false;
         }
+    }
+    if (request->process_group > 0 || (request->process_group == 0 && request->new_session)) {
+        return false; /* joining it can fail, and would be the program's fault, too */
     }
 #ifndef HAVE_CLOSEFROM
     if (request->close_fds) {

@@ -62,8 +62,9 @@ spawn_mask_set(unsigned long *mask, unsigned long bits, unsigned int id)
 #endif
 #define PIDFD_SIGNAL_PROCESS_GROUP_FLAG (1UL << 2)
 
-/* child.c's deepest path takes under 2 KiB; instrumented builds take several times as much. */
-enum { CHILD_STACK_BYTES = 32 * 1024 };
+/* child.c's deepest path takes under 2 KiB without optimisation; instrumented builds take several times as much. It lies
+ * on the caller's stack, which may be a small one. */
+enum { CHILD_STACK_BYTES = 16 * 1024 };
 
 /* One try at making the child: what it is asked, and what is left to try when the kernel refuses a part. */
 struct attempt {
@@ -84,6 +85,7 @@ clone_once(struct attempt *attempt, int *pidfd)
     flags |= attempt->start.shares_fds ? CLONE_FILES : 0U;
     flags |= attempt->wants_pidfd ? CLONE_PIDFD : 0U;
     *pidfd = -1;
+    attempt->start.pidfd = pidfd;
     attempt->start.handlers_are_clear = attempt->uses_clone3;
     if (attempt->uses_clone3) {
         int cgroup = attempt->start.request->cgroup_fd;
@@ -248,7 +250,7 @@ tell_and_exit(void *told)
     _exit(0);
 }
 
-bool
+int
 spawn_clone_is_honoured(void)
 {
     _Alignas(16) char stack[CHILD_STACK_BYTES];
@@ -257,7 +259,7 @@ spawn_clone_is_honoured(void)
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof all);
     pid_t pid = clone(tell_and_exit, stack + sizeof stack, CLONE_VM | CLONE_VFORK | SIGCHLD, (void *)&told);
     /* Before the wait: CLONE_VFORK promises that the child has ended by now. */
-    bool honoured = pid > 0 && told;
+    int honoured = pid < 0 ? -errno : told;
     if (pid > 0) {
         reap(pid, -1);
     }
@@ -281,10 +283,10 @@ spawn_pidfd_signal(int pidfd, int sig, bool group)
     return ENOSYS;
 }
 
-bool
+int
 spawn_clone_is_honoured(void)
 {
-    return false;
+    return 0;
 }
 
 #endif

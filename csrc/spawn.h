@@ -109,8 +109,9 @@ int spawn_by_posix(const struct spawn_request *request, struct spawn_result *res
 /* As spawn_by_clone, from a thread made for it that ends only after the child: see keeper.c. */
 int spawn_by_keeper(const struct spawn_request *request, struct spawn_result *result);
 
-/* Whether CLONE_VM|CLONE_VFORK is what it says (QEMU's user mode and WSL1 run it as fork): tried on a child. */
-bool spawn_clone_is_honoured(void);
+/* Whether CLONE_VM|CLONE_VFORK is what it says (QEMU's user mode and WSL1 run it as fork): tried on a child.
+ * 1 or 0, or a negative errno when no child could be made. */
+int spawn_clone_is_honoured(void);
 
 /* Signal the process behind `pidfd`, or, with `group`, the process group that it leads or led (Linux 6.9).
  * Returns 0 or an errno; EINVAL where the kernel does not know the flag, ENOSYS where there are no pidfds. */

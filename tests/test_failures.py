@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from rankspawn import Binding, BindingError, MemoryPolicy, Popen, _popen
+from rankspawn import Binding, BindingError, MemoryPolicy, Popen
 from rankspawn._engine import mechanisms
 from tests.state import NOBODY, become, fork, in_child
 
@@ -301,12 +301,7 @@ def test_argument(engine: Engine, case: str) -> None:
     "engine",
     [
         "clone",
-        pytest.param(
-            "posix_spawn",
-            marks=pytest.mark.xfail(
-                strict=True, reason="posix_spawn: EPERM of setpgid is reported as the program's fault"
-            ),
-        ),
+        "posix_spawn",
         "subprocess",
     ],
     indirect=True,
@@ -336,18 +331,8 @@ def test_path_like_args_and_a_shell(engine: Engine) -> None:
         assert found == expected
 
 
-pidfd_takes_the_number = pytest.mark.xfail(
-    strict=True, reason="CLONE_PIDFD takes the lowest free number before the child looks: the child gets its own pidfd"
-)
-WITH_PIDFD_TAKING_NUMBERS = [
-    pytest.param("clone", marks=pidfd_takes_the_number),
-    pytest.param("posix_spawn", marks=pidfd_takes_the_number),
-    "subprocess",
-]
-
-
 @pytest.mark.parametrize("number", [0, 1, 2])
-@pytest.mark.parametrize("engine", WITH_PIDFD_TAKING_NUMBERS, indirect=True)
+@on("clone", "posix_spawn", "subprocess")
 def test_standard_stream_that_is_closed_here(engine: Engine, number: int) -> None:
     """The number of a closed stream, given as the child's, is refused as by subprocess."""
     keyword = ("stdin", "stdout", "stderr")[number]
@@ -363,7 +348,7 @@ def test_standard_stream_that_is_closed_here(engine: Engine, number: int) -> Non
     same_to_a_caller(found, expected)
 
 
-@pytest.mark.parametrize("engine", WITH_PIDFD_TAKING_NUMBERS, indirect=True)
+@on("clone", "posix_spawn", "subprocess")
 def test_number_that_was_closed_a_moment_ago(engine: Engine) -> None:
     """A stale descriptor is most often the lowest free number, which is what the pidfd is given."""
 
@@ -502,10 +487,6 @@ def test_lower_limit_than_the_descriptors_that_are_open(engine: Engine) -> None:
 
 
 @on("clone")
-@pytest.mark.xfail(
-    strict=True,
-    reason="clone_is_honoured() caches a passing EAGAIN as 'no clone': every later start goes by subprocess",
-)
 def test_probe_that_fails_once_is_asked_again(engine: Engine) -> None:
     def start() -> str | None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
@@ -748,7 +729,6 @@ def test_cgroup_that_is_none(engine: Engine, tmp_path: Path) -> None:
 
 
 @on(*ENGINES)
-@pytest.mark.xfail(strict=True, reason="a negative descriptor for cgroup= is taken for 'none asked' and forgotten")
 def test_cgroup_that_is_a_negative_descriptor(engine: Engine) -> None:
     found = attempt(Popen, ["true"], cgroup=-3)
     assert isinstance(found, Failure)
@@ -781,10 +761,6 @@ def test_cgroup_that_is_not_delegated(engine: Engine, cgroup: Path) -> None:
 
 # ---- streams that the child opens -----------------------------------------------------------------------------------
 
-posix_spawn_says_execve = pytest.mark.xfail(
-    strict=True, reason="posix_spawn: a log that cannot be opened is reported as the program's fault, with its name"
-)
-
 
 def opened_by_python(path: Path, mode: str) -> Failure:
     with pytest.raises(OSError) as caught:
@@ -792,9 +768,7 @@ def opened_by_python(path: Path, mode: str) -> Failure:
     return Failure.of(caught.value)
 
 
-@pytest.mark.parametrize(
-    "engine", ["clone", pytest.param("posix_spawn", marks=posix_spawn_says_execve), "subprocess"], indirect=True
-)
+@pytest.mark.parametrize("engine", ["clone", "posix_spawn", "subprocess"], indirect=True)
 @pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
 @pytest.mark.parametrize("place", ["none/log", ".", "loop", "file/log"])
 def test_log_that_cannot_be_opened(engine: Engine, stream: str, place: str, tmp_path: Path) -> None:
@@ -808,13 +782,12 @@ def test_log_that_cannot_be_opened(engine: Engine, stream: str, place: str, tmp_
     assert isinstance(found, Failure)
     assert (found.kind, found.errno, str(found.filename)) == (expected.kind, expected.errno, str(path))
     if engine.name != "subprocess":
-        assert engine.last() == (engine.name, stream, expected.errno)
+        # posix_spawn could not tell it from a program that is missing, and declines.
+        assert engine.last() == ("clone", stream, expected.errno)
 
 
 @needs_root
-@pytest.mark.parametrize(
-    "engine", ["clone", pytest.param("posix_spawn", marks=posix_spawn_says_execve), "subprocess"], indirect=True
-)
+@pytest.mark.parametrize("engine", ["clone", "posix_spawn", "subprocess"], indirect=True)
 def test_log_that_a_user_may_not_write(engine: Engine, tmp_path: Path) -> None:
     log = file(tmp_path / "log", mode=0o600)
 
@@ -837,18 +810,13 @@ def state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-sleeps_in_open = pytest.mark.xfail(
-    strict=True, reason="the child waits in open() with every signal blocked, and the caller in vfork: state D"
-)
-
-
 @pytest.mark.parametrize(
     ("engine", "stream"),
     [
-        pytest.param("clone", "stdin", marks=sleeps_in_open),
+        ("clone", "stdin"),
         ("clone", "stdout"),
-        pytest.param("posix_spawn", "stdin", marks=sleeps_in_open),
-        pytest.param("posix_spawn", "stdout", marks=sleeps_in_open),
+        ("posix_spawn", "stdin"),
+        ("posix_spawn", "stdout"),
         ("subprocess", "stdin"),
         ("subprocess", "stdout"),
     ],
@@ -890,23 +858,6 @@ def test_stream_that_takes_long_to_open_can_be_interrupted(engine: Engine, strea
 
 
 # ---- posix_spawn's own words ----------------------------------------------------------------------------------------
-
-
-@on("posix_spawn")
-@pytest.mark.xfail(strict=True, reason="our override raises the event, and the standard library's method again")
-def test_what_posix_spawn_declines_is_audited_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no clone (macOS), what posix_spawn cannot express goes to the standard library; it audits, too."""
-
-    def start() -> list[str]:
-        events = []
-        sys.addaudithook(lambda event, _: events.append(event) if event == "subprocess.Popen" else None)
-        process = Popen(["true"], cwd="/")
-        process.wait()
-        return [*events, str(process.mechanism)]
-
-    monkeypatch.setattr(_popen, "mechanisms", lambda: (_spawn.POSIX_SPAWN,))
-    found = in_child(start)
-    assert found == ["subprocess.Popen", "subprocess"]
 
 
 # ---- what else goes on in the caller --------------------------------------------------------------------------------
@@ -951,7 +902,6 @@ def test_failed_start_beside_a_thread_that_waits_for_any_child(engine: Engine) -
     assert found == [0, FileNotFoundError, FileNotFoundError] * 20
 
 
-@pytest.mark.xfail(strict=True, reason="env=None passes on environ, which another thread's os.environ[...] = ... moves")
 @on("clone", "posix_spawn")
 def test_environment_that_grows_meanwhile(engine: Engine) -> None:
     """setenv(3) moves the table that environ points to. The engine reads it after it has let go of the GIL."""
@@ -1026,7 +976,6 @@ def test_exception_of_a_handler_leaves_no_child(engine: Engine) -> None:
     assert in_child(start) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="send_signal() is the standard library's: os.kill(pid), though there is a pidfd")
 @on("clone")
 def test_signal_goes_by_pidfd(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a thread in wait(), a pid can have been reaped and given away between poll() and kill(2)."""
@@ -1046,7 +995,6 @@ def test_signal_goes_by_pidfd(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
 
 @needs_root
 @on("clone")
-@pytest.mark.xfail(strict=True, reason="EPERM of pidfd_send_signal is taken for 'this kernel cannot'")
 def test_group_that_may_not_be_signalled(engine: Engine) -> None:
     def start() -> Failure | None:
         with Popen(["/bin/sh", "-c", "sleep 100 >/dev/null & exit 0"], start_new_session=True) as process:

@@ -389,7 +389,11 @@ return found
 """
     status, (raised, text) = faults.run(scenario, f"pidfd_send_signal:error={code}")
     assert status == -15
-    assert raised == "ProcessLookupError" and "waited for" in text
+    # EPERM may mean that the members are another user's: then it is the answer, and not that the kernel is old.
+    if code == "EPERM":
+        assert raised == "PermissionError" and "process group" in text
+    else:
+        assert raised == "ProcessLookupError" and "waited for" in text
 
 
 def test_group_signal_to_nobody(faults: Faults) -> None:
@@ -433,9 +437,6 @@ return found[0]
     assert found == STARTED
 
 
-@pytest.mark.xfail(
-    strict=True, reason="with no close_range and no descriptor free, numbers above a lowered RLIMIT_NOFILE stay open"
-)
 def test_close_range_without_a_free_descriptor(faults: Faults) -> None:
     """The folder cannot be opened then; what is above the limit must be closed all the same."""
     scenario = """

@@ -17,6 +17,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ._arguments import candidates, cgroup_descriptor, command_and_program, is_fifo, is_path
 from ._binding import Binding, BindingError, BindingReport, RefusedStep
 from ._engine import EXTENSION_ERROR, masks, mechanisms, set_affinity
 
@@ -87,6 +88,7 @@ class Popen(_Stock):  # type: ignore[type-arg]
         self._die_with_parent = die_with_parent
         self._cgroup = cgroup
         self._refused: tuple[RefusedStep, ...] = ()
+        self._opened_here: list[int] = []
         try:
             super().__init__(*args, **kwargs)
         except BaseException:
@@ -95,6 +97,9 @@ class Popen(_Stock):  # type: ignore[type-arg]
                 self.kill()
                 self.wait()
             raise
+        finally:
+            for fd in self._opened_here:
+                os.close(fd)
 
     @property
     def pidfd(self) -> int | None:
@@ -126,6 +131,8 @@ class Popen(_Stock):  # type: ignore[type-arg]
             refusal = self._pidfd.send_signal(sig, True)
             if refusal in (0, errno.ESRCH):
                 return
+            if refusal == errno.EPERM and self.returncode is not None:
+                raise PermissionError(refusal, f"process group {self.pid}: {os.strerror(refusal)}")
         # A thread that holds the lock is inside waitpid: the leader is still there, or was a moment ago.
         held = self._waitpid_lock.acquire(blocking=False)  # type: ignore[attr-defined]
         try:
@@ -140,6 +147,16 @@ class Popen(_Stock):  # type: ignore[type-arg]
             if held:
                 self._waitpid_lock.release()  # type: ignore[attr-defined]
 
+    def send_signal(self, sig: int) -> None:
+        """As the standard class, but by pidfd: the process is signalled, or nobody."""
+        pidfd = self._pidfd
+        self.poll()
+        if self.returncode is not None:
+            return
+        # Any other refusal is one of pidfds (an old kernel, a seccomp profile), or will be said again.
+        if pidfd is None or pidfd.send_signal(sig) not in (0, errno.ESRCH):
+            super().send_signal(sig)
+
     def _get_handles(self, stdin: Any, stdout: Any, stderr: Any) -> tuple[Any, ...]:
         """As the standard class, but on POSIX paths and DEVNULL are left for the child to open.
 
@@ -153,8 +170,14 @@ class Popen(_Stock):  # type: ignore[type-arg]
         for number, stream in enumerate(streams):
             if stream is None:
                 continue
-            if _is_path(stream):
-                opened[number] = (os.path.abspath(stream), _WRITE if number else _READ)
+            if is_path(stream):
+                path, flags = os.path.abspath(stream), _WRITE if number else _READ
+                if is_fifo(path):
+                    # Opening one waits for its other end. Here a signal can end that; in the child it could not.
+                    streams[number] = os.open(path, flags)
+                    self._opened_here.append(streams[number])
+                    continue
+                opened[number] = (path, flags)
             elif stream == subprocess.DEVNULL and os.name == "posix":
                 opened[number] = (os.devnull, os.O_RDWR)
             else:
@@ -178,7 +201,7 @@ class Popen(_Stock):  # type: ignore[type-arg]
         ):  # fmt: skip
             self._leads_group = bool(start_new_session) or process_group == 0
             if preexec_fn is None and (tried := mechanisms()):
-                command, program = _command(args, executable, shell)
+                command, program = command_and_program(args, executable, shell)
                 sys.audit("subprocess.Popen", program, command, cwd, env)
                 streams = [p2cread, c2pwrite, errwrite]
                 if min(streams) < -1:
@@ -190,11 +213,11 @@ class Popen(_Stock):  # type: ignore[type-arg]
                 kept = tuple(sorted(map(int, set(pass_fds)))) if pass_fds else ()
                 binding = self._binding
                 cpu_mask, mem_mode, node_mask = (None, -1, None) if binding is None else masks(binding)
-                cgroup, opened = (-1, False) if self._cgroup is None else _cgroup_descriptor(self._cgroup)
+                cgroup, opened = (-1, False) if self._cgroup is None else cgroup_descriptor(self._cgroup)
                 try:
                     for mechanism in tried:
                         outcome = _spawn.spawn(
-                            self, command, _candidates(program, env), env, cwd, streams, (p2cwrite, c2pread, errread),
+                            self, command, candidates(program, env), env, cwd, streams, (p2cwrite, c2pread, errread),
                             kept, close_fds, restore_signals, start_new_session, process_group,
                             gid, gids, uid, umask, cpu_mask, mem_mode, node_mask, binding is None or binding.required,
                             signal.SIGKILL if self._die_with_parent else 0, cgroup, mechanism,
@@ -322,40 +345,6 @@ class Popen(_Stock):  # type: ignore[type-arg]
             return self.returncode
 
 
-def _command(args: Any, executable: Any, shell: bool) -> tuple[list[Any], Any]:
-    """The argument list and the program, from Popen's args, executable and shell, as subprocess makes them."""
-    command: list[Any]
-    if isinstance(args, (str, bytes)):
-        command = [args]
-    elif isinstance(args, os.PathLike):
-        if shell:
-            raise TypeError("path-like args is not allowed when shell is true")
-        command = [args]
-    else:
-        command = list(args)
-    if shell:
-        command = ["/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/sh", "-c", *command]
-        if executable:
-            command[0] = executable
-    return command, command[0] if executable is None else executable
-
-
-def _candidates(program: Any, env: Mapping[Any, Any] | None) -> tuple[str | bytes, ...]:
-    """What to execute, in order: the program; one named without a folder, in each folder of the child's PATH."""
-    if type(program) is str and "/" in program:
-        return (program,)
-    name = os.fsencode(program)
-    if b"/" in name:
-        return (name,)
-    if env is not None:
-        os.fsencode(env.get("PATH", ""))  # TypeError for what no environment can hold
-    return tuple(os.path.join(os.fsencode(folder), name) for folder in os.get_exec_path(env))
-
-
-def _is_path(stream: object) -> bool:
-    return isinstance(stream, os.PathLike) and not hasattr(stream, "fileno")
-
-
 @contextmanager
 def _opened_here(opened: Mapping[int, tuple[str, int]]) -> Iterator[dict[int, int]]:
     """The streams that the child would have opened, opened in this process for as long as the start takes."""
@@ -367,13 +356,6 @@ def _opened_here(opened: Mapping[int, tuple[str, int]]) -> Iterator[dict[int, in
     finally:
         for fd in set(fds.values()):
             os.close(fd)
-
-
-def _cgroup_descriptor(cgroup: str | os.PathLike[str] | int) -> tuple[int, bool]:
-    """A descriptor of the cgroup's directory, and whether it was opened here."""
-    if isinstance(cgroup, int):
-        return cgroup, False
-    return os.open(cgroup, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), True
 
 
 def _why_no_engine() -> str:

@@ -7,7 +7,7 @@ must not stop the program's other threads (cpython#104372).
 
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from libc.limits cimport CHAR_BIT, INT_MAX
-from libc.string cimport memchr, memcpy
+from libc.string cimport memchr, memcpy, strerror, strlen
 from posix.types cimport gid_t, pid_t, uid_t
 from posix.unistd cimport close
 
@@ -81,7 +81,7 @@ cdef extern from "spawn.h" nogil:
         int mempolicy_error
 
     int c_spawn "spawn"(const spawn_request *, spawn_result *, spawn_mechanism)
-    bint spawn_clone_is_honoured()
+    int spawn_clone_is_honoured()
     int spawn_pidfd_signal(int pidfd, int sig, bint group)
     void spawn_mask_set(unsigned long *mask, unsigned long bits, unsigned int bit)
 
@@ -158,7 +158,8 @@ cdef class _Strings:
                 raise MemoryError()
             self.text = <char *>grown
             self.room = room
-        memcpy(self.text + self.used, data, size)
+        if size:  # nothing may be copied from or to NULL, not even nothing
+            memcpy(self.text + self.used, data, size)
         self.used += size
         return 0
 
@@ -209,6 +210,14 @@ cdef class _Strings:
         self.append("=", 1)
         self.put(value, False)
         return self.append("", 1)
+
+    cdef int add_all(self, char **strings) except -1:
+        # A copy, made with the GIL held: os.environ in another thread moves the table, and in musl the strings too.
+        while strings is not NULL and strings[0] is not NULL:
+            self.begin()
+            self.append(strings[0], strlen(strings[0]) + 1)
+            strings += 1
+        return 0
 
     cdef char **ready(self) except NULL:
         cdef size_t i
@@ -271,11 +280,16 @@ cdef class Pidfd:
 
 
 def clone_is_honoured():
-    """Whether clone(CLONE_VM | CLONE_VFORK) does what it says here: tried on a child that ends at once."""
-    cdef bint honoured
+    """Whether clone(CLONE_VM | CLONE_VFORK) does what it says here: tried on a child that ends at once.
+
+    Raises OSError when no child could be made.
+    """
+    cdef int honoured
     with nogil:
         honoured = spawn_clone_is_honoured()
-    return honoured
+    if honoured < 0:
+        raise OSError(-honoured, f"clone: {strerror(-honoured).decode()}")
+    return honoured != 0
 
 
 def pack_ids(ids):
@@ -349,7 +363,7 @@ def spawn(
     """
     cdef spawn_request request
     cdef spawn_result result
-    cdef _Strings arguments = _Strings(), candidates = _Strings(), environment = None, folder = None
+    cdef _Strings arguments = _Strings(), candidates = _Strings(), environment = _Strings(), folder = None
     cdef _Ints fds = None, gids = None
     cdef int i, outcome
 
@@ -358,12 +372,11 @@ def spawn(
     for one in executables:
         candidates.add(one)
     if env is None:
-        request.envp = rankspawn_environ
+        environment.add_all(rankspawn_environ)
     else:
-        environment = _Strings()
         for name, value in env.items():
             environment.add_pair(name, value)
-        request.envp = environment.ready()
+    request.envp = environment.ready()
     request.argv = arguments.ready()
     request.executables = <const char **>candidates.ready()
     if cwd is None:

@@ -1,0 +1,60 @@
+"""What Popen's arguments say, put the way the engine takes it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+def command_and_program(args: Any, executable: Any, shell: bool) -> tuple[list[Any], Any]:
+    """The argument list and the program, from Popen's args, executable and shell, as subprocess makes them."""
+    command: list[Any]
+    if isinstance(args, (str, bytes)):
+        command = [args]
+    elif isinstance(args, os.PathLike):
+        if shell:
+            raise TypeError("path-like args is not allowed when shell is true")
+        command = [args]
+    else:
+        command = list(args)
+    if shell:
+        command = ["/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/sh", "-c", *command]
+        if executable:
+            command[0] = executable
+    return command, command[0] if executable is None else executable
+
+
+def candidates(program: Any, env: Mapping[Any, Any] | None) -> tuple[str | bytes, ...]:
+    """What to execute, in order: the program; one named without a folder, in each folder of the child's PATH."""
+    if type(program) is str and "/" in program:
+        return (program,)
+    name = os.fsencode(program)
+    if b"/" in name:
+        return (name,)
+    if env is not None:
+        os.fsencode(env.get("PATH", ""))  # TypeError for what no environment can hold
+    return tuple(os.path.join(os.fsencode(folder), name) for folder in os.get_exec_path(env))
+
+
+def is_fifo(path: str) -> bool:
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except OSError:
+        return False  # whoever opens it will say what is wrong
+
+
+def is_path(stream: object) -> bool:
+    return isinstance(stream, os.PathLike) and not hasattr(stream, "fileno")
+
+
+def cgroup_descriptor(cgroup: str | os.PathLike[str] | int) -> tuple[int, bool]:
+    """A descriptor of the cgroup's directory, and whether it was opened here."""
+    if isinstance(cgroup, int):
+        if cgroup < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return cgroup, False
+    return os.open(cgroup, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), True
