@@ -20,7 +20,7 @@ PYTEST_ARGS ?=
 # And for benchmarks/run.py, which lists its own.
 BENCH_ARGS ?=
 # The tests that exercise C: everything else would only run Python slower.
-ASAN_TESTS ?= $(wildcard tests/test_spawn*.py tests/test_popen*.py tests/test_failures*.py)
+ASAN_TESTS ?= $(wildcard tests/test_spawn*.py tests/test_popen*.py tests/test_failures*.py tests/test_faults.py tests/test_signals.py)
 
 # A build without the engine must not pass for one with it here. Warnings are errors for the project's developers, but
 # not in `make demo`, which strangers run with compilers that we have not met.
@@ -42,9 +42,9 @@ help: ## print these targets
 # ---- what people run ----------------------------------------------------------------------------------------------
 
 demo: $(VENV)/.built ## set everything up, then run 4 bound ranks: examples/ring_allreduce.py (and ddp_digits.py)
-	$(VENV)/bin/rankspawn run --nproc-per-node 4 examples/ring_allreduce.py
+	$(VENV)/bin/rankspawn run --nproc-per-node 4 --numa-binding node examples/ring_allreduce.py
 	@if $(PY) -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("sklearn")))'; \
-	then set -x; $(VENV)/bin/rankspawn run --nproc-per-node 2 examples/ddp_digits.py; \
+	then set -x; $(VENV)/bin/rankspawn run --nproc-per-node 2 --numa-binding node examples/ddp_digits.py; \
 	else echo; echo "examples/ddp_digits.py trains a small model with torch, which is not installed in $(VENV). To see it:"; \
 	  echo "  make test-torch                               (in an environment of its own)"; \
 	  echo "  $(PY) -m pip install torch==2.13.0 scikit-learn, then make demo again"; fi
@@ -91,11 +91,11 @@ test-asan: build/asan/.built $(VENV)/.test $(VENV)/.built ## the engine's tests 
 	$(PY) -m pytest -p no:cacheprovider --capture=sys $(ASAN_TESTS) $(PYTEST_ARGS)
 
 test-cpython: $(VENV)/.built ## CPython's own subprocess tests, with Popen replaced by ours
-	$(PY) tests/cpython/run.py
+	$(PY) tests/cpython/run.py --jobs 2
 
 test-torch: $(TORCH_VENV)/.built ## our handler beside torch's, and the DDP example (installs torch into .venv-torch)
 	$(TORCH_PY) -m pytest tests/torch tests/test_handler.py $(PYTEST_ARGS)
-	$(TORCH_VENV)/bin/rankspawn run --nproc-per-node 2 examples/ddp_digits.py
+	$(TORCH_VENV)/bin/rankspawn run --nproc-per-node 2 --numa-binding node examples/ddp_digits.py
 
 # torch's handler is a competitor where it is installed: after `make test-torch` the benchmarks run beside it.
 bench: $(VENV)/.test $(VENV)/.built ## measure: the figures of docs/benchmarks.md (BENCH_ARGS="--effort 0.2": a quick look)

@@ -240,8 +240,9 @@ def test_a_rank_starts_with_no_signal_blocked_or_ignored() -> None:
     code = SAY + "say([line.split()[1] for line in open('/proc/self/status') if line[:7] in ('SigBlk:', 'SigIgn:')])\n"
     blocked, ignored = said(completed(in_ranks(code)).stdout)[0]
     assert int(blocked, 16) == 0
-    # Python itself ignores these two.
-    assert int(ignored, 16) == 1 << (signal.SIGPIPE - 1) | 1 << (signal.SIGXFSZ - 1)
+    # 32 and 33 are libc's own; a posix_spawn of glibc, such as make's, leaves them ignored in what it starts. Python
+    # itself ignores the two that are left.
+    assert int(ignored, 16) & ~(1 << 31 | 1 << 32) == 1 << (signal.SIGPIPE - 1) | 1 << (signal.SIGXFSZ - 1)
 
 
 # ---- how a job ends -------------------------------------------------------------------------------------------------
