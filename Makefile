@@ -19,6 +19,8 @@ PYX_FILES := $(wildcard src/rankspawn/*.pyx)
 PYTEST_ARGS ?=
 # And for benchmarks/run.py, which lists its own.
 BENCH_ARGS ?=
+# And for tests/numavm/run.py.
+NUMAVM_ARGS ?=
 # The tests that exercise C: everything else would only run Python slower.
 ASAN_TESTS ?= $(wildcard tests/test_spawn*.py tests/test_popen*.py tests/test_failures*.py tests/test_faults.py tests/test_signals.py)
 
@@ -34,7 +36,7 @@ PIP_FAILED = { echo "make: pip could not install what is named above. It needs a
   echo "make: a proxy (https_proxy) or your pip configuration, then run the same make again."; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lint-python lint-types lint-cython lint-c format test-asan test-cpython test-torch bench package clean distclean
+.PHONY: help demo test lint lint-python lint-types lint-cython lint-c format test-asan test-cpython test-numavm test-torch bench package clean distclean
 
 help: ## print these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -92,6 +94,10 @@ test-asan: build/asan/.built $(VENV)/.test $(VENV)/.built ## the engine's tests 
 
 test-cpython: $(VENV)/.built ## CPython's own subprocess tests, with Popen replaced by ours
 	$(PY) tests/cpython/run.py --jobs 2
+
+# Needs an x86-64 Debian or Ubuntu, and installs QEMU there. NUMAVM_ARGS="-k interleave" narrows it.
+test-numavm: $(VENV)/.test $(VENV)/.built ## bindings on a kernel with five NUMA nodes, in a virtual machine (2 minutes)
+	$(PY) -m tests.numavm.run $(NUMAVM_ARGS)
 
 test-torch: $(TORCH_VENV)/.built ## our handler beside torch's, and the DDP example (installs torch into .venv-torch)
 	$(TORCH_PY) -m pytest tests/torch tests/test_handler.py $(PYTEST_ARGS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
+import ctypes
+import errno
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,16 +15,17 @@ V1 = Path("/run/cpuset")
 
 # A group that was removed, or a hierarchy that was unmounted, holds its controller for a moment longer.
 PATIENCE_SECONDS = 20.0
+_HELD = (errno.EBUSY, errno.ENOENT)
 
 
 def patiently(attempt: Callable[[], object]) -> None:
-    """Try until it works, or for so long that it never will."""
+    """Try for as long as the controller may be held."""
     until = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
             attempt()
-        except (OSError, subprocess.CalledProcessError):
-            if time.monotonic() > until:
+        except OSError as error:
+            if error.errno not in _HELD or time.monotonic() > until:
                 raise
             time.sleep(0.1)
         else:
@@ -88,14 +91,30 @@ class Group:
 
 @contextmanager
 def mounted_v1() -> Iterator[None]:
-    """The cpuset controller as cgroup v1, which it can be when no group of v2 uses it."""
+    """The cpuset controller as cgroup v1, which it can be when no group of v2 uses it.
+
+    Raises OSError (EINVAL) where the kernel is built without it, as Debian's is from 6.12 on.
+    """
     V1.mkdir(exist_ok=True)
-    command = ["mount", "-t", "cgroup", "-o", "cpuset", "none", str(V1)]
-    patiently(lambda: subprocess.run(command, check=True, stderr=subprocess.PIPE))
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def mount() -> None:
+        if libc.mount(b"none", os.fsencode(V1), b"cgroup", ctypes.c_ulong(0), b"cpuset") < 0:
+            raise OSError(ctypes.get_errno(), "mount")
+
+    def unmount() -> None:
+        libc.umount2(os.fsencode(V1), 0)
+        time.sleep(0.02)
+        if "cpuset" not in V2.joinpath("cgroup.controllers").read_text():
+            # A hierarchy outlives its last mount where a group of it has been removed only just: then once more.
+            mount()
+            raise OSError(errno.EBUSY, "umount")
+
+    patiently(mount)
     try:
         yield
     finally:
-        subprocess.run(["umount", str(V1)], check=True)
+        patiently(unmount)
 
 
 def group_of(pid: int | str) -> str:

@@ -68,7 +68,9 @@ def _download(name: str, folder: Path) -> Path:
 
 def _take_apart(package: Path, unpacked: Path, made: Path) -> None:
     """Keep the image and the few modules of a package that unpacks to half a gigabyte."""
-    subprocess.run(["dpkg-deb", "-x", package, unpacked], check=True)
+    said = subprocess.run(["dpkg-deb", "-x", package, unpacked], stderr=subprocess.PIPE, text=True)
+    if said.returncode:
+        raise Unavailable(f"{package} cannot be unpacked: {said.stderr.strip()}")
     images = list(unpacked.glob("boot/vmlinuz*"))
     if not images:
         raise Unavailable(f"there is no kernel in {package.name}")

@@ -11,7 +11,12 @@ import pytest
 _counts: Counter[str] = Counter()
 _seconds: dict[str, float] = {}
 _failed: set[str] = set()
-_known: dict[str, str] = {}
+_aside: dict[str, tuple[str, str]] = {}
+"""What neither passed nor failed: known to fail, or skipped; and why."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.tbstyle = "short"  # An option of the terminal plugin, which is not there.
 
 
 def pytest_sessionstart() -> None:
@@ -25,15 +30,19 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     name = report.nodeid.rpartition("/")[2].replace(".py::test_", ": ").removeprefix("checks_")
     _seconds[name] = _seconds.get(name, 0.0) + report.duration
     if hasattr(report, "wasxfail") and report.skipped:
-        _known[name] = report.wasxfail
+        _aside[name] = "known", report.wasxfail
+    elif report.skipped:
+        _aside[name] = (
+            "skipped",
+            str(report.longrepr[2]).removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else "",
+        )
     elif not report.passed:
         _failed.add(name)
         print(f"---- {name}, {report.when}\n{report.longreprtext}\n{report.capstdout}{report.capstderr}", flush=True)
     if report.when == "teardown":
-        result = "failed" if name in _failed else "known" if name in _known else "passed"
+        result, why = ("failed", "") if name in _failed else _aside.get(name, ("passed", ""))
         _counts[result] += 1
-        why = f" ({_known[name]})" if result == "known" else ""
-        print(f"{result:6}  {_seconds[name]:5.2f} s  {name}{why}", flush=True)
+        print(f"{result:7} {_seconds[name]:5.2f} s  {name}{why and ': '}{why}", flush=True)
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
@@ -43,6 +52,6 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    if _counts["known"]:
-        print(f"{_counts['known']} known to fail, neither passed nor failed", flush=True)
+    if _aside:
+        print(f"{_counts['known']} known to fail, {_counts['skipped']} skipped; the others:", flush=True)
     print(f"{_counts['passed']} passed, {_counts['failed']} failed", flush=True)
