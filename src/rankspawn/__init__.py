@@ -1,13 +1,13 @@
 """rankspawn starts the ranks of a job, each born bound to its CPUs and memory."""
 
-from typing import TYPE_CHECKING, Any
-
-from ._binding import AffinityMode, Binding, BindingError, BindingReport, MemoryPolicy, NumaOptions
-from ._handler import SubprocessHandler, get_subprocess_handler
-from ._popen import Popen
+# Type checkers know the name. typing's own is not taken: importing typing would cost more than all else here.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
+    from ._binding import AffinityMode, Binding, BindingError, BindingReport, MemoryPolicy, NumaOptions
+    from ._handler import SubprocessHandler, get_subprocess_handler
     from ._placement import place
+    from ._popen import Popen
     from ._topology import Topology
 
 __all__ = [
@@ -24,15 +24,27 @@ __all__ = [
     "place",
 ]
 
+_MODULES = {
+    "Popen": "_popen",
+    "SubprocessHandler": "_handler",
+    "get_subprocess_handler": "_handler",
+    "Topology": "_topology",
+    "place": "_placement",
+}
+"""Where public names are that do not stand in ``_binding``."""
 
-def __getattr__(name: str) -> Any:
-    # Imported when first used: a program that only starts processes needs no reader of topologies.
-    if name == "Topology":
-        from ._topology import Topology
+if not TYPE_CHECKING:  # With it, a type checker would take any name for one of ours.
 
-        return Topology
-    if name == "place":
-        from ._placement import place
+    def __getattr__(name):
+        # Imported when first used (PEP 562): a program that only starts processes needs no reader of topologies, and
+        # the commands that look at a machine need nothing that starts a process.
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
 
-        return place
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULES.get(name, '_binding')}"), name)
+        globals()[name] = value  # the next use finds it without us
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

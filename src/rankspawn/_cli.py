@@ -5,22 +5,23 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ._binding import BindingError
-from ._engine import mechanisms
-from ._group import Job, RankGroup, free_port, launch
 from ._options import add_placement_options, placement
 from ._show import add_commands
 from ._topology import PlacementError, Topology
 
+# What starts and watches processes is imported where it is used, the standard library's part of it too: `plan` and
+# `topology` start none, and their time is mostly that of imports.
 if TYPE_CHECKING:
+    import socket
+
+    from ._group import RankGroup
     from ._placement import Rank
 
 # How long ranks that were told to end may take until they are killed; torchrun waits as long.
@@ -37,10 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, unknown = _parser().parse_known_args(argv)
     if unknown:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    try:
-        mechanisms()
-    except ValueError as error:  # RANKSPAWN_MECHANISM
-        args.parser.error(str(error))
     try:
         return int(args.run(args))
     except (CommandError, PlacementError, BindingError) as error:
@@ -91,17 +88,31 @@ def _port(text: str) -> int:
     return number
 
 
+def _mechanisms(args: argparse.Namespace) -> tuple[int, ...]:
+    """The engine's mechanisms; an unknown RANKSPAWN_MECHANISM is a usage error."""
+    from ._engine import mechanisms
+
+    parser: argparse.ArgumentParser = args.parser
+    try:
+        return mechanisms()
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from ._doctor import report
 
+    _mechanisms(args)
     return report()
 
 
 def _run(args: argparse.Namespace) -> int:
+    from ._group import Job, launch
+
+    engine = bool(_mechanisms(args)) and sys.platform == "linux"
     ranks = _checked_plan(args)
     log_dir = _new_log_dir(args.log_dir)
     job = Job(args.nproc_per_node, "none", args.master_addr, args.master_port or _free_port(args.master_addr))
-    engine = bool(mechanisms()) and sys.platform == "linux"
     if not engine:
         print("rankspawn: without its engine ranks may outlive this launcher; see rankspawn doctor", file=sys.stderr)
     # Whoever ignored it for us would make the kernel forget the statuses of our ranks.
@@ -152,6 +163,8 @@ def _checked_plan(args: argparse.Namespace) -> Sequence[Rank | None]:
 def _new_log_dir(parent: str | None) -> str | None:
     if parent is None:
         return None
+    import tempfile
+
     try:
         os.makedirs(parent, exist_ok=True)
         made = tempfile.mkdtemp(prefix="none_", dir=parent)  # torchrun's name for a job without --rdzv-id
@@ -162,6 +175,8 @@ def _new_log_dir(parent: str | None) -> str | None:
 
 
 def _free_port(address: str) -> int:
+    from ._group import free_port
+
     try:
         return free_port(address)
     except OSError as error:
@@ -194,6 +209,8 @@ def _signals_as_bytes() -> Iterator[socket.socket]:
 
     A signal that was ignored when we were started (nohup) stays ignored.
     """
+    import socket
+
     reader, writer = socket.socketpair()
     reader.setblocking(False)
     writer.setblocking(False)
