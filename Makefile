@@ -51,7 +51,7 @@ demo: $(VENV)/.built ## set everything up, then run 4 bound ranks: examples/ring
 	  echo "  make test-torch                               (in an environment of its own)"; \
 	  echo "  $(PY) -m pip install torch==2.13.0 scikit-learn, then make demo again"; fi
 
-test: $(VENV)/.test $(VENV)/.built ## set everything up and run the whole default test run (a few minutes)
+test: $(VENV)/.test $(VENV)/.built | build/.test-tools ## set everything up and run the whole default test run (a few minutes)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 lint: lint-python lint-types lint-cython lint-c ## ruff, mypy --strict, cython-lint, clang-format, gcc -Werror (-k: tell all)
@@ -86,7 +86,7 @@ format: $(VENV)/.lint ## rewrite Python and C as lint wants them
 # interpreter itself keeps memory until it exits. Nor are signals caught by AddressSanitizer, since tests look at which
 # are; pytest's faulthandler tells of a crash. --capture=sys: a sanitizer writes its report to descriptor 2 and ends the
 # process, and pytest's capture of that descriptor would end with it.
-test-asan: build/asan/.built $(VENV)/.test $(VENV)/.built ## the engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+test-asan: build/asan/.built $(VENV)/.test $(VENV)/.built | build/.test-tools ## the engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	PYTHONPATH=$(CURDIR)/build/asan/lib PYTHONMALLOC=malloc LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0:handle_sigfpe=0 \
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
@@ -104,7 +104,7 @@ test-torch: $(TORCH_VENV)/.built ## our handler beside torch's, and the DDP exam
 	$(TORCH_VENV)/bin/rankspawn run --nproc-per-node 2 --numa-binding node examples/ddp_digits.py
 
 # torch's handler is a competitor where it is installed: after `make test-torch` the benchmarks run beside it.
-bench: $(VENV)/.test $(VENV)/.built ## measure: the figures of docs/benchmarks.md (BENCH_ARGS="--effort 0.2": a quick look)
+bench: $(VENV)/.test $(VENV)/.built | build/.test-tools ## measure: the figures of docs/benchmarks.md (BENCH_ARGS="--effort 0.2": a quick look)
 	$(if $(wildcard $(TORCH_VENV)/.built),$(TORCH_PY),$(PY)) benchmarks/run.py $(BENCH_ARGS)
 
 package: $(VENV)/.release ## build the sdist and the wheel from it, and check both
@@ -162,6 +162,25 @@ build/.system: Makefile
 	  echo "make: libnuma's header is not here: the engine makes the two system calls itself (no behaviour differs)."; \
 	  echo "make: To link libnuma instead: apt-get install libnuma-dev, then make clean and again."; \
 	else touch build/.numa; fi
+	@touch $@
+
+# Programs that some tests and benchmarks run. Where they cannot be installed, those say what they did not do.
+build/.test-tools: | build/.system
+	@missing() { \
+	  command -v strace >/dev/null || echo strace; \
+	  command -v numactl >/dev/null || echo numactl; \
+	  command -v lstopo-no-graphics >/dev/null || echo hwloc-nox; \
+	  command -v qemu-$$(uname -m) >/dev/null || echo qemu-user; \
+	}; \
+	packages=$$(missing); \
+	if [ -n "$$packages" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "make: installing" $$packages; \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends $$packages; } </dev/null >build/apt.log 2>&1 || \
+	    { tail -n 5 build/apt.log; echo "make: apt-get failed (all it said: build/apt.log)"; }; \
+	  packages=$$(missing); \
+	fi; \
+	[ -z "$$packages" ] || echo "make: without" $$packages "some tests are skipped, and say so"
 	@touch $@
 
 # pip 25.1 is the first that installs dependency groups.

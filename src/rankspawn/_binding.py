@@ -154,6 +154,8 @@ class BindingReport:
         The policy is the one that /proc/PID/numa_maps shows for memory without a policy of its own
         (proc(5)); it is None where the kernel has no NUMA support or the file may not be read.
         """
+        if not hasattr(os, "sched_getaffinity"):
+            return _effective_by_psutil(self.pid)
         try:
             cpus = frozenset(os.sched_getaffinity(self.pid))
         except ProcessLookupError:
@@ -215,6 +217,17 @@ def parse_ids(text: str) -> frozenset[int]:
             raise ValueError(f"not a list of ids like 0-3,8: {text!r}")
         ids.update(range(int(run[1]), int(run[2] or run[1]) + 1))
     return frozenset(ids)
+
+
+def _effective_by_psutil(pid: int) -> Binding | None:
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        # psutil has no cpu_affinity on macOS, where there is none.
+        return Binding(frozenset(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else None)
+    except psutil.NoSuchProcess:
+        return None
 
 
 # How the kernel writes a policy (mpol_to_str in mm/mempolicy.c): a name, which may hold a space, then nodes.

@@ -64,7 +64,26 @@ def masks(binding: Binding) -> tuple[bytes | None, int, bytes | None]:
     return kept
 
 
-def set_affinity(pid: int, cpus: Set[int]) -> int:
+def bind_process(pid: int, binding: Binding) -> tuple[RefusedStep, ...]:
+    """Do to a process that runs already what psutil can: set its CPU mask. A memory policy is always refused.
+
+    Returns the refused steps. Raises BindingError for the first refused step of a required binding.
+    """
+    refused = []
+    if binding.memory is not None:
+        refused.append(RefusedStep("set_mempolicy", errno.ENOTSUP))
+    if binding.cpus is not None and (code := _set_affinity(pid, binding.cpus)):
+        refused.append(RefusedStep("sched_setaffinity", code))
+    return _checked(binding, refused)
+
+
+def _checked(binding: Binding, refused: list[RefusedStep]) -> tuple[RefusedStep, ...]:
+    if refused and binding.required:
+        raise BindingError.refused(refused[0].step, refused[0].errno, binding)
+    return tuple(refused)
+
+
+def _set_affinity(pid: int, cpus: Set[int]) -> int:
     """Set the mask of a running process; 0, or the errno of the refusal."""
     import psutil
 
@@ -86,16 +105,14 @@ def bind_thread(binding: Binding) -> tuple[RefusedStep, ...]:
 
     Raises BindingError for a refused step of a required binding.
     """
-    refused = []
+    refused: list[RefusedStep] = []
     if binding.cpus is not None:
         try:
             os.sched_setaffinity(0, binding.cpus)
         except OSError as error:
-            refused.append(("sched_setaffinity", error.errno or errno.EINVAL))
+            refused.append(RefusedStep("sched_setaffinity", error.errno or errno.EINVAL))
     if binding.memory is not None:
         code = errno.ENOTSUP if EXTENSION_ERROR is not None else _spawn.set_mempolicy(*masks(binding)[1:])
         if code:
-            refused.append(("set_mempolicy", code))
-    if refused and binding.required:
-        raise BindingError.refused(*refused[0], binding)
-    return tuple(RefusedStep(step, code) for step, code in refused)
+            refused.append(RefusedStep("set_mempolicy", code))
+    return _checked(binding, refused)

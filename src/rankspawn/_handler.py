@@ -9,8 +9,8 @@ import threading
 from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any
 
-from ._binding import AffinityMode
-from ._engine import bind_thread
+from ._binding import AffinityMode, BindingError
+from ._engine import bind_process, bind_thread
 from ._popen import Popen
 
 if TYPE_CHECKING:
@@ -100,7 +100,17 @@ class SubprocessHandler:
             return self._popen(command, env)
         # A subclass starts the process in its own way. A thread made for it is bound first: what a thread starts
         # inherits its mask and policy, and the caller's own stay untouched.
-        return _in_bound_thread(self._binding, lambda: self._popen(command, env))
+        if hasattr(os, "sched_setaffinity"):
+            return _in_bound_thread(self._binding, lambda: self._popen(command, env))
+        process = self._popen(command, env)
+        try:
+            for refused in bind_process(process.pid, self._binding):
+                _warn("the rank runs without %s", refused)
+        except BindingError:
+            process.kill()
+            process.wait()
+            raise
+        return process
 
     def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[Any]:
         """Start the rank. Subclasses may override it; the binding applies all the same."""

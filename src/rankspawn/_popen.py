@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._arguments import candidates, cgroup_descriptor, command_and_program, is_fifo, is_path
 from ._binding import Binding, BindingError, BindingReport, RefusedStep
-from ._engine import EXTENSION_ERROR, masks, mechanisms, set_affinity
+from ._engine import EXTENSION_ERROR, bind_process, masks, mechanisms
 
 if EXTENSION_ERROR is None:
     from . import _spawn
@@ -275,27 +275,15 @@ class Popen(_Stock):  # type: ignore[type-arg]
         if wanted:
             raise OSError(errno.ENOTSUP, f"die_with_parent and cgroup need rankspawn's engine: {_why_no_engine()}")
         binding = self._binding
-        if binding is not None and binding.memory is not None:
-            self._refuse("set_mempolicy", errno.ENOTSUP)
+        if binding is not None and binding.memory is not None and binding.required:
+            raise BindingError.refused("set_mempolicy", errno.ENOTSUP, binding)
         with _opened_here(self._opened_by_child) as fds:
             for number, fd in fds.items():
                 seam[_SEAM.index(("p2cread", "c2pwrite", "errwrite")[number]) - 1] = fd
             super()._execute_child(*seam)  # type: ignore[misc]
         self.mechanism = "subprocess"
-        if binding is not None and binding.cpus is not None:
-            code = set_affinity(self.pid, binding.cpus)
-            try:
-                if code:
-                    self._refuse("sched_setaffinity", code)
-            except BindingError:
-                self.kill()
-                self.wait()
-                raise
-
-    def _refuse(self, step: str, code: int) -> None:
-        if self._binding is not None and self._binding.required:
-            raise BindingError.refused(step, code, self._binding)
-        self._refused += (RefusedStep(step, code),)
+        if binding is not None:
+            self._refused = bind_process(self.pid, binding)
 
     if os.name == "posix":
 
