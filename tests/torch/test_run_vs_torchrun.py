@@ -23,8 +23,6 @@ DIFFERENCES: dict[str, tuple[object, object]] = {
     "TORCHELASTIC_ERROR_FILE": (..., None),
     # torchrun's own option, which reaches ranks because it is kept in the agent's environment.
     "TORCHELASTIC_SIGNALS_TO_HANDLE": (..., None),
-    # What NCCL's watchdog does after an error: 1 is torchrun's choice, unset is torch's own (3).
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": ("1", None),
     # The clock when the rank was called.
     "RANKSPAWN_CALL_NS": (None, ...),
 }
@@ -43,8 +41,8 @@ Path(__file__).with_name("said-" + os.environ["RANK"]).write_text(json.dumps(abo
 print("out", os.environ["RANK"])
 print("err", os.environ["RANK"], file=sys.stderr)
 """
-# The double dashes too: both commands take the first of them for themselves, where it stands right behind the script.
-ARGUMENTS = ["--", "--nproc-per-node", "7", "-m", "", "a b", "ü", "--", "--log-dir"]
+# torchrun takes a double dash right behind the script for itself; ours leaves the script its own, as the README says.
+ARGUMENTS = ["--nproc-per-node", "7", "-m", "", "a b", "ü", "--", "--log-dir"]
 
 
 @dataclass
