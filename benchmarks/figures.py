@@ -11,7 +11,8 @@ from harness import Bench, Case, Group, Situation, Timings
 
 @dataclass(frozen=True)
 class Figure:
-    """The ratio ``over`` / ``under``; without ``under``, the median of ``over`` in microseconds.
+    """The ratio ``over`` / ``under``, or ``over`` - ``beyond`` in milliseconds, or else the median of ``over`` in
+    microseconds.
 
     most, least: the target, if there is one.
     """
@@ -19,13 +20,22 @@ class Figure:
     text: str
     over: Case
     under: Case | None = None
+    beyond: Case | None = None
     most: float | None = None
     least: float | None = None
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """All that it is made of."""
+        return tuple(case for case in (self.over, self.under, self.beyond) if case is not None)
 
     def measured(self, timings: Timings) -> tuple[float, float, float]:
         """(median, lower quartile, upper quartile). Raises Unable where a case could not run."""
         if self.under is not None:
             return timings.ratio(self.over, self.under)
+        if self.beyond is not None:
+            middle, low, high = timings.difference(self.over, self.beyond)
+            return middle / 1e6, low / 1e6, high / 1e6
         low, middle, high = quantiles(timings.samples(self.over), n=4)
         return middle / 1000, low / 1000, high / 1000
 
@@ -167,12 +177,50 @@ def _threads() -> Section:
     )
 
 
+def _placement() -> Section:
+    loaded = Situation(name="placement")  # its own process: torch's functions are pointed at another machine there
+    known = Case("place(), the topology known", "plan", (), loaded)
+    whole = Case("Topology.read() and place()", "plan", (("whole", True),), loaded)
+    theirs = Case("torch's functions, 8 ranks", "plan", (("api", "torch"),), loaded)
+    files = Case("open() and read()", "files", (), loaded)
+    bare, ours, popen, stock = (
+        Case(f"python -c {code!r}", "interpreter", (("code", code), ("light", "rankspawn" in code)))
+        for code in ("pass", "import rankspawn", "from rankspawn import Popen", "import subprocess")
+    )
+    # What the installed command runs.
+    command = "from rankspawn._cli import main; sys.exit(main(['plan', '--nproc-per-node', '2']))"
+    plan = Case("rankspawn plan --nproc-per-node 2", "interpreter", (("code", command),))
+    return Section(
+        Group(
+            "placement", (known, whole, theirs, files, bare, ours, popen, stock, plan), blocks=30, rounds=4, warmup=1
+        ),
+        (
+            Figure(
+                "torch's functions, pointed at the tree / place(), topology known",
+                theirs,
+                known,
+                least=50.0,
+            ),
+            Figure("  / Topology.read() and place(), which finds the devices", theirs, whole),
+            Figure("Topology.read() and place() / open() and read() of its files", whole, files, most=5.0),
+            Figure("import rankspawn adds to a bare start (ms)", ours, beyond=bare, most=15.0),
+            Figure("  from rankspawn import Popen (ms)", popen, beyond=bare),
+            Figure("  import subprocess (ms)", stock, beyond=bare),
+            Figure("rankspawn plan --nproc-per-node 2 / python -c pass", plan, bare, most=3.0),
+        ),
+    )
+
+
 # Printed under the table.
 NOTES = (
     "torch: where it sees no GPU, the device properties it asks for are those of some PCI device; the rest is its own.",
     "Log files: the caller opens them for subprocess, and closes them; for rankspawn they are opened by the child.",
+    "Plans: 8 ranks, exclusive, 8 GPUs, on a made-up tree of 256 CPUs in 2 sockets, in memory. torch's functions are",
+    "patched to read below its root and to be told its GPUs; they read its files again for each rank.",
+    "Starts: python -I with compiled files; plan is what the installed script runs. Neither import loads rich, psutil,",
+    "asyncio, pynvml or torch, which is checked.",
 )
-SECTIONS = (_spawn(), _handlers(), _fds(), _memory(), _notice(), _threads())
+SECTIONS = (_spawn(), _handlers(), _fds(), _memory(), _notice(), _threads(), _placement())
 
 
 class Measured:

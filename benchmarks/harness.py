@@ -82,16 +82,27 @@ class Timings:
 
     def ratio(self, case: Case, base: Case) -> tuple[float, float, float]:
         """(median, lower and upper quartile) of case / base, block by block: neighbours in time are compared."""
+        return _quartiles([ours / theirs for ours, theirs in self._pairs(case, base)])
+
+    def difference(self, case: Case, base: Case) -> tuple[float, float, float]:
+        """The same of case - base, in nanoseconds."""
+        return _quartiles([ours - theirs for ours, theirs in self._pairs(case, base)])
+
+    def _pairs(self, case: Case, base: Case) -> list[tuple[float, float]]:
+        """The median of each block of both."""
         self._check(case)
         self._check(base)
         pairs = zip(self.blocks[case], self.blocks[base], strict=True)
-        ratios = [median(ours) / median(theirs) for ours, theirs in pairs]
-        low, middle, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        return middle, low, high
+        return [(median(ours), median(theirs)) for ours, theirs in pairs]
 
     def _check(self, case: Case) -> None:
         if case in self.unable:
             raise Unable(self.unable[case])
+
+
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    low, middle, high = quantiles(values, n=4) if len(values) > 1 else values * 3
+    return middle, low, high
 
 
 class Bench:

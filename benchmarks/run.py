@@ -51,8 +51,7 @@ class Row:
 def row(figure: Figure, timings: Timings) -> Row:
     try:
         value, low, high = figure.measured(timings)
-        cases = [case for case in (figure.over, figure.under) if case is not None]
-        times = " / ".join(f"{timings.median(case) / 1000:,.1f}" for case in cases)
+        times = " / ".join(f"{timings.median(case) / 1000:,.1f}" for case in figure.cases)
     except Unable as why:
         return Row(figure, note=str(why))
     return Row(figure, f"{value:,.2f}", f"{low:,.2f}-{high:,.2f}", times, figure.met(value))

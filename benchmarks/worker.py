@@ -6,8 +6,10 @@ short blocks of work in turns, so that competitors meet the same noise. Every jo
 
 from __future__ import annotations
 
+import builtins
 import gc
 import importlib
+import importlib.util
 import json
 import mmap
 import os
@@ -15,10 +17,12 @@ import random
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from shutil import which
 from time import perf_counter_ns
@@ -267,6 +271,119 @@ def threads_job(place: Place, *, api: str, threads: int, batch: int = 200) -> Jo
     return once
 
 
+@cache
+def made_up_machine() -> tuple[tempfile.TemporaryDirectory[str], tuple[str, ...]]:
+    """A sysfs tree of 2 sockets, 256 CPUs and 8 GPUs, and the GPUs' addresses. In memory where there is such a folder,
+    as sysfs is; the kernel's own takes longer to open and read, so that what is beside reading weighs more here."""
+    source = Path(__file__).resolve().parent.parent / "tests" / "sysfs_tree.py"
+    if not source.exists():
+        raise Skip(f"tests/{source.name}, which makes the tree, is not here")
+    # By its path: with tests/ on sys.path, tests/torch would pass for torch.
+    spec: Any = importlib.util.spec_from_file_location("sysfs_tree", source)
+    trees = sys.modules["sysfs_tree"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(trees)
+    memory = Path("/dev/shm")
+    folder = tempfile.TemporaryDirectory(prefix="rankspawn-bench-", dir=memory if os.access(memory, os.W_OK) else None)
+    gpus = tuple(trees.Gpu(node=number // 4) for number in range(8))
+    machine = trees.Machine(sockets=2, caches=8, cores=8, threads=2, gpus=gpus, allowed="0-255")
+    trees.write(Path(folder.name), machine)
+    return folder, tuple(trees.address(number) for number in range(8))
+
+
+def plan_job(place: Place, *, api: str = "rankspawn", whole: bool = False) -> Job:
+    """The CPUs of 8 ranks on the made-up machine, mode exclusive. whole: the topology is read and the devices are found
+    each time; torch reads what it needs for each rank in any case."""
+    rankspawn = module("rankspawn")
+    folder, addresses = made_up_machine()
+    topology = rankspawn.Topology.read(folder.name)
+    devices = module("rankspawn._devices").find_devices(topology)
+    expected = [binding.cpus for binding in rankspawn.place(topology, "exclusive", nprocs=8, devices=devices)]
+
+    def known() -> list[Any]:
+        return [binding.cpus for binding in rankspawn.place(topology, "exclusive", nprocs=8, devices=devices)]
+
+    def read() -> list[Any]:
+        found = rankspawn.Topology.read(folder.name)
+        return [binding.cpus for binding in rankspawn.place(found, "exclusive", nprocs=8)]
+
+    plan = read if whole else known
+    if api == "torch":
+        plan = torch_plan(folder.name, addresses, topology.allowed_cpus)
+    if plan() != expected or len(frozenset().union(*expected)) != 256:
+        raise RuntimeError(f"{api} plans other CPUs on the made-up machine: {plan()}, not {expected}")
+
+    def once() -> int:
+        began = perf_counter_ns()
+        plan()
+        return perf_counter_ns() - began
+
+    return once
+
+
+def torch_plan(root: str, addresses: Iterable[str], allowed: Iterable[int]) -> Callable[[], list[Any]]:
+    """torch's functions for each of the ranks, made to read below ``root``, where they see GPUs at ``addresses``."""
+    module("torch")
+    binding: Any = importlib.import_module("torch.numa.binding")
+    gpus = []
+    for address in addresses:
+        domain, bus, slot = (int(part, 16) for part in address.removesuffix(".0").split(":"))
+        gpus.append(SimpleNamespace(pci_domain_id=domain, pci_bus_id=bus, pci_device_id=slot))
+    cuda = SimpleNamespace(device_count=lambda: len(gpus), get_device_properties=lambda index: gpus[index])
+    binding.torch = SimpleNamespace(cuda=cuda)
+    binding.open = lambda path: builtins.open(root + path)
+    binding.os = SimpleNamespace(
+        path=os.path, listdir=lambda path: os.listdir(root + path), sched_getaffinity=lambda _pid: set(allowed)
+    )
+    options = binding.NumaOptions(affinity_mode=binding.AffinityMode.EXCLUSIVE)
+    cpus = binding._get_logical_cpus_to_bind_to
+    return lambda: [cpus(gpu_index=rank, numa_options=options) for rank in range(len(gpus))]
+
+
+def files_job(place: Place) -> Job:
+    """The files that a whole plan opens on the made-up machine, each read once by plain ``open``."""
+    folder, _ = made_up_machine()
+    tree = module("rankspawn._topology").Tree(folder.name)
+    topology = module("rankspawn").Topology.read(tree)
+    module("rankspawn._devices").find_devices(topology, tree=tree)
+    paths = [f"{folder.name}/{path}" for path in tree.opened]
+
+    def once() -> int:
+        began = perf_counter_ns()
+        for path in paths:
+            with open(path) as file:
+                file.read()
+        return perf_counter_ns() - began
+
+    return once
+
+
+# What nobody should pay for who only imports the package.
+HEAVY = {"asyncio", "psutil", "pynvml", "rich", "torch"}
+
+
+def interpreter_job(place: Place, *, code: str, light: bool = False) -> Job:
+    """A Python that runs ``code`` and ends. light: code that may import nothing heavy.
+
+    It is isolated (-I), so that no variable and no folder of the user's changes its start, and PYTHONDONTWRITEBYTECODE
+    cannot keep it from having compiled files. -I leaves PYTHONPATH out too: our package is named by its folder.
+    """
+    if "rankspawn" in code:
+        code = f"import sys; sys.path.insert(0, {str(Path(module('rankspawn').__file__).parent.parent)!r}); {code}"
+    argv = [sys.executable, "-I", "-c", code]
+    if light:
+        listing = [*argv[:-1], f"{code}; sys.stderr.write(' '.join(sys.modules))"]
+        loaded = subprocess.run(listing, stderr=subprocess.PIPE, text=True, check=True).stderr.split()
+        if heavy := HEAVY.intersection(loaded):
+            raise RuntimeError(f"{code!r} imports {', '.join(sorted(heavy))}")
+
+    def once() -> int:
+        began = perf_counter_ns()
+        process = subprocess.Popen(argv)
+        return reaped(process) - began
+
+    return once
+
+
 JOBS: dict[str, Callable[..., Job]] = {
     "popen": popen_job,
     "extension": extension_job,
@@ -274,6 +391,9 @@ JOBS: dict[str, Callable[..., Job]] = {
     "handler": handler_job,
     "notice": notice_job,
     "threads": threads_job,
+    "plan": plan_job,
+    "files": files_job,
+    "interpreter": interpreter_job,
 }
 
 
