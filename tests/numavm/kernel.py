@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import os
 import re
 import shutil
+import signal
 import stat
 import struct
 import subprocess
@@ -42,7 +44,11 @@ def kernel(wanted: str, cache: Path) -> Kernel:
             made.mkdir()
             package = Path(wanted) if wanted.endswith(".deb") else _download(wanted, Path(temporary))
             _take_apart(package, Path(temporary, "unpacked"), made)
-            made.rename(folder)
+            try:
+                made.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another run was faster
+                    raise
     return Kernel(folder / "image", tuple(sorted(folder.glob("*.ko"))))
 
 
@@ -53,24 +59,39 @@ def _download(name: str, folder: Path) -> Path:
             "the virtual machine boots Debian's kernel, and there is no apt-get here to download it with. Where a"
             " package file is at hand: --kernel linux-image-VERSION-amd64.deb"
         )
-    # From another user's temporary folder apt warns that it cannot drop its privileges.
-    depends = subprocess.run(["apt-cache", "depends", name], capture_output=True, text=True).stdout
-    newest = re.search(r"Depends: (linux-image-\d\S*)", depends)
+    newest = re.search(r"Depends: (linux-image-\d\S*)", _run("apt-cache", "depends", name)[1])
+    # As root apt would go on as another user, who may not write to a temporary folder of ours, and warn of that.
     command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", newest[1] if newest else name]
-    said = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    status, said = _run(*command, cwd=folder)
     packages = list(folder.glob("*.deb"))
-    if said.returncode or not packages:
+    if status or not packages:
         raise Unavailable(
-            f"{' '.join(command)} failed; it needs the network, and package lists (apt-get update):\n{said.stdout}"
+            f"{' '.join(command)} failed; it needs the network, and package lists (apt-get update):\n{said}"
         )
     return packages[0]
 
 
+def _run(*command: str, cwd: Path | None = None) -> tuple[int, str]:
+    """The status and the output of a command. At an interruption what it started ends with it (dpkg-deb starts tar),
+    so that the folder it writes to can be removed."""
+    process = subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    with process:
+        try:
+            said = process.communicate()[0]
+            return process.returncode, said
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()  # To the end of the output, which is when all of them have ended.
+            raise
+
+
 def _take_apart(package: Path, unpacked: Path, made: Path) -> None:
     """Keep the image and the few modules of a package that unpacks to half a gigabyte."""
-    said = subprocess.run(["dpkg-deb", "-x", package, unpacked], stderr=subprocess.PIPE, text=True)
-    if said.returncode:
-        raise Unavailable(f"{package} cannot be unpacked: {said.stderr.strip()}")
+    status, said = _run("dpkg-deb", "-x", str(package), str(unpacked))
+    if status:
+        raise Unavailable(f"{package} cannot be unpacked: {said.strip()}")
     images = list(unpacked.glob("boot/vmlinuz*"))
     if not images:
         raise Unavailable(f"there is no kernel in {package.name}")

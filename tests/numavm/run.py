@@ -81,8 +81,9 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=600, help="seconds for the checks (%(default)g)")
     parser.add_argument("--show", action="store_true", help="print QEMU's command line and the console as well")
     options = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         provide_programs()
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -257,8 +258,11 @@ class Machine:
         while (line := self._line(started + limit)) is not None:
             if line.startswith("numavm: exit "):
                 print(f"numavm: the checks took {time.monotonic() - started:.1f} s")
-                print(counts or "0 passed, 0 failed: the checks did not run", flush=True)
-                return 0 if line == "numavm: exit 0" else 1 if counts else 2
+                if not counts:
+                    print("numavm: the checks did not finish", file=sys.stderr)
+                    return 2
+                print(counts, flush=True)
+                return 0 if line == "numavm: exit 0" else 1
             if _COUNTS.fullmatch(line):
                 counts = line
             else:
