@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ def patiently(attempt: Callable[[], object]) -> None:
 
 
 class Group:
-    """A cgroup with these settings. As a context it is removed at the end; it must be empty by then."""
+    """A cgroup with these settings."""
 
     def __init__(self, folder: Path, **settings: str) -> None:
         self.folder = folder
@@ -60,6 +61,12 @@ class Group:
         finally:
             self.folder.parent.joinpath("cgroup.procs").write_text("0")
 
+    def remove(self) -> None:
+        """End whoever is in it, and remove it."""
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)
+        patiently(self.folder.rmdir)
+
     @classmethod
     @contextmanager
     def of(cls, controller: str, name: str, **settings: str) -> Iterator[Group]:
@@ -70,7 +77,7 @@ class Group:
         try:
             yield group
         finally:
-            group.folder.rmdir()
+            group.remove()
             children.write_text(f"-{controller}")
 
     @classmethod
@@ -86,7 +93,7 @@ class Group:
             try:
                 yield group
             finally:
-                group.folder.rmdir()
+                group.remove()
 
 
 @contextmanager

@@ -165,7 +165,6 @@ def test_a_child_is_born_in_its_cgroup(touched: Start) -> None:
         group["pids.max"] = "1"
         with pytest.raises(BlockingIOError):
             touched(cgroup=group.folder)
-        child.process.communicate()
 
 
 def test_without_clone3_a_child_moves_into_its_cgroup_before_it_runs(touched: Start) -> None:
@@ -178,7 +177,6 @@ def test_without_clone3_a_child_moves_into_its_cgroup_before_it_runs(touched: St
         child = in_thread(start)
         assert group_of(child.pid) == "/jobs"
         assert child.process.binding_report.effective == bound(machine.CPUS[2], "bind", {3})
-        child.process.communicate()
 
 
 def test_a_cgroup_that_takes_nobody_is_an_error(touched: Start) -> None:
