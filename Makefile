@@ -36,7 +36,7 @@ PIP_FAILED = { echo "make: pip could not install what is named above. It needs a
   echo "make: a proxy (https_proxy) or your pip configuration, then run the same make again."; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lint-python lint-types lint-cython lint-c format test-asan test-cpython test-numavm test-torch bench package clean distclean
+.PHONY: help demo test lint lint-python lint-types lint-cython lint-c format test-asan test-cpython test-numavm test-torch test-gpu test-gpu-here bench package clean distclean
 
 help: ## print these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -102,6 +102,14 @@ test-numavm: $(VENV)/.test $(VENV)/.built ## bindings on a kernel with five NUMA
 test-torch: $(TORCH_VENV)/.built ## our handler beside torch's, and the DDP example (installs torch into .venv-torch)
 	$(TORCH_PY) -m pytest tests/torch tests/test_handler.py $(PYTEST_ARGS)
 	$(TORCH_VENV)/bin/rankspawn run --nproc-per-node 2 --numa-binding node examples/ddp_digits.py
+
+# Asked before anything is installed: torch alone is gigabytes, and without a GPU there is nothing to test.
+test-gpu: ## devices beside torch.cuda and nvidia-smi, where there is an NVIDIA GPU (installs torch into .venv-torch)
+	@if nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then $(MAKE) --no-print-directory test-gpu-here; \
+	else echo "make: no NVIDIA GPU here (nvidia-smi -L lists none): nothing was tested"; fi
+
+test-gpu-here: $(TORCH_VENV)/.nvidia
+	$(TORCH_PY) -m pytest tests/gpu $(PYTEST_ARGS)
 
 # torch's handler is a competitor where it is installed: after `make test-torch` the benchmarks run beside it.
 bench: $(VENV)/.test $(VENV)/.built | build/.test-tools ## measure: the figures of docs/benchmarks.md (BENCH_ARGS="--effort 0.2": a quick look)
@@ -208,6 +216,10 @@ $(TORCH_VENV)/.build-tools: $(TORCH_VENV)/.made
 # "Editable": the .so lies in src/rankspawn, and Python files need no second install.
 $(VENV)/.built $(TORCH_VENV)/.built: %/.built: %/.build-tools $(ENGINE) pyproject.toml | build/.system
 	$*/bin/python -m pip install -q --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(TORCH_VENV)/.nvidia: $(TORCH_VENV)/.built
+	@$(TORCH_PY) -m pip install -q 'nvidia-ml-py >= 12' || $(PIP_FAILED)
 	@touch $@
 
 build/asan/.built: $(VENV)/.build-tools $(ENGINE) $(wildcard src/rankspawn/*.py)
