@@ -242,7 +242,7 @@ def _supervise(group: RankGroup, signals: socket.socket) -> int:
             break
         ask = None
         for number in group.wait_any(left):
-            returncode = group.ranks[number].returncode
+            returncode = group.returncodes[number]
             if returncode and status is None:
                 print(f"rankspawn: rank {number} {_how_it_ended(returncode)}", file=sys.stderr)
                 status = returncode if returncode > 0 else 128 - returncode

@@ -69,13 +69,17 @@ def free_port(address: str) -> int:
 
 
 class RankGroup:
-    """Ranks that live and die together. Leaving the ``with`` block ends those that still run.
+    """Ranks that live and die together. Leaving the ``with`` block ends those that still run, and what they started.
 
-    ranks: the Popen objects, in rank order.
+    ranks: the Popen objects, in rank order. returncodes: of the ranks that wait_any() has seen to end, by number.
+
+    A rank that has ended is not reaped before the group is: until then its number is its own, and its process group can
+    be signalled without a race on every kernel.
     """
 
     def __init__(self, ranks: Sequence[Popen]) -> None:
         self.ranks = tuple(ranks)
+        self.returncodes: dict[int, int] = {}
         self._selector = selectors.DefaultSelector()
         self._running = dict(enumerate(self.ranks))
         for number, rank in self._running.items():
@@ -99,13 +103,15 @@ class RankGroup:
         """
         until = None if timeout is None else time.monotonic() + timeout
         while self._running:
-            ended = [number for number, rank in self._running.items() if rank.poll() is not None]
+            seen = {number: _status(rank) for number, rank in self._running.items()}
+            ended = {number: status for number, status in seen.items() if status is not None}
             if ended:
+                self.returncodes.update(ended)
                 for number in ended:
                     rank = self._running.pop(number)
                     if rank.pidfd is not None:
                         self._selector.unregister(rank.pidfd)
-                return ended
+                return list(ended)
             left = None if until is None else until - time.monotonic()
             if left is not None and left <= 0:
                 break
@@ -140,10 +146,12 @@ class RankGroup:
         self.kill()
 
     def kill(self) -> None:
-        """SIGKILL to every rank's process group, and a wait for the ranks."""
+        """SIGKILL to every rank's process group, a wait for the ranks, and their end: they are reaped."""
         self.send_signal(_KILL)
         while self._running:
             self.wait_any()
+        for rank in self.ranks:
+            rank.wait()
 
     def close(self) -> None:
         """End what runs, and let go of the descriptors."""
@@ -198,6 +206,19 @@ def launch(
         for rank in ranks:
             rank.wait()
         raise
+
+
+def _status(rank: Popen) -> int | None:
+    """How a rank has ended, as a returncode, without reaping it; None while it runs."""
+    if rank.returncode is not None or not hasattr(os, "waitid"):
+        return rank.poll()
+    try:
+        ended = os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return rank.poll()  # reaped behind our back
+    if ended is None:
+        return None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
 
 def _signal(rank: Popen, sig: int) -> None:
