@@ -236,6 +236,12 @@ def test_a_rank_leads_a_session_and_has_only_its_streams() -> None:
 
 
 @linux
+def test_variables_that_would_shrink_the_mask_are_said() -> None:
+    done = completed(in_ranks("pass", "--numa-binding", "node"), env=environment_here(OMP_PROC_BIND="close"))
+    assert done.returncode == 0
+    assert "OMP_PROC_BIND=close makes the OpenMP runtime pin" in done.stderr
+
+
 def test_a_rank_starts_with_no_signal_blocked_or_ignored() -> None:
     code = SAY + "say([line.split()[1] for line in open('/proc/self/status') if line[:7] in ('SigBlk:', 'SigIgn:')])\n"
     blocked, ignored = said(completed(in_ranks(code)).stdout)[0]

@@ -23,7 +23,7 @@ PLACES = {"_binding", "_devices", "_topology", "_placement"}
 ARROWS: dict[str, set[str]] = {
     "__init__": {"_group", "_handler", "_popen", *PLACES},
     "__main__": {"_cli"},
-    "_cli": {"_engine", "_group", "_handler", "_options", "_show", "_doctor", *PLACES},
+    "_cli": {"_engine", "_group", "_handler", "_openmp", "_options", "_show", "_doctor", *PLACES},
     "torchrun": {"_group", "_handler", "_options", "_show", "_doctor", *PLACES},
     "_doctor": {"_popen", "_engine", "_spawn", *PLACES},
     "_show": {"_options", "_openmp", "_svg", *PLACES},

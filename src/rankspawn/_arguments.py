@@ -12,6 +12,8 @@ from typing import Any
 
 def command_and_program(args: Any, executable: Any, shell: bool) -> tuple[list[Any], Any]:
     """The argument list and the program, from Popen's args, executable and shell, as subprocess makes them."""
+    if type(args) is list and executable is None and not shell:
+        return args, args[0]
     command: list[Any]
     if isinstance(args, (str, bytes)):
         command = [args]

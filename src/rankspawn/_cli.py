@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ._binding import BindingError
+from ._openmp import affinity_warnings
 from ._options import add_placement_options, placement
 from ._show import add_commands
 from ._topology import PlacementError, Topology
@@ -155,7 +156,7 @@ def _checked_plan(args: argparse.Namespace) -> Sequence[Rank | None]:
     if not placed:
         return [None] * args.nproc_per_node
     ranks = placement(args, Topology.read(), args.nproc_per_node)
-    for note in dict.fromkeys(note for rank in ranks for note in rank.notes):
+    for note in dict.fromkeys([*(note for rank in ranks for note in rank.notes), *affinity_warnings(os.environ)]):
         print(f"rankspawn: {note}", file=sys.stderr)
     return ranks
 

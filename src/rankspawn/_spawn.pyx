@@ -149,15 +149,18 @@ cdef class _Strings:
         PyMem_Free(self.text)
         PyMem_Free(self.pointers)
 
-    cdef int append(self, const char *data, size_t size) except -1:
-        cdef size_t room
-        if self.used + size > self.room:
-            room = 2 * (self.used + size) + 256
+    cdef int reserve(self, size_t room) except -1:
+        if room > self.room:
             grown = PyMem_Realloc(self.text, room)
             if grown is NULL:
                 raise MemoryError()
             self.text = <char *>grown
             self.room = room
+        return 0
+
+    cdef int append(self, const char *data, size_t size) except -1:
+        if self.used + size > self.room:
+            self.reserve(2 * (self.used + size) + 256)
         if size:  # nothing may be copied from or to NULL, not even nothing
             memcpy(self.text + self.used, data, size)
         self.used += size
@@ -213,10 +216,19 @@ cdef class _Strings:
 
     cdef int add_all(self, char **strings) except -1:
         # A copy, made with the GIL held: os.environ in another thread moves the table, and in musl the strings too.
-        while strings is not NULL and strings[0] is not NULL:
+        cdef size_t i, size = 0
+        if strings is NULL:
+            return 0
+        for i in range(<size_t>-1):
+            if strings[i] is NULL:
+                break
+            size += strlen(strings[i]) + 1
+        self.reserve(size)
+        for i in range(<size_t>-1):
+            if strings[i] is NULL:
+                break
             self.begin()
-            self.append(strings[0], strlen(strings[0]) + 1)
-            strings += 1
+            self.append(strings[i], strlen(strings[i]) + 1)
         return 0
 
     cdef char **ready(self) except NULL:
