@@ -11,8 +11,8 @@ import pytest
 _counts: Counter[str] = Counter()
 _seconds: dict[str, float] = {}
 _failed: set[str] = set()
-_aside: dict[str, tuple[str, str]] = {}
-"""What neither passed nor failed: known to fail, or skipped; and why."""
+_skipped: dict[str, str] = {}
+"""The checks that were skipped, and why."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,18 +29,14 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Set-up and tear-down count with the check: the fixture that looks for leftovers fails there."""
     name = report.nodeid.rpartition("/")[2].replace(".py::test_", ": ").removeprefix("checks_")
     _seconds[name] = _seconds.get(name, 0.0) + report.duration
-    if hasattr(report, "wasxfail") and report.skipped:
-        _aside[name] = "known", report.wasxfail
-    elif report.skipped:
-        _aside[name] = (
-            "skipped",
-            str(report.longrepr[2]).removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else "",
-        )
+    if report.skipped:
+        _skipped[name] = str(report.longrepr[2]).removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
     elif not report.passed:
         _failed.add(name)
         print(f"---- {name}, {report.when}\n{report.longreprtext}\n{report.capstdout}{report.capstderr}", flush=True)
     if report.when == "teardown":
-        result, why = ("failed", "") if name in _failed else _aside.get(name, ("passed", ""))
+        why = "" if name in _failed else _skipped.get(name, "")
+        result = "failed" if name in _failed else "skipped" if name in _skipped else "passed"
         _counts[result] += 1
         print(f"{result:7} {_seconds[name]:5.2f} s  {name}{why and ': '}{why}", flush=True)
 
@@ -52,6 +48,6 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    if _aside:
-        print(f"{_counts['known']} known to fail, {_counts['skipped']} skipped; the others:", flush=True)
+    if _skipped:
+        print(f"{_counts['skipped']} skipped; the others:", flush=True)
     print(f"{_counts['passed']} passed, {_counts['failed']} failed", flush=True)
