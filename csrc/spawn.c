@@ -158,7 +158,7 @@ attempt_all(struct attempt *attempt, struct spawn_result *result)
     struct spawn_result *shown = attempt->start.result;
     for (;;) {
         int pidfd;
-        shown->step = STEP_NONE;
+        *shown = (struct spawn_result){.step = STEP_NONE};
         pid_t pid = clone_once(attempt, &pidfd);
         if (pid < 0) {
             result->step = after_refusal(attempt, result);
