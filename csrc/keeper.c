@@ -66,7 +66,6 @@ spawn_by_keeper(const struct spawn_request *request, struct spawn_result *result
     if (error) {
         memset(result, 0, sizeof *result);
         result->pidfd = -1;
-        result->mechanism = SPAWN_CLONE;
         result->step = STEP_THREAD;
         result->error = error;
     } else {

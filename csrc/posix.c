@@ -137,7 +137,6 @@ spawn_by_posix(const struct spawn_request *request, struct spawn_result *result)
 {
     memset(result, 0, sizeof *result);
     result->pidfd = -1;
-    result->mechanism = SPAWN_POSIX;
     if (!can_express(request)) {
         return SPAWN_DECLINED;
     }

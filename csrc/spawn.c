@@ -205,7 +205,6 @@ spawn_by_clone(const struct spawn_request *request, struct spawn_result *result,
 {
     memset(result, 0, sizeof *result);
     result->pidfd = -1;
-    result->mechanism = SPAWN_CLONE;
     /* The ids: hazard 5 in child.c. Without shared memory the child's report needs a page of its own. */
     bool changes_ids = request->set_uid || request->set_gid || request->groups_count >= 0;
     struct spawn_result own = {0}, *shown = &own;

@@ -92,9 +92,8 @@ struct spawn_result {
     pid_t pid;
     int pidfd; /* close-on-exec; -1 where there is none, and pidfd_error says why */
     int pidfd_error;
-    int mechanism; /* enum spawn_mechanism */
-    int step;      /* enum spawn_step; STEP_NONE when the program was executed */
-    int error;     /* errno of that step */
+    int step;  /* enum spawn_step; STEP_NONE when the program was executed */
+    int error; /* errno of that step */
     int affinity_error;
     int mempolicy_error; /* errno of a refused optional step; 0: not asked, or done */
 };

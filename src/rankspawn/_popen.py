@@ -46,7 +46,6 @@ if os.name == "posix":
             " a newer rankspawn is needed, or subprocess was patched first"
         )
 
-_SAME_AS_STDOUT = -2
 _READ, _WRITE = os.O_RDONLY, os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 _NO_HANDLES = (-1,) * 6
@@ -193,7 +192,7 @@ class Popen(_Stock):  # type: ignore[type-arg]
                 continue
             streams[number] = None
         if 1 in opened and (stderr == subprocess.STDOUT or opened[1] == opened.get(2)):
-            opened[2] = ("", _SAME_AS_STDOUT)
+            opened[2] = ("", 0)  # no path: what stdout is
             streams[2] = None
         if os.name == "posix":
             self._opened_by_child = opened
@@ -218,7 +217,7 @@ class Popen(_Stock):  # type: ignore[type-arg]
                     raise OSError(errno.EBADF, os.strerror(errno.EBADF))
                 if self._opened_by_child:
                     for number, (path, flags) in self._opened_by_child.items():
-                        streams[number] = (os.fsencode(path), flags) if path else flags
+                        streams[number] = (os.fsencode(path), flags) if path else _spawn.SAME_AS_STDOUT
                 kept = tuple(sorted(map(int, set(pass_fds)))) if pass_fds else ()
                 binding = self._binding
                 cpu_mask, mem_mode, node_mask = (None, -1, None) if binding is None else masks(binding)

@@ -1,6 +1,5 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-INHERIT: int
 SAME_AS_STDOUT: int
 CLONE: int
 POSIX_SPAWN: int

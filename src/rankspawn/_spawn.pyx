@@ -74,7 +74,6 @@ cdef extern from "spawn.h" nogil:
         pid_t pid
         int pidfd
         int pidfd_error
-        int mechanism
         int step
         int error
         int affinity_error
@@ -119,7 +118,6 @@ cdef extern from *:
     int rankspawn_set_mempolicy(int mode, const unsigned long *nodes, unsigned long bits)
 
 
-INHERIT = STREAM_INHERIT
 SAME_AS_STDOUT = STREAM_SAME_AS_STDOUT
 CLONE = SPAWN_CLONE
 POSIX_SPAWN = SPAWN_POSIX
