@@ -1,0 +1,87 @@
+"""Other processes as psutil sees them: what descends from a rank, and what a rank uses now."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    import psutil
+
+
+class Usage(TypedDict):
+    """What one process uses at the moment of asking, itself alone.
+
+    user, system: CPU seconds since it was started. rss: resident bytes. threads: how many it has.
+    """
+
+    user: float
+    system: float
+    rss: int
+    threads: int
+
+
+def usage_now(pid: int) -> Usage | None:
+    """What process ``pid`` uses; None when it has ended, reaped or not, or may not be looked at."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        with process.oneshot():
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return None
+            cpu, memory, threads = process.cpu_times(), process.memory_info(), process.num_threads()
+    except psutil.Error:
+        return None
+    return {"user": cpu.user, "system": cpu.system, "rss": memory.rss, "threads": threads}
+
+
+class ProcessTree:
+    """Who started whom: one look at all processes of the machine, taken when it is first needed.
+
+    psutil's own ``children()`` takes such a look for every process that it is asked about, which is one for each rank,
+    and it finds nothing below a process that has ended.
+    """
+
+    @cached_property
+    def _started_by(self) -> dict[int, list[tuple[psutil.Process, float]]]:
+        """By the number of the parent: processes that have not ended, and when they were created."""
+        import psutil
+
+        children: dict[int, list[tuple[psutil.Process, float]]] = {}
+        for pid in psutil.pids():
+            try:
+                process = psutil.Process(pid)
+                with process.oneshot():
+                    if process.status() != psutil.STATUS_ZOMBIE:
+                        children.setdefault(process.ppid(), []).append((process, process.create_time()))
+            except psutil.Error:
+                continue  # it ended meanwhile, or is none of our business
+        return children
+
+    def descendants(self, pid: int, born: float | None = None) -> list[psutil.Process]:
+        """The processes that ``pid`` started, and those that these started, parents first; not those that have ended.
+
+        born: when ``pid`` was created, as ``psutil.Process.create_time`` gives it; None asks, and finds nothing below a
+            process that has ended. It is of use where orphans keep the number of their parent (Windows).
+
+        Nobody is taken for the child of somebody younger: a parent's number that another process has by now leads to no
+        stranger. psutil's methods that signal check by the time of creation, too, that the number is still the
+        process's own. The number of ``pid`` itself must be held meanwhile: by a Popen that has not been waited for, or
+        on Windows by one that exists.
+        """
+        import psutil
+
+        if born is None:
+            try:
+                born = psutil.Process(pid).create_time()
+            except psutil.NoSuchProcess:
+                return []
+        found: dict[int, psutil.Process] = {}
+        parents = [(pid, born)]
+        for parent, since in parents:
+            for process, created in self._started_by.get(parent, ()):
+                if created >= since and process.pid not in found:
+                    found[process.pid] = process
+                    parents.append((process.pid, created))
+        return list(found.values())
