@@ -55,15 +55,10 @@ class _Box:
         return max(width, 6.6 * len(self.title)) + 2 * pad, height + 2 * pad + title
 
 
-class _Artist:
-    """Collects the elements; knows which ranks may use which CPU."""
+class Canvas:
+    """Collects the elements of a drawing, a line each. Positions and sizes are in pixels; ``kind`` is a class."""
 
-    def __init__(self, topology: Topology, ranks: Sequence[Rank]) -> None:
-        self.allowed = topology.allowed_cpus
-        self.users: dict[int, list[int]] = {}
-        for index, rank in enumerate(ranks):
-            for cpu in rank.binding.cpus or ():
-                self.users.setdefault(cpu, []).append(index)
+    def __init__(self) -> None:
         self.lines: list[str] = []
 
     def rect(self, x: float, y: float, w: float, h: float, kind: str) -> None:
@@ -74,7 +69,28 @@ class _Artist:
 
     def text(self, x: float, y: float, text: str, kind: str = "") -> None:
         attribute = f' class="{kind}"' if kind else ""
-        self.lines.append(f'<text{attribute} x="{x:.1f}" y="{y:.1f}">{_escaped(text)}</text>')
+        self.lines.append(f'<text{attribute} x="{x:.1f}" y="{y:.1f}">{escaped(text)}</text>')
+
+    def document(self, width: float, height: float, style: str) -> str:
+        """The whole SVG text."""
+        head = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}"'
+            f' viewBox="0 0 {width:.0f} {height:.0f}"><style>{style}</style>'
+            f'<rect class="paper" width="100%" height="100%" fill="#ffffff"/>'
+        )
+        return "\n".join([head, *self.lines, "</svg>", ""])
+
+
+class _Artist(Canvas):
+    """Knows which ranks may use which CPU."""
+
+    def __init__(self, topology: Topology, ranks: Sequence[Rank]) -> None:
+        super().__init__()
+        self.allowed = topology.allowed_cpus
+        self.users: dict[int, list[int]] = {}
+        for index, rank in enumerate(ranks):
+            for cpu in rank.binding.cpus or ():
+                self.users.setdefault(cpu, []).append(index)
 
     def box(self, box: _Box, x: float, y: float) -> None:
         w, h = box.size()
@@ -100,7 +116,7 @@ class _Artist:
             top = y + number * _CELL_H
             users = self.users.get(cpu, [])
             who = f", rank {format_ids(users)}" if users else ("" if cpu in self.allowed else ", not allowed")
-            self.lines.append(f"<g><title>CPU {cpu}{who}{_escaped(box.hint)}</title>")
+            self.lines.append(f"<g><title>CPU {cpu}{who}{escaped(box.hint)}</title>")
             fill = "#ffffff" if cpu in self.allowed else "#e4e8ec"
             self.fill(x, top, _CELL_W, _CELL_H, fill)
             for i, rank in enumerate(users[:6]):  # More stripes than six cannot be told apart; the title has them all.
@@ -112,7 +128,7 @@ class _Artist:
         self.rect(x, y, _CELL_W, _CELL_H * len(box.cpus), kind)
 
     def device(self, box: _Box, x: float, y: float, w: float, h: float) -> None:
-        self.lines.append(f"<g><title>{_escaped(box.hint)}</title>")
+        self.lines.append(f"<g><title>{escaped(box.hint)}</title>")
         self.rect(x, y, w, h, "device")
         for i, rank in enumerate(box.ranks):
             part = w / len(box.ranks)
@@ -141,12 +157,7 @@ def drawing(topology: Topology, devices: Sequence[Device], ranks: Sequence[Rank]
     width, height = machine.size()
     artist.box(machine, _PAD, _PAD)
     width, height = _legend(artist, ranks, width + 2 * _PAD, height + 2 * _PAD + _GAP)
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}"'
-        f' viewBox="0 0 {width:.0f} {height:.0f}"><style>{_STYLE}</style>'
-        f'<rect width="100%" height="100%" fill="#ffffff"/>'
-    )
-    return "\n".join([head, *artist.lines, "</svg>", ""])
+    return artist.document(width, height, _STYLE)
 
 
 def _legend(artist: _Artist, ranks: Sequence[Rank], width: float, y: float) -> tuple[float, float]:
@@ -228,5 +239,5 @@ def _columns(count: int) -> int:
     return next((columns for columns in range(side, 2 * side) if count % columns == 0), side)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
