@@ -588,6 +588,14 @@ def test_a_meeting_place_that_cannot_be(options: list[str]) -> None:
     assert options[1] in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("words", [["plan", "--help"], ["plan", "--unknown"]])
+@pytest.mark.parametrize("width", [60, 80, 150])
+def test_help_and_usage_are_as_wide_as_the_terminal(words: list[str], width: int) -> None:
+    done = completed([*LAUNCHER, *words], env={**os.environ, "COLUMNS": str(width)})
+    usage = re.findall(r"^(?:usage| {5,}\[).*", done.stdout + done.stderr, re.MULTILINE)
+    assert width - 30 < max(map(len, usage)) <= width - 2
+
+
 def test_help_names_every_option() -> None:
     done = completed([*LAUNCHER, "run", "--help"])
     assert (done.returncode, done.stderr) == (0, "")

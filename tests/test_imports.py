@@ -62,6 +62,9 @@ ARROWS: dict[str, set[str]] = {
 # Nothing of these is needed to start a rank, and each would add to every launcher's start.
 HEAVY = {"asyncio", "numpy", "psutil", "pynvml", "rich", "torch"}
 
+# The time of `rankspawn plan` is that of its imports: these were the most expensive, and are not needed.
+SLOW = {"shutil", "subprocess"}
+
 # By subject, in the order of the README.
 PUBLIC = {
     "Popen",
@@ -127,6 +130,16 @@ def test_import_is_light() -> None:
     script = "import json, sys, rankspawn; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True)
     assert HEAVY.intersection(json.loads(done.stdout)) == set()
+
+
+def test_a_plan_is_light() -> None:
+    # -I -S: what a site's own files import is not ours.
+    script = (
+        "import sys; sys.path.append(sys.argv.pop(1)); from rankspawn._cli import main; main(); print(*sys.modules)"
+    )
+    command = [sys.executable, "-I", "-S", "-c", script, str(SOURCE.parent), "plan", "--nproc-per-node", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert SLOW.isdisjoint(done.stdout.splitlines()[-1].split())
 
 
 def test_all_is_what_we_mean_to_promise() -> None:
