@@ -93,6 +93,19 @@ set_session(const struct child_start *start)
 }
 
 static void
+tell_guard(const struct child_start *start)
+{
+    int guard = start->request->guard_fd;
+    if (guard >= 0) {
+        /* Fewer bytes than PIPE_BUF: a pipe takes all of them or none. */
+        pid_t own = (pid_t)syscall(SYS_getpid);
+        if (syscall(SYS_write, guard, &own, sizeof own) != sizeof own) {
+            fail(start, STEP_GUARD);
+        }
+    }
+}
+
+static void
 reset_handlers(const struct child_start *start)
 {
     static const struct kernel_sigaction by_default;
@@ -332,6 +345,7 @@ child_main(void *argument)
     const struct spawn_request *request = start->request;
     join_cgroup(start);
     set_session(start);
+    tell_guard(start);
     reset_handlers(start);
     bind_to(start);
     /* Before the descriptors: a folder like /proc/self/fd/N needs the caller's table. */

@@ -54,7 +54,7 @@ can_express(const struct spawn_request *request)
 #endif
     return !request->cwd && !request->pass_fds_count && request->umask < 0 && !request->set_gid && !request->set_uid &&
            request->groups_count < 0 && !request->cpu_mask && request->mem_mode < 0 && !request->death_signal &&
-           request->cgroup_fd < 0;
+           request->cgroup_fd < 0 && request->guard_fd < 0;
 }
 
 static int
@@ -99,7 +99,7 @@ add_streams(posix_spawn_file_actions_t *actions, const struct spawn_request *req
 }
 
 static void
-set_attributes(posix_spawnattr_t *attributes, const struct spawn_request *request)
+set_attributes(posix_spawnattr_t *attributes, const struct spawn_request *request, const sigset_t *child_mask)
 {
     short flags = 0;
 #ifdef POSIX_SPAWN_SETSID
@@ -117,6 +117,10 @@ set_attributes(posix_spawnattr_t *attributes, const struct spawn_request *reques
         posix_spawnattr_setsigdefault(attributes, &restored);
         flags |= POSIX_SPAWN_SETSIGDEF;
     }
+    if (child_mask) {
+        posix_spawnattr_setsigmask(attributes, child_mask);
+        flags |= POSIX_SPAWN_SETSIGMASK;
+    }
     posix_spawnattr_setflags(attributes, flags);
 }
 
@@ -133,7 +137,7 @@ open_pidfd(struct spawn_result *result)
 }
 
 int
-spawn_by_posix(const struct spawn_request *request, struct spawn_result *result)
+spawn_by_posix(const struct spawn_request *request, struct spawn_result *result, const sigset_t *child_mask)
 {
     memset(result, 0, sizeof *result);
     result->pidfd = -1;
@@ -144,7 +148,7 @@ spawn_by_posix(const struct spawn_request *request, struct spawn_result *result)
     posix_spawnattr_t attributes;
     posix_spawn_file_actions_init(&actions);
     posix_spawnattr_init(&attributes);
-    set_attributes(&attributes, request);
+    set_attributes(&attributes, request, child_mask);
     int step = STEP_CLONE, telling = 0;
     int error = add_streams(&actions, request, &step);
     if (!error) {

@@ -11,6 +11,7 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #ifdef __linux__
@@ -18,20 +19,38 @@
 #endif
 
 int
-spawn(const struct spawn_request *request, struct spawn_result *result, enum spawn_mechanism mechanism)
+spawn_by(enum spawn_mechanism mechanism, const struct spawn_request *request, struct spawn_result *result,
+         const sigset_t *child_mask)
 {
+    int outcome = SPAWN_DECLINED;
     if (mechanism == SPAWN_POSIX) {
-        return spawn_by_posix(request, result);
+        outcome = spawn_by_posix(request, result, child_mask);
     }
 #ifdef __linux__
-    /* A death signal is tied to the thread that clones: only the main thread is sure to outlive the child. */
-    if (request->death_signal && syscall(SYS_gettid) != getpid()) {
-        return spawn_by_keeper(request, result);
+    else {
+        outcome = spawn_by_clone(request, result, child_mask);
     }
-    return spawn_by_clone(request, result, NULL);
-#else
-    return SPAWN_DECLINED;
 #endif
+    if (outcome == SPAWN_STARTED) {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        result->executed_ns = (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+    }
+    return outcome;
+}
+
+int
+spawn(const struct spawn_request *request, struct spawn_result *result, enum spawn_mechanism mechanism)
+{
+    if (!request->death_signal) {
+        return spawn_by(mechanism, request, result, NULL);
+    }
+    /* A death signal needs a thread that outlives the child. */
+    int outcome = SPAWN_NOT_TRIED;
+    struct spawn_crew alone = {.requests = request, .results = result, .outcomes = &outcome, .count = 1, .workers = 1};
+    alone.mechanism = mechanism;
+    spawn_many(&alone);
+    return outcome;
 }
 
 void
@@ -201,7 +220,7 @@ highest_kept(const struct spawn_request *request)
 }
 
 int
-spawn_by_clone(const struct spawn_request *request, struct spawn_result *result, const uint64_t *child_mask)
+spawn_by_clone(const struct spawn_request *request, struct spawn_result *result, const sigset_t *child_mask)
 {
     memset(result, 0, sizeof *result);
     result->pidfd = -1;
@@ -231,7 +250,11 @@ spawn_by_clone(const struct spawn_request *request, struct spawn_result *result,
     /* The raw call: libc's would leave out the two signals that it keeps for itself. */
     uint64_t all = ~(uint64_t)0, before = 0;
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof all);
-    attempt.start.signal_mask = child_mask ? *child_mask : before;
+    attempt.start.signal_mask = before;
+    if (child_mask) {
+        /* The kernel's mask is the beginning of libc's. */
+        memcpy(&attempt.start.signal_mask, child_mask, sizeof attempt.start.signal_mask);
+    }
     int outcome = attempt_all(&attempt, result);
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof before);
     if (attempt.start.cgroup_procs >= 0) {

@@ -6,6 +6,8 @@
 #ifndef RANKSPAWN_SPAWN_H
 #define RANKSPAWN_SPAWN_H
 
+#include <signal.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -19,6 +21,7 @@ enum spawn_step {
     STEP_CGROUP,    /* the cgroup's cgroup.procs */
     STEP_SETSID,    /* setsid(2) */
     STEP_SETPGID,   /* setpgid(2) */
+    STEP_GUARD,     /* telling the guard its pid */
     STEP_AFFINITY,  /* sched_setaffinity(2) */
     STEP_MEMPOLICY, /* set_mempolicy(2) */
     STEP_CHDIR,     /* chdir(2) */
@@ -40,8 +43,9 @@ enum spawn_mechanism { SPAWN_CLONE = 1, SPAWN_POSIX = 2 };
 /* What spawn() and its mechanisms return. */
 enum spawn_outcome {
     SPAWN_STARTED = 0,
-    SPAWN_FAILED = 1,  /* result.step and result.error say where and why; nothing is left of the child */
-    SPAWN_DECLINED = 2 /* the mechanism cannot express the request; nothing was done */
+    SPAWN_FAILED = 1,   /* result.step and result.error say where and why; nothing is left of the child */
+    SPAWN_DECLINED = 2, /* the mechanism cannot express the request; nothing was done */
+    SPAWN_NOT_TRIED = 3 /* of one of many: it was never its turn */
 };
 
 enum { STREAM_INHERIT = -1, STREAM_SAME_AS_STDOUT = -2 };
@@ -86,6 +90,7 @@ struct spawn_request {
 
     int death_signal; /* 0: none */
     int cgroup_fd;    /* a directory of a cgroup v2; -1: none */
+    int guard_fd;     /* a pipe that the child writes its pid to (a pid_t) once it leads its session; -1: none */
 };
 
 struct spawn_result {
@@ -96,17 +101,37 @@ struct spawn_result {
     int error; /* errno of that step */
     int affinity_error;
     int mempolicy_error; /* errno of a refused optional step; 0: not asked, or done */
+    int64_t executed_ns; /* CLOCK_MONOTONIC when the program had been executed */
 };
 
 /* Start a process by one mechanism. Returns an enum spawn_outcome. */
 int spawn(const struct spawn_request *request, struct spawn_result *result, enum spawn_mechanism mechanism);
 
-/* Each mechanism by itself. spawn_by_clone takes the signal mask that the child starts with; NULL is the caller's. */
-int spawn_by_clone(const struct spawn_request *request, struct spawn_result *result, const uint64_t *child_mask);
-int spawn_by_posix(const struct spawn_request *request, struct spawn_result *result);
+/* As spawn(), but a death signal is tied to the calling thread, whichever it is; and the child starts with
+ * `child_mask`, or with the caller's signal mask where that is NULL. */
+int spawn_by(enum spawn_mechanism mechanism, const struct spawn_request *request, struct spawn_result *result,
+             const sigset_t *child_mask);
+int spawn_by_clone(const struct spawn_request *request, struct spawn_result *result, const sigset_t *child_mask);
+int spawn_by_posix(const struct spawn_request *request, struct spawn_result *result, const sigset_t *child_mask);
 
-/* As spawn_by_clone, from a thread made for it that ends only after the child: see keeper.c. */
-int spawn_by_keeper(const struct spawn_request *request, struct spawn_result *result);
+/* Many starts in one call: see crew.c. Arrays of `count`, by rank. */
+struct spawn_crew {
+    const struct spawn_request *requests;
+    struct spawn_result *results;
+    int *outcomes; /* enum spawn_outcome; a rank that is SPAWN_STARTED already is left alone */
+    size_t count;
+    unsigned int workers; /* threads that start ranks; at least 1 */
+    enum spawn_mechanism mechanism;
+    atomic_size_t started; /* how many are, so far: other threads may read it while the call lasts */
+    atomic_size_t next;    /* the crew's own */
+    atomic_bool failed;    /* the crew's own */
+};
+
+/* Start the ranks of a crew. After the first failure no other is begun; outcomes[] says what became of each. */
+void spawn_many(struct spawn_crew *crew);
+
+/* crew->started. */
+size_t spawn_many_started(struct spawn_crew *crew);
 
 /* Whether CLONE_VM|CLONE_VFORK is what it says (QEMU's user mode and WSL1 run it as fork): tried on a child.
  * 1 or 0, or a negative errno when no child could be made. */

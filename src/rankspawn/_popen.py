@@ -76,6 +76,8 @@ class Popen(_Stock):  # type: ignore[type-arg]
     _cgroup: str | os.PathLike[str] | int | None = None
     _refused: tuple[RefusedStep, ...] = ()
     _pidfd: Any = None
+    _executed_ns: int | None = None  # CLOCK_MONOTONIC when the engine had executed the program
+    _child_created: bool  # the standard class's
     _leads_group = False
     _opened_by_child: dict[int, tuple[str, int]] = {}  # noqa: RUF012
     _opened_here: tuple[int, ...] = ()
@@ -99,7 +101,7 @@ class Popen(_Stock):  # type: ignore[type-arg]
         try:
             super().__init__(*args, **kwargs)
         except BaseException:
-            if self._child_created and self.returncode is None:  # type: ignore[attr-defined]
+            if self._child_created and self.returncode is None:
                 # A signal handler raised after the start (Ctrl-C): the caller gets no object to end the child by.
                 self.kill()
                 self.wait()
@@ -211,13 +213,7 @@ class Popen(_Stock):  # type: ignore[type-arg]
             if preexec_fn is None and (tried := mechanisms()):
                 command, program = command_and_program(args, executable, shell)
                 sys.audit("subprocess.Popen", program, command, cwd, env)
-                streams = [p2cread, c2pwrite, errwrite]
-                if p2cread < -1 or c2pwrite < -1 or errwrite < -1:
-                    # Below the standard library's "none" are numbers that mean something to the engine.
-                    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-                if self._opened_by_child:
-                    for number, (path, flags) in self._opened_by_child.items():
-                        streams[number] = (os.fsencode(path), flags) if path else _spawn.SAME_AS_STDOUT
+                streams = self._streams(p2cread, c2pwrite, errwrite)
                 kept = tuple(sorted(map(int, set(pass_fds)))) if pass_fds else ()
                 binding = self._binding
                 cpu_mask, mem_mode, node_mask = (None, -1, None) if binding is None else masks(binding)
@@ -254,6 +250,16 @@ class Popen(_Stock):  # type: ignore[type-arg]
 
         def _execute_child(self, *seam: Any) -> None:  # type: ignore[misc]
             self._execute_by_subprocess(list(seam))
+
+    def _streams(self, p2cread: int, c2pwrite: int, errwrite: int) -> list[int | tuple[str, int]]:
+        """The child's three streams as the engine takes them."""
+        if p2cread < -1 or c2pwrite < -1 or errwrite < -1:
+            # Below the standard library's "none" are numbers that mean something to the engine.
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        streams: list[int | tuple[str, int]] = [p2cread, c2pwrite, errwrite]
+        for number, (path, flags) in self._opened_by_child.items():
+            streams[number] = (path, flags) if path else _spawn.SAME_AS_STDOUT
+        return streams
 
     def _check(self, step: int, error: int, affinity_error: int, mempolicy_error: int, program: Any, cwd: Any) -> None:
         """Raise what subprocess would for a step that failed; write down the optional ones that were refused."""

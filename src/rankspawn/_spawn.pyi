@@ -22,7 +22,7 @@ def spawn(
     executables: Iterable[str | bytes],
     env: Mapping[object, object] | None,
     cwd: object,
-    streams: Sequence[int | tuple[bytes, int]],
+    streams: Sequence[int | tuple[str, int]],
     parent_ends: Sequence[int],
     pass_fds: tuple[int, ...],
     close_fds: bool,
@@ -42,3 +42,31 @@ def spawn(
     mechanism: int,
     /,
 ) -> tuple[int, int, int, int] | None: ...
+
+class Crew:
+    def __init__(
+        self,
+        count: int,
+        env: Mapping[str, str] | None,
+        cwd: object,
+        new_session: bool,
+        death_signal: int,
+        cgroup_fd: int,
+        guard_fd: int,
+        /,
+    ) -> None: ...
+    def add(
+        self,
+        owner: object,
+        argv: Iterable[object],
+        executables: Iterable[str | bytes],
+        env: Mapping[str, str],
+        streams: Sequence[int | tuple[str, int]],
+        cpu_mask: bytes | None,
+        mem_mode: int,
+        node_mask: bytes | None,
+        binding_required: bool,
+        /,
+    ) -> None: ...
+    def run(self, mechanism: int, workers: int, /) -> list[tuple[int, tuple[int, int, int, int] | None]]: ...
+    def started(self) -> int: ...
