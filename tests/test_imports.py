@@ -47,6 +47,10 @@ ARROWS: dict[str, set[str]] = {
     "_handler": {"_popen", "_engine", "_placement", "_topology", "_visible", "_binding"},
     "_crew": {"_popen", "_engine", "_arguments", "_spawn", "_binding"},
     "_popen": {"_arguments", "_engine", "_spawn", "_binding"},
+    # The guard's own process loads these three, and nothing else of ours.
+    "_guard": {"_cgroup", "_popen", "_sessions"},
+    "_cgroup": set(),
+    "_sessions": set(),
     "_arguments": set(),
     "_engine": {"_spawn", "_binding"},
     "_placement": {"_machine", "_devices", "_topology", "_openmp", "_binding"},

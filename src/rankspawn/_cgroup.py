@@ -1,0 +1,182 @@
+"""A cgroup of the group's own: what is in it is ended in one write, whatever sessions it has made.
+
+Everything here is cgroup v2's (the kernel's Documentation/admin-guide/cgroup-v2.rst, cgroups(7)). No controller is
+enabled: the cgroup holds processes together, and limits nothing that the one above it does not.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import time
+
+TYPE_CHECKING = False  # the guard's process loads this: see _sessions.py
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_DELEGATION = (
+    "it must be delegated: its owner lets you make directories in it and write its cgroup.procs, and you run in it or"
+    " below the same one (systemd-run --user --scope -p Delegate=yes COMMAND runs COMMAND in such a cgroup)"
+)
+
+
+class GroupCgroup:
+    """A cgroup v2 that is ours, by its directory.
+
+    path: the directory. fd: a descriptor of it (O_PATH), for CLONE_INTO_CGROUP; closed by close() and remove().
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    @classmethod
+    def make(cls, parent: str | os.PathLike[str]) -> GroupCgroup:
+        """Make a cgroup in ``parent``, the directory of a delegated cgroup v2; its name has this process's number.
+
+        Raises OSError, with what to do, when ``parent`` is no cgroup v2, is not delegated to this user, or is of a kind
+        that has no place for processes (``cgroup.type``).
+        """
+        parent = os.path.abspath(parent)
+        if not os.path.exists(os.path.join(parent, "cgroup.controllers")):
+            # Version 1 has no such file; no version's directory is without cgroup.procs.
+            what = "a cgroup of version 1" if os.path.exists(os.path.join(parent, "cgroup.procs")) else "no cgroup"
+            code = errno.EINVAL if os.path.isdir(parent) else errno.ENOENT
+            raise OSError(code, f"{what}: a directory of cgroup v2 is needed ({os.strerror(code)})", parent)
+        path = _make_directory(os.path.join(parent, f"rankspawn-{os.getpid()}"))
+        try:
+            kind = _read(path, "cgroup.type").strip()
+            if kind not in ("domain", "domain threaded"):
+                raise OSError(
+                    errno.EOPNOTSUPP, f"a cgroup made here cannot hold processes: its cgroup.type is {kind!r}", parent
+                )
+            if not os.access(os.path.join(path, "cgroup.procs"), os.W_OK):
+                raise OSError(errno.EACCES, f"cgroup.procs cannot be written: {_DELEGATION}", parent)
+            return cls(path)
+        except BaseException:
+            os.rmdir(path)
+            raise
+
+    def kill(self) -> None:
+        """SIGKILL to every process in it and below it, those included that are being forked."""
+        try:
+            _write(self.path, "cgroup.kill", "1")
+        except FileNotFoundError:  # before Linux 5.14
+            self._kill_each()
+
+    def wait_empty(self, timeout: float) -> bool:
+        """Wait at most ``timeout`` seconds for its last process to end, those of cgroups below it too; whether it has.
+
+        The kernel wakes us up. A zombie does not count.
+        """
+        return self._wait_for("populated 0", timeout)
+
+    def remove(self) -> None:
+        """Remove the directory, and first those that the ranks have made in it. Removed before: nothing is done.
+
+        Raises OSError (EBUSY) while a process is in one of them.
+        """
+        self.close()
+        for path in _below(self.path):
+            try:
+                os.rmdir(path)
+            except FileNotFoundError:
+                continue
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def pids(self) -> list[int]:
+        """The processes in it and below it."""
+        found: list[int] = []
+        for path in _below(self.path):
+            try:
+                found += map(int, _read(path, "cgroup.procs").split())
+            except OSError:
+                continue  # removed since; or a threaded one (EOPNOTSUPP), whose processes the one above it has
+        return found
+
+    def _kill_each(self) -> None:
+        """As kill(), where there is no cgroup.kill: frozen first, so that nobody forks, and no number changes hands."""
+        try:
+            _write(self.path, "cgroup.freeze", "1")
+            self._wait_for("frozen 1", 1.0)
+        except FileNotFoundError:  # before Linux 5.2
+            pass
+        while pids := self.pids():
+            for pid in pids:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            if self._wait_for("populated 0", 0.1):
+                break
+
+    def _wait_for(self, line: str, timeout: float) -> bool:
+        until = time.monotonic() + timeout
+        try:
+            events = os.open(os.path.join(self.path, "cgroup.events"), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return True  # it was removed
+        try:
+            poller = select.poll()
+            poller.register(events, select.POLLPRI)
+            while line not in os.pread(events, 4096, 0).decode().splitlines():
+                left = until - time.monotonic()
+                if left <= 0:
+                    return False
+                poller.poll(left * 1000)
+            return True
+        finally:
+            os.close(events)
+
+
+def _make_directory(path: str) -> str:
+    """The first free one of path, path-1, path-2, ...: a PID namespace may have the same number twice."""
+    number, name = 0, path
+    while True:
+        try:
+            os.mkdir(name)
+            return name
+        except FileExistsError:
+            number += 1
+            name = f"{path}-{number}"
+        except OSError as error:
+            parent = os.path.dirname(path)
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise OSError(error.errno, f"{os.strerror(error.errno)}: {_DELEGATION}", parent) from None
+            if error.errno == errno.EAGAIN:
+                limits = "cgroup.max.descendants or cgroup.max.depth, of it or of one above it"
+                raise OSError(error.errno, f"no more cgroups may be made in it: {limits}", parent) from None
+            raise
+
+
+def _below(path: str) -> Iterator[str]:
+    """The directory and those in it, the innermost first."""
+    try:
+        with os.scandir(path) as entries:
+            folders = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return
+    for folder in folders:
+        yield from _below(folder)
+    yield path
+
+
+def _read(path: str, name: str) -> str:
+    with open(os.path.join(path, name)) as file:
+        return file.read()
+
+
+def _write(path: str, name: str, text: str) -> None:
+    # Not open(..., "w"): with O_CREAT, a file that is not there is refused for another reason than its absence.
+    fd = os.open(os.path.join(path, name), os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)

@@ -1,0 +1,240 @@
+"""Who is in a session, and the end of all of them.
+
+A rank is started with setsid(2): it leads a session, whose number is the rank's own, and what it starts is in that
+session until it calls setsid itself. A session cannot be signalled as a process group can, so its members are looked
+for and signalled one by one, pass after pass, until a pass finds nobody.
+
+Two things make that sound:
+
+ -  A session's number stays taken for as long as the session has a member, zombies included (free_pid in the kernel's
+    kernel/pid.c). It is safe to look for as long as its leader has not been reaped, or somebody in it is known to be
+    there. Whoever calls the functions here sees to that.
+ -  A pass that finds nobody proves nothing if a process ended under it: that one may have forked after /proc was
+    listed. Then there is another pass. (A process that only forks and ends gets past most single passes.)
+
+The guard's process lives on this module (_guard.py): it imports nothing of ours, and little else.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+
+TYPE_CHECKING = False  # as in __init__: typing's own costs more than this module
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Set
+
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has one way to end a process, under the other's name
+
+# Between two passes, for those that were signalled: what an end takes, and what it takes with much memory to free.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.1
+
+# Where thousands of processes come and go, every pass has one that ended under it.
+_MOST_PASSES = 100
+
+_NOBODY: frozenset[int] = frozenset()
+
+
+def members(sessions: Set[int], ended: Set[int] = _NOBODY, proc: str = "/proc") -> dict[int, int]:
+    """The processes that live in these sessions, leaders included: pid -> session. Zombies do not live.
+
+    ended: pids known to be zombies, the leaders' for example; they are passed over.
+    proc: where procfs is mounted. Where it is not, or is another PID namespace's, only leaders are found. Where it
+        hides processes (hidepid, proc(5)), what is set-user-ID is not found.
+
+    A pass over all processes takes a system call for each, and a few more for each member. Windows has no sessions:
+    there, what is found is the trees below these processes, by psutil.
+    """
+    before = ended
+    for _ in range(_MOST_PASSES):
+        found, gone = _look(sessions, ended, proc)
+        if found or gone <= before:
+            break
+        before = gone
+    return found
+
+
+def kill_members(sessions: Set[int], timeout: float, ended: Set[int] = _NOBODY, proc: str = "/proc") -> dict[int, int]:
+    """End every process of these sessions by SIGKILL; returns who is left after ``timeout`` seconds: pid -> session.
+
+    That is nobody, as a rule; describe_stuck() says what keeps one that is. The other arguments are as for members().
+    What has left its session by a setsid of its own is not found: only a cgroup ends that.
+    """
+    until = time.monotonic() + timeout
+    for sid in sessions if hasattr(os, "killpg") else ():
+        # The whole group of the leader at once: a fork that is under way in it fails, nobody slips between two passes.
+        try:
+            os.killpg(sid, _KILL)
+        except OSError:
+            continue  # nobody is left in it, or nobody that we may signal
+    pause = _FIRST_PAUSE
+    while found := members(sessions, ended, proc):
+        left = until - time.monotonic()
+        if left <= 0:
+            break
+        _kill(found, min(pause, left))
+        pause = min(2 * pause, _LONGEST_PAUSE)
+    return found
+
+
+def describe_stuck(pid: int, proc: str = "/proc") -> str:
+    """What keeps a process that SIGKILL has not ended, or whose end is not reported: a sentence without full stop."""
+    try:
+        name, state, _ = _stat(pid, proc)
+    except (OSError, ValueError):
+        return f"process {pid}: nothing can be read of it"
+    who = f"process {pid} ({name})"
+    if state in "ZX":
+        tracer = _line(f"{proc}/{pid}/status", "TracerPid:")
+        if tracer not in ("", "0"):
+            return f"{who} has ended, but process {tracer}, which traces it, has not waited for it"
+        return f"{who} has ended, but was not reaped"
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return f"{who} runs as another user, and this one may not signal it"
+    except OSError:
+        return f"{who} has ended"
+    where = _line(f"{proc}/{pid}/wchan")
+    where = f" in the kernel's {where}" if where not in ("", "0") else ""
+    if state == "D":
+        return f"{who} is in uninterruptible sleep{where}: it ends when the kernel lets go of it"
+    return f"{who} is in state {state}{where}"
+
+
+def _look(sessions: Set[int], ended: Set[int], proc: str) -> tuple[dict[int, int], set[int]]:
+    """The members, and who ended under the look at them, or before it and is no more than a zombie."""
+    if not hasattr(os, "getsid"):
+        return _trees(sessions), set()
+    found: dict[int, int] = {}
+    gone: set[int] = set()
+    for pid in _pids(sessions, proc):
+        if pid in ended:
+            continue
+        try:
+            sid = os.getsid(pid)
+        except ProcessLookupError:
+            gone.add(pid)
+            continue
+        except PermissionError:  # some systems do not say it of other sessions' processes
+            continue
+        if sid in sessions:
+            if _has_ended(pid, proc):
+                gone.add(pid)
+            else:
+                found[pid] = sid
+    return found, gone
+
+
+def _pids(sessions: Set[int], proc: str) -> Iterable[int]:
+    try:
+        if os.readlink(f"{proc}/self") == str(os.getpid()):
+            return [int(name) for name in os.listdir(proc) if name.isdecimal()]
+    except OSError:
+        if not sys.platform.startswith("linux"):
+            import psutil
+
+            return psutil.pids()
+    return sessions
+
+
+def _has_ended(pid: int, proc: str) -> bool:
+    """Whether all threads of a process have ended. What cannot be told of lives: the next pass will know."""
+    pidfd = _pidfd(pid)
+    if pidfd >= 0:
+        try:
+            return _wait(pidfd, 0)
+        finally:
+            os.close(pidfd)
+    try:
+        _, state, threads = _stat(pid, proc)
+    except (OSError, ValueError):
+        return False
+    # The first thread may have ended and the others run on; all that is said of the process then is "zombie".
+    return state in "ZX" and threads <= 1
+
+
+def _kill(found: dict[int, int], pause: float) -> None:
+    """SIGKILL to these processes, and a wait for their end, of ``pause`` seconds at most."""
+    pidfds: list[int] = []
+    until = time.monotonic() + pause
+    blind = False
+    try:
+        for pid, sid in found.items():
+            pidfd = _pidfd(pid)
+            if pidfd >= 0:
+                pidfds.append(pidfd)
+            try:
+                # Looked at again: the pidfd is of this member, or of one that has ended since, which gets nothing.
+                if not hasattr(os, "getsid") or os.getsid(pid) == sid:
+                    _kill_one(pid, pidfd)
+                    blind = blind or pidfd < 0
+            except OSError:
+                continue  # it has ended; or it is another user's, and stays
+        for pidfd in pidfds:
+            _wait(pidfd, until - time.monotonic())
+    finally:
+        for pidfd in pidfds:
+            os.close(pidfd)
+    if blind:
+        time.sleep(max(0.0, until - time.monotonic()))
+
+
+def _kill_one(pid: int, pidfd: int) -> None:
+    if pidfd >= 0:
+        try:
+            return signal.pidfd_send_signal(pidfd, _KILL)
+        except ProcessLookupError:
+            return None
+        except OSError:
+            pass  # a seccomp profile refuses the call; or it is another user's, as the next one will say again
+    os.kill(pid, _KILL)
+
+
+def _pidfd(pid: int) -> int:
+    """A descriptor of a process; -1 where none is to be had."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return -1
+
+
+def _wait(pidfd: int, seconds: float) -> bool:
+    """Wait for a process to end; whether it has."""
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(max(0.0, seconds) * 1000))
+
+
+def _stat(pid: int, proc: str) -> tuple[str, str, int]:
+    """Name, state and number of threads of a process (proc(5))."""
+    with open(f"{proc}/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        before, _, after = file.read().rpartition(")")
+    fields = after.split()
+    return before.partition("(")[2], fields[0], int(fields[17])
+
+
+def _line(path: str, start: str = "") -> str:
+    """What follows ``start`` in the file; "" where there is nothing."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return next((line[len(start) :].strip() for line in file if line.startswith(start)), "")
+    except OSError:
+        return ""
+
+
+def _trees(leaders: Set[int]) -> dict[int, int]:
+    import psutil
+
+    found = {}
+    for leader in leaders:
+        try:
+            process = psutil.Process(leader)
+            found.update({one.pid: leader for one in (process, *process.children(recursive=True))})
+        except psutil.NoSuchProcess:
+            continue
+    return found
