@@ -1,0 +1,115 @@
+"""Where ranks write, and the end of it as a terminal can take it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from rankspawn import Popen
+from rankspawn._logs import last_lines, printable, rank_files
+
+
+def test_the_layout_is_torchruns(tmp_path: Path) -> None:
+    files = rank_files(str(tmp_path / "new" / "folder"), 12, attempt=3)
+    folder = tmp_path / "new" / "folder" / "attempt_3"
+    assert sorted(os.listdir(folder), key=int) == [str(rank) for rank in range(12)]
+    assert (files[11].stdout, files[11].stderr) == (folder / "11" / "stdout.log", folder / "11" / "stderr.log")
+    assert files[11].error == str(folder / "11" / "error.json")
+    assert list(folder.rglob("*.*")) == []  # the ranks make the files
+
+
+def test_without_a_log_folder_there_are_error_files_only(tmp_path: Path) -> None:
+    first, again = (rank_files(str(tmp_path), 2, attempt, streams=False) for attempt in (0, 1))
+    assert os.listdir(tmp_path) == []
+    assert {own.stdout for own in first} == {own.stderr for own in first} == {None}
+    errors = {own.error for own in [*first, *again]}
+    assert len(errors) == 4
+    assert {os.path.dirname(error) for error in errors} == {str(tmp_path)}
+
+
+def test_a_relative_folder_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (files,) = rank_files("logs", 1)
+    with Popen(["/bin/sh", "-c", "echo here"], stdout=files.stdout, stderr=files.stderr, cwd="/") as rank:
+        rank.wait(60)
+    assert (tmp_path / "logs" / "attempt_0" / "0" / "stdout.log").read_text() == "here\n"
+
+
+def test_the_error_of_an_earlier_job_is_not_this_ones(tmp_path: Path) -> None:
+    (files,) = rank_files(str(tmp_path), 1)
+    Path(files.error).write_text("{}")
+    assert rank_files(str(tmp_path), 1) == [files]
+    assert not os.path.exists(files.error)
+
+
+@pytest.mark.parametrize("in_the_way", ["attempt_0", "attempt_0/1"])
+def test_a_file_in_the_way(tmp_path: Path, in_the_way: str) -> None:
+    (tmp_path / in_the_way).parent.mkdir(exist_ok=True)
+    (tmp_path / in_the_way).write_text("")
+    with pytest.raises(FileExistsError, match=re.escape(in_the_way)) as caught:
+        rank_files(str(tmp_path), 2)
+    assert ("rank 1" in str(caught.value)) == in_the_way.endswith("/1")
+
+
+@pytest.mark.parametrize(
+    ("written", "lines"),
+    [
+        (b"", []),
+        (b"\n\n \n", []),
+        (b"one", ["one"]),
+        (b"1\n2\n3\n4\n\n\n", ["2", "3", "4"]),
+        (b"\n\nlast\n", ["", "", "last"]),
+        (b"\r1%\r2%\r\nnext\r\n", ["2%", "next"]),
+        (b"caf\xc3\xa9 \xff\n", ["café \\xff"]),
+        (b"\0\0\0\0after a hole\n", ["after a hole"]),
+    ],
+)
+def test_last_lines(tmp_path: Path, written: bytes, lines: list[str]) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(written)
+    assert last_lines(log, 3) == lines
+
+
+def test_last_lines_of_a_large_file(tmp_path: Path) -> None:
+    """A sparse terabyte: the end is looked for at the end."""
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        file.truncate(1 << 40)
+        file.seek(0, os.SEEK_END)
+        file.write(b"\n" + b"".join(b"%d\n" % number for number in range(100_000)))
+    assert last_lines(log, 2) == ["99998", "99999"]
+    assert last_lines(log, 1000, most_bytes=15) == ["99998", "99999"]  # no part of 99997
+
+
+def test_last_lines_without_lines(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_bytes("é".encode() * 100_000)
+    (line,) = last_lines(log, most_bytes=101)
+    assert line == "\\xa9" + "é" * 50
+
+
+def test_last_lines_of_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in tmp_path, tmp_path / "fifo":
+        with pytest.raises(OSError, match=re.escape(str(path))):
+            last_lines(path)
+    with pytest.raises(FileNotFoundError):
+        last_lines(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("\ttabs, ü and 漢字 stay", "\ttabs, ü and 漢字 stay"),
+        ("\x1b[1;31mred\x1b[0m \x1b]0;title\x07\x1b]8;;http://a\x1b\\link\x1b(B", "red link"),
+        ("\x1b[2J\x1b[H\x1b[10Aup", "up"),
+        ("bell \a, back \b, a broken \x1b", r"bell \x07, back \x08, a broken \x1b"),
+        ("\x9b31m and \u202eright to left", r"\x9b31m and \u202eright to left"),
+        ("half \udcff", r"half \udcff"),
+    ],
+)
+def test_printable(text: str, safe: str) -> None:
+    assert printable(text) == safe

@@ -1,0 +1,410 @@
+"""What ranks print is shown in whole lines, and who reads it slowly, or not at all, slows nobody."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rankspawn import Popen, _tee
+from rankspawn._logs import RankFiles, rank_files
+from rankspawn._tee import Source, Tee
+
+# Longer than any machine takes, for what ends by itself when all is well.
+LONG = 60.0
+
+
+class Reader:
+    """A pipe, and what came out of it. The reading begins when it is told to."""
+
+    def __init__(self) -> None:
+        self.read_end, self.fd = os.pipe()
+        self.got = bytearray()
+        self._thread = threading.Thread(target=self._read)
+
+    def _read(self) -> None:
+        while piece := os.read(self.read_end, 1 << 16):
+            self.got += piece
+
+    def start(self) -> Reader:
+        self._thread.start()
+        return self
+
+    def stop_reading(self) -> None:
+        os.close(self.read_end)
+        self.read_end = -1
+
+    def close(self) -> bytes:
+        """Everything that was written."""
+        os.close(self.fd)
+        if self._thread.ident is not None:
+            self._thread.join(LONG)
+        if self.read_end >= 0:
+            os.close(self.read_end)
+        return bytes(self.got)
+
+
+@contextlib.contextmanager
+def ranks(folder: Path, *scripts: str) -> Iterator[list[RankFiles]]:
+    """One rank for each shell script; at the end of the block all have ended."""
+    files = rank_files(str(folder), len(scripts))
+    started = [
+        Popen(["/bin/sh", "-c", script], stdout=own.stdout, stderr=own.stderr, start_new_session=True)
+        for script, own in zip(scripts, files, strict=True)
+    ]
+    try:
+        yield files
+        for rank in started:
+            rank.wait(LONG)
+    finally:
+        for rank in started:
+            rank.kill()
+            rank.wait()
+
+
+def sources(files: list[RankFiles]) -> list[Source]:
+    return [
+        Source(rank, path, is_stderr)
+        for rank, own in enumerate(files)
+        for path, is_stderr in ((own.stdout, False), (own.stderr, True))
+        if path is not None
+    ]
+
+
+def shown(folder: Path, *scripts: str, **options: object) -> tuple[bytes, bytes]:
+    """What a launcher shows of ranks, on its stdout and its stderr."""
+    out, err = Reader().start(), Reader().start()
+    try:
+        with ranks(folder, *scripts) as files:
+            tee = Tee(sources(files), out=out.fd, err=err.fd, **options).start()  # type: ignore[arg-type]
+        assert tee.finish(LONG) == ()
+    finally:
+        texts = out.close(), err.close()
+    return texts
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_fast_ranks(tmp_path: Path) -> None:
+    """Every line whole, once, with one prefix, in order per rank and stream."""
+    count = 100_000
+    script = f"seq -f 'line %.0f to stdout' {count}; seq -f 'line %.0f to stderr' 1000 >&2"
+    out, err = shown(tmp_path, *[script] * 8)
+    for text, name, lines in (out, "stdout", count), (err, "stderr", 1000):
+        of_rank: dict[str, list[int]] = {}
+        for line in text.decode().splitlines():
+            match = re.fullmatch(rf"\[rank ([0-7])\]:line (\d+) to {name}", line)
+            assert match, line
+            of_rank.setdefault(match[1], []).append(int(match[2]))
+        assert len(of_rank) == 8
+        assert all(numbers == list(range(1, lines + 1)) for numbers in of_rank.values())
+
+
+def test_lines_are_shown_while_the_rank_runs(tmp_path: Path) -> None:
+    out = Reader().start()
+    go_on = tmp_path / "fifo"
+    os.mkfifo(go_on)
+    try:
+        with ranks(tmp_path, f"echo first; read line < {go_on}; echo second") as files:
+            with Tee(sources(files), out=out.fd):
+                until(lambda: out.got == b"[rank 0]:first\n")
+                go_on.write_text("\n")
+                until(lambda: out.got == b"[rank 0]:first\n[rank 0]:second\n")
+    finally:
+        out.close()
+
+
+def test_some_ranks_only_and_another_prefix(tmp_path: Path) -> None:
+    out, _ = shown(tmp_path, "echo a", "echo b", "echo c", ranks={0, 2}, prefix="{rank}> ")
+    assert sorted(out.splitlines()) == [b"0> a", b"2> c"]
+
+
+def test_nobody_reads_and_the_ranks_end_all_the_same(tmp_path: Path) -> None:
+    out, err = Reader(), Reader().start()
+    try:
+        with ranks(tmp_path, "seq 100000", "seq 100000; echo well >&2") as files:
+            tee = Tee(sources(files), out=out.fd, err=err.fd).start()
+            until(lambda: err.got == b"[rank 1]:well\n")  # a stdout that is stuck holds nobody's stderr up
+        assert set(tee.finish(0.05)) == {str(own.stdout) for own in files}
+        assert all(own.stdout and own.stdout.read_text().endswith("\n100000\n") for own in files)
+    finally:
+        out.close()
+        said = err.close().decode()
+    assert said.startswith("[rank 1]:well\nrankspawn: not all of the output could be shown; the rest is in ")
+    assert all(str(own.stdout) in said for own in files)
+
+
+def test_a_late_reader_gets_everything(tmp_path: Path) -> None:
+    out = Reader()
+    try:
+        with ranks(tmp_path, "seq 100000") as files:
+            tee = Tee(sources(files), out=out.fd).start()
+        time.sleep(0.3)
+        out.start()
+        assert tee.finish(LONG) == ()
+    finally:
+        text = out.close()
+    assert text == b"".join(b"[rank 0]:%d\n" % number for number in range(1, 100_001))
+
+
+def test_an_output_that_does_not_block(tmp_path: Path) -> None:
+    """Somebody else may have set O_NONBLOCK: it belongs to all who have the pipe."""
+    out = Reader()
+    os.set_blocking(out.fd, False)
+    try:
+        with ranks(tmp_path, "seq 100000") as files:
+            tee = Tee(sources(files), out=out.fd).start()
+        time.sleep(0.1)
+        out.start()
+        assert tee.finish(LONG) == ()
+    finally:
+        text = out.close()
+    assert text == b"".join(b"[rank 0]:%d\n" % number for number in range(1, 100_001))
+
+
+def test_a_reader_that_goes(tmp_path: Path) -> None:
+    """`rankspawn run ... | head`"""
+    out, err = Reader(), Reader().start()
+    go_on = tmp_path / "fifo"
+    os.mkfifo(go_on)
+    try:
+        with ranks(tmp_path, "seq 100000", f"read line < {go_on}; echo on; echo on >&2") as files:
+            tee = Tee(sources(files), out=out.fd, err=err.fd).start()
+            out.stop_reading()
+            until(lambda: b"\n" in err.got)
+            go_on.write_text("\n")
+        assert tee.finish(LONG) == ()
+    finally:
+        out.close()
+        said = err.close()
+    note = b"rankspawn: stdout: Broken pipe; what ranks write there is in their log files only\n"
+    assert said == note + b"[rank 1]:on\n"
+
+
+def test_both_outputs_gone(tmp_path: Path) -> None:
+    out, err = Reader(), Reader()
+    out.stop_reading()
+    err.stop_reading()
+    try:
+        with ranks(tmp_path, "seq 1000; seq 1000 >&2") as files:
+            tee = Tee(sources(files), out=out.fd, err=err.fd).start()
+        assert tee.finish(LONG) == ()
+    finally:
+        out.close()
+        err.close()
+
+
+def test_a_terminal_that_was_stopped(tmp_path: Path) -> None:
+    """Ctrl-S: the end of the job is not held up, and what could not be shown is named."""
+    controller, terminal = pty.openpty()
+    err = Reader().start()
+    try:
+        termios.tcflow(terminal, termios.TCOOFF)
+        with ranks(tmp_path, "seq 1000") as files:
+            tee = Tee(sources(files), out=terminal, err=err.fd).start()
+        assert tee.finish(0.2) == (str(files[0].stdout),)
+    finally:
+        os.close(terminal)
+        os.close(controller)
+        said = err.close().decode()
+    assert str(files[0].stdout) in said
+
+
+def test_killed_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    out, _ = shown(tmp_path, "echo whole; printf half; kill -9 $$")
+    assert out == b"[rank 0]:whole\n[rank 0]:half\n"
+
+
+def test_a_rank_that_closes_its_output(tmp_path: Path) -> None:
+    out, err = shown(tmp_path, "echo before; exec >&- 2>&-; echo after; exit 0", "echo other")
+    assert sorted(out.splitlines()) == [b"[rank 0]:before", b"[rank 1]:other"]
+    assert err == b""
+
+
+def test_a_line_that_comes_in_pieces(tmp_path: Path) -> None:
+    """A character of UTF-8 written byte by byte, with looks in between: nothing is shown before the line is whole."""
+    out, _ = shown(tmp_path, r"for byte in 342 202 254; do printf \\$byte; sleep 0.05; done; echo")
+    assert out.decode() == "[rank 0]:€\n"
+
+
+def test_a_line_of_megabytes(tmp_path: Path) -> None:
+    """In pieces of bounded size, none of which cuts a character."""
+    script = f"{sys.executable} -c 'print(\"x€\" * 700_000)'"
+    out, _ = shown(tmp_path, script)
+    pieces = [line.removeprefix("[rank 0]:") for line in out.decode().splitlines()]
+    assert "".join(pieces) == "x€" * 700_000
+    assert max(map(len, pieces)) <= 1 << 16
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    junk = bytes(byte for byte in range(256) if byte not in b"\r\n") * 20
+    (tmp_path / "junk").write_bytes(junk)
+    out, _ = shown(tmp_path, f"cat {tmp_path}/junk; echo; echo next")
+    assert out == b"[rank 0]:" + junk + b"\n[rank 0]:next\n"
+
+
+def test_of_a_progress_bar_the_last_state(tmp_path: Path) -> None:
+    script = r"i=0; while [ $i -lt 101 ]; do printf '\r%d%%' $i; i=$((i+1)); done >&2; echo >&2; printf 'dos\r\n' >&2"
+    _, err = shown(tmp_path, script)
+    assert err == b"[rank 0]:100%\n[rank 0]:dos\n"
+
+
+def test_of_a_long_progress_bar_too(tmp_path: Path) -> None:
+    """More of it than is read at once."""
+    _, err = shown(tmp_path, r"printf 'start\r' >&2; seq 50000 | tr '\n' '\r' >&2; echo end >&2")
+    assert err == b"[rank 0]:end\n"
+
+
+def test_a_progress_bar_is_shown_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tee, "_STATE_SECONDS", 0.05)
+    out = Reader().start()
+    go_on = tmp_path / "fifo"
+    os.mkfifo(go_on)
+    try:
+        with ranks(tmp_path, rf"printf '\r1%%\r2%%'; read line < {go_on}; printf '\r3%%\n'") as files:
+            with Tee(sources(files), out=out.fd):
+                until(lambda: out.got == b"[rank 0]:2%\n")
+                time.sleep(0.2)  # nothing new, nothing shown
+                assert out.got == b"[rank 0]:2%\n"
+                go_on.write_text("\n")
+                until(lambda: out.got == b"[rank 0]:2%\n[rank 0]:3%\n")
+    finally:
+        out.close()
+
+
+@pytest.mark.parametrize("reopened", [False, True], ids=["by another", "by the rank"])
+def test_a_file_that_is_cut_to_nothing(tmp_path: Path, reopened: bool) -> None:
+    """By another (logrotate's copytruncate) the rank goes on writing behind a hole; the rank itself begins anew."""
+    out = Reader().start()
+    go_on = tmp_path / "fifo"
+    os.mkfifo(go_on)
+    again = "exec > $PWD/attempt_0/0/stdout.log;" if reopened else ""
+    try:
+        with ranks(tmp_path, f"cd {tmp_path}; seq 10000; read line < {go_on}; {again} seq 3") as files:
+            with Tee(sources(files), out=out.fd):
+                until(lambda: out.got.endswith(b":10000\n"))
+                if not reopened:
+                    os.truncate(files[0].stdout or "", 0)
+                    time.sleep(0.3)
+                del out.got[:]
+                go_on.write_text("\n")
+                until(lambda: out.got.endswith(b":3\n"))
+                assert out.got == b"[rank 0]:1\n[rank 0]:2\n[rank 0]:3\n"
+    finally:
+        out.close()
+
+
+def test_a_file_that_is_not_there_yet_and_one_that_never_is(tmp_path: Path) -> None:
+    out = Reader().start()
+    late = tmp_path / "late"
+    try:
+        with Tee([Source(0, tmp_path / "never", False), Source(1, late, False)], out=out.fd):
+            time.sleep(0.05)
+            late.write_text("here\n")
+            until(lambda: out.got == b"[rank 1]:here\n")
+    finally:
+        out.close()
+
+
+def test_what_is_no_log_file(tmp_path: Path) -> None:
+    """It is said, and the others are shown."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "log").write_text("here\n")
+    err = Reader().start()
+    try:
+        with Tee([Source(0, tmp_path, True), Source(1, tmp_path / "fifo", True), Source(2, tmp_path / "log", True)],
+                 err=err.fd):  # fmt: skip
+            pass
+    finally:
+        said = err.close().decode()
+    assert f"{tmp_path} cannot be shown: Is a directory\n" in said
+    assert f"{tmp_path}/fifo cannot be shown: Illegal seek\n" in said
+    assert "[rank 2]:here\n" in said
+
+
+def test_text_streams(tmp_path: Path) -> None:
+    """A notebook's output has no descriptor."""
+    out, err = io.StringIO(), io.StringIO()
+    with ranks(tmp_path, r"printf 'caf\303\251\n\377\n'; echo e >&2") as files:
+        tee = Tee(sources(files), out=out, err=err).start()
+    assert tee.finish() == ()
+    assert (out.getvalue(), err.getvalue()) == ("[rank 0]:café\n[rank 0]:\ufffd\n", "[rank 0]:e\n")
+
+
+def test_a_text_stream_that_was_closed(tmp_path: Path) -> None:
+    out, err = io.StringIO(), io.StringIO()
+    out.close()
+    with ranks(tmp_path, "echo o; echo e >&2") as files:
+        tee = Tee(sources(files), out=out, err=err).start()
+    assert tee.finish() == ()
+    assert "rankspawn: stdout: I/O operation on closed file" in err.getvalue()
+    assert "[rank 0]:e\n" in err.getvalue()
+
+
+LAUNCHER = """
+import sys
+from rankspawn._tee import Source, Tee
+with Tee([Source(0, sys.argv[1], False), Source(1, sys.argv[2], True)]):
+    for number in range(20000):
+        sys.stderr.write(f"launcher {number}\\n")
+"""
+
+
+def test_no_line_is_torn_by_what_the_launcher_prints(tmp_path: Path) -> None:
+    """Both of its outputs are one pipe, as in a batch job, and full all the time."""
+    for name in ("0", "1"):
+        (tmp_path / name).write_text("".join(f"{number} {'x' * (number % 97)}\n" for number in range(20000)))
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, str(tmp_path / "0"), str(tmp_path / "1")],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LONG, check=True,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    for prefix in "[rank 0]:", "[rank 1]:", "launcher ":
+        numbers = [int(line.removeprefix(prefix).split()[0]) for line in lines if line.startswith(prefix)]
+        assert numbers == list(range(20000)), prefix
+    assert len(lines) == 60000
+
+
+def test_without_poll(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows: outputs are written to without asking whether they take it."""
+    monkeypatch.delattr("select.poll")
+    log, out = tmp_path / "log", Reader().start()
+    log.write_bytes(b"1\n" * 10000)
+    try:
+        with Tee([Source(0, log, False)], out=out.fd):
+            with log.open("ab") as file:
+                file.write(b"2\n")
+            until(lambda: out.got.endswith(b":2\n"))
+    finally:
+        text = out.close()
+    assert text == b"[rank 0]:1\n" * 10000 + b"[rank 0]:2\n"
+
+
+def test_signals_are_not_for_its_thread(tmp_path: Path) -> None:
+    with Tee([Source(0, tmp_path / "never", False)]) as tee:
+        assert tee._thread is not None
+        status = Path("/proc/self/task", str(tee._thread.native_id), "status")
+        until(lambda: "SigBlk:\tfffffffe7ffbfeff\n" in status.read_text())
+
+
+def test_it_may_be_finished_twice_or_never_begun(tmp_path: Path) -> None:
+    tee = Tee([Source(0, tmp_path / "never", False)])
+    assert tee.finish() == ()
+    tee.start()
+    assert tee.finish() == tee.finish() == ()
