@@ -195,7 +195,7 @@ def rank_report(
     usage: from wait4(2). core: whether it dumped core, where known.
     tree: for several ranks of one report, so that all processes are looked at once.
     """
-    executed_ns: int | None = getattr(rank, "_executed_ns", None)
+    executed_ns = rank._executed_ns
     report = rank.binding_report
     if effective is None and rank.returncode is None:
         effective = report.effective

@@ -287,6 +287,6 @@ def spoken(seconds: float) -> str:
     if seconds >= 99.95:
         return _units(round(seconds))
     for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= unit:
+        if seconds >= unit * 0.9995:
             return f"{seconds / unit:.3g} {name}"
     return "0 s" if seconds == 0 else f"{seconds * 1e9:.3g} ns"
