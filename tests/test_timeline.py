@@ -126,7 +126,7 @@ def test_rows_follow_each_other_and_stay_apart(count: int) -> None:
     for number, row in drawn.rows.items():
         places = [float(one.attrib["y"]) for one in row.iter(SVG + "text")]
         assert len(set(places)) == 1 and tops[number] < places[0] <= tops[number] + height + 1
-        assert drawn.column(number) == [str(number), "exit 0", f"{4 * number}-{4 * number + 3}  bind:1"]
+        assert drawn.column(number) == [str(number), "exit 0", f"{4 * number}-{4 * number + 3}", "bind:1"]
     assert not pitch or min(pitch) >= 11
     assert drawn.height >= tops[-1] + height
 
@@ -216,16 +216,16 @@ def test_a_refused_binding_is_said() -> None:
     one["binding"]["effective"] = {"cpus": "0-3", "memory": "default"}
     one["binding"]["refused"] = [{"step": "set_mempolicy", "errno": 1, "name": "EPERM", "text": "Not permitted"}]
     drawn = Drawn(job([one]))
-    assert drawn.column(0)[2] == "0-3  (set_mempolicy EPERM)"
+    assert drawn.column(0)[2:] == ["0-3", "(set_mempolicy EPERM)"]
     assert "refused: set_mempolicy: Not permitted" in (drawn.attempt(0, 0)[0].text or "")
 
 
 def test_what_was_asked_stands_for_what_nobody_saw() -> None:
     one = rank(0)
     one["binding"]["effective"] = None
-    assert Drawn(job([one])).column(0)[2] == "0-3  bind:1"
+    assert Drawn(job([one])).column(0)[2:] == ["0-3", "bind:1"]
     one["binding"]["asked"] = None
-    assert Drawn(job([one])).column(0)[2] == ""
+    assert Drawn(job([one])).column(0)[2:] == ["", ""]
 
 
 def test_attempts_follow_each_other() -> None:

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from ._report import AttemptReport, GroupReport, RankReport
 
 _PAD, _TOP = 12, 94  # around everything; above the rows
-_RANK, _START, _RUN, _END = 44, 160, 600, 84  # the widths of the columns; that of the binding follows from its texts
-_MOST = 48  # characters of a binding; the hint of the row has them all
-_CHARACTER = 6.3  # pixels, on the average and rather more, at 11px
+_RANK, _START, _RUN, _END = 44, 160, 600, 84  # the widths of the columns; those of the binding follow from their texts
+_MOST = 40  # characters of each half of a binding; the hint of the row has them all
+_CHARACTER = 6.6  # pixels, at 11px: more than the average, for the widest fonts
 
 _STYLE = """
 text { font: 11px system-ui, sans-serif; fill: #1d2733 }
@@ -95,8 +95,9 @@ class _Timeline(Canvas):
         self.start = Axis(left, _START, max(starts) or 1e-6) if starts else None
         self.run = Axis(left + (_START + 3 * _PAD if starts else 0), _RUN, report["duration"] or 1e-6)
         self.side = self.run.left + self.run.width + 2 * _PAD
-        longest = max((len(_where(rank, _MOST)) for rank in self.last["ranks"]), default=0)
-        self.width = self.side + _END + _CHARACTER * max(longest, 8) + _PAD
+        cpus, memory = (max([8, *(len(text(rank)) for rank in self.last["ranks"])]) for text in (_cpus, _memory))
+        self.memory = self.side + _END + _CHARACTER * cpus + _PAD
+        self.width = self.memory + _CHARACTER * memory + _PAD
         self.bottom = _TOP + self.count * self.rows.height
 
     def drawn(self) -> str:
@@ -106,7 +107,8 @@ class _Timeline(Canvas):
             self.rect(_PAD, top, self.width - 2 * _PAD, self.rows.height, "band")
         self.text(_PAD + _RANK - 10, _TOP - 24, "rank", "note number")
         self.text(self.side, _TOP - 24, "end", "note")
-        self.text(self.side + _END, _TOP - 24, "binding", "note")
+        self.text(self.side + _END, _TOP - 24, "CPUs", "note")
+        self.text(self.memory, _TOP - 24, "memory", "note")
         if self.start:
             self.axis(self.start, "call to execve", 4)
         self.axis(self.run, "run", 8)
@@ -167,7 +169,8 @@ class _Timeline(Canvas):
             if attempt is self.last:
                 self.text(_PAD + _RANK - 10, text, str(number), f"number{' first' * kind.endswith('first')}")
                 self.text(self.side, text, _end(rank), kind)
-                self.text(self.side + _END, text, _where(rank, _MOST), "failed" if rank["binding"]["refused"] else "")
+                self.text(self.side + _END, text, _cpus(rank))
+                self.text(self.memory, text, _memory(rank), "failed" if rank["binding"]["refused"] else "")
         self.lines.append("</g>")
 
     def bars(self, attempt: AttemptReport, rank: RankReport, kind: str, y: float) -> None:
@@ -220,14 +223,20 @@ def _end(rank: RankReport) -> str:
     return (end["signal"] or f"exit {end['status']}") + (", core" if end["core"] else "")
 
 
-def _where(rank: RankReport, most: int) -> str:
-    """What the rank has, or what it was to have where nobody looked; and what was refused."""
+def _cpus(rank: RankReport) -> str:
+    """The CPUs that it has, or that it was to have where nobody looked."""
+    place = rank["binding"]["effective"] or rank["binding"]["asked"]
+    return _clipped((place and place["cpus"]) or "", _MOST)
+
+
+def _memory(rank: RankReport) -> str:
+    """As _cpus(), of the policy, unless that is the kernel's own; and what was refused of the binding."""
     binding = rank["binding"]
     place = binding["effective"] or binding["asked"]
-    words = [] if place is None else [one for one in (place["cpus"], place["memory"]) if one and one != "default"]
-    refused = ", ".join(f"{one['step']} {one['name'] or one['errno']}" for one in binding["refused"])
-    words += [f"({refused})"] if refused else []
-    return _clipped("  ".join(words), most)
+    policy = place and place["memory"]
+    refused = [f"{one['step']} {one['name'] or one['errno']}" for one in binding["refused"]]
+    words = [policy] if policy and policy != "default" else []
+    return _clipped(" ".join([*words, f"({', '.join(refused)})"] if refused else words), _MOST)
 
 
 def _hint(attempt: AttemptReport, rank: RankReport) -> str:
