@@ -7,24 +7,16 @@ import resource
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rankspawn import Binding, BindingError
-from rankspawn._group import Job, RankGroup, free_port, launch
+from rankspawn import Binding, BindingError, RankGroup, launch
+from rankspawn._launch import free_port
 
 
-def start(
-    command: list[str], nprocs: int = 3, bindings: list[Binding | None] | None = None, log_dir: Path | None = None
-) -> RankGroup:
-    return launch(
-        command,
-        Job(nprocs, "test", "127.0.0.1", 29500),
-        bindings=bindings or [None] * nprocs,
-        env=os.environ,
-        rank_env=[{}] * nprocs,
-        log_dir=None if log_dir is None else str(log_dir),
-    )
+def start(command: list[str], nprocs: int = 3, **options: Any) -> RankGroup:
+    return launch(command, nprocs, **options)
 
 
 def test_ranks_are_seen_to_end_in_their_own_order() -> None:
@@ -40,7 +32,7 @@ def test_ranks_are_seen_to_end_in_their_own_order() -> None:
 def test_waiting_has_an_end() -> None:
     with start(["/bin/sleep", "60"]) as group:
         assert group.wait_any(0.05) == []
-        assert group.running == 3
+        assert group.running == (0, 1, 2)
         group.send_signal(signal.SIGKILL)
         while group.running:
             group.wait_any(30)
@@ -62,7 +54,7 @@ def test_ranks_that_ignore_sigterm_are_killed() -> None:
     with start(["/bin/sh", "-c", "trap '' TERM; while :; do sleep 1; done"], nprocs=2) as group:
         time.sleep(0.2)
         group.terminate(grace=0.2)
-        assert group.running == 0
+        assert group.running == ()
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])

@@ -5,7 +5,9 @@ TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from ._binding import AffinityMode, Binding, BindingError, BindingReport, MemoryPolicy, NumaOptions
+    from ._group import RankGroup
     from ._handler import SubprocessHandler, get_subprocess_handler
+    from ._launch import Job, launch
     from ._placement import place
     from ._popen import Popen
     from ._topology import Topology
@@ -15,16 +17,22 @@ __all__ = [
     "Binding",
     "BindingError",
     "BindingReport",
+    "Job",
     "MemoryPolicy",
     "NumaOptions",
     "Popen",
+    "RankGroup",
     "SubprocessHandler",
     "Topology",
     "get_subprocess_handler",
+    "launch",
     "place",
 ]
 
 _MODULES = {
+    "launch": "_launch",
+    "Job": "_launch",
+    "RankGroup": "_group",
     "Popen": "_popen",
     "SubprocessHandler": "_handler",
     "get_subprocess_handler": "_handler",

@@ -138,7 +138,7 @@ def start_ranks(
                     _tell_rank(error, number)
                     raise
     except BaseException:
-        _end(ranks)
+        end_ranks(ranks)
         raise
     finally:
         for rank in made:
@@ -211,7 +211,7 @@ def _tell_rank(error: Exception, number: int) -> None:
         error.args = (f"rank {number}: {error.args[0]}",)
 
 
-def _end(ranks: list[Popen]) -> None:
+def end_ranks(ranks: list[Popen]) -> None:
     """Kill and reap what was started; what may not be killed stays in the list."""
     started = [rank for rank in ranks if rank._child_created and rank.returncode is None]
     refused = []

@@ -16,10 +16,11 @@ _MOST_BYTES = 1 << 20
 _WIDEST = 300  # characters of a line that are told
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from ._logs import RankFiles
+    from ._popen import Popen
 
 # What each signal is for. Who sent one is not known: any may come from kill(2).
 _MEANINGS = {
@@ -135,6 +136,25 @@ def first_failure(failures: Iterable[Failure]) -> Failure:
     Raises ValueError when there is none.
     """
     return min(failures, key=lambda failure: (int(_when(failure)), failure.seen_at))
+
+
+def failures(
+    ranks: Sequence[Popen],
+    returncodes: Mapping[int, int],
+    exited_ns: Mapping[int, int],
+    files: Sequence[RankFiles] | None,
+) -> list[Failure]:
+    """The ranks that have failed, by number, but the first failure first. exited_ns: of CLOCK_MONOTONIC."""
+    failed = []
+    for number, returncode in returncodes.items():
+        if returncode:
+            asked, of_rank = ranks[number].binding_report.requested, None if files is None else files[number]
+            seen_at = time.time() - (time.monotonic_ns() - exited_ns[number]) / 1e9
+            error = None if of_rank is None else read_error_file(of_rank.error)
+            binding = "" if asked is None else str(asked)
+            failed.append(Failure(number, returncode, seen_at, ranks[number].pid, binding, of_rank, error))
+    first = first_failure(failed) if failed else None
+    return sorted(failed, key=lambda failure: (failure is not first, failure.rank))
 
 
 def _when(failure: Failure) -> float:

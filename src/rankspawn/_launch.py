@@ -1,0 +1,227 @@
+"""``launch``: the ranks of a job on this machine, placed, started at once, and told what torchrun tells them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING, NamedTuple
+
+from ._crew import end_ranks, start_ranks
+from ._engine import mechanisms
+from ._group import GRACE_SECONDS, RankGroup
+
+if TYPE_CHECKING:
+    from ._binding import AffinityMode, Binding, MemoryMode, MemoryPolicy
+    from ._cgroup import GroupCgroup
+    from ._logs import RankFiles
+    from ._placement import Rank
+    from ._popen import Popen
+    from ._tee import Source
+
+
+class Job(NamedTuple):
+    """What the ranks are told of the job, by the names that torchrun gives it.
+
+    nprocs: ranks on this machine. run_id: a name for the job. master_addr, master_port: where rank 0 listens.
+    nnodes, node_rank: how many machines, and which this is. restart_count: which start of the group this is, from 0.
+    """
+
+    nprocs: int
+    master_port: int
+    master_addr: str = "127.0.0.1"
+    run_id: str = "none"
+    nnodes: int = 1
+    node_rank: int = 0
+    restart_count: int = 0
+    max_restarts: int = 0
+
+    def environment(self) -> dict[str, str]:
+        """What all ranks of this machine are told (torch.distributed.run has the names)."""
+        local, world = str(self.nprocs), str(self.nprocs * self.nnodes)
+        return {
+            "WORLD_SIZE": world,
+            "LOCAL_WORLD_SIZE": local,
+            "GROUP_RANK": str(self.node_rank),
+            "GROUP_WORLD_SIZE": str(self.nnodes),
+            "ROLE_NAME": "default",
+            "ROLE_WORLD_SIZE": world,
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+            "TORCHELASTIC_RESTART_COUNT": str(self.restart_count),
+            "TORCHELASTIC_MAX_RESTARTS": str(self.max_restarts),
+            "TORCHELASTIC_RUN_ID": self.run_id,
+            # Rank 0 makes the store at MASTER_PORT itself: there is no agent that holds one.
+            "TORCHELASTIC_USE_AGENT_STORE": "False",
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+        }
+
+    def environment_of(self, local_rank: int) -> dict[str, str]:
+        """What one rank is told beside that."""
+        rank = str(self.node_rank * self.nprocs + local_rank)
+        return {"RANK": rank, "LOCAL_RANK": str(local_rank), "ROLE_RANK": rank}
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """A TCP port that is free on ``address`` now. Raises OSError when the address is not this machine's."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(
+    args: Sequence[str] | Callable[[int], Sequence[str]],
+    nprocs: int,
+    *,
+    numa: AffinityMode | str | None = None,
+    memory: MemoryMode | MemoryPolicy | None = None,
+    bindings: Sequence[Binding | None] | None = None,
+    env: Mapping[str, str] | None = None,
+    rank_env: Sequence[Mapping[str, str]] | None = None,
+    cwd: str | os.PathLike[str] | None = None,
+    job: Job | None = None,
+    log_dir: str | os.PathLike[str] | None = None,
+    tee: bool = False,
+    tee_ranks: Collection[int] | None = None,
+    files: Sequence[RankFiles] | None = None,
+    die_with_parent: bool | None = None,
+    guard: bool = False,
+    cgroup: str | os.PathLike[str] | None = None,
+    keep_going: bool = False,
+    grace: float | None = None,
+    progress: Callable[[Callable[[], int]], object] | None = None,
+) -> RankGroup:
+    """Start ``nprocs`` ranks at once, each in a session of its own and with torchrun's variables. All or nothing.
+
+    args: the command of every rank, or a function that gives that of a local rank.
+    numa, memory: place the ranks on this machine, as ``place`` does, and set OMP_NUM_THREADS unless ``env`` has it.
+    bindings: where each rank goes, instead; by local rank.
+    env: what all ranks inherit; this process's environment if left out. rank_env: what each has beside it; by local
+        rank.
+    job: what the ranks are told of the whole job; of this machine alone, with a free port, if left out.
+    log_dir: a folder; each rank writes to ``attempt_N/LOCAL_RANK/stdout.log`` and ``stderr.log`` in it, as under
+        torchrun.
+    tee: the lines that the ranks write to their log files are shown here too, with a prefix; without ``log_dir`` the
+        files are temporary ones. tee_ranks: of these ranks only. files: instead of ``log_dir``, made by ``rank_files``.
+    die_with_parent: the kernel kills the ranks when this process ends, however it ends; None: where it can.
+    guard: a small process ends, when this process has been killed, also what the ranks have started.
+    cgroup: a delegated directory of cgroup v2. The ranks are born in a cgroup made in it, which ends with the group,
+        whatever session its processes have moved to; a guard is on, too.
+    keep_going: a rank that fails does not end the others. grace: from SIGTERM to SIGKILL, in seconds; 30 if left out.
+    progress: is called before the first start with a function that tells, in any thread, how many have been started.
+
+    Raises what Popen raises, with the rank's number in ``rank`` and in the message, after the ranks that were started
+    have been killed and reaped; PlacementError where no placement can be made; ValueError for what does not fit.
+    """
+    called_ns = time.monotonic_ns()
+    if nprocs < 1:
+        raise ValueError(f"nprocs is {nprocs}: a job has at least one rank")
+    job = Job(nprocs, free_port()) if job is None else job
+    if job.nprocs != nprocs:
+        raise ValueError(f"nprocs is {nprocs}, and {job.nprocs} in job")
+    for name, given in (("bindings", bindings), ("rank_env", rank_env), ("files", files)):
+        if given is not None and len(given) != nprocs:
+            raise ValueError(f"{name} has {len(given)} items for {nprocs} ranks")
+    own = [job.environment_of(rank) for rank in range(nprocs)]
+    shared = {**(os.environ if env is None else env), **job.environment(), "RANKSPAWN_CALL_NS": str(called_ns)}
+    if numa is not None or memory is not None:
+        if bindings is not None or numa is None:
+            raise ValueError("give numa, with or without memory, or bindings")
+        placed = _place(nprocs, numa, memory)
+        bindings = [rank.binding for rank in placed]
+        if "OMP_NUM_THREADS" not in shared:
+            for variables, rank in zip(own, placed, strict=True):
+                variables["OMP_NUM_THREADS"] = str(rank.omp_threads)
+    ranks: list[Popen] = []
+    guard_fd = -1
+    with ExitStack() as resources:
+        if files is None and (tee or log_dir is not None):
+            from tempfile import TemporaryDirectory
+
+            from ._logs import rank_files
+
+            folder = resources.enter_context(TemporaryDirectory(prefix="rankspawn-")) if log_dir is None else log_dir
+            files = rank_files(os.fspath(folder), nprocs, job.restart_count)
+        for number, of_rank in enumerate(files or ()):
+            own[number]["TORCHELASTIC_ERROR_FILE"] = of_rank.error
+        for variables, more in zip(own, rank_env or (), strict=False):
+            variables.update(more)
+        if tee:
+            from ._tee import Tee
+
+            resources.enter_context(Tee(_sources(files or ()), ranks=tee_ranks))
+        own_cgroup = None if cgroup is None else _make_cgroup(resources, cgroup)
+        if guard or own_cgroup is not None:
+            from ._guard import Guard
+
+            watchman = resources.enter_context(closing(Guard.start(None if own_cgroup is None else own_cgroup.path)))
+            guard_fd = watchman.fd
+        start_ranks(
+            ranks,
+            [args(rank) for rank in range(nprocs)] if callable(args) else [args] * nprocs,
+            env=shared,
+            rank_env=own,
+            bindings=[None] * nprocs if bindings is None else bindings,
+            streams=[(None, None, None)] * nprocs if files is None else [(None, f.stdout, f.stderr) for f in files],
+            cwd=cwd,
+            die_with_parent=_can_die_with_parent() if die_with_parent is None else die_with_parent,
+            cgroup=None if own_cgroup is None else own_cgroup.fd,
+            guard=guard_fd,
+            progress=progress,
+        )
+        try:
+            group = RankGroup(
+                ranks,
+                resources=resources,
+                keep_going=keep_going,
+                grace=GRACE_SECONDS if grace is None else grace,
+                files=files,
+                cgroup=own_cgroup,
+                called_ns=called_ns,
+                run_id=job.run_id,
+            )
+            group._resources = resources.pop_all()
+            return group
+        except BaseException:
+            end_ranks(ranks)
+            raise
+
+
+def _place(nprocs: int, numa: AffinityMode | str, memory: MemoryMode | MemoryPolicy | None) -> Sequence[Rank]:
+    from ._placement import plan
+    from ._topology import Topology
+
+    ranks = plan(Topology.read(), numa, nprocs=nprocs, memory=memory)
+    for note in dict.fromkeys(note for rank in ranks for note in rank.notes):
+        warnings.warn(note, RuntimeWarning, stacklevel=3)
+    return ranks
+
+
+def _make_cgroup(resources: ExitStack, parent: str | os.PathLike[str]) -> GroupCgroup:
+    """A cgroup for the ranks, which ends, with all that is in it, when ``resources`` are closed."""
+    from ._cgroup import GroupCgroup
+
+    made = GroupCgroup.make(parent)
+    resources.callback(made.remove)
+    resources.callback(made.wait_empty, 1.0)
+    resources.callback(made.kill)
+    return made
+
+
+def _can_die_with_parent() -> bool:
+    """Whether the kernel can be asked to kill the ranks with this process: by the engine, on Linux."""
+    return sys.platform == "linux" and bool(mechanisms())
+
+
+def _sources(files: Sequence[RankFiles]) -> Iterator[Source]:
+    from ._tee import Source
+
+    for number, of_rank in enumerate(files):
+        for path, is_stderr in ((of_rank.stdout, False), (of_rank.stderr, True)):
+            if path is not None:
+                yield Source(number, path, is_stderr)
