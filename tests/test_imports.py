@@ -21,30 +21,31 @@ SOURCE = Path(__file__).parent.parent / "src" / "rankspawn"
 # CONTRIBUTING.md. `__init__` re-exports, so it may import all that are public through it.
 PLACES = {"_binding", "_devices", "_topology", "_placement"}
 ARROWS: dict[str, set[str]] = {
-    "__init__": {"_group", "_handler", "_popen", *PLACES},
+    "__init__": {"_launch", "_group", "_handler", "_popen", *PLACES},
     "__main__": {"_cli"},
-    "_cli": {
-        "_engine",
-        "_group",
-        "_handler",
-        "_openmp",
-        "_options",
-        "_show",
-        "_doctor",
+    "_cli": {"_run", "_options", "_show", "_doctor", "_engine", "_binding", "_topology"},
+    "_run": {
+        *{"_launch", "_group", "_logs", "_failure", "_report", "_timeline", "_progress", "_step"},
+        *{"_options", "_openmp", "_engine"},
         *PLACES,
-        "_report",
-        "_timeline",
     },
+    "_progress": {"_group", "_binding"},
     "torchrun": {"_group", "_handler", "_options", "_show", "_doctor", *PLACES},
     "_doctor": {"_popen", "_engine", "_spawn", *PLACES},
     "_show": {"_options", "_openmp", "_svg", *PLACES},
     "_options": PLACES,
     "_svg": PLACES,
-    "_group": {"_crew", "_report", "_processes", "_handler", "_popen", "_placement", "_topology", "_binding"},
+    "_launch": {"_crew", "_group", "_cgroup", "_guard", "_logs", "_tee", "_engine", "_popen", *PLACES},
+    "_group": {
+        *{"_watch", "_sessions", "_cgroup", "_logs", "_failure", "_report", "_processes"},
+        *{"_popen", "_binding"},
+    },
+    "_watch": {"_popen"},
+    "_step": {"_sysfs"},
     "_timeline": {"_report", "_svg", "_binding"},
     "_report": {"_processes", "_popen", "_binding"},
     "_processes": set(),
-    "_failure": {"_logs", "_binding"},
+    "_failure": {"_logs", "_binding", "_popen"},
     "_tee": {"_logs"},
     "_logs": set(),
     "_handler": {"_popen", "_engine", "_placement", "_topology", "_visible", "_binding"},
@@ -75,6 +76,9 @@ SLOW = {"shutil", "subprocess"}
 
 # By subject, in the order of the README.
 PUBLIC = {
+    "launch",
+    "Job",
+    "RankGroup",
     "Popen",
     "SubprocessHandler",
     "get_subprocess_handler",

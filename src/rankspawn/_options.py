@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from ._placement import Rank
 
 
+class CommandError(Exception):
+    """The command cannot do what it was asked; the message is for the user."""
+
+
 def add_placement_options(parser: argparse.ArgumentParser) -> None:
     """Adds --numa-binding, --memory-policy, --devices, --reserve-cores, --threads-per-core, --cpus, --mems and
     --numa-binding-optional."""
