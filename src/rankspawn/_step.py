@@ -7,10 +7,10 @@ Only variables are looked at: nothing is asked of a launcher, and no library of 
 from __future__ import annotations
 
 import re
-import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import NamedTuple
 
+from ._binding import format_ids
 from ._sysfs import PlacementError
 
 # Ports from torchrun's default up to 32500, below the ports that Linux gives to outgoing connections (32768 and up, see
@@ -56,13 +56,20 @@ _RANK_ALONE = (
     _Told("a PMIx launcher", "", "", "PMIX_RANK", ""),
 )
 
-# How each is told to start one process on each node, and not to bind what it starts.
-_OPTIONS = {
-    "srun": ("--ntasks-per-node=1", "--cpu-bind=none"),
-    "mpirun": ("--map-by ppr:1:node", "--bind-to none"),
-    "mpiexec": ("-ppn 1", "-bind-to none"),
-    "PALS mpiexec": ("--ppn 1", "--cpu-bind none"),
+# How each is told to start one process on each node; not to bind each process by itself; to give each more CPUs.
+_ONE_A_NODE = {
+    "srun": "--ntasks-per-node=1",
+    "mpirun": "--map-by ppr:1:node",
+    "mpiexec": "-ppn 1",
+    "PALS mpiexec": "--ppn 1",
 }
+_UNBOUND = {
+    "srun": "--cpu-bind=none",
+    "mpirun": "--bind-to none",
+    "mpiexec": "-bind-to none",
+    "PALS mpiexec": "--cpu-bind none",
+}
+_MORE_CPUS = {**_UNBOUND, "srun": "--cpus-per-task=N"}
 
 
 class Node(NamedTuple):
@@ -84,9 +91,10 @@ class Step(NamedTuple):
     variable: the variable that only the launcher's own processes have, "" for none.
     rank, size: among all processes of the step. local_rank, local_size: among those of this node.
     node_rank, nnodes: of this node among the step's.
+    own_masks: whether each process of this node was given a CPU mask of its own; None: the kernel may know.
     master_addr: the host of node 0. run_id: "JOB.STEP" of Slurm, or the namespace of PMIx.
     master_port: follows from the job's name, and is the same on every node: 29500 + (10 * JOB + STEP) mod 3001 under
-        Slurm, 29500 + crc32(namespace) mod 3001 where there is a PMIx namespace, else 29500.
+        Slurm; where there is a PMIx namespace the same with its bytes as one number; else 29500.
     """
 
     launcher: str = ""
@@ -97,6 +105,7 @@ class Step(NamedTuple):
     local_size: int | None = None
     node_rank: int | None = None
     nnodes: int | None = None
+    own_masks: bool | None = None
     master_addr: str | None = None
     master_port: int = _FIRST_PORT
     run_id: str | None = None
@@ -138,7 +147,7 @@ class Step(NamedTuple):
                 )
             raise StepError(
                 f"{self.launcher} started {self.local_size} processes on this node, and each would start all ranks:"
-                f" start one ({self._with_option(0, 'once on each node')}), or a rank in each with `rankspawn bind`"
+                f" start one ({self._with(_ONE_A_NODE)}), or a rank in each with `rankspawn bind`"
             )
         if self.nnodes is None or self.node_rank is None:
             raise StepError(f"{self.launcher} does not say how many nodes there are: give --nnodes and --node-rank")
@@ -152,14 +161,24 @@ class Step(NamedTuple):
             )
         return Node(self.node_rank, self.nnodes, address, master_port or self.master_port, self.run_id)
 
+    def crowding(self, cpus: Set[int], nprocs: int) -> str | None:
+        """In words, that ``nprocs`` ranks inherit too few ``cpus`` from the launcher; None where they do not.
+
+        Slurm gives a task one CPU, and Open MPI binds to one core, unless they are told otherwise.
+        """
+        if len(cpus) >= nprocs or self.launcher in ("", "torchrun"):
+            return None
+        return f"{nprocs} ranks share CPUs {format_ids(cpus)}: {self._with(_MORE_CPUS)} gives more"
+
     @property
     def unbound(self) -> str:
-        """In words, how the launcher is told not to bind what it starts."""
-        return self._with_option(1, "without a binding")
+        """In words, the launcher with the option that it needs to bind no process by itself."""
+        return self._with(_UNBOUND)
 
-    def _with_option(self, which: int, otherwise: str) -> str:
-        options = _OPTIONS.get(self.launcher)
-        return f"`{self.launcher} {options[which]}`" if options else f"{self.launcher} {otherwise}"
+    def _with(self, options: Mapping[str, str]) -> str:
+        return (
+            f"`{self.launcher} {options[self.launcher]}`" if self.launcher in options else "an option of the launcher"
+        )
 
 
 def _slurm(environ: Mapping[str, str]) -> Step:
@@ -179,10 +198,18 @@ def _slurm(environ: Mapping[str, str]) -> Step:
         local_size=None if node is None else counts[node],
         node_rank=node,
         nnodes=_number(environ, "SLURM_STEP_NUM_NODES"),
+        own_masks=_own_masks(environ),
         master_addr=first_host(environ.get("SLURM_STEP_NODELIST", "")),
         master_port=_FIRST_PORT if job is None else _FIRST_PORT + (10 * job + step) % _PORTS,
         run_id=None if job is None else f"{job}.{step}",
     )
+
+
+def _own_masks(environ: Mapping[str, str]) -> bool:
+    """Whether Slurm gave the tasks of this node different masks. One mask for all is the job's share of the node, which
+    its task plugin sets even with --cpu-bind=none."""
+    kind, masks = environ.get("SLURM_CPU_BIND_TYPE", ""), environ.get("SLURM_CPU_BIND_LIST", "")
+    return kind.startswith("rank") or (kind.startswith(("map", "mask")) and len(set(masks.split(","))) > 1)
 
 
 def _mpi(told: _Told, environ: Mapping[str, str]) -> Step:
@@ -191,7 +218,8 @@ def _mpi(told: _Told, environ: Mapping[str, str]) -> Step:
     found = _of(told, environ)
     namespace = environ.get("PMIX_NAMESPACE") or None
     if namespace is not None:
-        found = found._replace(run_id=namespace, master_port=_FIRST_PORT + zlib.crc32(namespace.encode()) % _PORTS)
+        number = int.from_bytes(namespace.encode(), "big")
+        found = found._replace(run_id=namespace, master_port=_FIRST_PORT + number % _PORTS)
     if found.local_size == 1:  # And so on every node, or one there ends the job: ranks of processes are ranks of nodes.
         found = found._replace(node_rank=found.rank, nnodes=found.size)
     return found
