@@ -23,12 +23,13 @@ PLACES = {"_binding", "_devices", "_topology", "_placement"}
 ARROWS: dict[str, set[str]] = {
     "__init__": {"_launch", "_group", "_handler", "_popen", *PLACES},
     "__main__": {"_cli"},
-    "_cli": {"_run", "_options", "_show", "_doctor", "_engine", "_binding", "_topology"},
+    "_cli": {"_run", "_bind", "_options", "_show", "_doctor", "_engine", "_binding", "_topology"},
     "_run": {
         *{"_launch", "_group", "_logs", "_failure", "_report", "_timeline", "_progress", "_step"},
         *{"_options", "_openmp", "_engine"},
         *PLACES,
     },
+    "_bind": {"_step", "_options", "_openmp", "_engine", *PLACES},
     "_progress": {"_group", "_binding"},
     "torchrun": {"_group", "_handler", "_options", "_show", "_doctor", *PLACES},
     "_doctor": {"_popen", "_engine", "_spawn", *PLACES},

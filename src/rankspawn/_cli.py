@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from ._bind import add_bind_command
 from ._binding import BindingError
 from ._options import CommandError
 from ._run import add_run_command
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_run_command(commands)
+    add_bind_command(commands)
     add_commands(commands)
     doctor = commands.add_parser("doctor", help="say what this machine allows")
     doctor.set_defaults(run=_doctor)
