@@ -177,6 +177,60 @@ def _threads() -> Section:
     )
 
 
+def _launch() -> Section:
+    two = Situation(cores=2)
+    loaded = Situation(cores=2, name="torch")
+    cases: list[Case] = []
+    rows: list[Figure] = []
+    for ranks in (64, 256):
+        ours = Case(f"launch of {ranks}", "launch", (("ranks", ranks),), two)
+        floor = Case(f"floor: 2 threads, {ranks}", "floor", (("mode", "crew"), ("ranks", ranks)))
+        loop = Case(f"subprocess.Popen of numactl, {ranks}", "numactl_loop", (("ranks", ranks),), two)
+        theirs = Case(f"torch's SubprocessContext, {ranks}", "context", (("ranks", ranks),), loaded)
+        cases += [ours, floor, loop, theirs]
+        rows += [
+            Figure(f"launch of {ranks} bound ranks / the floor's 2 threads", ours, floor, most=1.10),
+            Figure("  torch's SubprocessContext, node / launch", theirs, ours, least=6.0),
+            Figure("  a loop of subprocess.Popen of numactl / launch", loop, ours, least=3.0),
+        ]
+    return Section(Group("launch", tuple(cases), blocks=30, rounds=2, warmup=1), tuple(rows))
+
+
+def _commands() -> Section:
+    two = Situation(cores=2)
+    ours = Case("rankspawn run, 64 ranks", "run", (("ranks", 64),), two)
+    call = Case("launch of 64", "launch", (("ranks", 64),), two)
+    mpirun = ("mpirun", "--oversubscribe", "-np", "64")
+    srun = ("srun", "--overcommit", "-n", "64")
+    others = [
+        Case(f"{command[0]}, 64 ranks", "command", (("command", command), ("ranks", 64)), two)
+        for command in (mpirun, srun)
+    ]
+    rows = [Figure(f"{case.label} / rankspawn run", case, ours, least=1.0) for case in others]
+    rows += [Figure("  / launch", case, call, least=1.0) for case in others]
+    return Section(Group("commands", (ours, call, *others), blocks=10, rounds=1, warmup=1), tuple(rows))
+
+
+def _groups() -> Section:
+    two = Situation(cores=2)
+    notice = Case("wait_any of 256 ranks notices", "group_notice", (("ranks", 256),), two)
+    idle = {
+        api: Case(f"{api}: watching 256 ranks", "group_idle", (("ranks", 256), ("api", api)), two)
+        for api in ("rankspawn", "torch")
+    }
+    ours = Case("terminate() of 64", "group_terminate", (("ranks", 64),), two)
+    floor = Case("kill and wait in C, 64", "floor", (("mode", "ends"), ("ranks", 64)))
+    return Section(
+        Group("groups", (notice, *idle.values(), ours, floor), blocks=20, rounds=1, warmup=0),
+        (
+            Figure("wait_any among 256 ranks notices an exit after (us)", notice, most=1000),
+            Figure("CPU time of watching 256 idle ranks, in a second (us)", idle["rankspawn"]),
+            Figure("  torch's polling (us)", idle["torch"]),
+            Figure("terminate() of 64 ranks / kill and wait in C", ours, floor, most=1.5),
+        ),
+    )
+
+
 def _placement() -> Section:
     loaded = Situation(name="placement")  # its own process: torch's functions are pointed at another machine there
     known = Case("place(), the topology known", "plan", (), loaded)
@@ -220,7 +274,18 @@ NOTES = (
     "Starts: python -I with compiled files; plan is what the installed script runs. Neither import loads rich, psutil,",
     "asyncio, pynvml or torch, which is checked.",
 )
-SECTIONS = (_spawn(), _handlers(), _fds(), _memory(), _notice(), _threads(), _placement())
+SECTIONS = (
+    _spawn(),
+    _handlers(),
+    _fds(),
+    _memory(),
+    _notice(),
+    _threads(),
+    _launch(),
+    _groups(),
+    _commands(),
+    _placement(),
+)
 
 
 class Measured:

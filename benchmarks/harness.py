@@ -24,9 +24,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / ".cache" / "benchmarks"
 PROGRAMS = {
-    "floor": ("-O2",),
+    "floor": ("-O2", "-pthread"),
     "tiny": ("-O2", "-nostdlib", "-static", "-fno-stack-protector"),
     "last_words": ("-O2",),
+    "ends": ("-O2",),
 }
 
 
@@ -142,7 +143,7 @@ class Bench:
 
     def _block(self, case: Case, rounds: int) -> list[int]:
         if case.job == "floor":
-            return [int(sample) for sample in self._ask(self._floor(dict(case.options)["mode"]), f"{rounds}").split()]
+            return [int(sample) for sample in self._ask(self._floor(**dict(case.options)), f"{rounds}").split()]
         if case.situation.cores > len(os.sched_getaffinity(0)):
             raise Unable(f"{case.situation.cores} CPUs are needed")
         request = json.dumps([case.job, dict(case.options), rounds])
@@ -162,14 +163,23 @@ class Bench:
             raise RuntimeError(f"{process.args!r} ended with status {process.wait()}; its error is above")
         return answer
 
-    def _floor(self, mode: str) -> subprocess.Popen[str]:
-        return self._started(mode, [self.programs["floor"], mode, str(self.cpu), str(self.node), self.programs["tiny"]])
+    def _floor(self, mode: str, ranks: int = 0) -> subprocess.Popen[str]:
+        if mode == "ends":
+            return self._started((mode, ranks), [self.programs["ends"], str(ranks)])
+        cpus, crew = [self.cpu], []
+        if mode == "crew":
+            # As many threads as launch() takes: one for each of two CPUs.
+            cpus, crew = self._cpus(2), [str(ranks), "2"]
+        argv = [self.programs["floor"], mode, ",".join(map(str, cpus)), str(self.node), self.programs["tiny"], *crew]
+        return self._started((mode, ranks), argv)
+
+    def _cpus(self, cores: int) -> list[int]:
+        return [self.cpu, *sorted(os.sched_getaffinity(0) - {self.cpu})[: cores - 1]]
 
     def _worker(self, situation: Situation) -> subprocess.Popen[str]:
-        others = sorted(os.sched_getaffinity(0) - {self.cpu})
         settings = {
             "cpu": self.cpu,
-            "cpus": [self.cpu, *others[: situation.cores - 1]],
+            "cpus": self._cpus(situation.cores),
             "node": self.node,
             "programs": self.programs,
             "logs": self._logs,

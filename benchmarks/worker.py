@@ -29,6 +29,8 @@ from time import perf_counter_ns
 from types import SimpleNamespace
 from typing import Any
 
+import groups
+
 Job = Callable[[], int]
 
 # What a launcher adds to the environment of a rank.
@@ -385,6 +387,7 @@ def interpreter_job(place: Place, *, code: str, light: bool = False) -> Job:
 
 
 JOBS: dict[str, Callable[..., Job]] = {
+    **groups.JOBS,
     "popen": popen_job,
     "extension": extension_job,
     "numactl": numactl_job,
