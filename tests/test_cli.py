@@ -15,12 +15,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, get_args
+from typing import IO, Any
 
 import pytest
 
 from rankspawn import AffinityMode
-from rankspawn._binding import MemoryMode, parse_ids
+from rankspawn._binding import MEMORY_MODES, parse_ids
 from rankspawn._cli import main
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sessions, signals and exec are asked for")
@@ -491,7 +491,7 @@ def test_each_mode_stays_inside_the_inherited_mask(mode: str, ranks: int) -> Non
 
 
 @linux
-@pytest.mark.parametrize("policy", get_args(MemoryMode))
+@pytest.mark.parametrize("policy", MEMORY_MODES)
 def test_each_memory_policy(policy: str) -> None:
     done = completed(in_ranks(PLACE, "--numa-binding", "node", "--memory-policy", policy))
     skip_where_memory_is_refused(done)
@@ -676,7 +676,7 @@ LINES = {
     "group signal": r"free of races|only while",
     "cgroup at birth": r"yes, tried in /|no",
     "CPU affinity": r"yes, tried with|refused|not on this system",
-    **{f"memory {mode}": r"yes, tried with|refused|unknown" for mode in get_args(MemoryMode)},
+    **{f"memory {mode}": r"yes, tried with|refused|unknown" for mode in MEMORY_MODES},
     "NUMA nodes": r"\d+ \(CPUs [\d,-]+\)|unknown",
     "inherited CPUs": r"[\d,-]+",
     "inherited nodes": r"[\d,-]+",

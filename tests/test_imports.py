@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import rankspawn
+from tests.sysfs_tree import Machine, write
 
 SOURCE = Path(__file__).parent.parent / "src" / "rankspawn"
 
@@ -21,7 +22,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "rankspawn"
 # CONTRIBUTING.md. `__init__` re-exports, so it may import all that are public through it.
 PLACES = {"_binding", "_devices", "_topology", "_placement"}
 ARROWS: dict[str, set[str]] = {
-    "__init__": {"_launch", "_group", "_handler", "_popen", *PLACES},
+    "__init__": {"_launch", "_group", "_handler", "_numa_options", "_popen", *PLACES},
     "__main__": {"_cli"},
     "_cli": {"_run", "_bind", "_options", "_show", "_doctor", "_engine", "_binding", "_topology"},
     "_run": {
@@ -49,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
     "_failure": {"_logs", "_binding", "_popen"},
     "_tee": {"_logs"},
     "_logs": set(),
-    "_handler": {"_popen", "_engine", "_placement", "_topology", "_visible", "_binding"},
+    "_handler": {"_popen", "_engine", "_placement", "_topology", "_visible", "_numa_options", "_binding"},
     "_crew": {"_popen", "_engine", "_arguments", "_spawn", "_binding"},
     "_popen": {"_arguments", "_engine", "_spawn", "_binding"},
     # The guard's own process loads these three, and nothing else of ours.
@@ -58,14 +59,16 @@ ARROWS: dict[str, set[str]] = {
     "_sessions": set(),
     "_arguments": set(),
     "_engine": {"_spawn", "_binding"},
-    "_placement": {"_machine", "_devices", "_topology", "_openmp", "_binding"},
+    "_placement": {"_machine", "_devices", "_topology", "_openmp", "_binding", "_frozen"},
     "_machine": {"_devices", "_topology", "_binding"},
     "_openmp": {"_topology", "_binding"},
     "_devices": {"_topology", "_visible", "_sysfs", "_binding"},
-    "_visible": {"_sysfs", "_binding"},
-    "_topology": {"_sysfs", "_binding"},
+    "_visible": {"_sysfs", "_binding", "_frozen"},
+    "_topology": {"_sysfs", "_binding", "_frozen"},
     "_sysfs": {"_binding"},
-    "_binding": set(),
+    "_numa_options": {"_binding"},
+    "_binding": {"_frozen"},
+    "_frozen": set(),
     "_spawn": set(),
 }
 
@@ -145,12 +148,13 @@ def test_import_is_light() -> None:
     assert HEAVY.intersection(json.loads(done.stdout)) == set()
 
 
-def test_a_plan_is_light() -> None:
+def test_a_plan_is_light(tmp_path: Path) -> None:
     # -I -S: what a site's own files import is not ours.
     script = (
         "import sys; sys.path.append(sys.argv.pop(1)); from rankspawn._cli import main; main(); print(*sys.modules)"
     )
-    command = [sys.executable, "-I", "-S", "-c", script, str(SOURCE.parent), "plan", "--nproc-per-node", "1"]
+    plan = ["plan", "--nproc-per-node", "2", "--sysfs", str(write(tmp_path, Machine()))]
+    command = [sys.executable, "-I", "-S", "-c", script, str(SOURCE.parent), *plan]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert SLOW.isdisjoint(done.stdout.splitlines()[-1].split())
 

@@ -4,10 +4,11 @@
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
-    from ._binding import AffinityMode, Binding, BindingError, BindingReport, MemoryPolicy, NumaOptions
+    from ._binding import AffinityMode, Binding, BindingError, BindingReport, MemoryPolicy
     from ._group import RankGroup
     from ._handler import SubprocessHandler, get_subprocess_handler
     from ._launch import Job, launch
+    from ._numa_options import NumaOptions
     from ._placement import place
     from ._popen import Popen
     from ._topology import Topology
@@ -36,6 +37,7 @@ _MODULES = {
     "Popen": "_popen",
     "SubprocessHandler": "_handler",
     "get_subprocess_handler": "_handler",
+    "NumaOptions": "_numa_options",
     "Topology": "_topology",
     "place": "_placement",
 }

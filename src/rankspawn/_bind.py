@@ -6,7 +6,6 @@ import argparse
 import os
 import signal
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ._binding import AffinityMode, format_ids
@@ -114,9 +113,9 @@ def _placed(args: argparse.Namespace, local_rank: int, local_size: int, step: St
         raise PlacementError(f"{error} ({note})" if note else str(error)) from None
     if own:
         cpus = topology.allowed_cpus if rank.binding.cpus is None else rank.binding.cpus
-        rank = replace(rank, omp_threads=omp_num_threads(topology, [cpus])[0])
+        rank = rank.replace(omp_threads=omp_num_threads(topology, [cpus])[0])
     # It is the same with the others: one says it for all.
-    return replace(rank, notes=(*rank.notes, note)) if note and local_rank == 0 else rank
+    return rank.replace(notes=(*rank.notes, note)) if note and local_rank == 0 else rank
 
 
 def _is_bound(variable: str) -> bool:

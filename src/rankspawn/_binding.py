@@ -8,13 +8,26 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable, Set
-from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, get_args
 
-MemoryMode = Literal["default", "local", "bind", "preferred", "preferred-many", "interleave", "weighted-interleave"]
-_MODES: tuple[str, ...] = get_args(MemoryMode)
+from ._frozen import Frozen
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Literal
+
+    MemoryMode = Literal["default", "local", "bind", "preferred", "preferred-many", "interleave", "weighted-interleave"]
+
+MEMORY_MODES: tuple[MemoryMode, ...] = (
+    "default",
+    "local",
+    "bind",
+    "preferred",
+    "preferred-many",
+    "interleave",
+    "weighted-interleave",
+)
 _MODES_WITHOUT_NODES = ("default", "local")
 
 # No kernel is built for more (the largest NR_CPUS is 8192, MAX_NUMNODES is 1024); a larger id is a
@@ -47,8 +60,7 @@ class AffinityMode(str, Enum):
     CORE_COMPLEX = "core-complex"
 
 
-@dataclass(frozen=True)
-class MemoryPolicy:
+class MemoryPolicy(Frozen):
     """A NUMA memory policy, as in set_mempolicy(2).
 
     mode: one of "default", "local", "bind", "preferred", "preferred-many" (Linux 5.15), "interleave",
@@ -60,26 +72,26 @@ class MemoryPolicy:
     """
 
     mode: MemoryMode
-    nodes: Set[int] = frozenset()
+    nodes: frozenset[int]
 
-    def __post_init__(self) -> None:
-        if self.mode not in _MODES:
-            raise ValueError(f"memory policy {self.mode!r} is none of {', '.join(_MODES)}")
-        object.__setattr__(self, "nodes", _ids("memory nodes", self.nodes, _MAX_NODE))
-        if self.mode in _MODES_WITHOUT_NODES:
-            if self.nodes:
-                raise ValueError(f"memory policy {self.mode!r} takes no nodes")
-        elif not self.nodes:
-            raise ValueError(f"memory policy {self.mode!r} needs at least one node")
-        elif self.mode == "preferred" and len(self.nodes) != 1:
+    def __init__(self, mode: MemoryMode, nodes: Iterable[int] = frozenset()) -> None:
+        if mode not in MEMORY_MODES:
+            raise ValueError(f"memory policy {mode!r} is none of {', '.join(MEMORY_MODES)}")
+        nodes = _ids("memory nodes", nodes, _MAX_NODE)
+        if mode in _MODES_WITHOUT_NODES:
+            if nodes:
+                raise ValueError(f"memory policy {mode!r} takes no nodes")
+        elif not nodes:
+            raise ValueError(f"memory policy {mode!r} needs at least one node")
+        elif mode == "preferred" and len(nodes) != 1:
             raise ValueError("memory policy 'preferred' takes one node; 'preferred-many' takes several")
+        super().__init__(mode, nodes)
 
     def __str__(self) -> str:
         return f"{self.mode}:{format_ids(self.nodes)}" if self.nodes else self.mode
 
 
-@dataclass(frozen=True)
-class Binding:
+class Binding(Frozen):
     """Where a process is born.
 
     cpus: logical CPU ids, as in sched_setaffinity(2), not empty; None leaves the inherited mask alone.
@@ -90,41 +102,25 @@ class Binding:
     Raises ValueError for an empty set or an id out of range; TypeError for ids that are not int.
     """
 
-    cpus: Set[int] | None
-    memory: MemoryPolicy | None = None
-    required: bool = True
+    cpus: frozenset[int] | None
+    memory: MemoryPolicy | None
+    required: bool
 
-    def __post_init__(self) -> None:
-        if self.cpus is not None:
-            cpus = _ids("cpus", self.cpus, _MAX_CPU)
+    def __init__(self, cpus: Iterable[int] | None, memory: MemoryPolicy | None = None, required: bool = True) -> None:
+        if cpus is not None:
+            cpus = _ids("cpus", cpus, _MAX_CPU)
             if not cpus:
                 raise ValueError("cpus is empty: a process needs a CPU; None leaves its mask alone")
-            object.__setattr__(self, "cpus", cpus)
-        if self.memory is not None and not isinstance(self.memory, MemoryPolicy):
-            raise TypeError(f"memory must be a MemoryPolicy, not {type(self.memory).__name__}")
+        if memory is not None and not isinstance(memory, MemoryPolicy):
+            raise TypeError(f"memory must be a MemoryPolicy, not {type(memory).__name__}")
+        super().__init__(cpus, memory, required)
 
     def __str__(self) -> str:
         cpus = "inherited" if self.cpus is None else format_ids(self.cpus)
         return f"cpus {cpus}, memory {'inherited' if self.memory is None else self.memory}"
 
 
-@dataclass(frozen=True)
-class NumaOptions:
-    """How ranks are placed: torch's ``NumaOptions`` and a memory policy.
-
-    affinity_mode: how CPUs follow from the rank's device.
-    should_fall_back_if_binding_fails: start the rank unbound, with a warning, where it cannot be bound.
-    memory_policy: a mode, applied over the nodes of the rank's own CPUs, or a whole MemoryPolicy for every
-        rank alike; None leaves memory to the kernel's default, which is local to the CPU that touches first.
-    """
-
-    affinity_mode: AffinityMode
-    should_fall_back_if_binding_fails: bool = False
-    memory_policy: MemoryMode | MemoryPolicy | None = None
-
-
-@dataclass(frozen=True)
-class RefusedStep:
+class RefusedStep(Frozen):
     """One step that the system refused: its name, the errno and what the errno says."""
 
     step: str
@@ -134,8 +130,7 @@ class RefusedStep:
         return f"{self.step}: {os.strerror(self.errno)}"
 
 
-@dataclass(frozen=True)
-class BindingReport:
+class BindingReport(Frozen):
     """What was asked for one process, and what was refused.
 
     requested: the binding given to Popen; None where none was.

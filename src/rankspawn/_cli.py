@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from ._bind import add_bind_command
 from ._binding import BindingError
@@ -14,6 +13,10 @@ from ._options import CommandError
 from ._run import add_run_command
 from ._show import add_commands
 from ._topology import PlacementError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:

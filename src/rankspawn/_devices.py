@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
 
 from ._sysfs import Tree
 from ._topology import Topology
 from ._visible import Device, DeviceError, intel_visible, nvidia_visible, rocm_visible
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _PCI = "sys/bus/pci/devices"
 _NVIDIA = "proc/driver/nvidia/gpus"
@@ -179,7 +181,7 @@ def _nvml_device(tree: Tree, nvml: Any, index: int) -> Device:
     known = {"vendor": "nvidia", "name": _str(nvml.nvmlDeviceGetName(handle))}
     known["uuid"] = _str(nvml.nvmlDeviceGetUUID(handle))
     device = _pci_device(tree, address, **known)
-    return replace(device, driver_cpus=_nvml_cpus(nvml, handle), partitions=_nvml_mig(nvml, handle))
+    return device.replace(driver_cpus=_nvml_cpus(nvml, handle), partitions=_nvml_mig(nvml, handle))
 
 
 def _nvml_cpus(nvml: Any, handle: Any) -> frozenset[int]:

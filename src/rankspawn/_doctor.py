@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from ._binding import Binding, BindingError, MemoryMode, MemoryPolicy, format_ids
+from ._binding import MEMORY_MODES, Binding, BindingError, MemoryPolicy, format_ids
 from ._engine import EXTENSION_ERROR, mechanisms
 from ._popen import Popen
 from ._topology import PlacementError, Topology
+
+if TYPE_CHECKING:
+    from ._binding import MemoryMode
 
 
 def report() -> int:
@@ -24,7 +27,7 @@ def report() -> int:
         "group signal": _group_signal(),
         "cgroup at birth": _cgroup(),
         "CPU affinity": affinity,
-        **{f"memory {mode}": _memory(mode) for mode in get_args(MemoryMode)},
+        **{f"memory {mode}": _memory(mode) for mode in MEMORY_MODES},
         **_machine(),
     }
     width = max(map(len, lines))

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Mapping
 
-    from ._binding import Binding, MemoryMode, MemoryPolicy, NumaOptions
+    from ._binding import Binding, MemoryMode, MemoryPolicy
+    from ._numa_options import NumaOptions
 
 _ON_WINDOWS = sys.platform == "win32"
 

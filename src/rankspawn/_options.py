@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, get_args
 
-from ._binding import AffinityMode, MemoryMode
+from ._binding import MEMORY_MODES, AffinityMode
 from ._topology import PlacementError, Topology
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from ._binding import MemoryMode
     from ._placement import Rank
 
 
@@ -19,11 +20,14 @@ class CommandError(Exception):
 def add_placement_options(parser: argparse.ArgumentParser) -> None:
     """Adds --numa-binding, --memory-policy, --devices, --reserve-cores, --threads-per-core, --cpus, --mems and
     --numa-binding-optional."""
-    modes, memory = [mode.value for mode in AffinityMode], get_args(MemoryMode)
+    modes = [mode.value for mode in AffinityMode]
     group = parser.add_argument_group("placement")
     group.add_argument("--numa-binding", "--numa_binding", choices=modes, metavar="MODE", help=", ".join(modes))
     group.add_argument(
-        "--memory-policy", choices=memory, metavar="MODE", help="over the nodes of each rank: " + ", ".join(memory)
+        "--memory-policy",
+        choices=MEMORY_MODES,
+        metavar="MODE",
+        help="over the nodes of each rank: " + ", ".join(MEMORY_MODES),
     )
     group.add_argument(
         "--devices", metavar="LIST", help='accelerators in local-rank order, as "pci:0000:3b:00.0,..."; or "none"'

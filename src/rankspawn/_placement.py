@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import get_args
 
-from ._binding import AffinityMode, Binding, MemoryMode, MemoryPolicy, format_ids, parse_ids
+from ._binding import MEMORY_MODES, AffinityMode, Binding, MemoryPolicy, format_ids, parse_ids
 from ._devices import Device, as_devices, find_devices, locate
+from ._frozen import Frozen
 from ._machine import Home, Machine, Threads, usable_machine
 from ._openmp import omp_num_threads
 from ._topology import Node, PlacementError, Topology
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ._binding import MemoryMode
 
-@dataclass(frozen=True)
-class Rank:
+
+class Rank(Frozen):
     """The place of one rank, and why.
 
     device: the accelerator that it follows, None without. node: the NUMA node that it was put on, None where that is
@@ -108,11 +110,12 @@ def plan(
     found = find_devices(topology) if devices is None else as_devices(topology, devices)
     homes, chosen = _homes(machine, found, nprocs, gpu_index)
     drafts = [(homes[i], _cpus(machine, mode, homes, i, required)) for i in chosen]
+    threads = _threads(topology, machine.allowed, [cpus for _, cpus in drafts])
     ranks = []
-    for home, cpus in drafts:
+    for (home, cpus), count in zip(drafts, threads, strict=True):
         policy = _memory(machine, memory, home, cpus, found, required)
-        ranks.append(Rank(Binding(cpus, policy, required), home.device, home.node, 1, tuple(home.notes)))
-    return _with_threads(topology, machine.allowed, ranks)
+        ranks.append(Rank(Binding(cpus, policy, required), home.device, home.node, count, tuple(home.notes)))
+    return tuple(ranks)
 
 
 def plan_lists(
@@ -133,6 +136,7 @@ def plan_lists(
     usable = topology.allowed_cpus if allowed_cpus is None else frozenset(allowed_cpus) & topology.cpus
     cpu_lists = _lists("--cpus", cpus, nprocs, usable)
     mem_lists = _lists("--mems", mems, nprocs, topology.allowed_nodes)
+    threads = _threads(topology, usable, cpu_lists)
     ranks = []
     for rank, (ids, nodes) in enumerate(zip(cpu_lists, mem_lists, strict=True)):
         try:
@@ -140,8 +144,8 @@ def plan_lists(
         except ValueError as error:
             raise PlacementError(f"--mems {mems!r}, rank {rank}: {error}") from None
         on = [node.id for node in topology.nodes if ids is not None and node.cpus & ids]
-        ranks.append(Rank(Binding(ids, policy, required), None, on[0] if len(on) == 1 else None))
-    return _with_threads(topology, usable, ranks)
+        ranks.append(Rank(Binding(ids, policy, required), None, on[0] if len(on) == 1 else None, threads[rank]))
+    return tuple(ranks)
 
 
 def _lists(flag: str, text: str | None, nprocs: int, usable: frozenset[int]) -> list[frozenset[int] | None]:
@@ -332,8 +336,8 @@ def _memory(
             problem = f"nodes {format_ids(absent)} are absent or not allowed ({format_ids(topology.allowed_nodes)} are)"
     elif memory in ("default", "local"):
         return MemoryPolicy(memory)
-    elif memory not in get_args(MemoryMode):
-        raise PlacementError(f"memory policy {memory!r} is none of {', '.join(get_args(MemoryMode))}")
+    elif memory not in MEMORY_MODES:
+        raise PlacementError(f"memory policy {memory!r} is none of {', '.join(MEMORY_MODES)}")
     else:
         near = [n for n in topology.nodes if (n.cpus & cpus if cpus is not None else n.id == home.node)]
         nodes, problem = _memory_nodes(topology, near, home, devices)
@@ -375,10 +379,9 @@ def _memory_nodes(
     return frozenset((nearest,)), ""
 
 
-def _with_threads(topology: Topology, allowed: frozenset[int], ranks: list[Rank]) -> tuple[Rank, ...]:
-    masks = [allowed if rank.binding.cpus is None else rank.binding.cpus for rank in ranks]
-    threads = omp_num_threads(topology, masks)
-    return tuple(replace(rank, omp_threads=count) for rank, count in zip(ranks, threads, strict=True))
+def _threads(topology: Topology, allowed: frozenset[int], masks: Iterable[frozenset[int] | None]) -> tuple[int, ...]:
+    """OMP_NUM_THREADS of each rank; one that is left unbound may use all that is allowed."""
+    return omp_num_threads(topology, [allowed if mask is None else mask for mask in masks])
 
 
 __all__ = [

@@ -6,13 +6,15 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import IO, TYPE_CHECKING, Any
 
 from ._binding import format_ids
 from ._options import add_placement_options, placement
 from ._topology import PlacementError, Topology, Tree
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import IO, Any
+
     from ._devices import Device
     from ._placement import Rank
 

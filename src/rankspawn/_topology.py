@@ -11,10 +11,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from ._binding import format_ids, parse_ids
+from ._frozen import Frozen
 from ._sysfs import PlacementError, TopologyError, Tree
 
 _CPU = "sys/devices/system/cpu"
@@ -45,10 +44,7 @@ _FULL_CAPACITY = 1024  # SCHED_CAPACITY_SCALE: what the kernel gives its fastest
 _BIG = 0.9  # cores of one kind differ a little by their top clock (997 to 1024 on a GB10), kinds by far more
 
 
-# Named tuples are made in a fifth of a frozen dataclass's time, which every start of the command would pay.
-
-
-class Node(NamedTuple):
+class Node(Frozen):
     """A NUMA node. cpus: its online CPUs, none for a node of memory only. memory: bytes. distances: to each node id."""
 
     id: int
@@ -61,21 +57,21 @@ class Node(NamedTuple):
         return dict(self.distances).get(other, 10 if other == self.id else 255)
 
 
-class Socket(NamedTuple):
+class Socket(Frozen):
     """A physical package; ``id`` is the kernel's, which need not count from 0."""
 
     id: int
     cpus: frozenset[int]
 
 
-class Die(NamedTuple):
+class Die(Frozen):
     """A die of a package."""
 
     id: int
     cpus: frozenset[int]
 
 
-class Core(NamedTuple):
+class Core(Frozen):
     """A physical core. cpus: its online hardware threads, ascending. kind: "performance" or "efficiency" on a
     hybrid machine, "" where all cores are alike."""
 
@@ -83,15 +79,14 @@ class Core(NamedTuple):
     kind: str = ""
 
 
-class Cache(NamedTuple):
+class Cache(Frozen):
     """A last-level data or unified cache, as its CPUs see it."""
 
     level: int
     cpus: frozenset[int]
 
 
-@dataclass(frozen=True)
-class Topology:
+class Topology(Frozen):
     """One machine, read once. All ids are the kernel's logical ones; every tuple is in ascending order.
 
     root: the folder that has sys/ and proc/ in it. cpus: online. offline: present but not online.

@@ -7,8 +7,8 @@ that stay visible, in the order in which its runtime counts them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 
+from ._frozen import Frozen
 from ._sysfs import PlacementError
 
 VARIABLES = (
@@ -26,8 +26,7 @@ class DeviceError(PlacementError):
     """A device that is not there, or an environment variable or option that cannot be understood."""
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(Frozen):
     """One accelerator.
 
     address: PCI, as sysfs writes it ("0000:3b:00.0"). node: sysfs numa_node, -1 where the firmware does not say.
@@ -62,7 +61,7 @@ def nvidia_visible(found: Sequence[Device], environ: Mapping[str, str]) -> tuple
             f"GPUs of several models ({', '.join(models)}): CUDA counts the fastest first, here they are counted by PCI"
             " address; set CUDA_DEVICE_ORDER=PCI_BUS_ID"
         )
-        by_ordinal: Sequence[Device] = [replace(device, notes=(*device.notes, note)) for device in found]
+        by_ordinal: Sequence[Device] = [device.replace(notes=(*device.notes, note)) for device in found]
     else:
         by_ordinal = found
     if listed is None:
