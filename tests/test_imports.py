@@ -76,7 +76,7 @@ ARROWS: dict[str, set[str]] = {
 HEAVY = {"asyncio", "numpy", "psutil", "pynvml", "rich", "torch"}
 
 # The time of `rankspawn plan` is that of its imports: these were the most expensive, and are not needed.
-SLOW = {"shutil", "subprocess"}
+SLOW = {"dataclasses", "inspect", "shutil", "subprocess", "typing", "rankspawn._run"}
 
 # By subject, in the order of the README.
 PUBLIC = {

@@ -16,7 +16,7 @@ import pytest
 
 from rankspawn._devices import find_devices
 from rankspawn._placement import plan
-from rankspawn._show import _table, add_commands
+from rankspawn._show import _table, add_plan_options, add_topology_options
 from rankspawn._svg import drawing
 from rankspawn._topology import PlacementError, Topology
 from tests.sysfs_tree import Gpu, Machine, address, write
@@ -29,8 +29,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def command(*words: object) -> int:
     parser = argparse.ArgumentParser()
-    add_commands(parser.add_subparsers(required=True))
-    args = parser.parse_args([str(word) for word in words])
+    {"topology": add_topology_options, "plan": add_plan_options}[str(words[0])](parser)
+    args = parser.parse_args([str(word) for word in words[1:]])
     return int(args.run(args))
 
 

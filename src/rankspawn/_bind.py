@@ -18,15 +18,13 @@ if TYPE_CHECKING:
     from ._placement import Rank
 
 
-def add_bind_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``bind``, with ``run``, a function of the parsed arguments that gives the exit status where the program was
-    not executed, and raises PlacementError and BindingError."""
-    bind = commands.add_parser(
-        "bind",
-        usage="rankspawn bind [OPTIONS] [--] PROGRAM [ARGS ...]",
-        help="bind one rank that another launcher started (mpirun, srun), and execute its program",
-        description="Binds itself for the local rank in the environment (of Open MPI, MPICH, Intel MPI, PALS, Slurm,"
-        " torchrun), sets OMP_NUM_THREADS unless it is set, and becomes PROGRAM.",
+def add_bind_options(bind: argparse.ArgumentParser) -> None:
+    """Adds the options of ``bind`` and, as ``run``, a function of the parsed arguments that gives the exit status where
+    the program was not executed, and raises PlacementError and BindingError."""
+    bind.usage = "rankspawn bind [OPTIONS] [--] PROGRAM [ARGS ...]"
+    bind.description = (
+        "Binds itself for the local rank in the environment (of Open MPI, MPICH, Intel MPI, PALS, Slurm, torchrun),"
+        " sets OMP_NUM_THREADS unless it is set, and becomes PROGRAM."
     )
     bind.add_argument("--local-rank", type=_count, metavar="N", help="instead of the environment's")
     bind.add_argument(
@@ -169,4 +167,4 @@ def _become(command: list[str]) -> int:
         return 127 if isinstance(error, FileNotFoundError) else 126
 
 
-__all__ = ["add_bind_command"]
+__all__ = ["add_bind_options"]

@@ -7,15 +7,13 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from ._bind import add_bind_command
 from ._binding import BindingError
 from ._options import CommandError
-from ._run import add_run_command
-from ._show import add_commands
 from ._topology import PlacementError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 
@@ -32,11 +30,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's, but the terminal is asked for its width when something is printed. argparse asks for it with each
-    argument that is added, and imports shutil for that, with all compressions of archives."""
+    """argparse's, but what is not needed takes no time.
 
-    def __init__(self, **options: Any) -> None:
+    add_options: adds the options when they are about to be parsed: of the commands only one is, and the others'
+    modules are not imported.
+    The terminal is asked for its width when something is printed: argparse asks for it with each argument that is
+    added, and imports shutil for that, with all compressions of archives.
+    """
+
+    def __init__(self, add_options: Callable[[argparse.ArgumentParser], None] | None = None, **options: Any) -> None:
+        self._add_options = add_options
         super().__init__(formatter_class=partial(argparse.HelpFormatter, width=80), **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._add_options is not None:
+            self._add_options(self)
+            self._add_options = None
+        return super().parse_known_args(args, namespace)
 
     def format_help(self) -> str:
         self.formatter_class = argparse.HelpFormatter
@@ -52,17 +62,47 @@ def _parser() -> argparse.ArgumentParser:
         prog="rankspawn", description="Starts the ranks of a job, each born bound."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_run_command(commands)
-    add_bind_command(commands)
-    add_commands(commands)
-    doctor = commands.add_parser("doctor", help="say what this machine allows")
-    doctor.set_defaults(run=_doctor)
-    for command in commands.choices.values():
+    for name, add_options, help in (
+        ("run", _run, "start the ranks of a script, and stop all when one fails"),
+        ("bind", _bind, "bind one rank that another launcher started (mpirun, srun), and execute its program"),
+        ("topology", _topology, "show this machine's nodes, cores, caches and accelerators"),
+        ("plan", _plan, "show where ranks would go, and start none"),
+        ("doctor", _doctor, "say what this machine allows"),
+    ):
+        command = commands.add_parser(name, add_options=add_options, help=help)
         command.set_defaults(parser=command)
     return parser
 
 
-def _doctor(args: argparse.Namespace) -> int:
+def _run(parser: argparse.ArgumentParser) -> None:
+    from ._run import add_run_options
+
+    add_run_options(parser)
+
+
+def _bind(parser: argparse.ArgumentParser) -> None:
+    from ._bind import add_bind_options
+
+    add_bind_options(parser)
+
+
+def _topology(parser: argparse.ArgumentParser) -> None:
+    from ._show import add_topology_options
+
+    add_topology_options(parser)
+
+
+def _plan(parser: argparse.ArgumentParser) -> None:
+    from ._show import add_plan_options
+
+    add_plan_options(parser)
+
+
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> int:
     from ._doctor import report
     from ._engine import mechanisms
 

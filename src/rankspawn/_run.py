@@ -30,14 +30,13 @@ if TYPE_CHECKING:
 _ASKING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGTSTP")
 
 
-def add_run_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``run``."""
-    run = commands.add_parser(
-        "run",
-        usage="rankspawn run [OPTIONS] SCRIPT [ARGS ...]",
-        help="start the ranks of a script, and stop all when one fails",
-        description="Starts N ranks with the variables that torchrun sets (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,"
-        " ...), waits for them, and exits with the status of the rank that failed first.",
+def add_run_options(run: argparse.ArgumentParser) -> None:
+    """Adds the options of ``run`` and, as ``run``, a function of the parsed arguments that gives the exit status and
+    raises CommandError, PlacementError and BindingError."""
+    run.usage = "rankspawn run [OPTIONS] SCRIPT [ARGS ...]"
+    run.description = (
+        "Starts N ranks with the variables that torchrun sets (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, ...), waits"
+        " for them, and exits with the status of the rank that failed first."
     )
     add = run.add_argument
     add("--nproc-per-node", "--nproc_per_node", type=_positive, default=1, metavar="N", help="ranks on this machine")

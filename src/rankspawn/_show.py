@@ -23,20 +23,26 @@ _GIB = 1 << 30
 _STATUS, _STATUS_LINES = "proc/self/status", ("Cpus_allowed_list:", "Mems_allowed_list:")
 
 
-def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``topology`` and ``plan``, each with ``run``, a function of the parsed arguments that gives the exit status
+def add_topology_options(topology: argparse.ArgumentParser) -> None:
+    """Adds the options of ``topology`` and, as ``run``, a function of the parsed arguments that gives the exit status
     and raises PlacementError."""
-    topology = subparsers.add_parser("topology", help="show this machine's nodes, cores, caches and accelerators")
-    plan = subparsers.add_parser("plan", help="show where ranks would go, and start none")
-    plan.add_argument("--nproc-per-node", "--nproc_per_node", type=int, metavar="N", help="default: one each device")
-    add_placement_options(plan)
-    for parser in (topology, plan):
-        parser.add_argument("--json", action="store_true", help="print JSON")
-        parser.add_argument("--svg", metavar="FILE", help="draw it")
-        parser.add_argument("--sysfs", default="/", metavar="ROOT", help="another machine: the folder with its sys/")
+    _add_common_options(topology)
     topology.add_argument("--capture", metavar="FILE.tar.gz", help="keep the files that are read, for a bug report")
     topology.set_defaults(run=_topology)
+
+
+def add_plan_options(plan: argparse.ArgumentParser) -> None:
+    """Likewise, for ``plan``."""
+    plan.add_argument("--nproc-per-node", "--nproc_per_node", type=int, metavar="N", help="default: one each device")
+    add_placement_options(plan)
+    _add_common_options(plan)
     plan.set_defaults(run=_plan)
+
+
+def _add_common_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--svg", metavar="FILE", help="draw it")
+    parser.add_argument("--sysfs", default="/", metavar="ROOT", help="another machine: the folder with its sys/")
 
 
 def _topology(args: argparse.Namespace) -> int:
@@ -249,4 +255,4 @@ def capture(tree: Tree, path: str) -> None:
         raise PlacementError(f"--capture {path}: {error.strerror}") from error
 
 
-__all__ = ["add_commands", "capture", "device_json", "rank_json", "topology_json"]
+__all__ = ["add_plan_options", "add_topology_options", "capture", "device_json", "rank_json", "topology_json"]
