@@ -7,6 +7,7 @@ import io
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import termios
@@ -69,7 +70,7 @@ def ranks(folder: Path, *scripts: str) -> Iterator[list[RankFiles]]:
             rank.wait(LONG)
     finally:
         for rank in started:
-            rank.kill()
+            rank.send_signal_group(signal.SIGKILL)
             rank.wait()
 
 
@@ -226,9 +227,32 @@ def test_a_terminal_that_was_stopped(tmp_path: Path) -> None:
     assert str(files[0].stdout) in said
 
 
+def test_a_terminal_that_takes_a_part(tmp_path: Path) -> None:
+    """It says that it takes something, and holds the writer in the middle of it. Nobody waits for that thread."""
+    controller, terminal = pty.openpty()
+    try:
+        with ranks(tmp_path, "seq 100000") as files:
+            tee = Tee(sources(files), out=terminal, err=terminal).start()
+        assert tee.finish(0.3) == (str(files[0].stdout),)
+    finally:
+        os.close(controller)
+        os.close(terminal)
+
+
 def test_killed_in_the_middle_of_a_line(tmp_path: Path) -> None:
     out, _ = shown(tmp_path, "echo whole; printf half; kill -9 $$")
     assert out == b"[rank 0]:whole\n[rank 0]:half\n"
+
+
+def test_who_was_left_behind_and_prints_without_end(tmp_path: Path) -> None:
+    out = Reader().start()
+    try:
+        with ranks(tmp_path, "while :; do echo y; done & sleep 0.1") as files:
+            tee = Tee(sources(files), out=out.fd).start()
+            until(lambda: len(out.got) > 1000)
+            assert tee.finish(LONG) == ()
+    finally:
+        assert set(out.close().splitlines()) == {b"[rank 0]:y"}
 
 
 def test_a_rank_that_closes_its_output(tmp_path: Path) -> None:
@@ -243,13 +267,19 @@ def test_a_line_that_comes_in_pieces(tmp_path: Path) -> None:
     assert out.decode() == "[rank 0]:€\n"
 
 
-def test_a_line_of_megabytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("character", ["é", "€", "😀"])
+def test_a_line_of_megabytes(tmp_path: Path, character: str) -> None:
     """In pieces of bounded size, none of which cuts a character."""
-    script = f"{sys.executable} -c 'print(\"x€\" * 700_000)'"
-    out, _ = shown(tmp_path, script)
-    pieces = [line.removeprefix("[rank 0]:") for line in out.decode().splitlines()]
-    assert "".join(pieces) == "x€" * 700_000
-    assert max(map(len, pieces)) <= 1 << 16
+    log, out = tmp_path / "log", Reader().start()
+    line = "x" + character * 500_000
+    log.write_text(line, encoding="utf-8")
+    try:
+        with Tee([Source(0, log, False)], out=out.fd):
+            pass
+    finally:
+        pieces = out.close().decode().splitlines()
+    assert "".join(piece.removeprefix("[rank 0]:") for piece in pieces) == line
+    assert max(len(piece.encode()) for piece in pieces) <= (1 << 16) + len("[rank 0]:")
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
@@ -262,13 +292,22 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 def test_of_a_progress_bar_the_last_state(tmp_path: Path) -> None:
     script = r"i=0; while [ $i -lt 101 ]; do printf '\r%d%%' $i; i=$((i+1)); done >&2; echo >&2; printf 'dos\r\n' >&2"
     _, err = shown(tmp_path, script)
-    assert err == b"[rank 0]:100%\n[rank 0]:dos\n"
+    *before, last, dos = err.splitlines()
+    assert (last, dos) == (b"[rank 0]:100%", b"[rank 0]:dos")
+    assert len(before) <= 1  # a first state, if there was a look in between
 
 
-def test_of_a_long_progress_bar_too(tmp_path: Path) -> None:
-    """More of it than is read at once."""
-    _, err = shown(tmp_path, r"printf 'start\r' >&2; seq 50000 | tr '\n' '\r' >&2; echo end >&2")
-    assert err == b"[rank 0]:end\n"
+@pytest.mark.parametrize("states", [1, 30_000, 32_763, 32_768, 100_000])
+def test_of_a_long_progress_bar_too(tmp_path: Path, states: int) -> None:
+    """More of it than is read at once, also where the end of a reading is in the middle of the last state."""
+    log, out = tmp_path / "log", Reader().start()
+    log.write_bytes(b"x\r" * states + b"0123456789\nnext\n")
+    try:
+        with Tee([Source(0, log, False)], out=out.fd):
+            pass
+    finally:
+        text = out.close()
+    assert text == b"[rank 0]:0123456789\n[rank 0]:next\n"
 
 
 def test_a_progress_bar_is_shown_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,6 +345,22 @@ def test_a_file_that_is_cut_to_nothing(tmp_path: Path, reopened: bool) -> None:
                 go_on.write_text("\n")
                 until(lambda: out.got.endswith(b":3\n"))
                 assert out.got == b"[rank 0]:1\n[rank 0]:2\n[rank 0]:3\n"
+    finally:
+        out.close()
+
+
+def test_a_hole_is_not_read(tmp_path: Path) -> None:
+    """The file of a rank that had written a terabyte when its file was cut."""
+    log, out = tmp_path / "log", Reader().start()
+    try:
+        with log.open("wb", buffering=0) as file, Tee([Source(0, log, False)], out=out.fd):
+            file.write(b"before\n")
+            until(lambda: out.got == b"[rank 0]:before\n")
+            file.truncate(0)
+            time.sleep(0.3)
+            file.seek(1 << 40)
+            file.write(b"after\n")
+            until(lambda: out.got == b"[rank 0]:before\n[rank 0]:after\n")
     finally:
         out.close()
 
@@ -384,16 +439,19 @@ def test_no_line_is_torn_by_what_the_launcher_prints(tmp_path: Path) -> None:
 def test_without_poll(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows: outputs are written to without asking whether they take it."""
     monkeypatch.delattr("select.poll")
-    log, out = tmp_path / "log", Reader().start()
-    log.write_bytes(b"1\n" * 10000)
+    log, out = tmp_path / "log", Reader()
+    os.set_blocking(out.fd, False)
+    log.write_bytes(b"1\n" * 50_000)
     try:
         with Tee([Source(0, log, False)], out=out.fd):
+            time.sleep(0.1)
+            out.start()
             with log.open("ab") as file:
                 file.write(b"2\n")
             until(lambda: out.got.endswith(b":2\n"))
     finally:
         text = out.close()
-    assert text == b"[rank 0]:1\n" * 10000 + b"[rank 0]:2\n"
+    assert text == b"[rank 0]:1\n" * 50_000 + b"[rank 0]:2\n"
 
 
 def test_signals_are_not_for_its_thread(tmp_path: Path) -> None:

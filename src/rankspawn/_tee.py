@@ -74,6 +74,7 @@ class Tee:
             for rank, path, is_stderr in sources
             if ranks is None or rank in ranks
         ]
+        self._absent, self._open = list(self._followed), list[_Followed]()
         self._finishing = self._stopped = self._complete = False
         self._thread: threading.Thread | None = None
         self._bell: IO[bytes] | None = None
@@ -104,9 +105,11 @@ class Tee:
         self._finishing = True
         with suppress(BrokenPipeError):  # the thread has ended: nobody reads any more
             self._bell.write(b".")
-        self._thread.join(timeout)
-        self._stopped = True
-        self._bell.close()
+        try:
+            self._thread.join(timeout)
+        finally:
+            self._stopped = True
+            self._bell.close()
         # A thread that is inside a write to a terminal ends when the terminal goes on, and nobody waits for that.
         self._thread.join(0.2)
         self._thread = None
@@ -153,20 +156,29 @@ class Tee:
                 followed.close()
 
     def _look(self, last: bool) -> bool:
-        """Find the files that have grown; whether any has. The last look is at all, and notes where each ends."""
-        found = False
-        for followed in self._followed:
-            if followed.dropped or followed.sink.dead or (followed.queued and not last):
-                continue
-            try:
-                grown = followed.look(last)
-            except OSError as error:
-                self._drop(followed, error)
-                continue
-            if grown and not followed.queued:
-                found = followed.queued = True
+        """Queue the files that have grown, at ``last`` all; whether there are any."""
+        self._absent = [followed for followed in self._absent if self._is_absent(followed)]
+        try:
+            # lseek takes a fifth of the time of fstat.
+            grown = [one for one in self._open if last or os.lseek(one.fd, 0, os.SEEK_END) != one.seen]
+        except OSError:
+            grown = self._open  # reading it says which it is
+        for followed in grown:
+            if not followed.queued:
+                followed.queued = True
                 followed.sink.unread.append(followed)
-        return found
+        return bool(grown)
+
+    def _is_absent(self, followed: _Followed) -> bool:
+        try:
+            followed.fd = os.open(followed.path, READ_FLAGS)
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            self._drop(followed, error)
+        else:
+            self._open.append(followed)
+        return False
 
     def _fill(self, sink: _Sink, last: bool) -> None:
         """Give ``sink`` the next lines to write, if it has none: a chunk of each file in turn."""
@@ -206,11 +218,13 @@ class Tee:
                 sink.write()
             except (OSError, ValueError) as error:  # ValueError: a text stream that was closed
                 sink.close()
+                self._open = [one for one in self._open if one.sink is not sink]
                 if sink is self._out:
                     reason = getattr(error, "strerror", None) or error
                     self._say(f"stdout: {reason}; what ranks write there is in their log files only")
 
     def _drop(self, followed: _Followed, error: OSError) -> None:
+        self._open = [one for one in self._open if one is not followed]
         followed.dropped = True
         self._say(f"what is written to {followed.path} cannot be shown: {error.strerror}")
 
@@ -230,7 +244,7 @@ class _Sink:
         self.source: _Followed | None = None  # where they are from
         self.unread: deque[_Followed] = deque()
         if self.stream is not None:
-            with suppress(OSError, AttributeError):  # a stream in memory has no descriptor
+            with suppress(OSError, ValueError, AttributeError):  # in memory, closed
                 number = self.stream.fileno()
                 self.fd = number if number in (1, 2) else None
 
@@ -251,8 +265,10 @@ class _Sink:
         if self.fd is not None:
             most = self._written + _PIPE_BUF
             end = self.pending.rfind(b"\n", self._written, most) + 1 or most
-            with suppress(BlockingIOError):  # somebody's O_NONBLOCK: poll(2) will say when
+            try:
                 self._written += os.write(self.fd, memoryview(self.pending)[self._written : end])
+            except BlockingIOError:  # somebody's O_NONBLOCK, and poll(2) did not know
+                time.sleep(_SOONEST)
         elif self.stream is not None:
             self.stream.write(self.pending.decode(errors="replace"))
             self.stream.flush()
@@ -278,29 +294,20 @@ class _Followed:
         self.position = 0  # of the first line that was not handed on
         self.shown = 0  # up to here it was written
         self._prefix = prefix
-        self._fd = -1
-        self._seen = 0  # how far it was read
+        self.fd = -1
+        self.seen = 0  # how far it was read
         self._end = sys.maxsize  # what is behind that is not shown
         self._rewritten = False
         self._next_state = 0.0
 
-    def look(self, last: bool) -> bool:
-        """Whether there is something to read. After the ``last`` look nothing is read that is written later."""
-        if self._fd < 0:
-            try:
-                self._fd = os.open(self.path, READ_FLAGS)
-            except FileNotFoundError:
-                return False
-        size = os.lseek(self._fd, 0, os.SEEK_END)  # a fifth of the time of fstat
-        if size < self.position:
-            self.position, self._seen, self._rewritten = 0, 0, True
-        if last:
-            self._end = size
-            return size > self.position
-        return size != self._seen
-
     def text(self, last: bool) -> bytes:
-        """The next whole lines, as they are to be shown; empty when there are none."""
+        """The next whole lines, as they are to be shown; empty when there are none.
+
+        From the first ``last`` call on the file is as long as it is then: what a process of the rank that was left
+        behind goes on to write has no end.
+        """
+        if last and self._end == sys.maxsize:
+            self._end = os.lseek(self.fd, 0, os.SEEK_END)
         while data := self._read():
             if end := data.rfind(b"\n") + 1:
                 self.position += end
@@ -332,18 +339,20 @@ class _Followed:
         return False
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def _read(self) -> bytes:
+        if os.lseek(self.fd, 0, os.SEEK_END) < self.position:
+            self.position, self._rewritten = 0, True
         if self._rewritten and hasattr(os, "SEEK_DATA"):
             # A writer without O_APPEND goes on where it was: what was cut away before it is a hole.
             with suppress(OSError):
-                self.position = os.lseek(self._fd, self.position, os.SEEK_DATA)
-        os.lseek(self._fd, self.position, os.SEEK_SET)
-        data = os.read(self._fd, max(0, min(_CHUNK, self._end - self.position)))
-        self._seen = self.position + len(data)
+                self.position = os.lseek(self.fd, self.position, os.SEEK_DATA)
+        os.lseek(self.fd, self.position, os.SEEK_SET)
+        data = os.read(self.fd, max(0, min(_CHUNK, self._end - self.position)))
+        self.seen = self.position + len(data)
         if self._rewritten:
             text = data.lstrip(b"\0")
             self.position += len(data) - len(text)

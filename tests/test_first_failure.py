@@ -1,0 +1,241 @@
+"""Why a job failed: error files of every shape that torch writes, and of none, and how it is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from rankspawn import Popen
+from rankspawn._failure import Failure, RecordedError, describe, first_failure, how_it_ended, pass_on, read_error_file
+from rankspawn._logs import RankFiles, rank_files
+
+TRACEBACK = 'Traceback (most recent call last):\n  File "train.py", line 1, in main\nRuntimeError: boom\n'
+
+
+def recorded(message: str = "RuntimeError: boom", callstack: str = TRACEBACK, timestamp: object = "1700000000") -> str:
+    """As torch's ErrorHandler.record_exception writes it."""
+    extra = {"py_callstack": callstack, "timestamp": timestamp}
+    return json.dumps({"message": {"message": message, "extraInfo": extra}})
+
+
+def in_file(folder: Path, text: str) -> RecordedError | None:
+    path = folder / "error.json"
+    path.write_text(text)
+    return read_error_file(path)
+
+
+def test_an_exception(tmp_path: Path) -> None:
+    text = recorded()
+    assert in_file(tmp_path, text) == RecordedError("RuntimeError: boom", TRACEBACK, 1700000000.0, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "when"),
+    [
+        ('{"message": "out of luck"}', "out of luck", None),
+        ('{"message": "out of luck", "timestamp": 1700000000}', "out of luck", 1700000000.0),
+        ('{"message": {"message": "m", "errorCode": 3}}', "m", None),
+        ('{"message": {"message": "m", "extraInfo": {"timestamp": 1700000000.5}}}', "m", 1700000000.5),
+        ('{"message": {"message": {"code": 3}, "extraInfo": null}}', '{"code": 3}', None),
+        ('{"message": {"message": "m", "extraInfo": {"timestamp": "yesterday"}}}', "m", None),
+        ('{"message": {"message": "m", "extraInfo": {"timestamp": 1e999}}}', "m", None),
+        ('{"message": {"message": "m", "extraInfo": {"timestamp": NaN}}}', "m", None),
+        ('{"message": {"message": "m", "extraInfo": {"timestamp": -1}}}', "m", None),
+        (f'{{"message": {{"message": "m", "extraInfo": {{"timestamp": {"9" * 1000}}}}}}}', "m", None),
+    ],
+)
+def test_other_shapes(tmp_path: Path, text: str, message: str, when: float | None) -> None:
+    assert in_file(tmp_path, text) == RecordedError(message, "", when, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "is empty"),
+        (recorded()[:-20], "is no JSON: Unterminated string"),
+        ("[" * 100_000, "is no JSON: "),
+        ("[1, 2]", "has no message"),
+        ('{"messages": "m"}', "has no message"),
+        ('{"message": null}', "has no message"),
+        (recorded(callstack="x" * (2 << 20)), "is larger than 1 MiB"),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_said(tmp_path: Path, text: str, problem: str) -> None:
+    error = in_file(tmp_path, text)
+    assert error is not None
+    assert error.problem.startswith(problem)
+    assert (error.message, error.traceback, error.time) == ("", "", None)
+    assert text.startswith(error.raw)
+    assert len(error.raw) <= 1 << 20
+
+
+def test_bytes_that_are_no_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "error.json").write_bytes(b'{"message": "caf\xe9"}')
+    error = read_error_file(tmp_path / "error.json")
+    assert error is not None
+    assert error.problem.startswith("is no JSON: ")  # a bare \xe9 is no escape of JSON's
+
+
+def test_no_file_and_no_regular_file(tmp_path: Path) -> None:
+    assert read_error_file(tmp_path / "none") is None
+    os.mkfifo(tmp_path / "fifo")
+    error = read_error_file(tmp_path / "fifo")
+    assert error is not None
+    assert error.problem == "cannot be read: not a regular file"
+
+
+def test_the_first_is_who_recorded_first() -> None:
+    """Rank 2 raised, and took its time to end; rank 0 was cut off by that, and was seen first."""
+    early = RecordedError("m", "", 100.0, "")
+    late = RecordedError("m", "", 103.0, "")
+    failures = [Failure(0, 1, 102.5), Failure(1, 1, 104.0, error=late), Failure(2, 1, 105.0, error=early)]
+    assert first_failure(failures).rank == 2
+    assert first_failure(failures[:2]).rank == 0
+
+
+def test_within_a_second_the_first_is_who_was_seen_first() -> None:
+    """torch's times are whole seconds: 100 may have been 100.9."""
+    error = RecordedError("m", "", 100.0, "")
+    assert first_failure([Failure(0, 1, 100.7, error=error), Failure(1, -9, 100.2)]).rank == 1
+    assert first_failure([Failure(0, 1, 100.1, error=error), Failure(1, -9, 100.2)]).rank == 0
+
+
+@pytest.mark.parametrize(
+    ("returncode", "words"),
+    [
+        (0, "exited with status 0"),
+        (1, "exited with status 1"),
+        (127, "exited with status 127"),
+        (128, "exited with status 128"),
+        (137, "exited with status 137 (as a shell whose command SIGKILL killed)"),
+        (255, "exited with status 255"),
+        (-signal.SIGTERM, "was killed by SIGTERM"),
+        (-signal.SIGSEGV, "was killed by SIGSEGV (the signal of an invalid memory access)"),
+        (-signal.SIGRTMIN - 1, f"was killed by signal {signal.SIGRTMIN + 1}"),
+    ],
+)
+def test_words(returncode: int, words: str) -> None:
+    assert how_it_ended(returncode) == words
+
+
+def test_words_for_a_real_shell() -> None:
+    status = subprocess.run(["/bin/sh", "-c", "sh -c 'kill -9 $$'; exit $?"], check=False).returncode
+    assert "SIGKILL" in how_it_ended(status)
+
+
+def ran(folder: Path, script: str, error: str | None = None) -> Failure:
+    """A rank that ran for real, and failed."""
+    (files,) = rank_files(str(folder), 1)
+    with Popen(["/bin/sh", "-c", script], stdout=files.stdout, stderr=files.stderr) as rank:
+        rank.wait(60)
+    if error is not None:
+        Path(files.error).write_text(error)
+    return Failure(
+        0, rank.returncode, time.time(), rank.pid, "cpus 0-3, memory bind:0", files, read_error_file(files.error)
+    )
+
+
+def test_told_from_its_stderr(tmp_path: Path) -> None:
+    failure = ran(tmp_path, "echo out; for i in 1 2 3 4; do echo line $i >&2; done; kill -9 $$")
+    others = [Failure(3, -15, 0.0), Failure(1, -15, 0.0), Failure(2, -15, 0.0), Failure(5, 1, 0.0)]
+    assert describe(failure, others, lines=3) == (
+        f"rank 0 (pid {failure.pid}) was killed by SIGKILL (anyone may send it; the kernel does when memory runs out,"
+        " and says so in its log)\n"
+        "  it was bound to cpus 0-3, memory bind:0\n"
+        "  its stderr ends with:\n"
+        "    line 2\n"
+        "    line 3\n"
+        "    line 4\n"
+        f"  its files are in {tmp_path}/attempt_0/0\n"
+        "  others: 1-3 killed by SIGTERM; 5 status 1\n"
+    )
+
+
+def test_told_from_its_stdout_when_stderr_is_empty(tmp_path: Path) -> None:
+    told = describe(ran(tmp_path, "echo out; exit 3"))
+    assert "  its stdout ends with:\n    out\n" in told
+    assert "stderr" not in told
+
+
+def test_told_of_a_rank_that_said_nothing(tmp_path: Path) -> None:
+    assert "  it wrote nothing\n" in describe(ran(tmp_path, "exit 3"))
+
+
+def test_told_without_files() -> None:
+    assert describe(Failure(7, 2, 0.0)) == "rank 7 exited with status 2\n"
+
+
+def test_what_was_recorded_is_told_once(tmp_path: Path) -> None:
+    """The traceback that the interpreter printed too is left out of the log's end; what came after it is not."""
+    script = "cat >&2 <<'END'\nwarning\n" + TRACEBACK + "later\nEND\nexit 1"
+    told = describe(ran(tmp_path, script, recorded()))
+    assert told.splitlines()[2:-1] == [
+        time.strftime("  it recorded, at %Y-%m-%d %H:%M:%S: RuntimeError: boom", time.localtime(1700000000)),
+        "    Traceback (most recent call last):",
+        '      File "train.py", line 1, in main',
+        "    RuntimeError: boom",
+        "  its stderr ends with:",
+        "    later",
+    ]
+    told = describe(ran(tmp_path, script.replace("later\n", ""), recorded()))
+    assert "stderr" not in told
+    assert told.count("RuntimeError: boom") == 2
+
+
+def test_a_long_traceback_is_cut_at_its_beginning(tmp_path: Path) -> None:
+    told = describe(ran(tmp_path, "exit 1", recorded(callstack="\n".join(map(str, range(100))))), lines=5)
+    assert "    ... (95 lines)\n    95\n    96\n    97\n    98\n    99\n" in told
+
+
+def test_a_message_without_a_traceback(tmp_path: Path) -> None:
+    told = describe(ran(tmp_path, "exit 1", '{"message": "first\\nsecond"}'))
+    assert "  it recorded: first\n    second\n" in told
+
+
+def test_an_error_file_that_makes_no_sense_is_told(tmp_path: Path) -> None:
+    told = describe(ran(tmp_path, "echo why >&2; exit 1", "{"))
+    assert f"  its error file {tmp_path}/attempt_0/0/error.json is no JSON: " in told
+    assert "    why\n" in told
+
+
+def test_nothing_that_is_told_moves_the_cursor(tmp_path: Path) -> None:
+    escapes = "\x1b[2J\x1b]0;title\x07\x1b[31mred\x1b[0m \b\x9b1A"
+    told = describe(ran(tmp_path, f"printf '%s' '{escapes}' >&2; exit 1", recorded(escapes, escapes + "\nx" * 3)))
+    assert told.replace("\n", "").isprintable()
+    assert "red" in told
+
+
+def test_lines_without_end(tmp_path: Path) -> None:
+    told = describe(ran(tmp_path, "head -c 100000 /dev/zero | tr '\\0' x >&2; exit 1", recorded("m" * 100_000)))
+    assert max(map(len, told.splitlines())) < 400
+
+
+def test_a_log_that_cannot_be_read(tmp_path: Path) -> None:
+    files = RankFiles(tmp_path, tmp_path, str(tmp_path / "none"))
+    told = describe(Failure(0, 1, 0.0, files=files))
+    assert f"  its stderr cannot be read: not a regular file: {tmp_path}\n" in told
+
+
+def test_passed_on_as_torchrun_does(tmp_path: Path) -> None:
+    target = tmp_path / "reply"
+    for text in recorded(), '{"message": "plain"}':
+        error = in_file(tmp_path, text)
+        assert error is not None
+        pass_on(error, -9, target)
+        expected = json.loads(text)
+        if isinstance(expected["message"], dict):
+            expected["message"]["errorCode"] = -9
+        assert json.loads(target.read_text()) == expected
+
+
+def test_what_makes_no_sense_is_not_passed_on(tmp_path: Path) -> None:
+    error = in_file(tmp_path, "{")
+    assert error is not None
+    pass_on(error, 1, tmp_path / "reply")
+    assert not (tmp_path / "reply").exists()
