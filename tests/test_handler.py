@@ -321,6 +321,26 @@ def test_refused_policy_is_said_when_falling_back(
     assert "runs without set_mempolicy: Invalid argument" in caplog.text
 
 
+def test_refused_policy_is_said_once_when_a_subclass_adds_to_the_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The thread in which it starts is refused the policy, and so is what is started there by our Popen."""
+    monkeypatch.setattr(_handler, "_binding_for", lambda *_: Binding(None, MemoryPolicy("bind", {900}), required=False))
+
+    class Own(rankspawn.SubprocessHandler):
+        def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:
+            if self.local_rank_id == 0:
+                return super()._popen(args, {**env, "ADDED": "yes"})
+            return rankspawn.Popen(args, env=env, start_new_session=True)
+
+    for rank in range(2):
+        with caplog.at_level(logging.WARNING, "rankspawn"):
+            handler = Own(SH, ("-c", "exit 0"), {}, None, None, rank, None)
+        assert finish(handler) == 0
+        assert caplog.messages == [f"local rank {rank} runs without set_mempolicy: Invalid argument"]
+        caplog.clear()
+
+
 def test_ten_ranks_at_once() -> None:
     handlers = [start(rankspawn, "exec sleep 60", local_rank_id=n) for n in range(10)]
     for handler in handlers:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Mapping
 
-    from ._binding import Binding, MemoryMode, MemoryPolicy
+    from ._binding import Binding, MemoryMode, MemoryPolicy, RefusedStep
     from ._numa_options import NumaOptions
 
 _ON_WINDOWS = sys.platform == "win32"
@@ -66,13 +66,15 @@ class SubprocessHandler:
         command = (entrypoint, *map(str, args))
         # Dropped when the start fails, so that what a subclass opened is closed.
         try:
-            self.proc = self._start(command, {**os.environ, **env})
+            self.proc, refused = self._start(command, {**os.environ, **env})
         except BaseException:
             self._close_logs()
             raise
         if isinstance(self.proc, Popen):
-            for refused in self.proc.binding_report.refused:
-                _warn("local rank %d runs without %s", local_rank_id, refused)
+            # The thread that it was started in may have been refused the same.
+            refused = tuple(dict.fromkeys((*refused, *self.proc.binding_report.refused)))
+        for step in refused:
+            _warn("local rank %d runs without %s", local_rank_id, step)
 
     @property
     def _stdout(self) -> IO[str] | None:
@@ -96,22 +98,23 @@ class SubprocessHandler:
         for file in self._log_files.values():
             file.close()
 
-    def _start(self, command: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[Any]:
+    def _start(
+        self, command: tuple[str, ...], env: dict[str, str]
+    ) -> tuple[subprocess.Popen[Any], tuple[RefusedStep, ...]]:
+        """The process, and the steps of its binding that were refused to what started it."""
         if type(self)._popen is SubprocessHandler._popen or self._binding is None:
-            return self._popen(command, env)
+            return self._popen(command, env), ()
         # A subclass starts the process in its own way. A thread made for it is bound first: what a thread starts
         # inherits its mask and policy, and the caller's own stay untouched.
         if hasattr(os, "sched_setaffinity"):
             return _in_bound_thread(self._binding, lambda: self._popen(command, env))
         process = self._popen(command, env)
         try:
-            for refused in bind_process(process.pid, self._binding):
-                _warn("the rank runs without %s", refused)
+            return process, bind_process(process.pid, self._binding)
         except BindingError:
             process.kill()
             process.wait()
             raise
-        return process
 
     def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[Any]:
         """Start the rank. Subclasses may override it; the binding applies all the same."""
@@ -216,21 +219,23 @@ def _as_path(path: str | None) -> os.PathLike[str] | None:
     return None if path is None else Path(path)
 
 
-def _in_bound_thread(binding: Binding, start: Callable[[], subprocess.Popen[Any]]) -> subprocess.Popen[Any]:
+def _in_bound_thread(
+    binding: Binding, start: Callable[[], subprocess.Popen[Any]]
+) -> tuple[subprocess.Popen[Any], tuple[RefusedStep, ...]]:
+    """What ``start`` gives in a thread that is bound before, and the steps that were refused to that thread."""
     outcome: list[Any] = []
 
     def run() -> None:
         try:
-            for refused in bind_thread(binding):
-                _warn("the rank starts without %s", refused)
-            outcome.extend((start(), None))
+            refused = bind_thread(binding)
+            outcome.extend((start(), refused, None))
         except BaseException as error:  # raised again in the calling thread
-            outcome[:] = (None, error)
+            outcome[:] = (None, (), error)
 
     thread = threading.Thread(target=run, name="rankspawn-bound")
     thread.start()
     thread.join()
-    started, error = outcome
+    started, refused, error = outcome
     if error is not None:
         raise error
-    return started  # type: ignore[no-any-return]
+    return started, refused
