@@ -66,7 +66,6 @@ class Guard:
     def __init__(self, process: Popen, fd: int) -> None:
         self.process = process
         self.fd = fd
-        self._owner = os.getpid()
 
     @classmethod
     def start(cls, cgroup: str | None = None, patience: float = PATIENCE_SECONDS) -> Guard:
@@ -107,14 +106,14 @@ class Guard:
     def close(self) -> None:
         """End the guard, after the group has ended: there is nothing left for it to do. Closing again is harmless.
 
-        In a forked copy of the launcher, only the copy's descriptor is closed.
+        In a forked copy of the launcher, it closes the copy's descriptor only.
         """
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-        if self._owner == os.getpid():
-            self.process.kill()
-            self.process.wait()
+        # A forked copy finds that it has no such child.
+        self.process.kill()
+        self.process.wait()
 
 
 def _own_pidfd() -> list[int]:

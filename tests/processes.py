@@ -1,0 +1,59 @@
+"""What the tests of sessions, cgroups and the guard share: processes looked at from outside, and a cgroup to use."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+# For what must come to be, on a machine that does much else.
+PATIENCE = 30.0
+
+
+def eventually(what: Callable[[], object]) -> None:
+    """Wait until ``what`` says something true."""
+    until = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < until, "it did not come to be"
+        time.sleep(0.002)
+
+
+def state(pid: int) -> str:
+    """Its letter in proc(5); "" when it has gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def has_ended(pid: int) -> bool:
+    return state(pid) in ("", "Z", "X")
+
+
+def writable_cgroups(kind: str) -> list[Path]:
+    """Where cgroups of this kind ("cgroup", "cgroup2") are mounted and may be made."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    return [Path(mount) for _, mount, found, *_ in mounts if found == kind and os.access(mount, os.W_OK)]
+
+
+@contextmanager
+def new_cgroup() -> Iterator[Path]:
+    """A new cgroup v2, as one that was delegated to us; removed with what is left in it. Skips where there is none."""
+    roots = writable_cgroups("cgroup2")
+    if not roots:
+        pytest.skip("no cgroup v2 is mounted that we may write to")
+    folder = roots[0] / f"rankspawn-tests-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup v2 can be made here: {error}")
+    yield folder
+    if (folder / "cgroup.kill").exists():
+        (folder / "cgroup.kill").write_text("1")
+    eventually(lambda: "populated 0" in (folder / "cgroup.events").read_text())
+    for path, _, _ in os.walk(folder, topdown=False):
+        os.rmdir(path)

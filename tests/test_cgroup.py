@@ -1,0 +1,212 @@
+"""A cgroup of the group's own: made, filled, emptied in one write, removed; and what is said where it cannot be."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rankspawn import Popen, _cgroup
+from rankspawn._cgroup import GroupCgroup
+from tests.processes import PATIENCE, has_ended, new_cgroup, writable_cgroups
+from tests.state import NOBODY, become, in_child
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="cgroups are Linux's")
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+@pytest.fixture
+def parent() -> Iterator[Path]:
+    with new_cgroup() as folder:
+        yield folder
+
+
+@pytest.fixture
+def group(parent: Path) -> Iterator[GroupCgroup]:
+    made = GroupCgroup.make(parent)
+    yield made
+    made.close()
+
+
+# Three processes that no session holds together: the rank, which ignores what can be ignored; its child, in a cgroup
+# below, which the rank has made; and one that has forked twice and leads a session of its own.
+ESCAPING = """
+import os, signal, sys
+for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(sig, signal.SIG_IGN)
+own = next(line[3:].strip() for line in open("/proc/self/cgroup") if line.startswith("0::"))
+below = os.path.join(sys.argv[1], os.path.basename(own), "below", "deeper")
+os.makedirs(below)
+def told():
+    os.write(1, b"%d\\n" % os.getpid())
+    while True: signal.pause()
+if os.fork() == 0:
+    with open(below + "/cgroup.procs", "w") as procs: procs.write("0")
+    told()
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0: told()
+    os._exit(0)
+told()
+"""
+
+
+def escaping(group: GroupCgroup) -> tuple[subprocess.Popen[str], list[int]]:
+    """A rank with ESCAPING, born in the group's cgroup, and the pids of the three."""
+    rank = Popen(
+        [sys.executable, "-I", "-S", "-c", ESCAPING, os.path.dirname(group.path)],
+        cgroup=group.fd, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert rank.stdout is not None
+    return rank, [int(rank.stdout.readline()) for _ in range(3)]
+
+
+def test_made_with_a_name_of_its_own(parent: Path) -> None:
+    """Two groups of one launcher; in two PID namespaces launchers have the same number."""
+    groups = [GroupCgroup.make(parent), GroupCgroup.make(str(parent))]
+    assert [group.path for group in groups] == [f"{parent}/rankspawn-{os.getpid()}{end}" for end in ("", "-1")]
+    assert all(os.path.samestat(os.stat(group.path), os.fstat(group.fd)) for group in groups)
+    assert not any(os.get_inheritable(group.fd) for group in groups)
+    for group in groups:
+        group.remove()
+        group.remove()
+    assert [path for path in parent.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize("lacking", ["", "cgroup.kill", "cgroup.kill cgroup.freeze"])
+def test_everybody_in_it_is_ended(group: GroupCgroup, lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one write; one by one, as before Linux 5.14; and without the freezer, as before 5.2."""
+    write = _cgroup._write
+
+    def write_unless_lacking(path: str, name: str, text: str) -> None:
+        if name in lacking:
+            raise FileNotFoundError
+        write(path, name, text)
+
+    monkeypatch.setattr(_cgroup, "_write", write_unless_lacking)
+    rank, pids = escaping(group)
+    assert sorted(group.pids()) == sorted(pids)
+    assert not group.wait_empty(0.01)
+    group.kill()
+    assert group.wait_empty(PATIENCE)
+    assert all(map(has_ended, pids))
+    # The rank is a zombie now, and that does not count.
+    group.remove()
+    assert not os.path.exists(group.path)
+    assert rank.communicate()[0] == "" and rank.returncode == -signal.SIGKILL
+
+
+def test_it_is_not_removed_while_somebody_is_in_it(group: GroupCgroup) -> None:
+    rank, _ = escaping(group)
+    with pytest.raises(OSError) as caught:
+        group.remove()
+    assert caught.value.errno == errno.EBUSY
+    group.kill()
+    assert group.wait_empty(PATIENCE)
+    group.remove()
+    rank.communicate()
+
+
+def test_the_end_of_the_last_wakes_who_waits(group: GroupCgroup) -> None:
+    """And the wait itself takes nothing: the kernel is asked once at its begin, and once after each change."""
+    rank, _ = escaping(group)
+    waiting = threading.Thread(target=lambda: answers.append((group.wait_empty(PATIENCE), time.thread_time())))
+    answers: list[tuple[bool, float]] = []
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    group.kill()
+    waiting.join(PATIENCE)
+    rank.communicate()
+    ((empty, cpu),) = answers
+    assert empty and cpu < 0.01
+    group.remove()
+
+
+def test_one_that_somebody_else_has_removed(group: GroupCgroup) -> None:
+    os.rmdir(group.path)
+    group.kill()
+    assert group.wait_empty(0)
+    group.remove()
+    with pytest.raises(FileNotFoundError):
+        GroupCgroup(group.path)
+
+
+# ---- where none can be made -----------------------------------------------------------------------------------------
+
+
+def refusal(parent: Path) -> tuple[int | None, str]:
+    with pytest.raises(OSError) as caught:
+        GroupCgroup.make(parent)
+    assert caught.value.filename == str(parent)
+    return caught.value.errno, str(caught.value)
+
+
+def test_in_what_is_no_cgroup(tmp_path: Path) -> None:
+    code, text = refusal(tmp_path)
+    assert code == errno.EINVAL and "no cgroup: a directory of cgroup v2 is needed" in text
+    code, text = refusal(tmp_path / "missing")
+    assert code == errno.ENOENT
+
+
+def test_in_a_cgroup_of_version_1() -> None:
+    roots = writable_cgroups("cgroup")
+    if not roots:
+        pytest.skip("no cgroup v1 is mounted that we may write to")
+    code, text = refusal(roots[0])
+    assert code == errno.EINVAL and "version 1" in text
+
+
+@needs_root
+def test_in_one_that_was_not_delegated(parent: Path) -> None:
+    def as_nobody() -> tuple[int | None, str]:
+        become(NOBODY)
+        return refusal(parent)
+
+    code, text = in_child(as_nobody)
+    assert code == errno.EACCES and "delegated" in text and "Delegate=yes" in text
+
+
+@needs_root
+def test_in_one_that_was_delegated(parent: Path) -> None:
+    """As systemd does it: the directory and the three files are the user's, and the user's launcher runs below it."""
+    for name in ("", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control"):
+        os.chown(parent / name, NOBODY, NOBODY)
+
+    def as_nobody() -> list[object]:
+        (parent / "cgroup.procs").write_text("0")
+        become(NOBODY)
+        group = GroupCgroup.make(parent)
+        rank = Popen(["/bin/sleep", "1000"], cgroup=group.fd, start_new_session=True)
+        found = group.pids() == [rank.pid]
+        group.kill()
+        empty = group.wait_empty(PATIENCE)
+        group.remove()
+        return [found, empty, rank.wait(), os.path.exists(group.path)]
+
+    assert in_child(as_nobody) == [True, True, -signal.SIGKILL, False]
+
+
+def test_in_a_threaded_one(parent: Path) -> None:
+    """A cgroup made in it is of type "domain invalid", in which no process can be."""
+    threaded = parent / "threaded"
+    threaded.mkdir()
+    (threaded / "cgroup.type").write_text("threaded")
+    code, text = refusal(threaded)
+    assert code == errno.EOPNOTSUPP and "domain invalid" in text
+    assert [path for path in threaded.iterdir() if path.is_dir()] == []
+
+
+def test_in_one_that_is_full(parent: Path) -> None:
+    (parent / "cgroup.max.descendants").write_text("0")
+    code, text = refusal(parent)
+    assert code == errno.EAGAIN and "cgroup.max.descendants" in text

@@ -1,0 +1,568 @@
+"""The guard: whatever the launcher was doing when it was killed, nobody of its ranks' sessions is left."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rankspawn import _guard
+from rankspawn._cgroup import GroupCgroup
+from rankspawn._engine import EXTENSION_ERROR
+from rankspawn._guard import Guard
+from tests.processes import PATIENCE, eventually, has_ended, new_cgroup
+from tests.state import fork
+
+if sys.platform.startswith("linux") and EXTENSION_ERROR is None:
+    from rankspawn._crew import start_ranks
+
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the guard is Linux's"),
+    pytest.mark.skipif(EXTENSION_ERROR is not None, reason="this install has no extension"),
+]
+
+TAG = "RANKSPAWN_TEST_GUARD"
+
+# A rank with a child in a process group of its own and one that nobody waits for, each of which tells when it is there.
+FAMILY = """
+import os, signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for _ in range(2):
+    if os.fork() == 0:
+        os.setpgid(0, 0)
+        os.fork()
+        break
+os.write(1, b".")
+while True: signal.pause()
+"""
+MEMBERS = 5
+
+RANK = [sys.executable, "-I", "-S", "-c", FAMILY]
+SLEEPING = ["/bin/sleep", "1000"]
+
+
+def running(where: str, what: str) -> set[int]:
+    """The processes that have ``what`` in the file ``where`` of their /proc directory, and have not ended."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if what.encode() in (folder / where).read_bytes() and not has_ended(int(folder.name)):
+                found.add(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+class Launcher:
+    """A launcher in a process of its own, for the test to kill; it runs ``body(launcher)``, then waits."""
+
+    def __init__(self, tag: str) -> None:
+        self.tag = tag
+        self.guard: Any = None
+        self._reading, self._writing = os.pipe()
+
+    def run(self, body: Callable[[Launcher], object]) -> None:
+        def run() -> None:
+            body(self)
+            while True:
+                signal.pause()
+
+        self.pid = fork(run)
+
+    def start(self, nprocs: int, command: list[str] = RANK, **settings: Any) -> list[Any]:
+        """In the launcher: ranks, registered with its guard."""
+        ranks: list[Any] = []
+        settings = {"streams": [(None, None, None)] * nprocs, **settings}
+        start_ranks(
+            ranks, [command] * nprocs, env={**os.environ, TAG: self.tag}, rank_env=[{}] * nprocs,
+            bindings=[None] * nprocs, guard=self.guard.fd, **settings,
+        )  # fmt: skip
+        return ranks
+
+    def start_families(self, nprocs: int = 2, **settings: Any) -> list[Any]:
+        """In the launcher: ranks of which every process is up."""
+        reading, writing = os.pipe()
+        ranks = self.start(nprocs, streams=[(None, writing, None)] * nprocs, **settings)
+        os.close(writing)
+        for _ in range(nprocs * MEMBERS):
+            assert os.read(reading, 1) == b"."
+        return ranks
+
+    def tell(self, what: Any) -> None:
+        os.write(self._writing, json.dumps(what).encode() + b"\n")
+
+    def hear(self) -> Any:
+        ready, _, _ = select.select([self._reading], [], [], PATIENCE)
+        assert ready, "the launcher says nothing"
+        line = b""
+        while not line.endswith(b"\n"):
+            line += os.read(self._reading, 1)
+        return json.loads(line)
+
+    def kill(self) -> None:
+        """SIGKILL, and a wait for the launcher's end, which is when its ranks lose their parent."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self.pid = 0
+
+    @property
+    def ranks(self) -> set[int]:
+        return running("environ", f"{TAG}={self.tag}")
+
+    def close(self) -> None:
+        if self.pid:
+            self.kill()
+        for pid in self.ranks:
+            os.kill(pid, signal.SIGKILL)
+        os.close(self._reading)
+        os.close(self._writing)
+
+
+@contextmanager
+def launcher(body: Callable[[Launcher], object]) -> Iterator[Launcher]:
+    made = Launcher(f"{os.getpid()}.{random.getrandbits(64)}")
+    made.run(body)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def guarded(nprocs: int = 2, **settings: Any) -> Callable[[Launcher], None]:
+    """A launcher's body: a guard, and ranks with all their children; it tells the guard's pid."""
+
+    def body(self: Launcher) -> None:
+        self.guard = Guard.start()
+        self.start_families(nprocs, **settings)
+        self.tell(self.guard.process.pid)
+
+    return body
+
+
+@pytest.fixture
+def parent() -> Iterator[Path]:
+    with new_cgroup() as folder:
+        yield folder
+
+
+def test_nothing_is_left_of_it_when_closed() -> None:
+    """conftest.py looks: no descriptor, no child."""
+    guard = Guard.start()
+    assert not os.get_inheritable(guard.fd)
+    assert guard.process.returncode is None
+    guard.close()
+    assert (guard.fd, guard.process.returncode) == (-1, -signal.SIGKILL)
+    guard.close()
+
+
+@pytest.mark.parametrize("die_with_parent", [False, True])
+def test_launcher_killed(die_with_parent: bool) -> None:
+    with launcher(guarded(die_with_parent=die_with_parent)) as killed:
+        guard = killed.hear()
+        assert len(killed.ranks) == 2 * MEMBERS
+        killed.kill()
+        eventually(lambda: not killed.ranks)
+        eventually(lambda: has_ended(guard))
+
+
+def test_launcher_that_ends_by_itself() -> None:
+    def body(self: Launcher) -> None:
+        guarded()(self)
+        os._exit(0)
+
+    with launcher(body) as ended:
+        ended.hear()
+        eventually(lambda: not ended.ranks)
+
+
+def test_launcher_killed_before_the_guard_is_up() -> None:
+    """The guard is stopped from its first moments to after the launcher's death."""
+
+    def body(self: Launcher) -> None:
+        self.guard = Guard.start()
+        self.guard.process.send_signal(signal.SIGSTOP)
+        self.start_families()
+        self.tell(self.guard.process.pid)
+
+    with launcher(body) as killed:
+        guard = killed.hear()
+        killed.kill()
+        assert len(killed.ranks) == 2 * MEMBERS
+        os.kill(guard, signal.SIGCONT)
+        eventually(lambda: not killed.ranks)
+        eventually(lambda: has_ended(guard))
+
+
+def test_launcher_killed_between_clone_and_registration(parent: Path) -> None:
+    """The child is born into a frozen cgroup: it has not run one instruction."""
+
+    def body(self: Launcher) -> None:
+        self.guard = Guard.start()
+        self.tell(self.guard.process.pid)
+        self.start(1, SLEEPING, cgroup=os.open(parent, os.O_PATH))
+
+    (parent / "cgroup.freeze").write_text("1")
+    with launcher(body) as killed:
+        guard = killed.hear()
+        eventually(lambda: (parent / "cgroup.procs").read_text())
+        (child,) = map(int, (parent / "cgroup.procs").read_text().split())
+        killed.kill()
+        time.sleep(0.2)
+        assert os.getsid(child) != child
+        assert not has_ended(child) and not has_ended(guard)
+        (parent / "cgroup.freeze").write_text("0")
+        eventually(lambda: has_ended(child))
+        eventually(lambda: has_ended(guard))
+
+
+@contextmanager
+def slow_to_open(path: Path) -> Iterator[None]:
+    """Whoever opens the file to write waits, for as long as /proc/sys/fs/lease-break-time says: it is leased."""
+    reading, writing = os.pipe()
+
+    def hold() -> None:
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            os.write(writing, b"y")
+        except OSError:
+            os.write(writing, b"n")
+        signal.pause()
+
+    holder = fork(hold)
+    try:
+        if os.read(reading, 1) == b"n":
+            pytest.skip("no lease can be had on this file system")
+        yield
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        os.close(reading)
+        os.close(writing)
+
+
+def test_launcher_killed_between_registration_and_exec(tmp_path: Path) -> None:
+    """The child waits for its log file to open; it has a session, and is no program yet."""
+    log = tmp_path / "log"
+
+    def body(self: Launcher) -> None:
+        self.guard = Guard.start()
+        self.tell(self.guard.process.pid)
+        self.start(1, SLEEPING, streams=[(None, log, None)])
+
+    def children(pid: int) -> set[int]:
+        return {child.pid for child in psutil.Process(pid).children()}
+
+    with slow_to_open(log), launcher(body) as killed:
+        guard = killed.hear()
+        eventually(lambda: [pid for pid in children(killed.pid) - {guard} if os.getsid(pid) == pid])
+        (child,) = children(killed.pid) - {guard}
+        eventually(lambda: Path(f"/proc/{child}/wchan").read_text() not in ("", "0"))
+        killed.kill()
+        eventually(lambda: has_ended(child))
+        eventually(lambda: has_ended(guard))
+
+
+def test_launcher_killed_at_random_moments() -> None:
+    """Of the start and the end of eight ranks with children; with and without death signals."""
+
+    def body(self: Launcher) -> None:
+        self.tell("here")
+        while True:
+            self.guard = Guard.start()
+            ranks = self.start(8, ["/bin/sh", "-c", "sleep 1000 & sleep 1000"], die_with_parent=random.random() < 0.5)
+            for rank in ranks:
+                rank.send_signal_group(signal.SIGKILL)
+            for rank in ranks:
+                rank.wait()
+            self.guard.close()
+
+    for _ in range(50):
+        with launcher(body) as killed:
+            killed.hear()
+            moment = random.random() * 0.1
+            time.sleep(moment)
+            guards = f"\0{killed.pid}\0{_guard.PATIENCE_SECONDS}"  # two of its arguments
+            killed.kill()
+            until = time.monotonic() + PATIENCE
+            while left := killed.ranks | running("cmdline", guards):
+                assert time.monotonic() < until, f"{left} are left after a kill after {moment} s"
+                time.sleep(0.005)
+    time.sleep(0.2)
+    assert not running("environ", f"{TAG}={os.getpid()}."), "somebody came up later"
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_forked_copy_of_the_launcher_lives_on(closes: bool) -> None:
+    """It may hold the pipe for registrations: the ranks are ended at once, and the guard ends when it has waited."""
+
+    def body(self: Launcher) -> None:
+        self.guard = Guard.start(patience=1.0)
+        self.start_families()
+        copy = os.fork()
+        if copy == 0:
+            if closes:
+                self.guard.close()
+            signal.pause()
+        self.tell([self.guard.process.pid, copy])
+
+    with launcher(body) as killed:
+        guard, copy = killed.hear()
+        try:
+            time.sleep(0.1)
+            assert not has_ended(guard)
+            killed.kill()
+            eventually(lambda: not killed.ranks)
+            assert closes or not has_ended(guard)
+            eventually(lambda: has_ended(guard))
+            assert not has_ended(copy)
+        finally:
+            os.kill(copy, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_without_a_pidfd_of_the_launcher(copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Linux 5.3, or in a Python built on an older one: by the pipe's end, or by the parent's number."""
+    monkeypatch.setattr(_guard, "_own_pidfd", list)
+
+    def body(self: Launcher) -> None:
+        self.guard = Guard.start(patience=1.0)
+        self.start_families()
+        copy = os.fork() if copied else 0
+        if copied and copy == 0:
+            signal.pause()
+        self.tell([self.guard.process.pid, copy])
+
+    with launcher(body) as killed:
+        guard, copy = killed.hear()
+        try:
+            time.sleep(0.3)
+            assert len(killed.ranks) == 2 * MEMBERS
+            killed.kill()
+            eventually(lambda: not killed.ranks)
+            eventually(lambda: has_ended(guard))
+        finally:
+            if copied:
+                os.kill(copy, signal.SIGKILL)
+
+
+def test_launcher_that_closes_every_descriptor() -> None:
+    """As a daemon does: the pipe's end is no launcher's end."""
+
+    def body(self: Launcher) -> None:
+        guarded()(self)
+        os.closerange(3, 256)
+
+    with launcher(body) as closing:
+        guard = closing.hear()
+        eventually(lambda: len(os.listdir(f"/proc/{closing.pid}/fd")) <= 3)
+        time.sleep(0.1)
+        assert not has_ended(guard)
+        assert len(closing.ranks) == 2 * MEMBERS
+        closing.kill()
+        eventually(lambda: not closing.ranks)
+
+
+def test_launcher_without_standard_streams() -> None:
+    def body(self: Launcher) -> None:
+        os.closerange(0, 3)
+        self.guard = Guard.start()
+        assert self.guard.fd > 2
+        self.start(2, SLEEPING)
+        self.tell(self.guard.process.pid)
+
+    with launcher(body) as killed:
+        guard = killed.hear()
+        time.sleep(0.2)
+        assert len(killed.ranks) == 2
+        killed.kill()
+        eventually(lambda: not killed.ranks)
+        eventually(lambda: has_ended(guard))
+
+
+def test_rank_that_ended_and_was_reaped_before_the_launcher_died() -> None:
+    """What it has left in its session is ended all the same."""
+
+    def body(self: Launcher) -> None:
+        self.guard = Guard.start()
+        (rank,) = self.start_families(1)
+        time.sleep(0.1)
+        rank.kill()
+        rank.wait()
+        self.tell(self.guard.process.pid)
+
+    with launcher(body) as killed:
+        killed.hear()
+        assert len(killed.ranks) == MEMBERS - 1
+        time.sleep(0.1)
+        killed.kill()
+        eventually(lambda: not killed.ranks)
+
+
+def take_number(number: int) -> subprocess.Popen[bytes] | None:
+    """A process with this pid, which leads a session; None when others were faster."""
+    for _ in range(200):
+        Path("/proc/sys/kernel/ns_last_pid").write_text(str(number - 1))
+        process = subprocess.Popen(SLEEPING, start_new_session=True)
+        if process.pid == number:
+            return process
+        process.kill()
+        process.wait()
+    return None
+
+
+def test_number_that_has_become_anothers() -> None:
+    """A rank's session is over, and its number that of a stranger's session when the launcher dies."""
+
+    def body(self: Launcher) -> None:
+        self.guard = Guard.start()
+        self.start(1, SLEEPING)
+        (rank,) = self.start(1, ["/bin/true"])
+        rank.wait()
+        self.tell([self.guard.process.pid, rank.pid])
+
+    if not os.access("/proc/sys/kernel/ns_last_pid", os.W_OK):
+        pytest.skip("numbers of processes cannot be chosen here")
+    with launcher(body) as killed:
+        guard, number = killed.hear()
+        time.sleep(0.3)
+        stranger = take_number(number)
+        try:
+            if stranger is None:
+                pytest.skip("the number could not be had")
+            killed.kill()
+            eventually(lambda: has_ended(guard))
+            assert not killed.ranks
+            assert stranger.poll() is None
+        finally:
+            if stranger is not None:
+                stranger.kill()
+                stranger.wait()
+
+
+def test_guard_killed_first() -> None:
+    """The launcher can see it, its ranks run on, and none can be started any more that would not be guarded."""
+
+    def body(self: Launcher) -> None:
+        self.guard = Guard.start()
+        ranks = self.start_families()
+        poller = select.poll()
+        poller.register(self.guard.process.pidfd, select.POLLIN)
+        before = poller.poll(0)
+        self.guard.process.kill()
+        seen = bool(poller.poll(PATIENCE * 1000))
+        try:
+            self.start(1, SLEEPING)
+        except OSError as error:
+            text, code = str(error), error.errno
+        self.tell([before, seen, code, text, [rank.poll() for rank in ranks]])
+
+    with launcher(body) as unguarded:
+        before, seen, code, text, ended = unguarded.hear()
+        assert (before, seen, code, ended) == ([], True, errno.EPIPE, [None, None])
+        assert "guard" in text
+        assert len(unguarded.ranks) == 2 * MEMBERS
+
+
+def test_guard_is_out_of_the_way() -> None:
+    """Signals that are meant for the launcher do not end it, and it holds nothing of the launcher's."""
+    guard = Guard.start()
+    try:
+        process = Path("/proc", str(guard.process.pid))
+        ignored = 1 << (signal.SIGINT - 1) | 1 << (signal.SIGTERM - 1) | 1 << (signal.SIGHUP - 1)
+
+        def ignores() -> bool:
+            status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
+            return int(status["SigIgn"], 16) & ignored == ignored
+
+        eventually(ignores)
+        for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            guard.process.send_signal(sig)
+        assert os.getsid(guard.process.pid) == guard.process.pid
+        assert os.readlink(process / "cwd") == "/"
+        open_files = {os.readlink(path).partition(":")[0] for path in (process / "fd").iterdir()}
+        assert open_files == {os.devnull, "pipe", "anon_inode"}
+        time.sleep(0.05)
+        assert guard.process.poll() is None
+    finally:
+        guard.close()
+
+
+def test_what_the_guards_process_loads() -> None:
+    """It is there for as long as the job: what is not loaded takes no memory, and no time beside the ranks' start."""
+    folder = str(Path(_guard.__file__).parent.parent)
+    look = _guard._PROGRAM.partition("; main")[0] + "; print(*sys.modules)"
+    command = [sys.executable, "-I", "-S", "-B", "-c", look, folder]
+    loaded = set(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split())
+    ours = {name for name in loaded if name.partition(".")[0] == "rankspawn"}
+    assert ours == {"rankspawn", *(f"rankspawn.{name}" for name in ("_guard", "_cgroup", "_sessions"))}
+    assert loaded & {"contextlib", "dataclasses", "psutil", "re", "site", "subprocess", "threading", "typing"} == set()
+
+
+def test_frozen_program_has_no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where sys.executable is the program itself, and would run once more."""
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(OSError, match="needs a Python interpreter") as caught:
+        Guard.start()
+    assert caught.value.errno == errno.ENOTSUP
+
+
+def test_guard_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """conftest.py looks for descriptors."""
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with pytest.raises(FileNotFoundError):
+        Guard.start()
+
+
+# ---- with a cgroup --------------------------------------------------------------------------------------------------
+
+ESCAPED = ["/bin/sh", "-c", "setsid sleep 1000 & exec sleep 1000"]
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_what_left_its_session_is_ended_by_the_cgroup_alone(held: bool, parent: Path) -> None:
+    """And the cgroup's directory is removed. Without one, the guard does not see who has called setsid."""
+
+    def body(self: Launcher) -> None:
+        group = GroupCgroup.make(parent) if held else None
+        self.guard = Guard.start(cgroup=None if group is None else group.path)
+        self.start(2, ESCAPED, cgroup=None if group is None else group.fd)
+        self.tell(self.guard.process.pid)
+
+    with launcher(body) as killed:
+        guard = killed.hear()
+        eventually(lambda: len(running("cmdline", "sleep\x001000\0") & killed.ranks) == 4)
+        killed.kill()
+        eventually(lambda: has_ended(guard))
+        assert len(killed.ranks) == (0 if held else 2)
+        assert not held or [path for path in parent.iterdir() if path.is_dir()] == []
+
+
+def test_cgroup_that_was_removed_before_the_launcher_died(parent: Path) -> None:
+    def body(self: Launcher) -> None:
+        group = GroupCgroup.make(parent)
+        self.guard = Guard.start(cgroup=group.path)
+        group.remove()
+        self.start_families()
+        self.tell(self.guard.process.pid)
+
+    with launcher(body) as killed:
+        guard = killed.hear()
+        killed.kill()
+        eventually(lambda: has_ended(guard))
+        assert not killed.ranks

@@ -1,0 +1,401 @@
+"""Members of a session: found, ended whatever they do, and said when they cannot be."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from rankspawn import _sessions
+from rankspawn._sessions import describe_stuck, kill_members, members
+from tests.processes import PATIENCE, eventually, has_ended, state
+from tests.state import NOBODY, become, fork, in_child
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sessions as Linux has them")
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+# What the processes of a session run: tell() writes their number down, and what else they were asked for.
+PRELUDE = """
+import os, signal, sys
+def tell(*also):
+    os.write(1, (" ".join(map(str, [os.getpid(), *also])) + "\\n").encode())
+def rest():
+    while True: signal.pause()
+"""
+
+
+class Session:
+    """A session of a process that runs ``code``; ``told`` has what its members have told."""
+
+    def __init__(self, code: str) -> None:
+        self.leader = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", PRELUDE + code],
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.sid = self.leader.pid
+        self.told: list[list[int]] = []
+
+    def hear(self, lines: int) -> list[int]:
+        """The processes that tell next."""
+        assert self.leader.stdout is not None
+        new = [list(map(int, self.leader.stdout.readline().split())) for _ in range(lines)]
+        self.told += new
+        return [line[0] for line in new]
+
+    def close(self) -> None:
+        for pid in {pid for pid, *_ in self.told} | {self.sid}:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.leader.communicate()
+
+
+@pytest.fixture
+def session() -> Iterator[Callable[[str], Session]]:
+    """Starts sessions, and ends what is left of them after the test."""
+    with ExitStack() as stack:
+
+        def start(code: str) -> Session:
+            started = Session(code)
+            stack.callback(started.close)
+            return started
+
+        yield start
+
+
+# Five processes: the leader, its child, a grandchild that leads a group, one whose parent has ended, and one that has
+# left the session.
+FAMILY = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:
+    if os.fork() == 0:
+        os.setpgid(0, 0); tell(); rest()
+    tell(); rest()
+middle = os.fork()
+if middle == 0:
+    middle = os.getpid()
+    if os.fork() == 0:
+        while os.getppid() == middle: pass
+        tell(); rest()
+    os._exit(0)
+os.waitpid(middle, 0)
+if os.fork() == 0:
+    os.setsid(); tell(); rest()
+tell(); rest()
+"""
+
+
+def test_members_are_all_but_who_has_left(session: Callable[[str], Session]) -> None:
+    family, other = session(FAMILY), session("tell(); rest()")
+    told = set(family.hear(5))
+    other.hear(1)
+    escaped = {pid for pid in told if os.getsid(pid) == pid} - {family.sid}
+    assert len(escaped) == 1
+    assert members({family.sid}) == dict.fromkeys(told - escaped, family.sid)
+    assert members({family.sid, other.sid}) == {**dict.fromkeys(told - escaped, family.sid), other.sid: other.sid}
+    assert members({family.sid}, ended={family.sid}).keys() == told - escaped - {family.sid}
+    assert members(set()) == {}
+
+
+def test_all_members_are_ended_and_nobody_else(session: Callable[[str], Session]) -> None:
+    family, other = session(FAMILY), session("tell(); rest()")
+    told = set(family.hear(5))
+    other.hear(1)
+    inside = set(members({family.sid}))
+    assert kill_members({family.sid}, PATIENCE) == {}
+    assert all(has_ended(pid) for pid in inside)
+    assert not any(has_ended(pid) for pid in [*told - inside, other.sid])
+    assert kill_members({family.sid}, 0) == {}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_leader_that_ended_first(session: Callable[[str], Session], known: bool) -> None:
+    """Not reaped: its number is taken, and whoever calls may know that it has ended."""
+    orphans = session("if os.fork() and os.fork():\n  os._exit(0)\nos.setpgid(0, 0); tell(); rest()")
+    told = orphans.hear(2)
+    eventually(lambda: state(orphans.sid) == "Z")
+    ended = {orphans.sid} if known else set()
+    assert members({orphans.sid}, ended).keys() == set(told)
+    assert kill_members({orphans.sid}, PATIENCE, ended) == {}
+    assert all(map(has_ended, told))
+
+
+def test_zombies_are_no_members(session: Callable[[str], Session]) -> None:
+    negligent = session("child = os.fork()\nif not child: os._exit(0)\ntell(child); rest()")
+    negligent.hear(1)
+    child = negligent.told[0][1]
+    eventually(lambda: state(child) == "Z")
+    assert members({negligent.sid}) == {negligent.sid: negligent.sid}
+    assert kill_members({negligent.sid}, PATIENCE) == {}
+
+
+@pytest.mark.parametrize("pidfds", [True, False])
+def test_process_whose_first_thread_has_ended_lives(
+    session: Callable[[str], Session], pidfds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What proc(5) and psutil call a zombie, and torch's own threads could go on in."""
+    code = """
+import ctypes, threading, time
+def run():
+    while open("/proc/self/task/%d/stat" % os.getpid()).read().rpartition(")")[2].split()[0] != "Z": pass
+    tell(); rest()
+threading.Thread(target=run).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+    if not pidfds:
+        monkeypatch.delattr(os, "pidfd_open")
+    threaded = session(code)
+    threaded.hear(1)
+    assert state(threaded.sid) == "Z"
+    assert members({threaded.sid}) == {threaded.sid: threaded.sid}
+    assert kill_members({threaded.sid}, PATIENCE) == {}
+    assert members({threaded.sid}) == {}
+
+
+def test_stopped_members_are_ended(session: Callable[[str], Session]) -> None:
+    stopped = session("if os.fork() == 0: os.setpgid(0, 0)\ntell(); os.kill(os.getpid(), signal.SIGSTOP)")
+    for pid in stopped.hear(2):
+        eventually(lambda pid=pid: state(pid) == "T")  # type: ignore[misc]
+    assert kill_members({stopped.sid}, PATIENCE) == {}
+
+
+# ---- those that will not be caught ----------------------------------------------------------------------------------
+
+
+def test_who_forks_and_ends_is_caught(session: Callable[[str], Session]) -> None:
+    """A process that is another one each time it is looked for, in a group of its own so that no killpg reaches it."""
+    code = "tell()\nwhile True:\n  if os.fork(): os._exit(0)\n  os.setpgid(0, 0)"
+    for _ in range(20):
+        hopping = session(code)
+        hopping.hear(1)
+        eventually(lambda hopping=hopping: state(hopping.sid) == "Z")  # type: ignore[misc]
+        assert kill_members({hopping.sid}, PATIENCE) == {}
+        assert [members({hopping.sid}) for _ in range(20)] == [{}] * 20
+
+
+@needs_root
+@pytest.mark.parametrize("group", ["one", "its own"])
+def test_fork_storm_is_ended(session: Callable[[str], Session], group: str) -> None:
+    """As many processes as a user may have, each of which forks whenever another has ended."""
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NPROC, (100, 100))
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+os.setgroups([]); os.setresgid({NOBODY}, {NOBODY}, {NOBODY}); os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
+full = False
+while True:
+    try:
+        if os.fork() == 0 and {group != "one"}: os.setpgid(0, 0)
+    except BlockingIOError:
+        if not full and os.getsid(0) == os.getpid(): tell(); full = True
+"""
+    storm = session(code)
+    try:
+        storm.hear(1)
+        eventually(lambda: len(members({storm.sid})) > 80)
+        assert kill_members({storm.sid}, PATIENCE) == {}
+        assert members({storm.sid}) == {}
+    finally:
+
+        def calm() -> None:
+            become(NOBODY)
+            os.kill(-1, signal.SIGKILL)  # all of this user's at once
+
+        os.waitpid(fork(calm), 0)
+
+
+# ---- those that may not be signalled --------------------------------------------------------------------------------
+
+
+def test_who_is_not_in_the_session_any_more_is_not_signalled(session: Callable[[str], Session]) -> None:
+    """As where a number was found in a session and is another process's when it comes to the signal."""
+    bystander = session("tell(); rest()")
+    bystander.hear(1)
+    _sessions._kill({bystander.sid: bystander.sid + 1}, 0.01)
+    time.sleep(0.05)
+    assert not has_ended(bystander.sid)
+
+
+@needs_root
+def test_member_of_another_user_is_left_and_said(session: Callable[[str], Session]) -> None:
+    roots = session("if os.fork() == 0: os.setpgid(0, 0)\ntell(); rest()")
+    told = set(roots.hear(2))
+
+    def as_nobody() -> tuple[dict[int, int], list[str]]:
+        become(NOBODY)
+        left = kill_members({roots.sid}, 0.05)
+        return left, [describe_stuck(pid) for pid in left]
+
+    left, said = in_child(as_nobody)
+    assert left == dict.fromkeys(told, roots.sid)
+    assert all("another user" in text for text in said)
+    assert not any(map(has_ended, told))
+
+
+@contextmanager
+def frozen_by_v1(pid: int) -> Iterator[None]:
+    """A process in uninterruptible sleep: a freezer of cgroup v1 does not let go of it for SIGKILL either."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    roots = [Path(mount) for _, mount, kind, options, *_ in mounts if kind == "cgroup" and "freezer" in options]
+    folder = roots[0] / f"rankspawn-sessions-{os.getpid()}" if roots else Path("/none")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("no freezer of cgroup v1 can be made here")
+    try:
+        (folder / "cgroup.procs").write_text(str(pid))
+        (folder / "freezer.state").write_text("FROZEN")
+        eventually(lambda: (folder / "freezer.state").read_text() == "FROZEN\n")
+        yield
+    finally:
+        (folder / "freezer.state").write_text("THAWED")
+        eventually(lambda: (folder / "cgroup.procs").read_text().split() == [] or has_ended(pid))
+        eventually(lambda: not (folder / "cgroup.procs").read_text())
+        folder.rmdir()
+
+
+def test_member_in_uninterruptible_sleep_is_left_in_time_and_said(session: Callable[[str], Session]) -> None:
+    asleep = session("if os.fork() == 0: os.setpgid(0, 0)\ntell(os.getppid()); rest()")
+    asleep.hear(2)
+    child = next(pid for pid, _ in asleep.told if pid != asleep.sid)
+    with frozen_by_v1(child):
+        before = time.process_time()
+        assert kill_members({asleep.sid}, 1.0) == {child: asleep.sid}
+        assert time.process_time() - before < 0.2, "it waits, and does not spin"
+        assert has_ended(asleep.sid)
+        said = describe_stuck(child)
+        assert said.startswith(f"process {child} (python") and "uninterruptible sleep" in said
+    assert kill_members({asleep.sid}, PATIENCE) == {}
+
+
+def test_traced_member_ends_and_its_parent_is_not_told(session: Callable[[str], Session]) -> None:
+    """It is no member any more; but to reap it would be to wait for the tracer."""
+    traced = session("tell(); rest()")
+    traced.hear(1)
+    reading, writing = os.pipe()
+
+    def trace() -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        ptrace_seize = 0x4206
+        answer = libc.ptrace(ptrace_seize, traced.sid, None, None)
+        os.write(writing, b"y" if answer == 0 else b"n")
+        signal.pause()
+
+    tracer = fork(trace)
+    try:
+        if os.read(reading, 1) == b"n":
+            pytest.skip("ptrace is not allowed here")
+        assert kill_members({traced.sid}, PATIENCE) == {}
+        assert traced.leader.poll() is None
+        said = describe_stuck(traced.sid)
+        assert said.endswith(f"has ended, but process {tracer}, which traces it, has not waited for it")
+    finally:
+        os.kill(tracer, signal.SIGKILL)
+        os.waitpid(tracer, 0)
+        os.close(reading)
+        os.close(writing)
+    assert traced.leader.wait(PATIENCE) == -signal.SIGKILL
+
+
+def test_what_is_said_of_others(session: Callable[[str], Session]) -> None:
+    lives = session("tell(); rest()")
+    lives.hear(1)
+    eventually(lambda: state(lives.sid) == "S")
+    assert f"process {lives.sid} (python" in describe_stuck(lives.sid) and "state S" in describe_stuck(lives.sid)
+    lives.leader.kill()
+    eventually(lambda: state(lives.sid) == "Z")
+    assert describe_stuck(lives.sid).endswith("has ended, but was not reaped")
+    lives.leader.wait()
+    assert describe_stuck(lives.sid) == f"process {lives.sid}: nothing can be read of it"
+
+
+# ---- with less to work with -----------------------------------------------------------------------------------------
+
+
+def test_without_pidfds(session: Callable[[str], Session], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Linux 5.3, or in a Python built on an older one."""
+    monkeypatch.delattr(os, "pidfd_open")
+    family = session(FAMILY)
+    told = set(family.hear(5))
+    inside = set(members({family.sid}))
+    assert len(inside) == len(told) - 1
+    assert kill_members({family.sid}, PATIENCE) == {}
+    assert all(has_ended(pid) for pid in inside)
+
+
+def test_without_free_descriptors(session: Callable[[str], Session]) -> None:
+    """/proc can be listed, and no pidfd be had."""
+    family = session(FAMILY)
+    family.hear(5)
+    inside = set(members({family.sid}))
+
+    def without() -> dict[int, int]:
+        highest = max(int(fd) for fd in os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, highest + 1))
+        held = []
+        while True:
+            try:
+                held.append(os.dup(0))
+            except OSError:
+                break
+        os.close(held.pop())
+        opened = os.pidfd_open
+        os.pidfd_open = lambda pid: opened(pid, 1 << 20)  # EINVAL: the one that is free is for the listing
+        return kill_members({family.sid}, PATIENCE)
+
+    assert in_child(without) == {}
+    assert all(has_ended(pid) for pid in inside)
+
+
+@pytest.mark.parametrize("link", [None, "1234567890"])
+def test_without_a_procfs_of_ours_the_leaders_groups_are_ended(
+    session: Callable[[str], Session], link: str | None, tmp_path: Path
+) -> None:
+    """None is mounted, or another PID namespace's, in which numbers mean other processes."""
+    if link is not None:
+        (tmp_path / "self").symlink_to(link)
+        (tmp_path / str(os.getppid())).mkdir()
+    group = session("os.fork(); tell(); rest()")
+    told = group.hear(2)
+    assert members({group.sid}, proc=str(tmp_path)) == {group.sid: group.sid}
+    assert kill_members({group.sid}, PATIENCE, proc=str(tmp_path)) == {}
+    eventually(lambda: all(map(has_ended, told)))
+
+
+@needs_root
+def test_in_a_new_pid_namespace_with_the_old_procfs() -> None:
+    """What a container's set-up goes through: numbers in /proc are not those that system calls take."""
+    clone_newpid = 0x20000000
+
+    def outer() -> tuple[bool, bool]:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.unshare(clone_newpid) < 0:
+            pytest.skip("no PID namespace can be made here")
+
+        def inner() -> tuple[bool, bool]:
+            child = os.fork()
+            if child == 0:
+                os.setsid()
+                signal.pause()
+            while os.getsid(child) != child:
+                pass
+            found = members({child})
+            left = kill_members({child}, PATIENCE)
+            return found == {child: child}, left == {} and os.waitpid(child, 0)[1] == signal.SIGKILL
+
+        return in_child(inner)
+
+    assert in_child(outer) == (True, True)
