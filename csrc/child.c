@@ -6,9 +6,10 @@
  *  1. A lock may be held by a thread that is not here: no malloc, no stdio, nothing of libc but thin wrappers of system
  *     calls. A test runs `nm -u` on this file's object against a list.
  *  2. Lazy binding runs the dynamic linker at the first call of a symbol: the extension is linked with -z now.
- *  3. A signal handler must not run here, in the parent's memory: every signal is blocked (the parent did that), all
- *     handlers are set to the default action (by clone3 where it can, else here one by one, which costs 15 us), and
- *     only then the mask is restored, just before execve. SIG_IGN stays, since a program inherits it.
+ *  3. A signal handler must not run here, in the parent's memory: every signal is blocked (the parent did that; SIGCHLD
+ *     only where clone3 could not clear its handler), all handlers are set to the default action (by clone3 where it
+ *     can, else here one by one, which costs 15 us), and only then the mask is restored, just before execve. SIG_IGN
+ *     stays, since a program inherits it.
  *  4. What is written here is written in the parent's memory: only *result, this stack, and errno of the suspended
  *     thread, which it does not look at.
  *  5. set*id here would be libc's, which signals all threads of the *parent*; and a change of credentials makes the

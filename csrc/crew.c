@@ -1,7 +1,11 @@
-/* Many starts in one call, by threads that take the next rank from a counter; and a thread that outlives its children.
+/* Many starts in one call, by threads; and threads that outlive the children that they made.
  *
- * The calling thread makes the crew's threads, so that the children inherit its affinity, memory policy, credentials and
- * namespaces through them. Threads of a pool would be cheaper and would give the children the inheritance of a stranger.
+ * The calling thread makes the crew's threads, so that the children inherit its memory policy, credentials, namespaces
+ * and, where they are not bound, its affinity through them. Threads of a pool would be cheaper and would give the
+ * children the inheritance of a stranger.
+ *
+ * A thread goes to the CPUs of a rank before it makes it, and prefers ranks that belong where it is. A child that is
+ * born elsewhere moves itself there in mid-start, and wakes its parent across CPUs: that takes half as long again.
  *
  * PR_SET_PDEATHSIG fires when the *thread* that made the child ends, not the process. A child with a death signal is
  * therefore made by the main thread, which ends with the process, or by a keeper: a thread of the crew that stays, after
@@ -14,10 +18,10 @@
 #include "spawn.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <pthread.h>
 #include <semaphore.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -25,106 +29,219 @@
 #include <sys/syscall.h>
 #endif
 
-enum { MOST_HELPERS = 64 };
+enum { MOST_WORKERS = 64, MOST_CPUS = 8192 };
+
+/* A place is a request's cpu_mask, known by its pointer; NULL is the caller's own CPUs. */
+typedef const unsigned long *place_t;
 
 /* One call: on the caller's stack. */
 struct shift {
     struct spawn_crew *crew;
     sigset_t child_mask; /* the caller's: what the ranks start with */
-    sem_t done;          /* posted by each keeper, which does not touch the shift afterwards */
+    bool moves;          /* the threads go where the ranks belong */
+    unsigned long callers_cpus[MOST_CPUS / (sizeof(unsigned long) * CHAR_BIT)];
+    size_t callers_cpus_bytes;
+    unsigned int workers;
+    place_t _Atomic places[MOST_WORKERS]; /* where each worker is, or is about to go */
+    atomic_bool failed;
+    sem_t done; /* posted by each keeper, which does not touch the shift afterwards */
 };
 
-/* What a keeper has of its own, since it outlives the call. */
-struct keeper {
+/* A thread of the crew. A keeper's is its own, since it outlives the call. */
+struct worker {
     struct shift *shift;
+    unsigned int number;
+    bool keeps;
     size_t count;
-    pid_t children[];
+    pid_t children[]; /* a keeper's */
 };
 
-static void
-work(struct shift *shift, struct keeper *keeper)
+static bool
+claim(struct spawn_crew *crew, size_t rank)
+{
+    int expected = SPAWN_NOT_TRIED;
+    return atomic_load(&crew->outcomes[rank]) == expected &&
+           atomic_compare_exchange_strong(&crew->outcomes[rank], &expected, SPAWN_UNDER_WAY);
+}
+
+/* The first rank that nobody has taken of those for which the fewest threads are where it belongs. */
+static size_t
+least_crowded(struct shift *shift)
 {
     struct spawn_crew *crew = shift->crew;
-    while (!atomic_load(&crew->failed)) {
-        size_t rank = atomic_fetch_add(&crew->next, 1);
-        if (rank >= crew->count) {
-            break;
-        }
-        if (crew->outcomes[rank] == SPAWN_STARTED) {
+    size_t best = crew->count;
+    unsigned int fewest = UINT_MAX;
+    for (size_t rank = 0; rank < crew->count && fewest > 0; rank++) {
+        unsigned int crowd = 0;
+        if (atomic_load(&crew->outcomes[rank]) != SPAWN_NOT_TRIED) {
             continue;
         }
+        for (unsigned int i = 0; i < shift->workers; i++) {
+            crowd += atomic_load(&shift->places[i]) == crew->requests[rank].cpu_mask;
+        }
+        if (crowd < fewest) {
+            fewest = crowd;
+            best = rank;
+        }
+    }
+    return best;
+}
+
+/* The next rank for a worker whose last was `rank`; crew->count when there is none left. */
+static size_t
+take(const struct worker *worker, size_t rank)
+{
+    struct shift *shift = worker->shift;
+    struct spawn_crew *crew = shift->crew;
+    place_t here = atomic_load(&shift->places[worker->number]);
+    for (; rank < crew->count; rank++) {
+        if (crew->requests[rank].cpu_mask == here && claim(crew, rank)) {
+            return rank;
+        }
+    }
+    while ((rank = least_crowded(shift)) < crew->count) {
+        atomic_store(&shift->places[worker->number], crew->requests[rank].cpu_mask);
+        if (claim(crew, rank)) {
+            break;
+        }
+    }
+    return rank;
+}
+
+static void
+go_to(const struct shift *shift, const struct spawn_request *request)
+{
+#ifdef __linux__
+    /* A refusal is the child's to report; it must then not have been born where the last one belongs. */
+    if (!request->cpu_mask || syscall(SYS_sched_setaffinity, 0, request->cpu_mask_bytes, request->cpu_mask) < 0) {
+        syscall(SYS_sched_setaffinity, 0, shift->callers_cpus_bytes, shift->callers_cpus);
+    }
+#else
+    (void)shift, (void)request;
+#endif
+}
+
+static void
+work(struct worker *worker)
+{
+    struct shift *shift = worker->shift;
+    struct spawn_crew *crew = shift->crew;
+    place_t here = NULL;
+    size_t rank = 0;
+    while (!atomic_load(&shift->failed) && (rank = take(worker, rank)) < crew->count) {
+        const struct spawn_request *request = &crew->requests[rank];
         struct spawn_result *result = &crew->results[rank];
-        int outcome = spawn_by(crew->mechanism, &crew->requests[rank], result, &shift->child_mask);
-        crew->outcomes[rank] = outcome;
+        if (shift->moves && request->cpu_mask != here) {
+            here = request->cpu_mask;
+            go_to(shift, request);
+        }
+        int outcome = spawn_by(crew->mechanism, request, result, &shift->child_mask);
+        atomic_store(&crew->outcomes[rank], outcome);
         if (outcome == SPAWN_FAILED) {
-            atomic_store(&crew->failed, true);
+            atomic_store(&shift->failed, true);
         } else if (outcome == SPAWN_STARTED) {
             atomic_fetch_add(&crew->started, 1);
-            if (keeper) {
-                keeper->children[keeper->count++] = result->pid;
+            if (worker->keeps) {
+                worker->children[worker->count++] = result->pid;
             }
         }
     }
 }
 
+/* Stay until all children have ended. */
 static void
-set_name(void)
+keep(struct worker *keeper)
 {
-#ifdef __linux__
-    pthread_setname_np(pthread_self(), "rankspawn");
-#endif
-}
-
-static void *
-helper_main(void *argument)
-{
-    set_name();
-    work(argument, NULL);
-    return NULL;
-}
-
-static void *
-keeper_main(void *argument)
-{
-    struct keeper *keeper = argument;
-    set_name();
-    work(keeper->shift, keeper);
-    sem_post(&keeper->shift->done);
-    /* The youngest first: of those that have ended meanwhile, none wakes this thread. WNOWAIT leaves a child to its
-     * owner. ECHILD: the owner has reaped it; had the number been given to another child since, the keeper would only
-     * stay longer. */
+    /* From here on the program may have begun to catch SIGCHLD. */
+    sigset_t late;
+    sigemptyset(&late);
+    sigaddset(&late, SIGCHLD);
+    pthread_sigmask(SIG_BLOCK, &late, NULL);
+    /* The youngest first: those that have ended by then do not wake this thread one by one. WNOWAIT leaves a child to
+     * its owner. ECHILD: the owner has reaped it; where its number is another child's by now, the keeper stays a little
+     * longer. */
     while (keeper->count > 0) {
         siginfo_t ended;
         pid_t child = keeper->children[--keeper->count];
         while (waitid(P_PID, (id_t)child, &ended, WEXITED | WNOWAIT) < 0 && errno == EINTR) {
         }
     }
-    free(keeper);
+}
+
+static void *
+worker_main(void *argument)
+{
+    struct worker *worker = argument;
+#ifdef __linux__
+    pthread_setname_np(pthread_self(), "rankspawn");
+#endif
+    work(worker);
+    if (worker->keeps) {
+        sem_post(&worker->shift->done);
+        keep(worker);
+    }
+    free(worker);
     return NULL;
 }
 
-/* Make one thread more. Returns an errno. */
+/* Make a thread. Returns an errno. */
 static int
-hire(struct shift *shift, pthread_t *helper, bool keeps)
+hire(struct shift *shift, unsigned int number, bool keeps, pthread_t *thread)
 {
-    if (!keeps) {
-        return pthread_create(helper, NULL, helper_main, shift);
-    }
-    struct keeper *keeper = malloc(sizeof *keeper + shift->crew->count * sizeof keeper->children[0]);
-    if (!keeper) {
+    struct worker *worker = malloc(sizeof *worker + (keeps ? shift->crew->count * sizeof worker->children[0] : 0));
+    if (!worker) {
         return ENOMEM;
     }
-    keeper->shift = shift;
-    keeper->count = 0;
+    *worker = (struct worker){.shift = shift, .number = number, .keeps = keeps};
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
-    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    int error = pthread_create(helper, &attributes, keeper_main, keeper);
+    pthread_attr_setdetachstate(&attributes, keeps ? PTHREAD_CREATE_DETACHED : PTHREAD_CREATE_JOINABLE);
+    int error = pthread_create(thread, &attributes, worker_main, worker);
     pthread_attr_destroy(&attributes);
     if (error) {
-        free(keeper);
+        free(worker);
     }
     return error;
+}
+
+/* The signals that the threads must have blocked: they never run the program's handlers. libc's own two stay open, or
+ * the program's next setuid(3) would wait for a keeper's end; and SIGCHLD, where nobody catches it. The end of a child
+ * is told to the thread that made it, and were the signal blocked there, another would be woken to ignore it. */
+static sigset_t
+not_for_workers(void)
+{
+    sigset_t signals;
+    struct sigaction action;
+    sigfillset(&signals);
+    if (sigaction(SIGCHLD, NULL, &action) == 0 && (action.sa_handler == SIG_DFL || action.sa_handler == SIG_IGN)) {
+        sigdelset(&signals, SIGCHLD);
+    }
+    return signals;
+}
+
+/* Have threads do the work, as many as can be had. Returns how many; *error says why there are no more. */
+static unsigned int
+work_together(struct shift *shift, bool keeps, int *error)
+{
+    pthread_t threads[MOST_WORKERS];
+    unsigned int hired = 0;
+    sigset_t blocked = not_for_workers();
+    sem_init(&shift->done, 0, 0);
+    pthread_sigmask(SIG_BLOCK, &blocked, NULL);
+    while (hired < shift->workers && !(*error = hire(shift, hired, keeps, &threads[hired]))) {
+        hired++;
+    }
+    pthread_sigmask(SIG_SETMASK, &shift->child_mask, NULL);
+    for (unsigned int i = 0; i < hired; i++) {
+        if (!keeps) {
+            pthread_join(threads[i], NULL);
+            continue;
+        }
+        while (sem_wait(&shift->done) < 0 && errno == EINTR) {
+        }
+    }
+    sem_destroy(&shift->done);
+    return hired;
 }
 
 static bool
@@ -140,57 +257,57 @@ on_main_thread(void)
 static void
 fail_without_threads(struct spawn_crew *crew, int error)
 {
-    for (size_t rank = 0; rank < crew->count; rank++) {
-        if (crew->outcomes[rank] != SPAWN_STARTED) {
-            crew->results[rank] = (struct spawn_result){.pidfd = -1, .step = STEP_THREAD, .error = error};
-            crew->outcomes[rank] = SPAWN_FAILED;
-            return;
-        }
+    size_t rank = 0;
+    while (rank < crew->count && !claim(crew, rank)) {
+        rank++;
     }
+    if (rank < crew->count) {
+        crew->results[rank] = (struct spawn_result){.pidfd = -1, .step = STEP_THREAD, .error = error};
+        atomic_store(&crew->outcomes[rank], SPAWN_FAILED);
+    }
+}
+
+/* Whether threads may go where ranks belong: they must be able to come back. */
+static bool
+know_own_place(struct shift *shift)
+{
+#ifdef __linux__
+    long bytes = syscall(SYS_sched_getaffinity, 0, sizeof shift->callers_cpus, shift->callers_cpus);
+    shift->callers_cpus_bytes = bytes > 0 ? (size_t)bytes : 0;
+#endif
+    return shift->callers_cpus_bytes > 0;
 }
 
 void
 spawn_many(struct spawn_crew *crew)
 {
-    struct shift shift = {.crew = crew};
-    pthread_t helpers[MOST_HELPERS];
+    static const unsigned long nowhere;
+    struct shift shift = {.crew = crew, .workers = crew->workers < MOST_WORKERS ? crew->workers : MOST_WORKERS};
+    bool keeps = false;
     unsigned int hired = 0;
     int error = 0;
-    bool keeps = false;
     for (size_t rank = 0; rank < crew->count; rank++) {
         keeps = keeps || (crew->mechanism == SPAWN_CLONE && crew->requests[rank].death_signal);
+        if (atomic_load(&crew->outcomes[rank]) == SPAWN_DECLINED) {
+            atomic_store(&crew->outcomes[rank], SPAWN_NOT_TRIED);
+        }
     }
-    bool caller_works = !keeps || on_main_thread();
-    unsigned int wanted = crew->workers - caller_works;
-    wanted = wanted < MOST_HELPERS ? wanted : MOST_HELPERS;
-
-    atomic_store(&crew->next, 0);
-    atomic_store(&crew->failed, false);
-    sem_init(&shift.done, 0, 0);
-    /* The threads inherit a full mask: they never run the program's handlers. Not the raw call: libc needs its two
-     * signals in every thread, or the program's next setuid(3) would wait for a keeper's end. */
-    sigset_t all;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &shift.child_mask);
-    while (hired < wanted && !(error = hire(&shift, &helpers[hired], keeps))) {
-        hired++;
+    for (unsigned int i = 0; i < shift.workers; i++) {
+        atomic_store(&shift.places[i], &nowhere);
     }
-    pthread_sigmask(SIG_SETMASK, &shift.child_mask, NULL);
-
-    if (caller_works) {
-        work(&shift, NULL);
+    pthread_sigmask(SIG_SETMASK, NULL, &shift.child_mask);
+    /* A single start needs no thread; the caller's own must stay where it is. */
+    bool caller_may_work = !keeps || on_main_thread();
+    if (shift.workers > 1 || !caller_may_work) {
+        shift.moves = shift.workers > 1 && know_own_place(&shift);
+        hired = work_together(&shift, keeps, &error);
+    }
+    if (!hired && caller_may_work) {
+        shift.moves = false;
+        work(&(struct worker){.shift = &shift});
     } else if (!hired) {
         fail_without_threads(crew, error);
     }
-    for (unsigned int i = 0; i < hired; i++) {
-        if (!keeps) {
-            pthread_join(helpers[i], NULL);
-            continue;
-        }
-        while (sem_wait(&shift.done) < 0 && errno == EINTR) {
-        }
-    }
-    sem_destroy(&shift.done);
 }
 
 size_t

@@ -46,7 +46,7 @@ spawn(const struct spawn_request *request, struct spawn_result *result, enum spa
         return spawn_by(mechanism, request, result, NULL);
     }
     /* A death signal needs a thread that outlives the child. */
-    int outcome = SPAWN_NOT_TRIED;
+    atomic_int outcome = SPAWN_NOT_TRIED;
     struct spawn_crew alone = {.requests = request, .results = result, .outcomes = &outcome, .count = 1, .workers = 1};
     alone.mechanism = mechanism;
     spawn_many(&alone);
@@ -130,6 +130,8 @@ clone_once(struct attempt *attempt, int *pidfd)
 static bool
 leave_clone3(struct attempt *attempt)
 {
+    uint64_t all = ~(uint64_t)0;
+    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, NULL, sizeof all);
     int cgroup = attempt->start.request->cgroup_fd;
     attempt->uses_clone3 = false;
     if (cgroup >= 0) {
@@ -247,9 +249,10 @@ spawn_by_clone(const struct spawn_request *request, struct spawn_result *result,
         .wants_pidfd = true,
         .uses_clone3 = true,
     };
-    /* The raw call: libc's would leave out the two signals that it keeps for itself. */
-    uint64_t all = ~(uint64_t)0, before = 0;
-    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof all);
+    /* The raw call: libc's would leave out the two signals that it keeps for itself. SIGCHLD stays as it is while the
+     * child has no handlers: crew.c says why. */
+    uint64_t blocked = ~((uint64_t)1 << (SIGCHLD - 1)), before = 0;
+    syscall(SYS_rt_sigprocmask, SIG_BLOCK, &blocked, &before, sizeof blocked);
     attempt.start.signal_mask = before;
     if (child_mask) {
         /* The kernel's mask is the beginning of libc's. */

@@ -43,9 +43,10 @@ enum spawn_mechanism { SPAWN_CLONE = 1, SPAWN_POSIX = 2 };
 /* What spawn() and its mechanisms return. */
 enum spawn_outcome {
     SPAWN_STARTED = 0,
-    SPAWN_FAILED = 1,   /* result.step and result.error say where and why; nothing is left of the child */
-    SPAWN_DECLINED = 2, /* the mechanism cannot express the request; nothing was done */
-    SPAWN_NOT_TRIED = 3 /* of one of many: it was never its turn */
+    SPAWN_FAILED = 1,    /* result.step and result.error say where and why; nothing is left of the child */
+    SPAWN_DECLINED = 2,  /* the mechanism cannot express the request; nothing was done */
+    SPAWN_NOT_TRIED = 3, /* of one of many: it was never its turn */
+    SPAWN_UNDER_WAY = 4  /* and: it is */
 };
 
 enum { STREAM_INHERIT = -1, STREAM_SAME_AS_STDOUT = -2 };
@@ -116,15 +117,13 @@ int spawn_by_posix(const struct spawn_request *request, struct spawn_result *res
 
 /* Many starts in one call: see crew.c. Arrays of `count`, by rank. */
 struct spawn_crew {
-    const struct spawn_request *requests;
+    const struct spawn_request *requests; /* those for the same CPUs should have the same pointer as cpu_mask */
     struct spawn_result *results;
-    int *outcomes; /* enum spawn_outcome; a rank that is SPAWN_STARTED already is left alone */
+    atomic_int *outcomes; /* enum spawn_outcome; what is SPAWN_STARTED or SPAWN_FAILED already is left alone */
     size_t count;
     unsigned int workers; /* threads that start ranks; at least 1 */
     enum spawn_mechanism mechanism;
     atomic_size_t started; /* how many are, so far: other threads may read it while the call lasts */
-    atomic_size_t next;    /* the crew's own */
-    atomic_bool failed;    /* the crew's own */
 };
 
 /* Start the ranks of a crew. After the first failure no other is begun; outcomes[] says what became of each. */

@@ -23,6 +23,8 @@ cdef extern from "Python.h":
 
 
 cdef extern from "spawn.h" nogil:
+    ctypedef int atomic_int
+
     cdef enum:
         STEP_NONE
         STEP_COUNT
@@ -86,7 +88,7 @@ cdef extern from "spawn.h" nogil:
     cdef struct spawn_crew:
         const spawn_request *requests
         spawn_result *results
-        int *outcomes
+        atomic_int *outcomes
         size_t count
         unsigned int workers
         spawn_mechanism mechanism
@@ -139,8 +141,9 @@ HAVE_LIBNUMA = bool(rankspawn_has_libnuma)
 
 # By enum spawn_step: what an error message calls the step.
 STEP_NAMES = (
-    "", "pthread_create", "clone", "cgroup.procs", "setsid", "setpgid", "guard", "sched_setaffinity", "set_mempolicy", "chdir",
-    "close_range", "pass_fds", "stdin", "stdout", "stderr", "setgroups", "setregid", "setreuid", "prctl", "execve",
+    "", "pthread_create", "clone", "cgroup.procs", "setsid", "setpgid", "guard", "sched_setaffinity", "set_mempolicy",
+    "chdir", "close_range", "pass_fds", "stdin", "stdout", "stderr", "setgroups", "setregid", "setreuid", "prctl",
+    "execve",
 )
 if len(STEP_NAMES) != STEP_COUNT:
     raise ImportError("STEP_NAMES does not match enum spawn_step: rebuild rankspawn")
@@ -202,11 +205,6 @@ cdef class _Arena:
         taken = self.free
         self.free += whole
         self.left -= whole
-        return taken
-
-    cdef void *copy(self, const void *data, size_t size) except NULL:
-        taken = self.take(size)
-        memcpy(taken, data, size)
         return taken
 
     cdef char *text(self, object part) except NULL:
@@ -412,21 +410,21 @@ cdef int _set_ids(_Arena arena, spawn_request *request, gid, groups, uid) except
 cdef int _set_own(
     _Arena arena, spawn_request *request, streams, bytes cpu_mask, int mem_mode, bytes node_mask, bint binding_required
 ) except -1:
-    """What each rank has of its own, beside its command and its environment."""
+    """What each rank has of its own, beside its command and its environment. The masks must be kept by the caller."""
     cdef int i
     for i in range(3):
         _set_stream(arena, &request.streams[i], streams[i])
     request.cpu_mask = NULL
     request.cpu_mask_bytes = 0
     if cpu_mask is not None:
+        request.cpu_mask = <const unsigned long *><const void *><char *>cpu_mask
         request.cpu_mask_bytes = len(cpu_mask)
-        request.cpu_mask = <const unsigned long *>arena.copy(<char *>cpu_mask, request.cpu_mask_bytes)
     request.mem_mode = mem_mode
     request.node_mask = NULL
     request.node_mask_bits = 0
     if node_mask is not None:
+        request.node_mask = <const unsigned long *><const void *><char *>node_mask
         request.node_mask_bits = len(node_mask) * CHAR_BIT
-        request.node_mask = <const unsigned long *>arena.copy(<char *>node_mask, len(node_mask))
     request.binding_required = binding_required
     return 0
 
@@ -504,7 +502,7 @@ cdef class Crew:
     cdef spawn_request *requests
     cdef spawn_crew crew
     cdef size_t room, variables
-    cdef dict places
+    cdef dict places, masks
     cdef list owners
     cdef object argv, executables  # the last that were encoded
 
@@ -512,11 +510,12 @@ cdef class Crew:
         self.arena = _Arena()
         self.owners = []
         self.places = {}
+        self.masks = {}
         self.room = count
         self.requests = <spawn_request *>self.arena.take(count * sizeof(spawn_request))
         self.crew.requests = self.requests
         self.crew.results = <spawn_result *>self.arena.take(count * sizeof(spawn_result))
-        self.crew.outcomes = <int *>self.arena.take(count * sizeof(int))
+        self.crew.outcomes = <atomic_int *>self.arena.take(count * sizeof(atomic_int))
         self.common.envp = self.arena.environment(env, &self.variables)
         _set_common(self.arena, &self.common, cwd, new_session, death_signal, cgroup_fd)
         self.common.guard_fd = guard_fd
@@ -539,10 +538,14 @@ cdef class Crew:
         request[0] = self.common
         if env:
             request.envp = self.with_own(env)
-        _set_own(self.arena, request, streams, cpu_mask, mem_mode, node_mask, binding_required)
+        _set_own(self.arena, request, streams, self.kept(cpu_mask), mem_mode, self.kept(node_mask), binding_required)
         self.crew.outcomes[rank] = SPAWN_NOT_TRIED
         self.owners.append(owner)
         self.crew.count += 1
+
+    cdef bytes kept(self, bytes mask):
+        """The first mask that was like ``mask``: ranks for the same CPUs have the same pointer."""
+        return None if mask is None else <bytes>self.masks.setdefault(mask, mask)
 
     cdef char **with_own(self, env) except NULL:
         cdef size_t count = self.variables, room = count + len(env)
