@@ -157,6 +157,12 @@ def test_told_from_its_stderr(tmp_path: Path) -> None:
     )
 
 
+def test_files_that_will_be_gone_are_not_pointed_at(tmp_path: Path) -> None:
+    told = describe(ran(tmp_path, "echo out; exit 3"), kept=False)
+    assert "    out\n" in told
+    assert str(tmp_path) not in told
+
+
 def test_told_from_its_stdout_when_stderr_is_empty(tmp_path: Path) -> None:
     told = describe(ran(tmp_path, "echo out; exit 3"))
     assert "  its stdout ends with:\n    out\n" in told

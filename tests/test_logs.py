@@ -38,11 +38,13 @@ def test_a_relative_folder_stays_where_it_was(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "logs" / "attempt_0" / "0" / "stdout.log").read_text() == "here\n"
 
 
-def test_the_error_of_an_earlier_job_is_not_this_ones(tmp_path: Path) -> None:
+def test_what_an_earlier_job_left_is_not_this_ones(tmp_path: Path) -> None:
     (files,) = rank_files(str(tmp_path), 1)
-    Path(files.error).write_text("{}")
+    folder = Path(files.error).parent
+    for name in ("stdout.log", "stderr.log", "error.json", "mine"):
+        (folder / name).write_text("{}")
     assert rank_files(str(tmp_path), 1) == [files]
-    assert not os.path.exists(files.error)
+    assert os.listdir(folder) == ["mine"]
 
 
 @pytest.mark.parametrize("in_the_way", ["attempt_0", "attempt_0/1"])

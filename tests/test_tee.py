@@ -7,7 +7,6 @@ import io
 import os
 import pty
 import re
-import signal
 import subprocess
 import sys
 import termios
@@ -61,7 +60,7 @@ def ranks(folder: Path, *scripts: str) -> Iterator[list[RankFiles]]:
     """One rank for each shell script; at the end of the block all have ended."""
     files = rank_files(str(folder), len(scripts))
     started = [
-        Popen(["/bin/sh", "-c", script], stdout=own.stdout, stderr=own.stderr, start_new_session=True)
+        Popen(["/bin/sh", "-c", script], stdout=own.stdout, stderr=own.stderr)
         for script, own in zip(scripts, files, strict=True)
     ]
     try:
@@ -70,7 +69,7 @@ def ranks(folder: Path, *scripts: str) -> Iterator[list[RankFiles]]:
             rank.wait(LONG)
     finally:
         for rank in started:
-            rank.send_signal_group(signal.SIGKILL)
+            rank.kill()
             rank.wait()
 
 
@@ -198,6 +197,35 @@ def test_a_reader_that_goes(tmp_path: Path) -> None:
     assert said == note + b"[rank 1]:on\n"
 
 
+def test_an_output_that_was_gone_before_there_was_something_to_show(tmp_path: Path) -> None:
+    """It is said once, and not again of each file that turns up."""
+    out, err = Reader(), Reader().start()
+    out.stop_reading()
+    late = tmp_path / "late"
+    (tmp_path / "log").write_text("o\n")
+    try:
+        with Tee([Source(0, tmp_path / "log", False), Source(1, late, False)], out=out.fd, err=err.fd):
+            until(lambda: b"\n" in err.got)
+            late.write_text("o\n")
+            time.sleep(0.3)
+    finally:
+        out.close()
+        said = err.close()
+    assert said.count(b"\n") == 1
+
+
+def test_without_a_stdout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher was started with it closed."""
+    monkeypatch.setattr(sys, "stdout", None)
+    (tmp_path / "log").write_text("line\n")
+    err = Reader().start()
+    try:
+        with Tee([Source(0, tmp_path / "log", False), Source(0, tmp_path / "log", True)], err=err.fd):
+            until(lambda: err.got == b"[rank 0]:line\n")
+    finally:
+        err.close()
+
+
 def test_both_outputs_gone(tmp_path: Path) -> None:
     out, err = Reader(), Reader()
     out.stop_reading()
@@ -245,13 +273,14 @@ def test_killed_in_the_middle_of_a_line(tmp_path: Path) -> None:
 
 
 def test_who_was_left_behind_and_prints_without_end(tmp_path: Path) -> None:
-    out = Reader().start()
+    out, stop = Reader().start(), tmp_path / "stop"
     try:
-        with ranks(tmp_path, "while :; do echo y; done & sleep 0.1") as files:
+        with ranks(tmp_path, f"while [ ! -e {stop} ]; do echo y; done & sleep 0.1") as files:
             tee = Tee(sources(files), out=out.fd).start()
             until(lambda: len(out.got) > 1000)
-            assert tee.finish(LONG) == ()
+        assert tee.finish(LONG) == ()
     finally:
+        stop.touch()
         assert set(out.close().splitlines()) == {b"[rank 0]:y"}
 
 

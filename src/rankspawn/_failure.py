@@ -6,10 +6,10 @@ import json
 import os
 import signal
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ._binding import format_ids
+from ._frozen import Frozen
 from ._logs import last_lines, printable, read_regular
 
 _MOST_BYTES = 1 << 20
@@ -37,8 +37,7 @@ _MEANINGS = {
 }
 
 
-@dataclass(frozen=True)
-class RecordedError:
+class RecordedError(Frozen):
     """What a rank left in its error file (TORCHELASTIC_ERROR_FILE), as torch's ``@record`` writes it.
 
     message: the exception in words. traceback: "" where there is none. time: seconds since the epoch, whole ones in
@@ -111,8 +110,7 @@ def pass_on(error: RecordedError, returncode: int, path: str | os.PathLike[str])
         json.dump(found, file)
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(Frozen):
     """A rank that failed.
 
     returncode: as subprocess gives it, negative for a signal. seen_at: when its end was noticed, in seconds since the
@@ -178,10 +176,11 @@ def _signal_name(sig: int) -> str:
         return f"signal {sig}"
 
 
-def describe(first: Failure, others: Iterable[Failure] = (), *, lines: int = 20) -> str:
+def describe(first: Failure, others: Iterable[Failure] = (), *, lines: int = 20, kept: bool = True) -> str:
     """What happened, for people: lines of text, each with its newline.
 
     first: is told in full, with at most ``lines`` lines of its traceback and of its log. others: how they ended.
+    kept: whether its files are still there when this is read.
     """
     pid = "" if first.pid is None else f" (pid {first.pid})"
     told = [f"rank {first.rank}{pid} {how_it_ended(first.returncode)}"]
@@ -193,7 +192,8 @@ def describe(first: Failure, others: Iterable[Failure] = (), *, lines: int = 20)
         told += _recorded(first.error, first.files.error, traceback, lines)
     if first.files is not None and first.files.stderr is not None and first.files.stdout is not None:
         told += _end_of_logs(first.files.stderr, first.files.stdout, traceback, lines)
-        told.append(f"  its files are in {first.files.stderr.parent}")
+        if kept:
+            told.append(f"  its files are in {first.files.stderr.parent}")
     ended: dict[str, list[int]] = {}
     for other in others:
         how = f"killed by {_signal_name(-other.returncode)}" if other.returncode < 0 else f"status {other.returncode}"

@@ -12,8 +12,9 @@ import os
 import re
 import stat
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+from ._frozen import Frozen
 
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOCTTY", 0)
 """Of files that are others' to make: who opens a FIFO so does not wait for its other end."""
@@ -22,8 +23,7 @@ READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY"
 _SEQUENCES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])")
 
 
-@dataclass(frozen=True)
-class RankFiles:
+class RankFiles(Frozen):
     """Where one rank writes. stdout, stderr: None where it has the launcher's own."""
 
     stdout: Path | None
@@ -36,7 +36,7 @@ def rank_files(folder: str, nprocs: int, attempt: int = 0, *, streams: bool = Tr
 
     streams: False makes no folders; the error files, by other names, are ``folder``'s own, which has to be there.
 
-    Log files that are there already will be written over; error files are removed here, since most ranks write none.
+    Files that an earlier job left there are removed: who looks before a rank has made its own must find nothing.
     Raises OSError, which names the rank and the path.
     """
     attempt_folder = os.path.join(os.path.abspath(folder), f"attempt_{attempt}")
@@ -46,18 +46,18 @@ def rank_files(folder: str, nprocs: int, attempt: int = 0, *, streams: bool = Tr
     made = []
     for rank in range(nprocs):
         path = f"{attempt_folder}/{rank}"
-        files = RankFiles(Path(f"{path}/stdout.log"), Path(f"{path}/stderr.log"), f"{path}/error.json")
         try:
             try:
                 os.mkdir(path)
             except FileExistsError:
                 if not os.path.isdir(path):
                     raise
-                with suppress(FileNotFoundError):
-                    os.unlink(files.error)
+                for name in ("stdout.log", "stderr.log", "error.json"):
+                    with suppress(FileNotFoundError):
+                        os.unlink(f"{path}/{name}")
         except OSError as error:
             raise OSError(error.errno, f"logs of rank {rank}: {error.strerror}", error.filename) from None
-        made.append(files)
+        made.append(RankFiles(Path(f"{path}/stdout.log"), Path(f"{path}/stderr.log"), f"{path}/error.json"))
     return made
 
 
@@ -68,10 +68,9 @@ def last_lines(path: str | os.PathLike[str], count: int = 20, most_bytes: int = 
     Raises OSError.
     """
     data, cut = read_regular(path, most_bytes, from_end=True)
-    # What is behind the last newline counts, of what is before the first it is not known where it begins.
     lines = data.rstrip(b"\r\n\0 \t").split(b"\n")
     if cut and len(lines) > 1:
-        del lines[0]
+        del lines[0]  # its beginning is not there
     texts = [line[last_state(line) :].strip(b"\r\0").decode(errors="backslashreplace") for line in lines[-count:]]
     return [printable(text).rstrip() for text in texts] if any(texts) else []
 

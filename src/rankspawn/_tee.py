@@ -170,6 +170,8 @@ class Tee:
         return bool(grown)
 
     def _is_absent(self, followed: _Followed) -> bool:
+        if followed.sink.dead:
+            return False
         try:
             followed.fd = os.open(followed.path, READ_FLAGS)
         except FileNotFoundError:
