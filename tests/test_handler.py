@@ -271,7 +271,7 @@ def test_binding_applies_when_a_subclass_starts_the_process(tmp_path: Path, monk
     """With the stock Popen, at birth, and nothing of the caller's changes (the autouse fixture looks)."""
     cpu = max(os.sched_getaffinity(0))
     wanted = Binding({cpu}, MemoryPolicy("interleave", {0}))
-    monkeypatch.setattr(_handler, "_binding_for", lambda *_: wanted)
+    monkeypatch.setattr(_handler, "binding_for", lambda *_: wanted)
 
     class Own(rankspawn.SubprocessHandler):
         def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:
@@ -283,7 +283,7 @@ def test_binding_applies_when_a_subclass_starts_the_process(tmp_path: Path, monk
 
 
 def test_errors_of_a_subclass_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_handler, "_binding_for", lambda *_: Binding({5000}))
+    monkeypatch.setattr(_handler, "binding_for", lambda *_: Binding({5000}))
 
     class Own(rankspawn.SubprocessHandler):
         def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:
@@ -314,7 +314,7 @@ def test_falling_back(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapture
 def test_refused_policy_is_said_when_falling_back(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(_handler, "_binding_for", lambda *_: Binding(None, MemoryPolicy("bind", {900}), required=False))
+    monkeypatch.setattr(_handler, "binding_for", lambda *_: Binding(None, MemoryPolicy("bind", {900}), required=False))
     with caplog.at_level(logging.WARNING, "rankspawn"):
         handler = start(rankspawn, "exit 0")
     assert finish(handler) == 0
@@ -325,7 +325,7 @@ def test_refused_policy_is_said_once_when_a_subclass_adds_to_the_start(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The thread in which it starts is refused the policy, and so is what is started there by our Popen."""
-    monkeypatch.setattr(_handler, "_binding_for", lambda *_: Binding(None, MemoryPolicy("bind", {900}), required=False))
+    monkeypatch.setattr(_handler, "binding_for", lambda *_: Binding(None, MemoryPolicy("bind", {900}), required=False))
 
     class Own(rankspawn.SubprocessHandler):
         def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:

@@ -24,7 +24,7 @@ PLACES = {"_binding", "_devices", "_topology", "_placement"}
 ARROWS: dict[str, set[str]] = {
     "__init__": {"_launch", "_group", "_handler", "_numa_options", "_popen", *PLACES},
     "__main__": {"_cli"},
-    "_cli": {"_run", "_bind", "_options", "_show", "_doctor", "_engine", "_binding", "_topology"},
+    "_cli": {"_run", "_bind", "torchrun", "_options", "_show", "_doctor", "_engine", "_binding", "_topology"},
     "_run": {
         *{"_launch", "_group", "_logs", "_failure", "_report", "_timeline", "_progress", "_step"},
         *{"_options", "_openmp", "_engine"},
@@ -32,7 +32,8 @@ ARROWS: dict[str, set[str]] = {
     },
     "_bind": {"_step", "_options", "_openmp", "_engine", *PLACES},
     "_progress": {"_group", "_binding"},
-    "torchrun": {"_group", "_handler", "_options", "_show", "_doctor", *PLACES},
+    "torchrun": {"_elastic", "_numa_options", "_topology", "_binding"},
+    "_elastic": {"_crew", "_handler", "_watch", "_engine", "_popen", "_numa_options"},
     "_doctor": {"_popen", "_engine", "_spawn", *PLACES},
     "_show": {"_options", "_openmp", "_svg", *PLACES},
     "_options": PLACES,

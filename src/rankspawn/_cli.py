@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (the process's own arguments if left out); returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["torchrun"]:  # whose options, help and errors are torch's own
+        from .torchrun import main as torchrun
+
+        return torchrun(argv[1:], prog="rankspawn torchrun")
     args, unknown = _parser().parse_known_args(argv)
     if unknown:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -65,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, add_options, help in (
         ("run", _run, "start the ranks of a script, and stop all when one fails"),
         ("bind", _bind, "bind one rank that another launcher started (mpirun, srun), and execute its program"),
+        ("torchrun", None, "torchrun of the torch that is installed, with its workers started by rankspawn"),
         ("topology", _topology, "show this machine's nodes, cores, caches and accelerators"),
         ("plan", _plan, "show where ranks would go, and start none"),
         ("doctor", _doctor, "say what this machine allows"),

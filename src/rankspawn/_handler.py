@@ -48,6 +48,7 @@ class SubprocessHandler:
 
     proc: subprocess.Popen[Any]
     local_rank_id: int
+    _die_with_parent = False
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class SubprocessHandler:
         self._log_paths = (stdout or None, stderr or None)
         self._log_files: dict[str, IO[str]] = {}
         self.local_rank_id = local_rank_id
-        self._binding = _binding_for(local_rank_id, numa_options, env)
+        self._binding = binding_for(local_rank_id, numa_options, env)
         command = (entrypoint, *map(str, args))
         # Dropped when the start fails, so that what a subclass opened is closed.
         try:
@@ -70,11 +71,14 @@ class SubprocessHandler:
         except BaseException:
             self._close_logs()
             raise
+        self._tell_refused(refused)
+
+    def _tell_refused(self, refused: tuple[RefusedStep, ...] = ()) -> None:
         if isinstance(self.proc, Popen):
             # The thread that it was started in may have been refused the same.
             refused = tuple(dict.fromkeys((*refused, *self.proc.binding_report.refused)))
         for step in refused:
-            _warn("local rank %d runs without %s", local_rank_id, step)
+            _warn("local rank %d runs without %s", self.local_rank_id, step)
 
     @property
     def _stdout(self) -> IO[str] | None:
@@ -120,7 +124,15 @@ class SubprocessHandler:
         """Start the rank. Subclasses may override it; the binding applies all the same."""
         stdout, stderr = map(_as_path, self._log_paths)
         own_session = {} if _ON_WINDOWS else {"start_new_session": True}
-        return Popen(args, env=env, stdout=stdout, stderr=stderr, binding=self._binding, **own_session)
+        return Popen(
+            args,
+            env=env,
+            stdout=stdout,
+            stderr=stderr,
+            binding=self._binding,
+            die_with_parent=self._die_with_parent,
+            **own_session,
+        )
 
     def close(self, death_sig: signal.Signals | None = None) -> None:
         """Signal the rank's process group, SIGTERM unless ``death_sig`` is given, and close the log files.
@@ -164,7 +176,7 @@ def get_subprocess_handler(
     )
 
 
-def _binding_for(local_rank: int, options: NumaOptions | None, env: Mapping[str, str]) -> Binding | None:
+def binding_for(local_rank: int, options: NumaOptions | None, env: Mapping[str, str]) -> Binding | None:
     """The binding of one rank; torch's own NumaOptions has the first two attributes of ours."""
     if options is None:
         return None

@@ -1,0 +1,192 @@
+"""torchrun with its ranks started by rankspawn: ``python -m rankspawn.torchrun`` takes every argument of torchrun.
+
+The agent, the rendezvous, the error files and the restarts are torch's own (torch.distributed.elastic, 2.4 and newer).
+In a program that launches by itself (``elastic_launch``, ``LaunchConfig``), ``install()`` does the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from inspect import signature, unwrap
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ._binding import MEMORY_MODES, AffinityMode, BindingError
+from ._numa_options import NumaOptions
+from ._topology import PlacementError
+
+if TYPE_CHECKING:
+    import argparse
+    from types import CodeType
+
+__all__ = ["install", "installed", "main", "uninstall"]
+
+_MULTIPROCESSING = "torch.distributed.elastic.multiprocessing"
+_SERVER = "torch.distributed.elastic.agent.server"
+
+
+class Seam(NamedTuple):
+    """A function of torch's on which ours rest.
+
+    takes: its parameters; "[one]" may be missing, and "..." stands for any others.
+    names: what its code looks up. Replacing or overriding that has an effect only as long as it does.
+    """
+
+    module: str
+    function: str
+    takes: str = "..."
+    names: tuple[str, ...] = ()
+
+    def difference(self) -> str | None:
+        """What is not as expected in the torch that is installed, in words."""
+        try:
+            found = attrgetter(self.function)(import_module(self.module))
+        except (ImportError, AttributeError) as error:
+            return f"{self.module}.{self.function} is not there ({error})"
+        words = self.takes.split()
+        required = {word for word in words if word != "..." and not word.startswith("[")}
+        takes = set(signature(found).parameters)
+        if not required <= takes or ("..." not in words and not takes <= {word.strip("[]") for word in words}):
+            return f"{self.module}.{self.function} takes ({' '.join(signature(found).parameters)}), not ({self.takes})"
+        if self.names and (missing := set(self.names) - _names(unwrap(found).__code__)):
+            return f"{self.module}.{self.function} does not use {', '.join(sorted(missing))}"
+        return None
+
+
+SEAMS = (
+    Seam(
+        f"{_MULTIPROCESSING}.api",
+        "get_subprocess_handler",
+        "entrypoint args env stdout stderr local_rank_id [numa_options]",
+    ),
+    Seam(
+        f"{_MULTIPROCESSING}.api",
+        "SubprocessContext._start",
+        "self",
+        ("get_subprocess_handler", "subprocess_handlers", "entrypoint", "args", "envs", "stdouts", "stderrs", "nprocs"),
+    ),
+    Seam(f"{_MULTIPROCESSING}.api", "SubprocessContext._poll", "self", ("_failures", "close")),
+    Seam(
+        f"{_MULTIPROCESSING}.api", "SubprocessContext._close", "self death_sig timeout", ("subprocess_handlers", "proc")
+    ),
+    Seam(f"{_MULTIPROCESSING}.api", "PContext.wait", "self timeout period", ("_poll",)),
+    Seam(_MULTIPROCESSING, "start_processes", names=("SubprocessContext",)),
+    Seam(f"{_SERVER}.local_elastic_agent", "LocalElasticAgent", "spec ..."),
+    Seam(f"{_SERVER}.local_elastic_agent", "LocalElasticAgent._monitor_workers", "self worker_group", ("_pcontext",)),
+    Seam(f"{_SERVER}.api", "WorkerSpec", "monitor_interval ..."),
+    Seam(f"{_SERVER}.api", "SimpleElasticAgent._invoke_run", names=("monitor_interval", "sleep", "_monitor_workers")),
+    Seam("torch.distributed.launcher.api", "launch_agent", names=("LocalElasticAgent",)),
+)
+"""As found in torch 2.4 to 2.15."""
+
+_REPLACED = (
+    (f"{_MULTIPROCESSING}.api", "get_subprocess_handler"),
+    (_MULTIPROCESSING, "SubprocessContext"),
+    ("torch.distributed.launcher.api", "LocalElasticAgent"),
+)
+"""Where torch looks for what ``_elastic`` has another of."""
+
+_torchs: dict[tuple[str, str], Any] = {}
+"""What was there before; empty when nothing is installed."""
+
+
+def install(numa_options: NumaOptions | None = None) -> None:
+    """From now on, torch elastic in this process starts and watches its ranks through rankspawn, until uninstall().
+
+    numa_options: how ranks are bound that are launched without options of their own (``LaunchConfig.numa_options``,
+        torch's or ours). Installing again only replaces these.
+
+    Raises ModuleNotFoundError without torch, and ImportError, having changed nothing, for a torch in which one of SEAMS
+    is not as expected.
+    """
+    if not _torchs:
+        differences = [difference for seam in SEAMS if (difference := seam.difference())]
+        if differences:
+            version = import_module("torch").__version__
+            raise ImportError(
+                f"rankspawn.torchrun does not know torch {version}: {'; '.join(differences)}."
+                " A newer rankspawn is needed, or something else has replaced parts of torch first",
+                name="torch",
+            )
+    from . import _elastic
+
+    _elastic.default_numa_options = numa_options
+    for module, name in _REPLACED:
+        place = import_module(module)
+        _torchs.setdefault((module, name), getattr(place, name))
+        setattr(place, name, getattr(_elastic, name))
+
+
+def uninstall() -> None:
+    """Give torch its own back; ranks that run go on as they are. Nothing happens when nothing is installed."""
+    for (module, name), torchs in _torchs.items():
+        setattr(import_module(module), name, torchs)
+    _torchs.clear()
+
+
+@contextmanager
+def installed(numa_options: NumaOptions | None = None) -> Iterator[None]:
+    """install() for the length of a ``with`` block, and then as before. It holds for all threads of the process."""
+    inside = bool(_torchs)
+    before = import_module("rankspawn._elastic").default_numa_options if inside else None
+    install(numa_options)
+    try:
+        yield
+    finally:
+        if inside:
+            install(before)
+        else:
+            uninstall()
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m rankspawn.torchrun") -> int:
+    """torchrun's command with ``arguments``, by default those of the process; the exit status, which is 0.
+
+    It is 1, with a message, where there is no torch or where the workers cannot be bound as asked. What else a job ends
+    in is raised, as by torchrun's: ChildFailedError, SignalException.
+    """
+    try:
+        from torch.distributed import run
+        from torch.distributed.elastic.multiprocessing.errors import record
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "torch":
+            raise
+        print(f"{prog}: torch is not installed ({error}): python -m pip install torch", file=sys.stderr)
+        return 1
+    parser: argparse.ArgumentParser = run.get_args_parser()
+    parser.prog = prog
+    if "--numa-binding" not in parser._option_string_actions:  # torch before 2.9
+        modes = [mode.value for mode in AffinityMode]
+        parser.add_argument("--numa-binding", "--numa_binding", choices=modes, help="where each worker is bound")
+    parser.add_argument(
+        "--memory-policy", "--memory_policy", choices=MEMORY_MODES,
+        help="with --numa-binding: the policy of each worker's memory over its own nodes (rankspawn)",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    numa_options = None
+    if options.numa_binding:
+        numa_options = NumaOptions(AffinityMode(options.numa_binding), memory_policy=options.memory_policy)
+        if not options.run_path:
+            options.numa_binding = None
+    elif options.memory_policy:
+        parser.error("--memory-policy needs --numa-binding")
+    try:
+        with installed(numa_options):
+            record(run.run)(options)
+    except (PlacementError, BindingError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _names(code: CodeType) -> set[str]:
+    """What a function's code looks up, in its comprehensions too."""
+    inner = (constant for constant in code.co_consts if hasattr(constant, "co_names"))
+    return {*code.co_names}.union(*map(_names, inner))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""``rankspawn.torchrun.install``: what it replaces in torch and gives back, and what it rests on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch.distributed.run", reason="torch is not installed")
+
+from rankspawn import AffinityMode, NumaOptions
+from rankspawn.torchrun import _REPLACED, SEAMS, Seam, install, installed, uninstall
+
+
+def replaced() -> list[Any]:
+    return [getattr(import_module(module), name) for module, name in _REPLACED]
+
+
+TORCHS = replaced()
+
+
+@pytest.fixture(autouse=True)
+def uninstalled() -> Any:
+    yield
+    uninstall()
+    assert replaced() == TORCHS
+
+
+def options() -> NumaOptions | None:
+    found: NumaOptions | None = import_module("rankspawn._elastic").default_numa_options
+    return found
+
+
+# ---- seams ----------------------------------------------------------------------------------------------------------
+
+
+def seam_name(seam: Seam) -> str:
+    return f"{seam.module}.{seam.function}"
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=seam_name)
+def test_seam(seam: Seam) -> None:
+    """A failure here means that this torch differs from all that we know, and what to look at."""
+    assert seam.difference() is None
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=seam_name)
+def test_a_torch_that_differs(seam: Seam, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is told, and nothing is replaced."""
+
+    def unlike_all_that_we_know(brave: int, new: int) -> None:
+        pass
+
+    monkeypatch.setattr(f"{seam.module}.{seam.function}", unlike_all_that_we_know)
+    before = replaced()
+    with pytest.raises(ImportError, match=seam.function) as told:
+        install()
+    assert import_module("torch").__version__ in str(told.value)
+    assert replaced() == before
+
+
+@pytest.mark.parametrize(
+    ("seam", "told"),
+    [
+        (Seam("torch.distributed.run", "no_such_function"), "is not there"),
+        (Seam("torch.no_such_module", "function"), "is not there"),
+        (Seam("torch.distributed.run", "main", "arguments"), "takes (args), not (arguments)"),
+        (Seam("torch.distributed.run", "main", "[args] [more]"), None),
+        (Seam("torch.distributed.run", "parse_args", "..."), None),
+        (Seam("torch.distributed.run", "parse_args", "other ..."), "takes (args), not (other ...)"),
+        (Seam("torch.distributed.run", "parse_args", names=("get_args_parser", "guess")), "does not use guess"),
+    ],
+    ids=str,
+)
+def test_difference(seam: Seam, told: str | None) -> None:
+    difference = seam.difference()
+    if told is None:
+        assert difference is None
+    else:
+        assert difference is not None
+        assert f"{seam.module}.{seam.function} {told}" in difference
+
+
+# ---- install and uninstall ------------------------------------------------------------------------------------------
+
+
+def test_install_and_uninstall() -> None:
+    uninstall()  # harmless
+    install()
+    assert [one.__module__ for one in replaced()] == ["rankspawn._elastic"] * len(_REPLACED)
+    install(NumaOptions(AffinityMode.NODE))
+    assert options() == NumaOptions(AffinityMode.NODE)
+    uninstall()
+    assert replaced() == TORCHS
+
+
+def test_installed_leaves_things_as_found() -> None:
+    with installed(NumaOptions(AffinityMode.NODE)):
+        ours = replaced()
+        assert ours != TORCHS
+        with pytest.raises(KeyError), installed(NumaOptions(AffinityMode.SOCKET)):
+            assert options() == NumaOptions(AffinityMode.SOCKET)
+            raise KeyError
+        assert replaced() == ours
+        assert options() == NumaOptions(AffinityMode.NODE)
+    assert replaced() == TORCHS
+
+
+LAUNCH = """
+import sys, threading
+import torch.numa.binding as numa
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from rankspawn import torchrun
+
+def launch(name, **config):
+    config = LaunchConfig(1, 1, 2, run_id=name, rdzv_backend="c10d", rdzv_endpoint="localhost:0", **config)
+    elastic_launch(config, sys.executable)(sys.argv[1], name)
+
+def everything():
+    with torchrun.installed():
+        launch("torch's options", numa_options=numa.NumaOptions(numa.AffinityMode.EXCLUSIVE))
+        launch("none")
+    with torchrun.installed(torchrun.NumaOptions(torchrun.AffinityMode.EXCLUSIVE)):
+        launch("ours")
+    launch("uninstalled")
+
+if sys.argv[2:] == ["in a thread"]:
+    thread = threading.Thread(target=everything)
+    thread.start()
+    thread.join()
+else:
+    everything()
+"""
+RANK = """
+import os, sys
+os.write(1, f"{sys.argv[1]}: rank {os.environ['RANK']} on {len(os.sched_getaffinity(0))}\\n".encode())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="CPU affinity")
+@pytest.mark.parametrize("where", ["in the main thread", "in a thread"])
+def test_elastic_launch(tmp_path: Path, where: str) -> None:
+    """A program's own launches, bound as they say."""
+    script, rank = tmp_path / "launch.py", tmp_path / "rank.py"
+    script.write_text(LAUNCH)
+    rank.write_text(RANK)
+    done = subprocess.run(
+        [sys.executable, str(script), str(rank), *([where] if where == "in a thread" else [])],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    all_cpus = len(os.sched_getaffinity(0))
+    expected = {"torch's options": all_cpus // 2, "ours": all_cpus // 2, "none": all_cpus, "uninstalled": all_cpus}
+    assert sorted(done.stdout.splitlines()) == sorted(
+        f"{name}: rank {number} on {cpus}" for name, cpus in expected.items() for number in (0, 1)
+    )
+
+
+# ---- waiting --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Any:
+    """Starts ranks of a shell script through torch's start_processes with ours installed. In a thread of its own:
+    torch sets signal handlers when it is called by the main thread."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
+    contexts = []
+
+    def start(*scripts: str) -> Any:
+        contexts.append(
+            start_processes(
+                name="test",
+                entrypoint="/bin/sh",
+                args={rank: ("-c", script) for rank, script in enumerate(scripts)},
+                envs={rank: {} for rank in range(len(scripts))},
+                logs_specs=DefaultLogsSpecs(log_dir=str(tmp_path)),
+            )
+        )
+        return contexts[-1]
+
+    with ThreadPoolExecutor(1) as thread, installed():
+        yield lambda *scripts: thread.submit(start, *scripts).result()
+        while contexts:  # the fixture's value is kept a little longer, and the ranks' pidfds with it
+            contexts.pop().close()
+
+
+LONG = 30.0  # seconds; who sleeps through a period of this length is not woken by an end
+
+
+def test_wait_ends_with_the_ranks(context: Any) -> None:
+    began = time.monotonic()
+    result = context("exit 0", "sleep 0.2").wait(period=LONG)
+    assert time.monotonic() - began < LONG
+    assert not result.is_failed()
+    assert result.return_values == {0: None, 1: None}
+
+
+def test_a_failure_ends_the_wait_for_ranks_that_run(context: Any) -> None:
+    began = time.monotonic()
+    result = context("sleep 600", "sleep 0.2; exit 3").wait(period=LONG)
+    assert time.monotonic() - began < LONG
+    assert {rank: failure.exitcode for rank, failure in result.failures.items()} == {0: -15, 1: 3}
+
+
+def test_a_wait_that_nobody_ends(context: Any) -> None:
+    ranks = context("sleep 600")
+    assert ranks.wait(timeout=0) is None
+    assert ranks.wait(timeout=0.3, period=0.1) is None
+    (pid,) = ranks.pids().values()
+    ranks.close()
+    assert not Path(f"/proc/{pid}").exists()
+    ranks.close()
+
+
+def test_one_that_cannot_start_leaves_none(tmp_path: Path) -> None:
+    """torch would leave those that it has started before: they are in nobody's hands."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, api
+
+    logs = DefaultLogsSpecs(log_dir=str(tmp_path), redirects=api.Std.ALL)
+    with installed():
+        ours = import_module("torch.distributed.elastic.multiprocessing").SubprocessContext
+        ranks = ours("test", "/bin/sleep", {0: (600,), 1: (600,)}, {0: {}, 1: {}}, logs)
+        Path(ranks.stdouts[1]).parent.rmdir()
+        with pytest.raises(FileNotFoundError, match=r"rank 1: .*stdout\.log"):
+            ranks._start()
+        assert ranks.pids() == {}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals to a group whose leader was waited for")
+def test_what_a_failed_rank_has_left_ends(context: Any, tmp_path: Path) -> None:
+    left = tmp_path / "left"
+    result = context(f"sleep 600 & echo $! >{left}; exit 1", f"while [ ! -s {left} ]; do :; done").wait(period=0.1)
+    assert result.is_failed()
+    until = time.monotonic() + 10
+    while Path(f"/proc/{left.read_text().strip()}").exists():
+        assert time.monotonic() < until, "it still runs"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [("", 0), ("import os, time; time.sleep(600 * int(os.environ['RANK'])); raise SystemExit(1)", 1)],
+    ids=["all end", "one fails"],
+)
+def test_the_agents_interval_is_not_waited_for(tmp_path: Path, script: str, status: int) -> None:
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, "-m", "rankspawn.torchrun", "--nproc-per-node", "2", "--monitor-interval", "600"]
+    done = subprocess.run([*command, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == status, done.stderr
+
+
+def test_ranks_without_pidfds(tmp_path: Path) -> None:
+    """The standard library's way to start them: found out by looking at them, 50 times a second."""
+    (tmp_path / "script.py").write_text("import os; print('rank', os.environ['RANK'])")
+    done = subprocess.run(
+        [sys.executable, "-m", "rankspawn.torchrun", "--nproc-per-node", "1", str(tmp_path / "script.py")],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "RANKSPAWN_MECHANISM": "subprocess"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "rank 0\n"), done.stderr
