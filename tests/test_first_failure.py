@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from rankspawn import Popen
-from rankspawn._failure import Failure, RecordedError, describe, first_failure, how_it_ended, pass_on, read_error_file
+from rankspawn._failure import (
+    Failure,
+    RecordedError,
+    describe,
+    failures,
+    first_failure,
+    how_it_ended,
+    pass_on,
+    read_error_file,
+)
 from rankspawn._logs import RankFiles, rank_files
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "train.py", line 1, in main\nRuntimeError: boom\n'
@@ -106,6 +115,13 @@ def test_within_a_second_the_first_is_who_was_seen_first() -> None:
     assert first_failure([Failure(0, 1, 100.1, error=error), Failure(1, -9, 100.2)]).rank == 0
 
 
+def test_of_ranks_that_were_seen_to_end_together_the_first_in_order_is_the_first() -> None:
+    with Popen(["/bin/false"]) as rank:
+        rank.wait(60)
+    seen = dict.fromkeys(reversed(range(64)), time.monotonic_ns())
+    assert [one.rank for one in failures([rank] * 64, dict.fromkeys(seen, 1), seen, None)] == [63, *range(63)]
+
+
 @pytest.mark.parametrize(
     ("returncode", "words"),
     [
@@ -153,7 +169,7 @@ def test_told_from_its_stderr(tmp_path: Path) -> None:
         "    line 3\n"
         "    line 4\n"
         f"  its files are in {tmp_path}/attempt_0/0\n"
-        "  others: 1-3 killed by SIGTERM; 5 status 1\n"
+        "  other ranks: 1-3 killed by SIGTERM; 5 status 1\n"
     )
 
 

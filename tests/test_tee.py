@@ -193,7 +193,7 @@ def test_a_reader_that_goes(tmp_path: Path) -> None:
     finally:
         out.close()
         said = err.close()
-    note = b"rankspawn: stdout: Broken pipe; what ranks write there is in their log files only\n"
+    note = b"rankspawn: stdout: Broken pipe; what ranks write there is no longer shown\n"
     assert said == note + b"[rank 1]:on\n"
 
 
@@ -220,8 +220,10 @@ def test_without_a_stdout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "log").write_text("line\n")
     err = Reader().start()
     try:
-        with Tee([Source(0, tmp_path / "log", False), Source(0, tmp_path / "log", True)], err=err.fd):
-            until(lambda: err.got == b"[rank 0]:line\n")
+        tee = Tee([Source(0, tmp_path / "log", False), Source(0, tmp_path / "log", True)], err=err.fd).start()
+        until(lambda: err.got == b"[rank 0]:line\n")
+        assert tee.finish() == ()
+        assert tee._complete
     finally:
         err.close()
 

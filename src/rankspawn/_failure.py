@@ -144,10 +144,11 @@ def failures(
 ) -> list[Failure]:
     """The ranks that have failed, by number, but the first failure first. exited_ns: of CLOCK_MONOTONIC."""
     failed = []
+    epoch = time.time() - time.monotonic()  # once: of ranks that were seen to end together none is the earlier
     for number, returncode in returncodes.items():
         if returncode:
             asked, of_rank = ranks[number].binding_report.requested, None if files is None else files[number]
-            seen_at = time.time() - (time.monotonic_ns() - exited_ns[number]) / 1e9
+            seen_at = epoch + exited_ns[number] / 1e9
             error = None if of_rank is None else read_error_file(of_rank.error)
             binding = "" if asked is None else str(asked)
             failed.append(Failure(number, returncode, seen_at, ranks[number].pid, binding, of_rank, error))
@@ -199,7 +200,7 @@ def describe(first: Failure, others: Iterable[Failure] = (), *, lines: int = 20,
         how = f"killed by {_signal_name(-other.returncode)}" if other.returncode < 0 else f"status {other.returncode}"
         ended.setdefault(how, []).append(other.rank)
     if ended:
-        told.append("  others: " + "; ".join(f"{format_ids(ranks)} {how}" for how, ranks in ended.items()))
+        told.append("  other ranks: " + "; ".join(f"{format_ids(ranks)} {how}" for how, ranks in ended.items()))
     return "".join(f"{line}\n" for line in told)
 
 

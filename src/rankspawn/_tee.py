@@ -223,7 +223,7 @@ class Tee:
                 self._open = [one for one in self._open if one.sink is not sink]
                 if sink is self._out:
                     reason = getattr(error, "strerror", None) or error
-                    self._say(f"stdout: {reason}; what ranks write there is in their log files only")
+                    self._say(f"stdout: {reason}; what ranks write there is no longer shown")
 
     def _drop(self, followed: _Followed, error: OSError) -> None:
         self._open = [one for one in self._open if one is not followed]
