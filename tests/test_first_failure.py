@@ -169,7 +169,7 @@ def test_told_from_its_stderr(tmp_path: Path) -> None:
         "    line 3\n"
         "    line 4\n"
         f"  its files are in {tmp_path}/attempt_0/0\n"
-        "  other ranks: 1-3 killed by SIGTERM; 5 status 1\n"
+        "  others: 1-3 killed by SIGTERM; 5 status 1\n"
     )
 
 

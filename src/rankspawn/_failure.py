@@ -200,7 +200,7 @@ def describe(first: Failure, others: Iterable[Failure] = (), *, lines: int = 20,
         how = f"killed by {_signal_name(-other.returncode)}" if other.returncode < 0 else f"status {other.returncode}"
         ended.setdefault(how, []).append(other.rank)
     if ended:
-        told.append("  other ranks: " + "; ".join(f"{format_ids(ranks)} {how}" for how, ranks in ended.items()))
+        told.append("  others: " + "; ".join(f"{format_ids(ranks)} {how}" for how, ranks in ended.items()))
     return "".join(f"{line}\n" for line in told)
 
 
