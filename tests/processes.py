@@ -34,10 +34,34 @@ def has_ended(pid: int) -> bool:
     return state(pid) in ("", "Z", "X")
 
 
-def writable_cgroups(kind: str) -> list[Path]:
-    """Where cgroups of this kind ("cgroup", "cgroup2") are mounted and may be made."""
+def writable_cgroups(kind: str, controller: str = "") -> list[Path]:
+    """Where cgroups of this kind ("cgroup", "cgroup2"), and of this controller, are mounted and may be made."""
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    return [Path(mount) for _, mount, found, *_ in mounts if found == kind and os.access(mount, os.W_OK)]
+    found = [Path(mount) for _, mount, its, options, *_ in mounts if its == kind and controller in options]
+    return [path for path in found if os.access(path, os.W_OK)]
+
+
+@contextmanager
+def frozen_by_v1(pid: int) -> Iterator[None]:
+    """A process in uninterruptible sleep: a freezer of cgroup v1 does not let go of it for SIGKILL either.
+
+    It must have been killed when the block ends. Skips where there is no such freezer.
+    """
+    roots = writable_cgroups("cgroup", "freezer")
+    folder = roots[0] / f"rankspawn-tests-{os.getpid()}" if roots else Path("/none")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("no freezer of cgroup v1 can be made here")
+    try:
+        (folder / "cgroup.procs").write_text(str(pid))
+        (folder / "freezer.state").write_text("FROZEN")
+        eventually(lambda: (folder / "freezer.state").read_text() == "FROZEN\n")
+        yield
+    finally:
+        (folder / "freezer.state").write_text("THAWED")
+        eventually(lambda: not (folder / "cgroup.procs").read_text())
+        folder.rmdir()
 
 
 @contextmanager

@@ -16,11 +16,13 @@ import pytest
 
 from rankspawn import Popen, _cgroup
 from rankspawn._cgroup import GroupCgroup
+from rankspawn._engine import EXTENSION_ERROR
 from tests.processes import PATIENCE, has_ended, new_cgroup, writable_cgroups
 from tests.state import NOBODY, become, in_child
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="cgroups are Linux's")
 
+needs_engine = pytest.mark.skipif(EXTENSION_ERROR is not None, reason="this install has no extension")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
@@ -82,6 +84,7 @@ def test_made_with_a_name_of_its_own(parent: Path) -> None:
     assert [path for path in parent.iterdir() if path.is_dir()] == []
 
 
+@needs_engine
 @pytest.mark.parametrize("lacking", ["", "cgroup.kill", "cgroup.kill cgroup.freeze"])
 def test_everybody_in_it_is_ended(group: GroupCgroup, lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one write; one by one, as before Linux 5.14; and without the freezer, as before 5.2."""
@@ -105,6 +108,7 @@ def test_everybody_in_it_is_ended(group: GroupCgroup, lacking: str, monkeypatch:
     assert rank.communicate()[0] == "" and rank.returncode == -signal.SIGKILL
 
 
+@needs_engine
 def test_it_is_not_removed_while_somebody_is_in_it(group: GroupCgroup) -> None:
     rank, _ = escaping(group)
     with pytest.raises(OSError) as caught:
@@ -116,6 +120,7 @@ def test_it_is_not_removed_while_somebody_is_in_it(group: GroupCgroup) -> None:
     rank.communicate()
 
 
+@needs_engine
 def test_the_end_of_the_last_wakes_who_waits(group: GroupCgroup) -> None:
     """And the wait itself takes nothing: the kernel is asked once at its begin, and once after each change."""
     rank, _ = escaping(group)
@@ -176,6 +181,7 @@ def test_in_one_that_was_not_delegated(parent: Path) -> None:
     assert code == errno.EACCES and "delegated" in text and "Delegate=yes" in text
 
 
+@needs_engine
 @needs_root
 def test_in_one_that_was_delegated(parent: Path) -> None:
     """As systemd does it: the directory and the three files are the user's, and the user's launcher runs below it."""

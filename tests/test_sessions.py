@@ -10,14 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from rankspawn import _sessions
 from rankspawn._sessions import describe_stuck, kill_members, members
-from tests.processes import PATIENCE, eventually, has_ended, state
+from tests.processes import PATIENCE, eventually, frozen_by_v1, has_ended, state
 from tests.state import NOBODY, become, fork, in_child
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sessions as Linux has them")
@@ -243,28 +243,6 @@ def test_member_of_another_user_is_left_and_said(session: Callable[[str], Sessio
     assert left == dict.fromkeys(told, roots.sid)
     assert all("another user" in text for text in said)
     assert not any(map(has_ended, told))
-
-
-@contextmanager
-def frozen_by_v1(pid: int) -> Iterator[None]:
-    """A process in uninterruptible sleep: a freezer of cgroup v1 does not let go of it for SIGKILL either."""
-    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    roots = [Path(mount) for _, mount, kind, options, *_ in mounts if kind == "cgroup" and "freezer" in options]
-    folder = roots[0] / f"rankspawn-sessions-{os.getpid()}" if roots else Path("/none")
-    try:
-        folder.mkdir()
-    except OSError:
-        pytest.skip("no freezer of cgroup v1 can be made here")
-    try:
-        (folder / "cgroup.procs").write_text(str(pid))
-        (folder / "freezer.state").write_text("FROZEN")
-        eventually(lambda: (folder / "freezer.state").read_text() == "FROZEN\n")
-        yield
-    finally:
-        (folder / "freezer.state").write_text("THAWED")
-        eventually(lambda: (folder / "cgroup.procs").read_text().split() == [] or has_ended(pid))
-        eventually(lambda: not (folder / "cgroup.procs").read_text())
-        folder.rmdir()
 
 
 def test_member_in_uninterruptible_sleep_is_left_in_time_and_said(session: Callable[[str], Session]) -> None:

@@ -34,16 +34,15 @@ import errno
 import os
 import select
 import signal
-import struct
 import sys
 import time
 
-from ._cgroup import GroupCgroup
 from ._sessions import kill_members, members
 
 TYPE_CHECKING = False  # the guard's process loads this: see _sessions.py
 
 if TYPE_CHECKING:
+    from ._cgroup import GroupCgroup
     from ._popen import Popen
 
 PATIENCE_SECONDS = 10.0
@@ -53,7 +52,7 @@ _BLIND_POLL_MS = 100  # where there is no pidfd of the launcher
 # folder that this package is in comes last, so that nothing in it passes for the standard library.
 _PROGRAM = "import sys; sys.path.append(sys.argv[1]); from rankspawn._guard import main; main(*sys.argv[2:])"
 
-_REGISTRATION = struct.Struct("=i")
+_PID_BYTES = 4  # of a pid_t, "i" in the words of memoryview
 
 
 class Guard:
@@ -106,14 +105,18 @@ class Guard:
     def close(self) -> None:
         """End the guard, after the group has ended: there is nothing left for it to do. Closing again is harmless.
 
-        In a forked copy of the launcher, it closes the copy's descriptor only.
+        A forked copy of the launcher, whose child it is not, lets go of the descriptor only.
         """
+        from subprocess import TimeoutExpired
+
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-        # A forked copy finds that it has no such child.
         self.process.kill()
-        self.process.wait()
+        try:
+            self.process.wait(PATIENCE_SECONDS)
+        except TimeoutExpired:
+            pass  # in uninterruptible sleep, over a file of its interpreter for example: it ends when it can
 
 
 def _own_pidfd() -> list[int]:
@@ -148,13 +151,18 @@ def main(descriptors: str, launcher: str, patience: str, *cgroup: str) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a witness for each rank
     watch = _Watch(*map(int, descriptors.split(",")))
+    group = _open_cgroup(*cgroup) if cgroup else None
     watch.until_death_of(int(launcher))
-    group = None
-    try:
-        group = GroupCgroup(*cgroup) if cgroup else None
-    except FileNotFoundError:
-        pass  # the launcher had removed it
     watch.end_all(time.monotonic() + float(patience), group)
+
+
+def _open_cgroup(path: str) -> GroupCgroup | None:
+    from ._cgroup import GroupCgroup  # most groups have none
+
+    try:
+        return GroupCgroup(path)
+    except FileNotFoundError:
+        return None  # it was removed before this process was up
 
 
 class _Watch:
@@ -206,13 +214,13 @@ class _Watch:
         unseen = set()
         while not self._all_registered:
             try:
-                told = os.read(self._pipe, 1024 * _REGISTRATION.size)
+                told = os.read(self._pipe, 1024 * _PID_BYTES)
             except BlockingIOError:
                 break
             if not told:
                 self._all_registered = True
                 self._poller.unregister(self._pipe)
-            for (pid,) in _REGISTRATION.iter_unpack(told):
+            for pid in memoryview(told).cast("i"):
                 self._sessions.add(pid)
                 if not self._appoint(pid, pid):
                     unseen.add(pid)
