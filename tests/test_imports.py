@@ -78,6 +78,8 @@ HEAVY = {"asyncio", "numpy", "psutil", "pynvml", "rich", "torch"}
 
 # The time of `rankspawn plan` is that of its imports: these were the most expensive, and are not needed.
 SLOW = {"dataclasses", "inspect", "shutil", "subprocess", "typing", "rankspawn._run"}
+if sys.version_info[:2] == (3, 14):
+    SLOW -= {"dataclasses", "inspect"}  # argparse imports them itself there, for its colours
 
 # By subject, in the order of the README.
 PUBLIC = {
