@@ -24,14 +24,14 @@ PLACES = {"_binding", "_devices", "_topology", "_placement"}
 ARROWS: dict[str, set[str]] = {
     "__init__": {"_launch", "_group", "_handler", "_numa_options", "_popen", *PLACES},
     "__main__": {"_cli"},
-    "_cli": {"_run", "_bind", "torchrun", "_options", "_show", "_doctor", "_engine", "_binding", "_topology"},
-    "_run": {
-        *{"_launch", "_group", "_logs", "_failure", "_report", "_timeline", "_progress", "_step"},
-        *{"_options", "_openmp", "_engine"},
-        *PLACES,
-    },
+    "_cli": {"_run", "_bind", "torchrun", "_options", "_show", "_doctor", "_engine", "_progress", "_topology"},
+    "_run": {"_attempt", "_launch", "_logs", "_report", "_progress", "_signals", "_step"}
+    | {"_options", "_openmp", "_engine", *PLACES},
+    "_attempt": {"_launch", "_group", "_logs", "_tee", "_failure", "_report", "_timeline", "_progress", "_signals"}
+    | {"_options", *PLACES},
     "_bind": {"_step", "_options", "_openmp", "_engine", *PLACES},
     "_progress": {"_group", "_binding"},
+    "_signals": {"_group"},
     "torchrun": {"_elastic", "_numa_options", "_topology", "_binding"},
     "_elastic": {"_crew", "_handler", "_watch", "_engine", "_popen", "_numa_options"},
     "_doctor": {"_popen", "_engine", "_spawn", *PLACES},

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 
-from ._binding import BindingError
 from ._options import CommandError
 from ._topology import PlacementError
 
@@ -24,13 +24,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .torchrun import main as torchrun
 
         return torchrun(argv[1:], prog="rankspawn torchrun")
-    args, unknown = _parser().parse_known_args(argv)
-    if unknown:
-        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        return int(args.run(args))
-    except (CommandError, PlacementError, BindingError) as error:
-        print(f"rankspawn: {error}", file=sys.stderr)
+        args, unknown = _parser().parse_known_args(argv)
+        if unknown:
+            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        status = int(args.run(args))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130  # as a shell says SIGINT, and below SIGPIPE
+    except BrokenPipeError:
+        # What is still buffered must not fail once more when the interpreter ends.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        return 141
+    except (CommandError, PlacementError, OSError) as error:
+        from ._progress import say
+
+        say(str(error))
         return 1
 
 

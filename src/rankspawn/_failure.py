@@ -177,14 +177,16 @@ def _signal_name(sig: int) -> str:
         return f"signal {sig}"
 
 
-def describe(first: Failure, others: Iterable[Failure] = (), *, lines: int = 20, kept: bool = True) -> str:
+def describe(
+    first: Failure, others: Iterable[Failure] = (), *, lines: int = 20, kept: bool = True, first_rank: int = 0
+) -> str:
     """What happened, for people: lines of text, each with its newline.
 
     first: is told in full, with at most ``lines`` lines of its traceback and of its log. others: how they ended.
-    kept: whether its files are still there when this is read.
+    kept: whether its files are still there when this is read. first_rank: the RANK of this machine's local rank 0.
     """
     pid = "" if first.pid is None else f" (pid {first.pid})"
-    told = [f"rank {first.rank}{pid} {how_it_ended(first.returncode)}"]
+    told = [f"rank {first_rank + first.rank}{pid} {how_it_ended(first.returncode)}"]
     if first.binding:
         told.append(f"  it was bound to {first.binding}")
     traceback: list[str] = []
@@ -198,7 +200,7 @@ def describe(first: Failure, others: Iterable[Failure] = (), *, lines: int = 20,
     ended: dict[str, list[int]] = {}
     for other in others:
         how = f"killed by {_signal_name(-other.returncode)}" if other.returncode < 0 else f"status {other.returncode}"
-        ended.setdefault(how, []).append(other.rank)
+        ended.setdefault(how, []).append(first_rank + other.rank)
     if ended:
         told.append("  others: " + "; ".join(f"{format_ids(ranks)} {how}" for how, ranks in ended.items()))
     return "".join(f"{line}\n" for line in told)

@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,10 +18,10 @@ from ._group import GRACE_SECONDS, RankGroup
 if TYPE_CHECKING:
     from ._binding import AffinityMode, Binding, MemoryMode, MemoryPolicy
     from ._cgroup import GroupCgroup
-    from ._logs import RankFiles
+    from ._logs import LogFolder, RankFiles
     from ._placement import Rank
     from ._popen import Popen
-    from ._tee import Source
+    from ._tee import Tee
 
 
 class Job(NamedTuple):
@@ -39,6 +39,11 @@ class Job(NamedTuple):
     node_rank: int = 0
     restart_count: int = 0
     max_restarts: int = 0
+
+    @property
+    def first_rank(self) -> int:
+        """The RANK of this machine's local rank 0."""
+        return self.node_rank * self.nprocs
 
     def environment(self) -> dict[str, str]:
         """What all ranks of this machine are told (torch.distributed.run has the names)."""
@@ -62,7 +67,7 @@ class Job(NamedTuple):
 
     def environment_of(self, local_rank: int) -> dict[str, str]:
         """What one rank is told beside that."""
-        rank = str(self.node_rank * self.nprocs + local_rank)
+        rank = str(self.first_rank + local_rank)
         return {"RANK": rank, "LOCAL_RANK": str(local_rank), "ROLE_RANK": rank}
 
 
@@ -139,22 +144,24 @@ def launch(
                 variables["OMP_NUM_THREADS"] = str(rank.omp_threads)
     ranks: list[Popen] = []
     guard_fd = -1
+    temporary: LogFolder | None = None
     with ExitStack() as resources:
         if files is None and (tee or log_dir is not None):
-            from tempfile import TemporaryDirectory
+            from ._logs import LogFolder, rank_files
 
-            from ._logs import rank_files
-
-            folder = resources.enter_context(TemporaryDirectory(prefix="rankspawn-")) if log_dir is None else log_dir
-            files = rank_files(os.fspath(folder), nprocs, job.restart_count)
+            if log_dir is None:
+                temporary = resources.enter_context(LogFolder())
+                log_dir = temporary.path
+            files = rank_files(os.fspath(log_dir), nprocs, job.restart_count)
         for number, of_rank in enumerate(files or ()):
             own[number]["TORCHELASTIC_ERROR_FILE"] = of_rank.error
         for variables, more in zip(own, rank_env or (), strict=False):
             variables.update(more)
         if tee:
-            from ._tee import Tee
+            from ._tee import Tee, sources
 
-            resources.enter_context(Tee(_sources(files or ()), ranks=tee_ranks))
+            shown = None if tee_ranks is None else {job.first_rank + rank for rank in tee_ranks}
+            resources.callback(_finish, Tee(sources(files or (), job.first_rank), ranks=shown).start(), temporary)
         own_cgroup = None if cgroup is None else _make_cgroup(resources, cgroup)
         if guard or own_cgroup is not None:
             from ._guard import Guard
@@ -218,10 +225,7 @@ def _can_die_with_parent() -> bool:
     return sys.platform == "linux" and bool(mechanisms())
 
 
-def _sources(files: Sequence[RankFiles]) -> Iterator[Source]:
-    from ._tee import Source
-
-    for number, of_rank in enumerate(files):
-        for path, is_stderr in ((of_rank.stdout, False), (of_rank.stderr, True)):
-            if path is not None:
-                yield Source(number, path, is_stderr)
+def _finish(tee: Tee, temporary: LogFolder | None) -> None:
+    """Show the rest of what the ranks wrote; what could not be shown must not be lost."""
+    if tee.finish() and temporary is not None:
+        temporary.keep = True

@@ -31,6 +31,29 @@ class RankFiles(Frozen):
     error: str
 
 
+class LogFolder:
+    """A new folder for the files of a job's ranks: in ``parent``, by torchrun's name for a job without --rdzv-id, or a
+    temporary one, which is removed on leaving the ``with`` block unless ``keep`` has been set meanwhile.
+
+    Raises OSError when none can be made.
+    """
+
+    def __init__(self, parent: str | None = None) -> None:
+        import tempfile
+
+        self.keep = parent is not None
+        self.path = tempfile.mkdtemp(prefix="rankspawn-" if parent is None else "none_", dir=parent)
+
+    def __enter__(self) -> LogFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self.keep:
+            import shutil
+
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
 def rank_files(folder: str, nprocs: int, attempt: int = 0, *, streams: bool = True) -> list[RankFiles]:
     """Make ``folder/attempt_N/RANK`` for each rank. The files in it are made by the rank.
 

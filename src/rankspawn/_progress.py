@@ -1,12 +1,14 @@
-"""A line on the terminal while many ranks start, or are waited for; nothing where there is no terminal."""
+"""What the command says while ranks run: lines that stay, and one on the terminal that is wiped out again."""
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from ._binding import format_ids
 
@@ -16,12 +18,32 @@ if TYPE_CHECKING:
 _SECONDS = 0.5  # what takes less needs no line
 
 
-class Progress:
-    """Shows one line on ``stream``, and wipes it out again."""
+def say(text: str) -> None:
+    """Print a line to stderr, or several: by one write, so that none of a rank's comes in between."""
+    _write(f"rankspawn: {text}\n")
 
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream = stream
-        self._on = stream.isatty()
+
+def _write(text: str) -> None:
+    if sys.stderr is None:
+        return
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        # Nobody reads it, and the job goes on. What is still in the stream's buffer must not fail once more when the
+        # interpreter ends: that would be its exit status.
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+
+
+class Progress:
+    """One line while many ranks start, or are waited for. It is for a terminal that nobody else writes to meanwhile.
+
+    on: whether that is so but for the terminal, which is asked for here. first_rank: the RANK of local rank 0.
+    """
+
+    def __init__(self, on: bool, first_rank: int = 0) -> None:
+        self._first_rank = first_rank
+        self._on = on and sys.stderr is not None and sys.stderr.isatty()
         self._shown = False
 
     @contextmanager
@@ -56,22 +78,21 @@ class Progress:
             self.clear()
             return None
         left = max(0, round(kill_at - time.monotonic()))
-        self._show(f"{len(running)} of {len(group.ranks)} ranks still run ({format_ids(running)}); SIGKILL in {left} s")
+        which = format_ids({self._first_rank + rank for rank in running})
+        self._show(f"{len(running)} of {len(group.ranks)} ranks still run, SIGKILL in {left} s: {which}")
         return _SECONDS
 
     def say(self, text: str) -> None:
         """A line that stays."""
         self.clear()
-        print(f"rankspawn: {text}", file=self._stream, flush=True)
+        say(text)
 
     def clear(self) -> None:
         """Wipe the line out."""
         if self._shown:
             self._shown = False
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
+            _write("\r\x1b[K")
 
     def _show(self, text: str) -> None:
         self._shown = True
-        self._stream.write(f"\r\x1b[Krankspawn: {text[:100]}")
-        self._stream.flush()
+        _write(f"\r\x1b[Krankspawn: {text[:68]}")

@@ -23,8 +23,10 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 from ._logs import READ_FLAGS, last_state
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Iterator
     from types import TracebackType
+
+    from ._logs import RankFiles
 
 _CHUNK = 1 << 16
 """Bytes read of one file before it is another's turn, and the longest line that is shown in one piece."""
@@ -39,6 +41,14 @@ class Source(NamedTuple):
     rank: int
     path: str | os.PathLike[str]
     is_stderr: bool
+
+
+def sources(files: Iterable[RankFiles], first_rank: int = 0) -> Iterator[Source]:
+    """The log files of a machine's ranks. first_rank: the RANK of its local rank 0."""
+    for number, of_rank in enumerate(files, first_rank):
+        for path, is_stderr in ((of_rank.stdout, False), (of_rank.stderr, True)):
+            if path is not None:
+                yield Source(number, path, is_stderr)
 
 
 class Tee:
