@@ -44,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
         *{"_popen", "_binding"},
     },
     "_watch": {"_popen"},
-    "_step": {"_sysfs", "_binding"},
+    "_step": {"_sysfs", "_frozen", "_binding"},
     "_timeline": {"_report", "_svg", "_binding"},
     "_report": {"_processes", "_popen", "_binding"},
     "_processes": set(),

@@ -81,7 +81,7 @@ def test_srun() -> None:
 )
 def test_one_of_several_processes_on_a_node(environ: dict[str, str], launcher: str) -> None:
     step = Step.read(environ)
-    assert step[:6] == (launcher, step.variable, 5, 8, 1, 4)
+    assert (step.launcher, step.rank, step.size, step.local_rank, step.local_size) == (launcher, 5, 8, 1, 4)
     assert environ[step.variable] == "1"
     # Which node this is, and of how many, cannot be told from ranks.
     assert (step.node_rank, step.nnodes) == ((1, 2) if launcher == "torchrun" else (None, None))

@@ -6,7 +6,6 @@ import argparse
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
 
 from ._binding import AffinityMode, format_ids
 from ._openmp import affinity_warnings, omp_num_threads
@@ -14,6 +13,7 @@ from ._options import add_placement_options, placement
 from ._step import Step, StepError
 from ._topology import PlacementError, Topology
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._placement import Rank
 

@@ -6,7 +6,6 @@ import errno
 import os
 import sys
 from functools import cache
-from typing import TYPE_CHECKING
 
 from ._binding import Binding, BindingError, RefusedStep
 
@@ -17,6 +16,7 @@ try:
 except ImportError as error:
     EXTENSION_ERROR = str(error)
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Set
 

@@ -7,11 +7,14 @@ Only variables are looked at: nothing is asked of a launcher, and no library of 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set
-from typing import NamedTuple
 
 from ._binding import format_ids
+from ._frozen import Frozen
 from ._sysfs import PlacementError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Set
 
 # Ports from torchrun's default up to 32500, below the ports that Linux gives to outgoing connections (32768 and up, see
 # ip_local_port_range in ip(7)). Their number is a prime, so that jobs with numbers near each other have different ones.
@@ -23,7 +26,7 @@ class StepError(PlacementError):
     """The environment of a job step contradicts itself, or does not say what is needed."""
 
 
-class _Told(NamedTuple):
+class _Told(Frozen):
     """The variables in which a launcher tells a process who it is; "" for what it does not tell."""
 
     launcher: str
@@ -72,7 +75,7 @@ _UNBOUND = {
 _MORE_CPUS = {**_UNBOUND, "srun": "--cpus-per-task=N"}
 
 
-class Node(NamedTuple):
+class Node(Frozen):
     """Which of a job's nodes this is, and where its rank 0 listens: address and port are None where there is one node,
     and nobody said otherwise. run_id: a name for the job, None where it has none."""
 
@@ -83,7 +86,7 @@ class Node(NamedTuple):
     run_id: str | None
 
 
-class Step(NamedTuple):
+class Step(Frozen):
     """One process of a job step. None stands for what the environment does not tell.
 
     launcher: who started it: "srun", "mpirun", "mpiexec" (Hydra's), "PALS mpiexec", "a PMI launcher", "a PMIx
@@ -219,15 +222,15 @@ def _mpi(told: _Told, environ: Mapping[str, str]) -> Step:
     namespace = environ.get("PMIX_NAMESPACE") or None
     if namespace is not None:
         number = int.from_bytes(namespace.encode(), "big")
-        found = found._replace(run_id=namespace, master_port=_FIRST_PORT + number % _PORTS)
+        found = found.replace(run_id=namespace, master_port=_FIRST_PORT + number % _PORTS)
     if found.local_size == 1:  # And so on every node, or one there ends the job: ranks of processes are ranks of nodes.
-        found = found._replace(node_rank=found.rank, nnodes=found.size)
+        found = found.replace(node_rank=found.rank, nnodes=found.size)
     return found
 
 
 def _torchrun(environ: Mapping[str, str]) -> Step:
     groups = _number(environ, "GROUP_RANK"), _number(environ, "GROUP_WORLD_SIZE")
-    return _of(_TORCHRUN, environ)._replace(node_rank=groups[0], nnodes=groups[1])
+    return _of(_TORCHRUN, environ).replace(node_rank=groups[0], nnodes=groups[1])
 
 
 def _of(told: _Told, environ: Mapping[str, str]) -> Step:
