@@ -74,8 +74,11 @@ def escaping(group: GroupCgroup) -> tuple[subprocess.Popen[str], list[int]]:
 
 def test_made_with_a_name_of_its_own(parent: Path) -> None:
     """Two groups of one launcher; in two PID namespaces launchers have the same number."""
-    groups = [GroupCgroup.make(parent), GroupCgroup.make(str(parent))]
-    assert [group.path for group in groups] == [f"{parent}/rankspawn-{os.getpid()}{end}" for end in ("", "-1")]
+    groups = [GroupCgroup.make(parent), GroupCgroup.make(str(parent)), GroupCgroup.make(parent, "named")]
+    assert {os.path.dirname(group.path) for group in groups} == {str(parent)}
+    names = {os.path.basename(group.path) for group in groups}
+    assert len(names) == 3 and "named" in names
+    assert all(name.startswith(f"rankspawn-{os.getpid()}-") for name in names - {"named"})
     assert all(os.path.samestat(os.stat(group.path), os.fstat(group.fd)) for group in groups)
     assert not any(os.get_inheritable(group.fd) for group in groups)
     for group in groups:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from rankspawn import _guard
-from rankspawn._cgroup import GroupCgroup
+from rankspawn._cgroup import GroupCgroup, new_name
 from rankspawn._engine import EXTENSION_ERROR
 from rankspawn._guard import Guard
 from tests.processes import PATIENCE, eventually, frozen_by_v1, has_ended, new_cgroup
@@ -567,32 +567,33 @@ def test_what_left_its_session_is_ended_by_the_cgroup_alone(held: bool, parent: 
         assert not held or [path for path in parent.iterdir() if path.is_dir()] == []
 
 
-@pytest.mark.parametrize("up", [False, True])
-def test_cgroup_that_was_removed_before_the_launcher_died(up: bool, parent: Path) -> None:
-    """Before the guard has opened it, or after."""
-
+def test_cgroup_that_is_gone_when_the_launcher_dies(parent: Path) -> None:
     def body(self: Launcher) -> None:
         group = GroupCgroup.make(parent)
         self.guard = Guard.start(cgroup=group.path)
-        self.guard.process.send_signal(signal.SIGSTOP)
-        if up:
-            self.guard.process.send_signal(signal.SIGCONT)
-            folder = os.path.basename(group.path)
-            eventually(lambda: folder in opened(self.guard.process.pid))
         group.remove()
-        self.guard.process.send_signal(signal.SIGCONT)
         self.start_families()
         self.tell(self.guard.process.pid)
-
-    def opened(pid: int) -> set[str]:
-        found = set()
-        for path in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(FileNotFoundError):
-                found.add(os.path.basename(os.readlink(path)))
-        return found
 
     with launcher(body) as killed:
         guard = killed.hear()
         killed.kill()
         eventually(lambda: has_ended(guard))
         assert not killed.ranks
+
+
+def test_launcher_killed_right_after_it_has_made_the_cgroup(parent: Path) -> None:
+    """The guard knows its name from before."""
+
+    def body(self: Launcher) -> None:
+        name = new_name()
+        self.guard = Guard.start(cgroup=str(parent / name))
+        GroupCgroup.make(parent, name)
+        self.tell(self.guard.process.pid)
+
+    with launcher(body) as killed:
+        guard = killed.hear()
+        assert [path for path in parent.iterdir() if path.is_dir()] != []
+        killed.kill()
+        eventually(lambda: has_ended(guard))
+        assert [path for path in parent.iterdir() if path.is_dir()] == []

@@ -23,6 +23,11 @@ _DELEGATION = (
 )
 
 
+def new_name() -> str:
+    """The name of a directory that nobody else has: launchers in two PID namespaces may have the same number."""
+    return f"rankspawn-{os.getpid()}-{os.urandom(4).hex()}"
+
+
 class GroupCgroup:
     """A cgroup v2 that is ours, by its directory.
 
@@ -34,8 +39,11 @@ class GroupCgroup:
         self.fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     @classmethod
-    def make(cls, parent: str | os.PathLike[str]) -> GroupCgroup:
-        """Make a cgroup in ``parent``, the directory of a delegated cgroup v2; its name has this process's number.
+    def make(cls, parent: str | os.PathLike[str], name: str | None = None) -> GroupCgroup:
+        """Make a cgroup in ``parent``, the directory of a delegated cgroup v2.
+
+        name: of the directory; a new one if left out. A guard that is started before the directory is made, and so
+            misses no moment of its life, has to know it.
 
         Raises OSError, with what to do, when ``parent`` is no cgroup v2, is not delegated to this user, or is of a kind
         that has no place for processes (``cgroup.type``).
@@ -46,7 +54,8 @@ class GroupCgroup:
             what = "a cgroup of version 1" if os.path.exists(os.path.join(parent, "cgroup.procs")) else "no cgroup"
             code = errno.EINVAL if os.path.isdir(parent) else errno.ENOENT
             raise OSError(code, f"{what}: a directory of cgroup v2 is needed ({os.strerror(code)})", parent)
-        path = _make_directory(os.path.join(parent, f"rankspawn-{os.getpid()}"))
+        path = os.path.join(parent, new_name() if name is None else name)
+        _make_directory(path)
         try:
             kind = _read(path, "cgroup.type").strip()
             if kind not in ("domain", "domain threaded"):
@@ -136,24 +145,17 @@ class GroupCgroup:
             os.close(events)
 
 
-def _make_directory(path: str) -> str:
-    """The first free one of path, path-1, path-2, ...: a PID namespace may have the same number twice."""
-    number, name = 0, path
-    while True:
-        try:
-            os.mkdir(name)
-            return name
-        except FileExistsError:
-            number += 1
-            name = f"{path}-{number}"
-        except OSError as error:
-            parent = os.path.dirname(path)
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise OSError(error.errno, f"{os.strerror(error.errno)}: {_DELEGATION}", parent) from None
-            if error.errno == errno.EAGAIN:
-                limits = "cgroup.max.descendants or cgroup.max.depth, of it or of one above it"
-                raise OSError(error.errno, f"no more cgroups may be made in it: {limits}", parent) from None
-            raise
+def _make_directory(path: str) -> None:
+    parent = os.path.dirname(path)
+    try:
+        os.mkdir(path)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise OSError(error.errno, f"{os.strerror(error.errno)}: {_DELEGATION}", parent) from None
+        if error.errno == errno.EAGAIN:
+            limits = "cgroup.max.descendants or cgroup.max.depth, of it or of one above it"
+            raise OSError(error.errno, f"no more cgroups may be made in it: {limits}", parent) from None
+        raise
 
 
 def _below(path: str) -> Iterator[str]:

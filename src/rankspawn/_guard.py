@@ -70,7 +70,8 @@ class Guard:
     def start(cls, cgroup: str | None = None, patience: float = PATIENCE_SECONDS) -> Guard:
         """Start the guard of one group, before the group's first rank; does not wait for it to come up.
 
-        cgroup: the directory of the group's cgroup, which the guard ends and removes, too.
+        cgroup: the directory of the group's cgroup, which the guard ends and removes, too. It need not be there yet;
+            made after the guard is started and removed before it is closed, it is never without one.
         patience: after the launcher's death, how many seconds the guard goes on, at most, while somebody is left or
             the pipe is held open.
 
@@ -151,9 +152,8 @@ def main(descriptors: str, launcher: str, patience: str, *cgroup: str) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a witness for each rank
     watch = _Watch(*map(int, descriptors.split(",")))
-    group = _open_cgroup(*cgroup) if cgroup else None
     watch.until_death_of(int(launcher))
-    watch.end_all(time.monotonic() + float(patience), group)
+    watch.end_all(time.monotonic() + float(patience), _open_cgroup(*cgroup) if cgroup else None)
 
 
 def _open_cgroup(path: str) -> GroupCgroup | None:
@@ -162,7 +162,7 @@ def _open_cgroup(path: str) -> GroupCgroup | None:
     try:
         return GroupCgroup(path)
     except FileNotFoundError:
-        return None  # it was removed before this process was up
+        return None  # it was removed, or never made
 
 
 class _Watch:
