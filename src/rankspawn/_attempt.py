@@ -68,16 +68,18 @@ def run_attempt(
         try:
             with group:
                 _first_reports(args, job, attempts, group)
-                asked = _supervise(group, job, signals, progress)
+                asked, signalled = _supervise(group, job, signals, progress)
         finally:
             attempts.append(group.attempt())
-    return _tell_end(group, job, asked, kept=folder.keep)
+    # A job that somebody wanted to end is not started again, whatever it was that ended it.
+    last = signalled or job.restart_count == job.max_restarts
+    return _tell_end(group, job, asked, last=last, kept=folder.keep)
 
 
-def _supervise(group: RankGroup, job: Job, signals: socket.socket, progress: Progress) -> int | None:
-    """Watch until every rank has ended; the first signal that asked us to end, if that was before any rank failed."""
+def _supervise(group: RankGroup, job: Job, signals: socket.socket, progress: Progress) -> tuple[int | None, bool]:
+    """Watch until every rank has ended; the signal because of which they were told to end, and whether any came."""
     asked: int | None = None
-    failed = killing = False
+    failed = killing = signalled = False
     group.watch(signals.fileno())
     running = True
     while running:
@@ -96,7 +98,9 @@ def _supervise(group: RankGroup, job: Job, signals: socket.socket, progress: Pro
                 if asks_for_suspension(sig):
                     progress.clear()
                     suspend(group)
-                elif sig == signal.SIGINT and group.stopping:
+                    continue
+                signalled = True
+                if sig == signal.SIGINT and group.stopping:
                     progress.say("killing the ranks")
                     group.kill()
                 else:
@@ -108,7 +112,7 @@ def _supervise(group: RankGroup, job: Job, signals: socket.socket, progress: Pro
             # All others have been signalled. Whoever is not ours to kill is named when the time is over.
             progress.say(f"a rank may not be signalled: {error.strerror}")
     progress.clear()
-    return asked
+    return asked, signalled
 
 
 @contextmanager
@@ -133,9 +137,8 @@ def _tee(args: argparse.Namespace, job: Job, files: Sequence[RankFiles], folder:
             folder.keep = True
 
 
-def _tell_end(group: RankGroup, job: Job, asked: int | None, *, kept: bool) -> tuple[int, bool]:
-    """Say how the ranks ended; the exit status as a shell says it, and whether there is no other attempt."""
-    last = job.restart_count == job.max_restarts
+def _tell_end(group: RankGroup, job: Job, asked: int | None, *, last: bool, kept: bool) -> tuple[int, bool]:
+    """Say how the ranks ended; the exit status as a shell says it, and whether it is the job's."""
     failures = group.failures()
     if asked is not None:
         # Who ended as it was told to has nothing to tell.
@@ -143,7 +146,7 @@ def _tell_end(group: RankGroup, job: Job, asked: int | None, *, kept: bool) -> t
     if failures:
         say(describe(failures[0], failures[1:], kept=kept, first_rank=job.first_rank).rstrip("\n"))
         theirs = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if theirs and failures[0].error is not None and (last or asked is not None):
+        if theirs and failures[0].error is not None and last:
             try:
                 pass_on(failures[0].error, failures[0].returncode, theirs)
             except OSError as error:

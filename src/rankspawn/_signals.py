@@ -18,22 +18,23 @@ _ASKING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGTSTP")
 def signals_as_bytes() -> Iterator[socket.socket]:
     """A socket from which the number of each signal that asks something of us can be read, in place of its action.
 
-    A signal that was ignored when we were started (nohup) stays ignored.
+    A signal that was ignored when we were started (nohup) stays ignored. The others end the process afterwards, without
+    a traceback: the command's work is done.
     """
     reader, writer = socket.socketpair()
     reader.setblocking(False)
     writer.setblocking(False)
     asking = [getattr(signal, name) for name in _ASKING if hasattr(signal, name)]
-    before = {sig: signal.getsignal(sig) for sig in asking if signal.getsignal(sig) is not signal.SIG_IGN}
+    caught = [sig for sig in asking if signal.getsignal(sig) is not signal.SIG_IGN]
     # Whoever sends more signals than a socket holds has sent them before.
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
-        for sig in before:
+        for sig in caught:
             signal.signal(sig, lambda *_: None)
         yield reader
     finally:
-        for sig, action in before.items():
-            signal.signal(sig, action)
+        for sig in caught:
+            signal.signal(sig, signal.SIG_DFL)
         signal.set_wakeup_fd(wakeup)
         reader.close()
         writer.close()
