@@ -70,7 +70,8 @@ def run_attempt(
                 _first_reports(args, job, attempts, group)
                 asked, signalled = _supervise(group, job, signals, progress)
         finally:
-            attempts.append(group.attempt())
+            if args.report or args.timeline:
+                attempts.append(group.attempt())
     # A job that somebody wanted to end is not started again, whatever it was that ended it.
     last = signalled or job.restart_count == job.max_restarts
     return _tell_end(group, job, asked, last=last, kept=folder.keep)
@@ -188,7 +189,7 @@ def _first_reports(args: argparse.Namespace, job: Job, attempts: Sequence[Attemp
 
 
 def write_reports_at_end(args: argparse.Namespace, job: Job, attempts: Sequence[Attempt]) -> None:
-    if not (attempts and (args.report or args.timeline)):
+    if not attempts:
         return
     try:
         _write_reports(args, job, attempts)
