@@ -582,6 +582,26 @@ def test_cgroup_that_is_gone_when_the_launcher_dies(parent: Path) -> None:
         assert not killed.ranks
 
 
+@pytest.mark.parametrize("what", ["a file", "cgroup.kill"])
+def test_cgroup_that_refuses(what: str, tmp_path: Path) -> None:
+    """The sessions are ended all the same."""
+    wrong = tmp_path / "wrong"
+    if what == "a file":
+        wrong.touch()
+    else:
+        (wrong / what).mkdir(parents=True)
+
+    def body(self: Launcher) -> None:
+        self.guard = Guard.start(cgroup=str(wrong))
+        self.start_families()
+        self.tell(self.guard.process.pid)
+
+    with launcher(body) as killed:
+        killed.hear()
+        killed.kill()
+        eventually(lambda: not killed.ranks)
+
+
 def test_launcher_killed_right_after_it_has_made_the_cgroup(parent: Path) -> None:
     """The guard knows its name from before."""
 

@@ -230,6 +230,23 @@ def test_who_is_not_in_the_session_any_more_is_not_signalled(session: Callable[[
 
 
 @needs_root
+def test_numbers_that_mean_everybody_end_nobody() -> None:
+    """killpg(0) is the caller's own group; killpg(1) is kill(-1), all that the caller may signal."""
+
+    def as_nobody() -> tuple[dict[int, int], bool]:
+        become(NOBODY)
+        os.setsid()
+        bystander = fork(signal.pause)
+        left = kill_members({0, 1}, 0.05)
+        lives = os.waitpid(bystander, os.WNOHANG) == (0, 0)
+        os.kill(bystander, signal.SIGKILL)
+        os.waitpid(bystander, 0)
+        return left, lives
+
+    assert in_child(as_nobody) == ({}, True)
+
+
+@needs_root
 def test_member_of_another_user_is_left_and_said(session: Callable[[str], Session]) -> None:
     roots = session("if os.fork() == 0: os.setpgid(0, 0)\ntell(); rest()")
     told = set(roots.hear(2))

@@ -150,7 +150,10 @@ def main(descriptors: str, launcher: str, patience: str, *cgroup: str) -> None:
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sig, signal.SIG_IGN)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a witness for each rank
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a witness for each rank
+    except (OSError, ValueError):
+        pass  # fs.nr_open has been lowered below it; a session without a witness is guarded, too
     watch = _Watch(*map(int, descriptors.split(",")))
     watch.until_death_of(int(launcher))
     watch.end_all(time.monotonic() + float(patience), _open_cgroup(*cgroup) if cgroup else None)
@@ -161,8 +164,8 @@ def _open_cgroup(path: str) -> GroupCgroup | None:
 
     try:
         return GroupCgroup(path)
-    except FileNotFoundError:
-        return None  # it was removed, or never made
+    except OSError:
+        return None  # it was removed, or never made; and whatever else there is, the sessions come first
 
 
 class _Watch:
@@ -197,7 +200,10 @@ class _Watch:
         while True:
             self._read()
             if cgroup is not None:
-                cgroup.kill()
+                try:
+                    cgroup.kill()
+                except OSError:
+                    cgroup = None  # refused, by a mount that is read-only now for example: the sessions are left
             left = max(0.0, until - time.monotonic())
             if not kill_members(self._sessions, min(1.0, left)):
                 self._sessions.clear()

@@ -65,6 +65,8 @@ def kill_members(sessions: Set[int], timeout: float, ended: Set[int] = _NOBODY, 
     What has left its session by a setsid of its own is not found: only a cgroup ends that.
     """
     until = time.monotonic() + timeout
+    # No rank has these numbers; to killpg they are this process's own group, and every process there is.
+    sessions = sessions - {0, 1}
     for sid in sessions if hasattr(os, "killpg") else ():
         # The whole group of the leader at once: a fork that is under way in it fails, nobody slips between two passes.
         try:
