@@ -36,7 +36,7 @@ PIP_FAILED = { echo "make: pip could not install what is named above. It needs a
   echo "make: a proxy (https_proxy) or your pip configuration, then run the same make again."; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lint-python lint-types lint-cython lint-c format test-asan test-cpython test-numavm test-torch test-gpu test-gpu-here bench package clean distclean
+.PHONY: help demo test lint lint-python lint-types lint-cython lint-c format test-asan test-cpython test-numavm test-slurm test-mpi test-torch test-gpu test-gpu-here bench package clean distclean
 
 help: ## print these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -98,6 +98,13 @@ test-cpython: $(VENV)/.built ## CPython's own subprocess tests, with Popen repla
 # Needs an x86-64 Debian or Ubuntu, and installs QEMU there. NUMAVM_ARGS="-k interleave" narrows it.
 test-numavm: $(VENV)/.test $(VENV)/.built ## bindings on a kernel with five NUMA nodes, in a virtual machine (2 minutes)
 	$(PY) -m tests.numavm.run $(NUMAVM_ARGS)
+
+# Their daemons are the tests' own, in folders and on ports of their own: nothing of a Slurm that is here is used.
+test-slurm: $(VENV)/.test $(VENV)/.built | build/.slurm ## under a real Slurm of two nodes on this machine (installs slurm-wlm and munge)
+	$(PY) -m pytest tests/slurm $(PYTEST_ARGS)
+
+test-mpi: $(VENV)/.test $(VENV)/.built | build/.mpi ## under real mpirun and mpiexec (installs openmpi-bin and mpich)
+	$(PY) -m pytest tests/mpi $(PYTEST_ARGS)
 
 test-torch: $(TORCH_VENV)/.built ## our handler beside torch's, and the DDP example (installs torch into .venv-torch)
 	$(TORCH_PY) -m pytest tests/torch tests/test_handler.py $(PYTEST_ARGS)
@@ -189,6 +196,26 @@ build/.test-tools: | build/.system
 	  packages=$$(missing); \
 	fi; \
 	[ -z "$$packages" ] || echo "make: without" $$packages "some tests are skipped, and say so"
+	@touch $@
+
+# Without these there is nothing that their tests could test.
+build/.slurm: PACKAGES = slurm-wlm munge
+build/.slurm: PROGRAMS = munged slurmctld slurmd srun
+build/.mpi: PACKAGES = openmpi-bin mpich
+build/.mpi: PROGRAMS = mpirun.openmpi mpiexec.hydra
+build/.slurm build/.mpi: | build/.system
+	@missing() { for one in $(PROGRAMS); do PATH=$$PATH:/usr/sbin command -v $$one >/dev/null || echo $$one; done; }; \
+	if [ -n "$$(missing)" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "make: installing" $(PACKAGES); \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(PACKAGES); } </dev/null >build/apt.log 2>&1 || \
+	    { tail -n 5 build/apt.log; echo "make: apt-get failed (all it said: build/apt.log)"; }; \
+	fi; \
+	[ -z "$$(missing)" ] || { \
+	  echo "make: these programs are not here:" $$(missing)". On Debian or Ubuntu, as root:"; \
+	  echo "make:   apt-get install $(PACKAGES)"; \
+	  exit 1; \
+	}
 	@touch $@
 
 # pip 25.1 is the first that installs dependency groups.

@@ -243,7 +243,8 @@ def test_any_text_is_a_host_or_an_error(hosts: str) -> None:
 
 def test_crowding() -> None:
     step = Step.read(SRUN)
-    said = step.crowding({3}, 2)
-    assert said is not None and "2 ranks share CPUs 3" in said and "--cpus-per-task" in said
-    assert step.crowding({3, 4}, 2) is None
-    assert Step().crowding({3}, 2) is None
+    said = step.crowding(4, {3, 4}, {1, 2, 3, 4})
+    assert said == "4 ranks share CPUs 3-4: `srun --cpus-per-task=N` may give more"
+    assert step.crowding(2, {3, 4}, {1, 2, 3, 4}) is None
+    assert step.crowding(4, {1, 2}, {1, 2}) is None, "there are no more"
+    assert Step().crowding(4, {3}, {1, 2, 3, 4}) is None

@@ -94,7 +94,7 @@ def _placed(args: argparse.Namespace, local_rank: int, local_size: int, step: St
     """
     topology = Topology.read()
     own = _is_bound(step.variable) if step.own_masks is None else step.own_masks
-    note = step.crowding(topology.allowed_cpus, local_size)
+    note = step.crowding(local_size, topology.allowed_cpus, topology.cpus)
     if own:
         inherited = format_ids(topology.allowed_cpus)
         note = (

@@ -164,14 +164,13 @@ class Step(Frozen):
             )
         return Node(self.node_rank, self.nnodes, address, master_port or self.master_port, self.run_id)
 
-    def crowding(self, cpus: Set[int], nprocs: int) -> str | None:
-        """In words, that ``nprocs`` ranks inherit too few ``cpus`` from the launcher; None where they do not.
-
-        Slurm gives a task one CPU, and Open MPI binds to one core, unless they are told otherwise.
+    def crowding(self, nprocs: int, inherited: Set[int], online: Set[int]) -> str | None:
+        """In words, that ``nprocs`` ranks inherit too few CPUs, of those that are ``online``, from the launcher; None
+        where they do not. Slurm gives a task one CPU, and Open MPI binds to one core, unless they are told otherwise.
         """
-        if len(cpus) >= nprocs or self.launcher in ("", "torchrun"):
+        if self.launcher in ("", "torchrun") or len(inherited) >= min(nprocs, len(online)):
             return None
-        return f"{nprocs} ranks share CPUs {format_ids(cpus)}: {self._with(_MORE_CPUS)} gives more"
+        return f"{nprocs} ranks share CPUs {format_ids(inherited)}: {self._with(_MORE_CPUS)} may give more"
 
     @property
     def unbound(self) -> str:
