@@ -360,7 +360,11 @@ def test_the_reader_of_a_pipe_has_one_report(tmp_path: Path) -> None:
 def test_a_job_that_succeeded_stays_one_where_its_report_is_lost(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    code = "import os, shutil, sys\nwhile not os.path.exists(sys.argv[1]): pass\nshutil.rmtree(os.path.dirname(sys.argv[1]))"
+    code = (
+        "import os, shutil, sys\n"
+        "while not os.path.exists(sys.argv[1]): pass\n"
+        "shutil.rmtree(os.path.dirname(sys.argv[1]))\n"
+    )
     report = str(folder / "report.json")
     done = completed([*in_ranks(code, "--report", report), report])
     assert (done.returncode, done.stderr) == (0, f"rankspawn: {folder}/report.json: No such file or directory\n")
@@ -439,11 +443,15 @@ def test_no_moment_at_which_ctrl_c_shows_a_traceback_of_the_command() -> None:
             time.sleep(random.uniform(0.05, 0.6))
             job.process.send_signal(signal.SIGINT)
             status, told = job.end(), job.stderr.read()
-        # While the interpreter itself comes up, it answers in its own way.
+        # Until the interpreter, the package and the signal module are there, the interpreter answers in its own way.
         if "Traceback" in told:
-            assert "/rankspawn/_cli.py" not in told and "Exception ignored" not in told, told
+            assert not re.search(r'__main__.py", line \d+, in main', told) and "Exception ignored" not in told, told
         else:
-            assert status in (0, 128 + signal.SIGINT, -signal.SIGINT), told
+            assert (status, told) in (
+                (0, ""),
+                (-signal.SIGINT, ""),
+                (128 + signal.SIGINT, "rankspawn: SIGINT: ending the ranks\n"),
+            )
 
 
 @pytest.fixture

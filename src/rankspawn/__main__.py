@@ -1,7 +1,18 @@
 """``python -m rankspawn`` is the ``rankspawn`` command."""
 
+import signal
 import sys
 
-from ._cli import main
 
-sys.exit(main())
+def main() -> int:
+    # Ctrl-C ends a command as it ends a program in C, without a traceback. Where Python raises KeyboardInterrupt the
+    # import of a module may swallow it, and the ranks would start. torchrun's signals are torch's own.
+    if sys.argv[1:2] != ["torchrun"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from ._cli import main
+
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

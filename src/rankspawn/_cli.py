@@ -32,12 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
-        return 130  # as a shell says SIGINT, and below SIGPIPE
     except BrokenPipeError:
         # What is still buffered must not fail once more when the interpreter ends.
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-        return 141
+        return 141  # as a shell says SIGPIPE
     except (CommandError, PlacementError, OSError) as error:
         from ._progress import say
 
