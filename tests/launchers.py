@@ -62,10 +62,10 @@ class Launched:
 
 
 @contextmanager
-def launched(command: list[str], **options: Any) -> Iterator[Launched]:
+def launched(command: list[str], *, seconds: float = TIMEOUT, **options: Any) -> Iterator[Launched]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
         # A test that reads would wait for ever where something hangs: an ended launcher, and so ended ranks, end that.
-        watchdog = threading.Timer(TIMEOUT, process.kill)
+        watchdog = threading.Timer(seconds, process.kill)
         watchdog.start()
         try:
             yield Launched(process)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+
+from tests.launchers import LAUNCHER, launched
+from tests.machines import two_machines
 
 pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
@@ -23,3 +27,18 @@ def test_two_bound_ranks_learn_the_digits() -> None:
     accuracy = re.search(r"^test accuracy +(0\.\d+|1\.0+) ", done.stdout, re.MULTILINE)
     assert accuracy is not None and float(accuracy[1]) > 0.9
     assert re.search(r"^parameters +identical on every rank$", done.stdout, re.MULTILINE)
+
+
+def test_ranks_of_two_machines_learn_the_digits() -> None:
+    with two_machines() as machines, ExitStack() as jobs:
+        started = []
+        for node in (1, 0):
+            meeting = f"--nnodes 2 --node-rank {node} --master-addr {machines[0].address} --master-port 29500"
+            # gloo takes the address that the host's name has, and both have the same name here.
+            command = ["env", f"GLOO_SOCKET_IFNAME={machines[node].interface}", *LAUNCHER, "run", *meeting.split()]
+            started.append(jobs.enter_context(launched(machines[node].runs([*command, DIGITS]), seconds=300)))
+        for job in started:
+            assert job.process.wait(300) == 0, job.stderr.read()
+        shown = started[1].stdout.read()
+    assert re.search(r"^ranks +2, ", shown, re.MULTILINE)
+    assert re.search(r"^parameters +identical on every rank$", shown, re.MULTILINE)
