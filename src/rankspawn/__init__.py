@@ -5,6 +5,7 @@ TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from ._binding import AffinityMode, Binding, BindingError, BindingReport, MemoryPolicy
+    from ._context import get_context
     from ._group import RankGroup
     from ._handler import SubprocessHandler, get_subprocess_handler
     from ._launch import Job, launch
@@ -25,6 +26,7 @@ __all__ = [
     "RankGroup",
     "SubprocessHandler",
     "Topology",
+    "get_context",
     "get_subprocess_handler",
     "launch",
     "place",
@@ -34,6 +36,7 @@ _MODULES = {
     "launch": "_launch",
     "Job": "_launch",
     "RankGroup": "_group",
+    "get_context": "_context",
     "Popen": "_popen",
     "SubprocessHandler": "_handler",
     "get_subprocess_handler": "_handler",

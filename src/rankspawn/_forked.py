@@ -1,0 +1,78 @@
+"""What a process of multiprocessing's fork server does first: it binds itself.
+
+The server's fork reads two pickles from its pipe: the preparation data, by which it finds the program's main module,
+and then what it is to run. The first is read before anything else is done, and to read it is a call of ``_bind`` here.
+The process has one thread at that moment, as every process has after a fork, so that all it will start is bound too.
+
+This is imported in each such process that the server has not preloaded it for, and so imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import operator
+import os
+import struct
+from multiprocessing import forkserver, spawn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+REPORT = struct.Struct("ii")
+"""What the process reports: the errno of its sched_setaffinity and of its set_mempolicy, 0 where it was not refused."""
+
+
+class _Call:
+    """A call that is made where this is unpickled; the answer stands there in its place."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self._call = function, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._call
+
+
+def binding(data: dict[str, Any], *arguments: Any) -> object:
+    """Preparation ``data``, pickled so that the process which reads them is bound; ``arguments`` as of ``_bind``."""
+    # This module is imported for it, and the server of an older Python does not know the launcher's sys.path. Calls are
+    # made in the order in which they stand, and the second answer is what the process gets.
+    path = _Call(spawn.prepare, {"sys_path": data["sys_path"]})
+    return _Call(operator.getitem, (path, _Call(_bind, data, *arguments)), 1)
+
+
+def _bind(
+    data: dict[str, Any], report: int, cpus: frozenset[int] | None, mode: int, nodes: bytes | None
+) -> dict[str, Any]:
+    """Bind this process, say to the launcher how it went, and return the preparation data.
+
+    report: which of the descriptors that came with the request the report is written to.
+    mode, nodes: as the engine takes a memory policy; -1 where there is none.
+
+    The launcher ends the process, and sends it nothing to run, when a binding was required and is refused.
+    """
+    affinity = 0 if cpus is None else _set_affinity(cpus)
+    memory = 0 if mode == -1 else _set_mempolicy(mode, nodes)
+    fd = forkserver.get_inherited_fds()[report]  # type: ignore[index]
+    os.write(fd, REPORT.pack(affinity, memory))
+    os.close(fd)
+    return data
+
+
+def _set_affinity(cpus: frozenset[int]) -> int:
+    if not hasattr(os, "sched_setaffinity"):
+        return errno.ENOTSUP
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError as error:
+        return error.errno or errno.EINVAL
+    return 0
+
+
+def _set_mempolicy(mode: int, nodes: bytes | None) -> int:
+    try:
+        import rankspawn._spawn as _spawn
+    except ImportError:
+        return errno.ENOTSUP
+    return _spawn.set_mempolicy(mode, nodes)
