@@ -22,7 +22,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "rankspawn"
 # CONTRIBUTING.md. `__init__` re-exports, so it may import all that are public through it.
 PLACES = {"_binding", "_devices", "_topology", "_placement"}
 ARROWS: dict[str, set[str]] = {
-    "__init__": {"_launch", "_group", "_handler", "_numa_options", "_popen", *PLACES},
+    "__init__": {"_launch", "_group", "_handler", "_context", "_numa_options", "_popen", *PLACES},
     "__main__": {"_cli"},
     "_cli": {"_run", "_bind", "torchrun", "_options", "_show", "_doctor", "_engine", "_progress", "_topology"},
     "_run": {"_attempt", "_launch", "_logs", "_report", "_progress", "_signals", "_step"}
@@ -53,6 +53,9 @@ ARROWS: dict[str, set[str]] = {
     "_logs": {"_frozen"},
     "_handler": {"_popen", "_engine", "_placement", "_topology", "_visible", "_numa_options", "_binding"},
     "_crew": {"_popen", "_engine", "_arguments", "_spawn", "_binding"},
+    "_context": {"_context_popen", "_binding"},
+    "_context_popen": {"_popen", "_engine", "_spawn", "_forked", "_binding"},
+    "_forked": {"_spawn"},
     "_popen": {"_arguments", "_engine", "_spawn", "_binding"},
     # The guard's own process loads these three, and nothing else of ours.
     "_guard": {"_cgroup", "_popen", "_sessions"},
@@ -89,6 +92,7 @@ PUBLIC = {
     "Popen",
     "SubprocessHandler",
     "get_subprocess_handler",
+    "get_context",
     "Binding",
     "BindingError",
     "BindingReport",

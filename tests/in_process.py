@@ -1,0 +1,72 @@
+"""What the tests of contexts run in their processes: it imports little, because each process imports it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from multiprocessing import shared_memory
+from typing import Any
+
+
+def mask() -> list[int]:
+    return sorted(os.sched_getaffinity(0))
+
+
+def send(pipe: Any, function: Callable[[], object]) -> None:
+    pipe.send(function())
+
+
+def wait_for(pipe: Any) -> None:
+    """Says that it runs, and runs until it is told, or left alone."""
+    pipe.send(os.getpid())
+    try:
+        pipe.recv()
+    except EOFError:
+        pass
+
+
+def leave_a_grandchild(pipe: Any) -> None:
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(60)
+        os._exit(0)
+    pipe.send(pid)
+
+
+def double(number: int) -> int:
+    return 2 * number
+
+
+def double_and_stay(number: int) -> tuple[int, list[int]]:
+    time.sleep(0.02)  # long enough for the others to take the next
+    return 2 * number, mask()
+
+
+def fail() -> None:
+    raise ValueError("on purpose")
+
+
+def echo(inbox: Any, outbox: Any) -> None:
+    for item in iter(inbox.get, None):
+        outbox.put(item)
+
+
+def add(value: Any, times: int) -> None:
+    for _ in range(times):
+        with value.get_lock():
+            value.value += 1
+
+
+def fill(name: str) -> None:
+    memory = shared_memory.SharedMemory(name)
+    memory.buf[:5] = b"ranks"
+    memory.close()
+
+
+def initialize() -> None:
+    os.environ["INITIALIZED"] = "yes"
+
+
+def initialized(_: int) -> str:
+    return os.environ["INITIALIZED"]
