@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import ChainMap
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 # A bound for large machines: a thread takes 10 to 20 us to make, and the kernel's list of processes has one lock.
 _MOST_WORKERS = 16
+END_SECONDS = 10.0
 _NO_STREAMS = (None, None, None)
 _child_ends = itemgetter(*(_SEAM.index(name) - 1 for name in ("p2cread", "c2pwrite", "errwrite")))
 
@@ -105,7 +107,7 @@ def start_ranks(
 
     Raises what Popen raises when one cannot be started, with the rank in front of its text and as its attribute
     ``rank``. Those that were started have been killed then, with their process groups, and reaped; ``ranks`` is empty,
-    but for what this process may not kill (a set-user-ID program).
+    but for what cannot be ended (see end_ranks).
     """
     made: list[Rank] = []
     try:
@@ -218,9 +220,10 @@ def _tell_rank(error: Exception, number: int) -> None:
 
 
 def end_ranks(ranks: list[Popen]) -> None:
-    """Kill and reap what was started; what may not be killed stays in the list."""
+    """Kill and reap what was started. What cannot be ended stays in the list: what this process may not kill, and what
+    is in uninterruptible sleep for longer than END_SECONDS."""
     started = [rank for rank in ranks if rank._child_created and rank.returncode is None]
-    refused = []
+    left = []
     for rank in started:
         try:
             if os.name == "posix":
@@ -230,8 +233,12 @@ def end_ranks(ranks: list[Popen]) -> None:
         except ProcessLookupError:
             pass
         except PermissionError:
-            refused.append(rank)
+            left.append(rank)
+    until = time.monotonic() + END_SECONDS
     for rank in started:
-        if rank not in refused:
-            rank.wait()
-    ranks[:] = refused
+        if rank not in left:
+            try:
+                rank.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                left.append(rank)
+    ranks[:] = left
