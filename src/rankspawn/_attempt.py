@@ -102,6 +102,7 @@ def _supervise(group: RankGroup, job: Job, signals: socket.socket, progress: Pro
                     continue
                 signalled = True
                 if sig == signal.SIGINT and group.stopping:
+                    killing = True
                     progress.say("killing the ranks")
                     group.kill()
                 else:
