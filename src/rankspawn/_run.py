@@ -47,19 +47,26 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     add("--master-port", "--master_port", type=_port, metavar="PORT", help="of one machine: a free one")
     add = run.add_argument_group("failure").add_argument
     add("--keep-going", action="store_true", help="a rank that fails does not end the others")
-    add("--max-restarts", "--max_restarts", type=_natural, default=0, metavar="N", help="start all again, so often")
+    add(
+        "--max-restarts",
+        "--max_restarts",
+        type=_natural,
+        default=0,
+        metavar="N",
+        help="after a failure start all again, at most N times",
+    )
     add("--grace", type=_seconds, metavar="SECONDS", help="from SIGTERM to SIGKILL; 30 if left out")
     add("--guard", action="store_true", help="if this launcher is killed, end what the ranks started, too")
     add("--cgroup", metavar="DIR", help="a delegated cgroup v2; the ranks live in one that is made there")
     add = run.add_argument_group("output").add_argument
     add("--log-dir", "--log_dir", metavar="DIR", help="a folder for each rank's stdout.log and stderr.log")
-    add("--tee", action="store_true", help="log files, and their lines here too, with [rank N]: before them")
+    add("--tee", action="store_true", help="log files, and their lines here too, each behind its [rank N]:")
     add("--local-ranks-filter", "--local_ranks_filter", type=_ids, metavar="LIST", help="--tee shows these: 0,2-3")
     add("--report", metavar="FILE.json", help="times, bindings, exits and use of each rank")
     add("--timeline", metavar="FILE.svg", help="the same as a drawing")
     add_placement_options(run)
     # One list for both: argparse would take a double dash that stands right behind a SCRIPT of its own.
-    add("command", nargs=argparse.REMAINDER, metavar="SCRIPT ARGS", help="what each rank runs")
+    run.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ARGS", help="what each rank runs")
     run.set_defaults(run=_run)
 
 
