@@ -14,13 +14,19 @@ EMULATOR = shutil.which(f"qemu-{os.uname().machine}")
 
 CODE = """
 import json, sys
-from rankspawn import Binding, Popen, _engine
+from rankspawn import Binding, Popen, _crew, _engine
 
 told = {"mechanisms": len(_engine.mechanisms())}
 with Popen([sys.argv[1]]) as process:
     told["plain"] = [process.wait(), process.mechanism]
 with Popen([sys.argv[1]], binding=Binding({int(sys.argv[2])})) as process:
     told["bound"] = [process.wait(), process.mechanism]
+ranks = []
+bindings = [None, Binding({int(sys.argv[2])})] * 2
+_crew.start_ranks(
+    ranks, [[sys.argv[1]]] * 4, env=None, rank_env=[{}] * 4, bindings=bindings, streams=[(None, None, None)] * 4
+)
+told["ranks"] = [[rank.wait(), rank.mechanism] for rank in ranks]
 try:
     Popen([sys.argv[1]], die_with_parent=True)
 except OSError as error:
@@ -45,5 +51,6 @@ def test_under_emulation_the_standard_path_is_taken(first: str, plain: str) -> N
     told = json.loads(done.stdout)
     assert told["plain"] == [0, plain]
     assert told["bound"] == [0, "subprocess"]
+    assert told["ranks"] == [[0, plain], [0, "subprocess"]] * 2
     assert "no clone with shared memory" in told["refused"]
     assert told["mechanisms"] == (0 if first == "clone" else 1)
