@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import ChainMap
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from ._arguments import candidates, command_and_program
+from ._ending import end_ranks
 from ._engine import EXTENSION_ERROR, masks, mechanisms
 from ._popen import _SEAM, Popen, _Stock, _why_no_engine
 
@@ -106,8 +106,8 @@ def start_ranks(
         been started so far.
 
     Raises what Popen raises when one cannot be started, with the rank in front of its text and as its attribute
-    ``rank``. Those that were started have been killed then, with their process groups, and reaped; ``ranks`` is empty,
-    but for what cannot be ended (see end_ranks).
+    ``rank``. Those that were started have been killed then, with their sessions, and reaped; ``ranks`` is empty, but
+    for what did not end: this process may not kill it (a set-user-ID program), or it cannot be killed.
     """
     made: list[Rank] = []
     try:
@@ -217,28 +217,3 @@ def _tell_rank(error: Exception, number: int) -> None:
         error.args = (error.errno, error.strerror)
     elif len(error.args) == 1:
         error.args = (f"rank {number}: {error.args[0]}",)
-
-
-def end_ranks(ranks: list[Popen]) -> None:
-    """Kill and reap what was started. What cannot be ended stays in the list: what this process may not kill, and what
-    is in uninterruptible sleep for longer than END_SECONDS."""
-    started = [rank for rank in ranks if rank._child_created and rank.returncode is None]
-    left = []
-    for rank in started:
-        try:
-            if os.name == "posix":
-                rank.send_signal_group(signal.SIGKILL)
-            else:
-                rank.kill()
-        except ProcessLookupError:
-            pass
-        except PermissionError:
-            left.append(rank)
-    until = time.monotonic() + END_SECONDS
-    for rank in started:
-        if rank not in left:
-            try:
-                rank.wait(max(0.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                left.append(rank)
-    ranks[:] = left

@@ -6,19 +6,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
-import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
-from ._sessions import describe_stuck, kill_members
+from ._ending import KILL_SECONDS, SIGKILL, groups_run, kill_sessions, name_running, name_stuck, reap, signal_groups
 from ._watch import POLL_SECONDS, Watch, left, passed, sooner, until
 
 if TYPE_CHECKING:
-    import asyncio
     from types import TracebackType
 
     from ._binding import Binding
@@ -28,25 +28,24 @@ if TYPE_CHECKING:
     from ._popen import Popen
     from ._report import Attempt, GroupReport
 
-_KILL = signal.SIGKILL if sys.platform != "win32" else signal.SIGTERM
-
 GRACE_SECONDS = 30.0
 """How long ranks that were told to end may take until they are killed; torchrun waits as long."""
 
-KILL_SECONDS = 10.0
-"""How long a killed process may take to be gone; one in uninterruptible sleep may never be."""
+
+_CONTINUE = (signal.SIGCONT,) if hasattr(signal, "SIGCONT") else ()
 
 
 class RankGroup:
     """Ranks that live and die together. Leaving the ``with`` block ends those that still run, and what they started.
 
     ranks: the Popen objects, in rank order. files: where each writes; None where they have this process's output.
-    first_failure: the rank that was the first to be seen to fail, None while none has.
 
     A rank that has ended is not reaped before the group is: until then its number, and that of its session, is its own,
     and whatever it left behind can be found and signalled without a race on every kernel.
 
-    One thread at a time may wait; ``send_signal`` is for any thread.
+    ``stop`` and ``send_signal`` are for any thread. Of those that wait one does so at a time, the others behind it; in
+    one asyncio loop any number of tasks may. A signal handler may call all of it. A group that nobody holds any more,
+    and that was not closed, is killed, with a ResourceWarning.
     """
 
     def __init__(
@@ -63,7 +62,6 @@ class RankGroup:
     ) -> None:
         self.ranks = tuple(ranks)
         self.files = None if files is None else tuple(files)
-        self.first_failure: int | None = None
         self._resources = resources
         self._keep_going = keep_going
         self._grace = grace
@@ -75,6 +73,9 @@ class RankGroup:
         self._effective: dict[int, Binding | None] = {}
         self._kill_at: float | None = None
         self._give_up_at: float | None = None
+        self._lingering = False
+        self._owner = os.getpid()
+        self._closed = False
 
     # ---- watching ---------------------------------------------------------------------------------------------------
 
@@ -88,6 +89,11 @@ class RankGroup:
         """What the others ended with, by number, as ``Popen.returncode``."""
         return dict(self._watch.returncodes)
 
+    @property
+    def first_failure(self) -> int | None:
+        """The rank that was the first to be seen to fail; None while none has."""
+        return self._watch.first_failure
+
     def pids(self) -> tuple[int, ...]:
         """The process ids, in rank order; each is its rank's own until the group is closed."""
         return tuple(rank.pid for rank in self.ranks)
@@ -100,12 +106,13 @@ class RankGroup:
     def wait_any(self, timeout: float | None = None) -> list[int]:
         """Wait until a rank ends; the numbers of those that have ended since the last look, in rank order.
 
-        Ends nobody, whatever a rank ended with. An empty list means that ``timeout`` seconds passed or that no rank is
-        left.
+        A failure ends nobody here. An empty list means that ``timeout`` seconds passed or that no rank is left. Raises
+        TimeoutError when a rank that was told to end, and then killed, does not end.
         """
         end = until(timeout)
         while self._watch.running:
-            if (ended := self._look(left(end))) or passed(end):
+            due = self._kill_in_time()
+            if (ended := self._look(left(sooner(end, due)))) or passed(end):
                 return ended
         return []
 
@@ -113,24 +120,31 @@ class RankGroup:
         """Wait until every rank has ended; what each ended with, as ``Popen.returncode``.
 
         The first rank that fails ends the others: SIGTERM, and SIGKILL for what still runs after the group's grace;
-        unless the group was launched with ``keep_going``.
+        unless the group was launched with ``keep_going``. When the ranks have been told to end, what runs in their
+        process groups is waited for, too: the rank may be a shell that ends before the program that it runs.
+
+        Before Linux 6.15 a rank that somebody else has waited for (os.waitpid(-1, ...), an ignored SIGCHLD) has ended
+        with 0, as for ``Popen``: nobody can know.
 
         Raises TimeoutError, which names the ranks, after ``timeout`` seconds, and when a killed rank does not end.
         """
         end = until(timeout)
         while self.advance(left(end)):
             if passed(end):
-                some = ", ".join(map(str, self.running[:20])) + (", ..." if len(self.running) > 20 else "")
-                raise TimeoutError(f"{len(self.running)} of {len(self.ranks)} ranks still run: {some}")
+                raise TimeoutError(name_running(self.running, len(self.ranks)))
         return self._all_returncodes()
 
     def advance(self, timeout: float | None = 0) -> bool:
         """One turn of ``wait``, for loops of one's own: wait at most ``timeout`` seconds for a rank to end, a watched
-        descriptor to become readable or something to be due; do what is due. True while ranks run."""
-        due = self._do_what_is_due()
-        if self._watch.running and self._look(sooner(timeout, left(due))):
-            self._do_what_is_due()
-        return bool(self._watch.running)
+        descriptor to become readable or something to be due; do what is due. True while ``wait`` would go on."""
+        self._end_after_failure()
+        due = self._kill_in_time()
+        if self._watch.running or self._lingering:
+            if self._look(left(sooner(until(timeout), self._linger(due)))):
+                self._end_after_failure()
+        asked = self._kill_at is not None and not self.killing and not passed(self._kill_at)
+        self._lingering = asked and not self._watch.running and groups_run(self.ranks)
+        return bool(self._watch.running) or self._lingering
 
     def watch(self, descriptor: int) -> None:
         """Have ``advance`` return when ``descriptor`` is readable, too."""
@@ -141,30 +155,17 @@ class RankGroup:
         return self._wait_in_loop().__await__()
 
     async def _wait_in_loop(self) -> tuple[int, ...]:
-        import asyncio
-
-        loop = asyncio.get_running_loop()
         while self.advance():
-            due, descriptor = self._do_what_is_due(), self._watch.fileno()
-            if descriptor is None:
-                await asyncio.sleep(POLL_SECONDS)
-                continue
-            woken = loop.create_future()
-            loop.add_reader(descriptor, _wake, woken)
-            timer = None if due is None else loop.call_later(max(0.0, due - time.monotonic()), _wake, woken)
-            try:
-                await woken
-            finally:
-                loop.remove_reader(descriptor)
-                if timer is not None:
-                    timer.cancel()
+            await self._watch.sleep(self._linger(self._due))
         return self._all_returncodes()
 
     def _look(self, timeout: float | None) -> list[int]:
-        ended = self._watch.look(timeout)
-        if self.first_failure is None:
-            self.first_failure = next((number for number in ended if self._watch.returncodes[number]), None)
-        return ended
+        self._check_owner()
+        return self._watch.look(timeout)
+
+    def _linger(self, due: float | None) -> float | None:
+        """When to look again: nothing tells of the end of what the ranks have started."""
+        return sooner(due, until(POLL_SECONDS)) if self._lingering else due
 
     def _all_returncodes(self) -> tuple[int, ...]:
         return tuple(self._watch.returncodes[number] for number in range(len(self.ranks)))
@@ -177,14 +178,8 @@ class RankGroup:
         Raises PermissionError, after the others have been signalled, when a rank may not be signalled: it runs as
         another user.
         """
-        refused = None
-        for rank in self.ranks:
-            try:
-                _signal(rank, sig)
-            except PermissionError as error:
-                refused = error
-        if refused is not None:
-            raise refused
+        self._check_owner()
+        signal_groups(self.ranks, sig)
 
     @property
     def stopping(self) -> bool:
@@ -202,106 +197,126 @@ class RankGroup:
         return self._kill_at
 
     def stop(self, sig: int = signal.SIGTERM, grace: float | None = None) -> None:
-        """Ask every rank to end, and return at once. Whoever waits from now on kills what still runs ``grace`` seconds
-        (the group's own if left out) after the first time that they were asked."""
-        if self._kill_at is None:
-            # From the first time on: who repeats a signal must not make it longer.
-            self._kill_at = time.monotonic() + (self._grace if grace is None else grace)
-        self.send_signal(sig)
+        """Ask every rank to end, and return at once. Whoever waits, then or later, kills what still runs ``grace``
+        seconds (the group's own if left out) after that. Who asks again cannot make it longer.
+
+        For any thread and for signal handlers, as ``send_signal``, whose errors it raises.
+        """
+        self._kill_at = sooner(self._kill_at, until(self._grace if grace is None else grace))
+        self._watch.ring()
+        self._check_owner()
+        # One that is stopped does not act on it before it is continued.
+        signal_groups(self.ranks, sig, *_CONTINUE)
 
     def terminate(self, grace: float | None = None) -> None:
         """End every rank and all that is in its session: SIGTERM, at most ``grace`` seconds (the group's own if left
         out), SIGKILL. The ranks are reaped.
 
-        Raises TimeoutError, which names the process and its state, when one does not end when it is killed.
+        Raises TimeoutError, which names the process and its state, when one does not end when it is killed. An
+        exception that interrupts it, as a second Ctrl-C does, comes when the ranks have been killed.
         """
-        if self._watch.running:
-            self.stop(signal.SIGTERM, grace)
-            while self._watch.running and not passed(self._kill_at):
-                self._look(left(self._kill_at))
-        self.kill()
+        try:
+            if self._watch.running:
+                with suppress(PermissionError):
+                    self.stop(signal.SIGTERM, grace)
+            while not passed(self._kill_at) and self.advance(left(self._kill_at)):
+                pass
+        finally:
+            self.kill()
 
     def kill(self) -> None:
         """As ``terminate``, with SIGKILL alone."""
-        if self._watch.running:
-            end = self._kill_running()
-            while self._watch.running and not passed(end):
-                self._look(left(end))
-        stuck = self._end_sessions()
-        if self._cgroup is not None:
-            self._cgroup.kill()
-            if not self._cgroup.wait_empty(self._patience()):
-                stuck.update(dict.fromkeys(self._cgroup.pids(), "the cgroup"))
-        for number, rank in enumerate(self.ranks):
-            self._reap(number, rank)
+        try:
+            stuck = self._kill_and_reap()
+        except BaseException:
+            # What a signal handler raises, as Ctrl-C's does, waits until nobody is left.
+            self._kill_and_reap()
+            raise
         if stuck:
-            raise TimeoutError(_describe(stuck))
+            raise TimeoutError(name_stuck(stuck))
 
     def close(self) -> None:
         """End what runs, as ``terminate``, and let go of descriptors, guard and cgroup. Harmless when done twice.
 
-        A KeyboardInterrupt meanwhile (a second Ctrl-C) kills, and is raised after that.
+        A forked copy of this process (os.fork) that closes its copy of the group, or ends, does nothing to the ranks.
         """
+        reaped = all(rank.returncode is not None for rank in self.ranks)
+        if self._owner != os.getpid() or (self._closed and reaped):
+            return
         try:
-            try:
-                self.terminate()
-            except KeyboardInterrupt:
-                self.kill()
-                raise
+            self.terminate()
         finally:
+            self._closed = True
             self._watch.close()
+            for rank in self.ranks:
+                if rank.returncode is not None:
+                    rank._pidfd = None
             self._resources.close()
 
-    def _do_what_is_due(self) -> float | None:
-        """End the others after a failure; kill when the grace is over; the time at which the next thing is due."""
+    def __del__(self, getpid: Callable[[], int] = os.getpid, warn: Callable[..., None] = warnings.warn) -> None:
+        if getattr(self, "_closed", True) or self._owner != getpid():
+            return
+        try:
+            self.kill()
+        finally:
+            self.close()
+            warn(f"a group of ranks was not closed: pids {self.pids()}", ResourceWarning, source=self)
+
+    def _check_owner(self) -> None:
+        if self._owner != os.getpid():
+            raise ChildProcessError(
+                errno.ECHILD, f"the ranks are children of process {self._owner}, of which this is a forked copy"
+            )
+
+    @property
+    def _due(self) -> float | None:
+        """When the next thing is to be done: to kill, or to give up."""
+        return self._kill_at if self._give_up_at is None else self._give_up_at
+
+    def _end_after_failure(self) -> None:
         if self.first_failure is not None and self._kill_at is None and self._watch.running and not self._keep_going:
-            self.stop()
+            with suppress(PermissionError):
+                self.stop()
+
+    def _kill_in_time(self) -> float | None:
+        """Kill when the grace is over; the time at which the next thing is due."""
         if self._give_up_at is None and passed(self._kill_at):
             self._kill_running()
         if self._watch.running and passed(self._give_up_at):
-            raise TimeoutError(_describe(self._end_sessions()))
-        return self._kill_at if self._give_up_at is None else self._give_up_at
+            raise TimeoutError(name_stuck(self._stuck()))
+        return self._due
 
-    def _kill_running(self) -> float:
-        """SIGKILL to every process group; the time at which whoever waits gives up, and tells who may not be killed."""
-        if self._give_up_at is None:
-            self._give_up_at = time.monotonic() + KILL_SECONDS
+    def _kill_running(self) -> None:
+        """SIGKILL to every process group. Whoever waits gives up in a while."""
+        self._give_up_at = self._give_up_at or until(KILL_SECONDS)
+        self._watch.ring()
         if self._cgroup is not None:
             self._cgroup.kill()
         with suppress(PermissionError):
-            self.send_signal(_KILL)
-        return self._give_up_at
+            self.send_signal(SIGKILL)
 
-    def _end_sessions(self) -> dict[int, str]:
-        """Kill what is left in the ranks' sessions; who does not end, by pid, and whose it is."""
-        unreaped: dict[int, int] = {}
-        ended = set()
+    def _kill_and_reap(self) -> dict[int, str]:
+        """The end, in time; who is left then, by pid, and whose it is."""
+        self._check_owner()
+        if self._watch.running:
+            self._kill_running()
+        end = (self._give_up_at or time.monotonic() + KILL_SECONDS) - 1.0
+        while self._watch.running and not passed(end):
+            self._look(left(end))
+        # A second at least is for the sessions: a rank that does not end must not keep the others' children alive.
+        stuck = kill_sessions(dict(enumerate(self.ranks)), self._watch.returncodes, 1.0 + (left(end) or 0))
+        if self._cgroup is not None:
+            self._cgroup.kill()
+            if not self._cgroup.wait_empty(1.0 + (left(end) or 0)):
+                stuck.update(dict.fromkeys(self._cgroup.pids(), "the cgroup"))
         for number, rank in enumerate(self.ranks):
-            if rank.returncode is None:
-                unreaped[rank.pid] = number
-                if number not in self._watch.running:
-                    ended.add(rank.pid)
-            else:
-                # Somebody has waited for it: its number may be another's, and only the kernel can tell (Linux 6.9).
-                with suppress(PermissionError):
-                    _signal(rank, _KILL)
-        stuck = kill_members(unreaped.keys(), self._patience(), ended) if unreaped else {}
-        return {pid: f"rank {unreaped[session]}" for pid, session in stuck.items()}
+            if (collected := reap(rank, self._watch.returncodes.get(number))) is not None:
+                self._collected[number] = collected
+        self._look(0)
+        return {**stuck, **self._stuck()}
 
-    def _patience(self) -> float:
-        """For how many seconds more what was killed is waited for."""
-        return KILL_SECONDS if self._give_up_at is None else max(0.0, self._give_up_at - time.monotonic())
-
-    def _reap(self, number: int, rank: Popen) -> None:
-        """Collect a rank that has ended; one that will not end is left to the system."""
-        if rank.returncode is None and hasattr(os, "wait4"):
-            with rank._waitpid_lock:  # type: ignore[attr-defined]
-                with suppress(ChildProcessError):
-                    pid, status, usage = os.wait4(rank.pid, os.WNOHANG)
-                    if pid:
-                        self._collected[number] = usage, os.WCOREDUMP(status)
-                        rank._handle_exitstatus(status)
-        rank.poll()  # without wait4, or reaped behind our back: the class has its own way to say so
+    def _stuck(self) -> dict[int, str]:
+        return {rank.pid: f"rank {number}" for number, rank in self._watch.running.items()}
 
     # ---- telling ----------------------------------------------------------------------------------------------------
 
@@ -367,26 +382,13 @@ class RankGroup:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._watch.running:
-            self.stop()
+        try:
+            if self._watch.running:
+                with suppress(PermissionError):
+                    self.stop()
             await self
-        self.close()
-
-
-def _signal(rank: Popen, sig: int) -> None:
-    """Signal a rank's process group; nothing when nobody is left in it."""
-    with suppress(ProcessLookupError):
-        if os.name == "posix":
-            rank.send_signal_group(sig)
-        else:
-            rank.send_signal(sig)
-
-
-def _describe(stuck: Mapping[int, str]) -> str:
-    """For the error: who survives SIGKILL, and why."""
-    return "; ".join(f"{whose}: {describe_stuck(pid)}" for pid, whose in stuck.items())
-
-
-def _wake(woken: asyncio.Future[None]) -> None:
-    if not woken.done():
-        woken.set_result(None)
+        except BaseException:
+            self.kill()  # it was cancelled: no time is left for a grace, in which the loop would stand still
+            raise
+        finally:
+            self.close()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from ._crew import end_ranks, start_ranks
+from ._crew import start_ranks
+from ._ending import end_ranks
 from ._engine import mechanisms
 from ._group import GRACE_SECONDS, RankGroup
 
@@ -121,17 +123,20 @@ def launch(
     progress: is called before the first start with a function that tells, in any thread, how many have been started.
 
     Raises what Popen raises, with the rank's number in ``rank`` and in the message, after the ranks that were started
-    have been killed and reaped; PlacementError where no placement can be made; ValueError for what does not fit.
+    have been killed and reaped; PlacementError where no placement can be made; ValueError for what does not fit;
+    OSError (EMFILE) when there is not a free descriptor for each rank: this process's limit is not raised here.
     """
     called_ns = time.monotonic_ns()
-    if nprocs < 1:
-        raise ValueError(f"nprocs is {nprocs}: a job has at least one rank")
+    _check_arguments(nprocs, bindings=bindings, rank_env=rank_env, files=files)
     job = Job(nprocs, free_port()) if job is None else job
     if job.nprocs != nprocs:
         raise ValueError(f"nprocs is {nprocs}, and {job.nprocs} in job")
-    for name, given in (("bindings", bindings), ("rank_env", rank_env), ("files", files)):
-        if given is not None and len(given) != nprocs:
-            raise ValueError(f"{name} has {len(given)} items for {nprocs} ranks")
+    if grace is not None and not grace >= 0:
+        raise ValueError(f"grace is {grace}: it is a number of seconds from 0 on")
+    if files is not None and log_dir is not None:
+        raise ValueError("give log_dir or files")
+    if tee_ranks is not None and not tee:
+        raise ValueError("tee_ranks needs tee")
     own = [job.environment_of(rank) for rank in range(nprocs)]
     shared = {**(os.environ if env is None else env), **job.environment(), "RANKSPAWN_CALL_NS": str(called_ns)}
     if numa is not None or memory is not None:
@@ -142,10 +147,13 @@ def launch(
         if "OMP_NUM_THREADS" not in shared:
             for variables, rank in zip(own, placed, strict=True):
                 variables["OMP_NUM_THREADS"] = str(rank.omp_threads)
+    _check_descriptors(nprocs)
     ranks: list[Popen] = []
     guard_fd = -1
     temporary: LogFolder | None = None
-    with ExitStack() as resources:
+    # Not a with block: there is no moment at which what was opened is neither this function's to close nor the group's.
+    resources = ExitStack()
+    try:
         if files is None and (tee or log_dir is not None):
             from ._logs import LogFolder, rank_files
 
@@ -162,12 +170,19 @@ def launch(
 
             shown = None if tee_ranks is None else {job.first_rank + rank for rank in tee_ranks}
             resources.callback(_finish, Tee(sources(files or (), job.first_rank), ranks=shown).start(), temporary)
-        own_cgroup = None if cgroup is None else _make_cgroup(resources, cgroup)
-        if guard or own_cgroup is not None:
+        name, own_cgroup = "", None
+        if cgroup is not None:
+            from ._cgroup import new_name
+
+            name = new_name()
+        if guard or cgroup is not None:
             from ._guard import Guard
 
-            watchman = resources.enter_context(closing(Guard.start(None if own_cgroup is None else own_cgroup.path)))
-            guard_fd = watchman.fd
+            # Before its cgroup is made, and closed after that has gone: no death in between leaves the directory.
+            path = None if cgroup is None else os.path.join(os.path.abspath(cgroup), name)
+            guard_fd = resources.enter_context(closing(Guard.start(path))).fd
+        if cgroup is not None:
+            own_cgroup = _make_cgroup(resources, cgroup, name)
         start_ranks(
             ranks,
             [args(rank) for rank in range(nprocs)] if callable(args) else [args] * nprocs,
@@ -181,8 +196,8 @@ def launch(
             guard=guard_fd,
             progress=progress,
         )
-        try:
-            group = RankGroup(
+        with _enough_descriptors(ranks):
+            return RankGroup(
                 ranks,
                 resources=resources,
                 keep_going=keep_going,
@@ -192,11 +207,60 @@ def launch(
                 called_ns=called_ns,
                 run_id=job.run_id,
             )
-            group._resources = resources.pop_all()
-            return group
-        except BaseException:
+    except BaseException:
+        try:
             end_ranks(ranks)
+        finally:
+            resources.close()
+        raise
+
+
+def _check_arguments(nprocs: int, **by_rank: Sequence[object] | None) -> None:
+    if nprocs < 1:
+        raise ValueError(f"nprocs is {nprocs}: a job has at least one rank")
+    for name, given in by_rank.items():
+        if given is not None and len(given) != nprocs:
+            raise ValueError(f"{name} has {len(given)} items for {nprocs} ranks")
+
+
+def _check_descriptors(nprocs: int) -> None:
+    """Refuse what cannot be: a descriptor for each rank, and one to watch them all by."""
+    if sys.platform == "linux":
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY and nprocs >= soft:
+            raise _too_few_descriptors(nprocs)
+
+
+@contextmanager
+def _enough_descriptors(ranks: Sequence[Popen]) -> Iterator[None]:
+    """Refuse to go on with a rank that has no pidfd for want of a descriptor: it would be polled as long as it runs."""
+    try:
+        lacking = next((rank for rank in ranks if rank.pidfd is None), None)
+        if lacking is not None and hasattr(os, "pidfd_open"):
+            try:
+                os.close(os.pidfd_open(lacking.pid))
+            except OSError as error:
+                if error.errno == errno.EMFILE:
+                    raise
+        yield
+    except OSError as error:
+        if error.errno != errno.EMFILE:
             raise
+        raise _too_few_descriptors(len(ranks)) from error
+
+
+def _too_few_descriptors(nprocs: int) -> OSError:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    up_to = "any number" if hard == resource.RLIM_INFINITY else hard
+    return OSError(
+        errno.EMFILE,
+        f"{os.strerror(errno.EMFILE)}: {nprocs} ranks need a descriptor each, and this process may have {soft};"
+        f" raise RLIMIT_NOFILE before (ulimit -n, resource.setrlimit), here up to {up_to}",
+    )
 
 
 def _place(nprocs: int, numa: AffinityMode | str, memory: MemoryMode | MemoryPolicy | None) -> Sequence[Rank]:
@@ -209,14 +273,20 @@ def _place(nprocs: int, numa: AffinityMode | str, memory: MemoryMode | MemoryPol
     return ranks
 
 
-def _make_cgroup(resources: ExitStack, parent: str | os.PathLike[str]) -> GroupCgroup:
+def _make_cgroup(resources: ExitStack, parent: str | os.PathLike[str], name: str) -> GroupCgroup:
     """A cgroup for the ranks, which ends, with all that is in it, when ``resources`` are closed."""
     from ._cgroup import GroupCgroup
 
-    made = GroupCgroup.make(parent)
-    resources.callback(made.remove)
-    resources.callback(made.wait_empty, 1.0)
-    resources.callback(made.kill)
+    made = GroupCgroup.make(parent, name)
+
+    def end() -> None:
+        made.kill()
+        if made.wait_empty(1.0):
+            made.remove()
+        else:
+            made.close()  # who does not end has been named
+
+    resources.callback(end)
     return made
 
 

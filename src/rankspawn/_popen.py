@@ -137,8 +137,9 @@ class Popen(_Stock):  # type: ignore[type-arg]
         """
         if not self._leads_group:
             raise ValueError("not a group leader: start it with start_new_session=True or process_group=0")
-        if self._pidfd is not None:
-            refusal = self._pidfd.send_signal(sig, True)
+        pidfd = self._pidfd
+        if pidfd is not None:
+            refusal = pidfd.send_signal(sig, True)
             if refusal in (0, errno.ESRCH):
                 return
             if refusal == errno.EPERM and self.returncode is not None:

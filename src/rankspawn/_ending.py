@@ -1,0 +1,149 @@
+"""The end of ranks: their groups signalled, their sessions killed, they themselves reaped; and who stays, and why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from ._sessions import describe_stuck, kill_members, members
+from ._watch import left, passed, status, until, wait_without_reaping
+
+if TYPE_CHECKING:
+    from ._popen import Popen
+
+SIGKILL = signal.SIGKILL if sys.platform != "win32" else signal.SIGTERM
+
+KILL_SECONDS = 10.0
+"""How long a killed process may take to be gone; one in uninterruptible sleep may never be."""
+
+_MOST_NAMES = 20
+
+
+def signal_groups(ranks: Iterable[Popen], *signals: int) -> None:
+    """Signal the process group of each rank; nothing where nobody is left in it.
+
+    Raises PermissionError, when all others have been signalled, if one may not be.
+    """
+    refused = None
+    for rank in ranks:
+        for sig in signals:
+            try:
+                with suppress(ProcessLookupError):
+                    if os.name == "posix":
+                        rank.send_signal_group(sig)
+                    else:
+                        rank.send_signal(sig)
+            except PermissionError as error:
+                refused = error
+    if refused is not None:
+        raise refused
+
+
+def groups_run(ranks: Iterable[Popen]) -> bool:
+    """Whether somebody runs in the process groups of these ranks, which have all been seen to end."""
+    pids = {rank.pid for rank in ranks if is_unreaped(rank)}
+    if not pids or not hasattr(os, "getpgid"):
+        return False
+    for pid in members(pids, pids):
+        with suppress(ProcessLookupError):
+            if os.getpgid(pid) in pids:
+                return True
+    return False
+
+
+def kill_sessions(ranks: Mapping[int, Popen], ended: Mapping[int, int], seconds: float) -> dict[int, str]:
+    """Kill what is left in the sessions of ``ranks``, by number; who does not end, by pid, and whose it is.
+
+    ended: the returncodes of those that have been seen to end.
+    """
+    unreaped = {}
+    for number, rank in ranks.items():
+        if is_unreaped(rank):
+            unreaped[rank.pid] = number
+            if number in ended:
+                # Its number is its own until it is reaped. And to look at processes takes a free descriptor.
+                rank._pidfd = None
+        else:
+            # Somebody has waited for it: its number may be another's, and only the kernel can tell (Linux 6.9).
+            reap(rank, ended.get(number))
+            with suppress(PermissionError):
+                signal_groups([rank], SIGKILL)
+    zombies = {pid for pid, number in unreaped.items() if number in ended}
+    stuck = kill_members(unreaped.keys(), seconds, zombies) if unreaped else {}
+    return {pid: f"rank {unreaped[session]}" for pid, session in stuck.items()}
+
+
+def is_unreaped(rank: Popen) -> bool:
+    """Whether a rank's number is still its own: it runs, or is a zombie that nobody has waited for."""
+    if rank.returncode is not None:
+        return False
+    if hasattr(os, "waitid"):
+        try:
+            wait_without_reaping(rank)
+        except ChildProcessError:
+            return False
+    return True
+
+
+def reap(rank: Popen, returncode: int | None) -> tuple[Any, bool] | None:
+    """Collect a rank if it has ended: what it used (resource.struct_rusage), and whether it dumped core.
+
+    None where somebody else has collected it, or where the system has no wait4(2).
+    returncode: what it was seen to end with.
+    """
+    if not hasattr(os, "wait4"):
+        rank.poll()
+        return None
+    lock = rank._waitpid_lock  # type: ignore[attr-defined]
+    # Whoever waits for it in another thread holds the lock, and is about to collect it if it has ended.
+    if rank.returncode is not None or not lock.acquire(timeout=0.1):
+        return None
+    try:
+        if is_unreaped(rank):
+            pid, status, usage = os.wait4(rank.pid, os.WNOHANG)
+            if pid:
+                rank._handle_exitstatus(status)
+                return usage, os.WCOREDUMP(status)
+        elif rank.returncode is None:
+            rank.returncode = returncode or 0
+    finally:
+        lock.release()
+    return None
+
+
+def end_ranks(ranks: list[Popen]) -> None:
+    """Kill those that were started, with their sessions, and reap them; who does not end stays in the list."""
+    started = {number: rank for number, rank in enumerate(ranks) if rank._child_created and rank.returncode is None}
+    with suppress(PermissionError):
+        signal_groups(started.values(), SIGKILL)
+    ended: dict[int, int] = {}
+    end = until(KILL_SECONDS)
+    for number, rank in started.items():
+        # No selector here: there may be no descriptor left, which may be why they are ended.
+        while (code := status(rank)) is None and not passed(end):
+            time.sleep(0.001)
+        if code is not None:
+            ended[number] = code
+    kill_sessions(started, ended, 1.0 + (left(end) or 0))
+    for number, rank in started.items():
+        reap(rank, ended.get(number))
+    ranks[:] = [rank for rank in started.values() if rank.returncode is None]
+
+
+def name_running(running: Sequence[int], count: int) -> str:
+    """For the error: which ranks still run, of how many."""
+    if not running:
+        return "the ranks have ended, and what they have started still runs"
+    some = ", ".join(map(str, running[:_MOST_NAMES])) + (", ..." if len(running) > _MOST_NAMES else "")
+    return f"{len(running)} of {count} ranks still run: {some}"
+
+
+def name_stuck(stuck: Mapping[int, str]) -> str:
+    """For the error: who survives SIGKILL, and why."""
+    told = [f"{whose}: {describe_stuck(pid)}" for pid, whose in list(stuck.items())[:_MOST_NAMES]]
+    return "; ".join(told) + (f"; and {len(stuck) - len(told)} more" if len(stuck) > len(told) else "")
