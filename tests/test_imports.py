@@ -33,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "_progress": {"_group", "_binding"},
     "_signals": {"_group"},
     "torchrun": {"_elastic", "_numa_options", "_topology", "_binding"},
-    "_elastic": {"_crew", "_handler", "_watch", "_engine", "_popen", "_numa_options"},
+    "_elastic": {"_crew", "_context", "_handler", "_watch", "_engine", "_popen", "_numa_options", "_binding"},
     "_doctor": {"_popen", "_engine", "_spawn", *PLACES},
     "_show": {"_options", "_openmp", "_svg", *PLACES},
     "_options": PLACES,

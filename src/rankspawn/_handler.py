@@ -29,6 +29,11 @@ def _warn(text: str, *values: object) -> None:
     logging.getLogger("rankspawn").warning(text, *values)
 
 
+def warn_of_refused(local_rank: int, refused: tuple[RefusedStep, ...]) -> None:
+    for step in refused:
+        _warn("local rank %d runs without %s", local_rank, step)
+
+
 def _default_signal() -> signal.Signals:
     return signal.CTRL_C_EVENT if _ON_WINDOWS else signal.SIGTERM  # type: ignore[attr-defined, no-any-return, unused-ignore]
 
@@ -71,14 +76,10 @@ class SubprocessHandler:
         except BaseException:
             self._close_logs()
             raise
-        self._tell_refused(refused)
-
-    def _tell_refused(self, refused: tuple[RefusedStep, ...] = ()) -> None:
         if isinstance(self.proc, Popen):
             # The thread that it was started in may have been refused the same.
             refused = tuple(dict.fromkeys((*refused, *self.proc.binding_report.refused)))
-        for step in refused:
-            _warn("local rank %d runs without %s", self.local_rank_id, step)
+        warn_of_refused(local_rank_id, refused)
 
     @property
     def _stdout(self) -> IO[str] | None:

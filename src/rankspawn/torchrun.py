@@ -6,6 +6,7 @@ In a program that launches by itself (``elastic_launch``, ``LaunchConfig``), ``i
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -72,8 +73,12 @@ SEAMS = (
     Seam(
         f"{_MULTIPROCESSING}.api", "SubprocessContext._close", "self death_sig timeout", ("subprocess_handlers", "proc")
     ),
+    Seam(f"{_MULTIPROCESSING}.api", "MultiprocessContext._start", "self", ("_pc", "start_processes", "start_method")),
+    Seam(f"{_MULTIPROCESSING}.api", "MultiprocessContext._poll", "self", ("_pc", "_ret_vals", "_return_values")),
+    Seam("torch.multiprocessing", "start_processes", "start_method ...", ("get_context",)),
+    Seam("torch.multiprocessing", "ProcessContext.__init__", "self processes error_files", ("sentinels",)),
     Seam(f"{_MULTIPROCESSING}.api", "PContext.wait", "self timeout period", ("_poll",)),
-    Seam(_MULTIPROCESSING, "start_processes", names=("SubprocessContext",)),
+    Seam(_MULTIPROCESSING, "start_processes", names=("SubprocessContext", "MultiprocessContext")),
     Seam(f"{_SERVER}.local_elastic_agent", "LocalElasticAgent", "spec ..."),
     Seam(f"{_SERVER}.local_elastic_agent", "LocalElasticAgent._monitor_workers", "self worker_group", ("_pcontext",)),
     Seam(f"{_SERVER}.api", "WorkerSpec", "monitor_interval ..."),
@@ -85,6 +90,7 @@ SEAMS = (
 _REPLACED = (
     (f"{_MULTIPROCESSING}.api", "get_subprocess_handler"),
     (_MULTIPROCESSING, "SubprocessContext"),
+    (_MULTIPROCESSING, "MultiprocessContext"),
     ("torch.distributed.launcher.api", "LocalElasticAgent"),
 )
 """Where torch looks for what ``_elastic`` has another of."""
@@ -149,8 +155,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m rankspaw
     in is raised, as by torchrun's: ChildFailedError, SignalException.
     """
     try:
-        from torch.distributed import run
-        from torch.distributed.elastic.multiprocessing.errors import record
+        run = _import_run()
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "torch":
             raise
@@ -169,17 +174,30 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m rankspaw
     numa_options = None
     if options.numa_binding:
         numa_options = NumaOptions(AffinityMode(options.numa_binding), memory_policy=options.memory_policy)
-        if not options.run_path:
-            options.numa_binding = None
+        options.numa_binding = None
     elif options.memory_policy:
         parser.error("--memory-policy needs --numa-binding")
     try:
         with installed(numa_options):
-            record(run.run)(options)
+            run.record(run.run)(options)
     except (PlacementError, BindingError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _import_run() -> Any:
+    """torch.distributed.run, imported for good.
+
+    What torch's import makes stays until this process ends. To look through it for garbage, time and again, is a tenth
+    of the import, and at the end of the interpreter it is most of that end.
+    """
+    gc.disable()
+    try:
+        return import_module("torch.distributed.run")
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _names(code: CodeType) -> set[str]:

@@ -375,20 +375,26 @@ os.write(1, f"{os.environ['LOCAL_RANK']} {cpus}\\n".encode())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="CPU affinity")
-def test_binding_without_numactl(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--run-path"], ["--run-path", "--start-method", "forkserver"], ["--run-path", "--start-method", "fork"]],
+    ids=" ".join,
+)
+def test_binding_without_numactl(tmp_path: Path, options: list[str]) -> None:
     """On two CPUs, ranks get one each, and no numactl is looked for."""
-    cpus = sorted(os.sched_getaffinity(0))[:2]
-    if len(cpus) < 2:
+    if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one CPU")
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "numactl").write_text(f"#!/bin/sh\ntouch {tmp_path}/numactl-was-called\nexec '$@'\n")
     (programs / "numactl").chmod(0o755)
     env = {"PATH": f"{programs}:{ENVIRONMENT['PATH']}"}
-    options = [*TWO, "--numa-binding", "exclusive", "FOLDER/script.py"]
+    options = [*TWO, "--numa-binding", "exclusive", *options, "FOLDER/script.py"]
     ours = finish(start("ours", tmp_path / "ours", options, MASK, env), tmp_path / "ours")
     assert ours.status == 0, ours.stderr
-    assert len({line.partition(" ")[2] for line in ours.stdout}) == 2
+    masks = [set(line.partition(" ")[2].split(",")) for line in ours.stdout]
+    assert len(masks) == 2
+    assert masks[0].isdisjoint(masks[1])
     assert not (tmp_path / "numactl-was-called").exists()
 
 

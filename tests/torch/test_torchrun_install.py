@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -131,7 +132,7 @@ def everything():
         launch("ours")
     launch("uninstalled")
 
-if sys.argv[2:] == ["in a thread"]:
+if sys.argv[2] == "in a thread":
     thread = threading.Thread(target=everything)
     thread.start()
     thread.join()
@@ -139,12 +140,22 @@ else:
     everything()
 """
 RANK = """
-import os, sys
-os.write(1, f"{sys.argv[1]}: rank {os.environ['RANK']} on {len(os.sched_getaffinity(0))}\\n".encode())
+import json, os, sys
+said = json.dumps([sys.argv[1], sorted(os.sched_getaffinity(0))])
+os.write(1, f"{said}\\n".encode())
 """
+needs_two_cpus = pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="binds two ranks apart"
+)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="CPU affinity")
+def apart(masks: list[list[int]]) -> bool:
+    """Whether two ranks have CPUs of their own, of ours."""
+    one, other = map(set, masks)
+    return bool(one and other) and not one & other and one | other <= os.sched_getaffinity(0)
+
+
+@needs_two_cpus
 @pytest.mark.parametrize("where", ["in the main thread", "in a thread"])
 def test_elastic_launch(tmp_path: Path, where: str) -> None:
     """A program's own launches, bound as they say."""
@@ -152,15 +163,64 @@ def test_elastic_launch(tmp_path: Path, where: str) -> None:
     script.write_text(LAUNCH)
     rank.write_text(RANK)
     done = subprocess.run(
-        [sys.executable, str(script), str(rank), *([where] if where == "in a thread" else [])],
-        capture_output=True, text=True, timeout=120,
+        [sys.executable, str(script), str(rank), where], capture_output=True, text=True, timeout=120
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    all_cpus = len(os.sched_getaffinity(0))
-    expected = {"torch's options": all_cpus // 2, "ours": all_cpus // 2, "none": all_cpus, "uninstalled": all_cpus}
-    assert sorted(done.stdout.splitlines()) == sorted(
-        f"{name}: rank {number} on {cpus}" for name, cpus in expected.items() for number in (0, 1)
+    masks: dict[str, list[list[int]]] = {}
+    for name, mask in map(json.loads, done.stdout.splitlines()):
+        masks.setdefault(name, []).append(mask)
+    assert apart(masks["torch's options"])
+    assert apart(masks["ours"])
+    assert masks["none"] == masks["uninstalled"] == [sorted(os.sched_getaffinity(0))] * 2
+
+
+FUNCTIONS = """
+import json, os, sys, time
+mask_at_import = sorted(os.sched_getaffinity(0))
+
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from rankspawn import AffinityMode, NumaOptions, torchrun
+
+def report(word):
+    return word, int(os.environ["RANK"]), mask_at_import, sorted(os.sched_getaffinity(0))
+
+def fail():
+    if os.environ["RANK"] == "1":
+        raise ValueError("of rank 1")
+    time.sleep(600)
+
+def launch(function, *args, interval=600):  # nobody waits so long
+    config = LaunchConfig(1, 1, 2, run_id="functions", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+                          start_method=sys.argv[1], monitor_interval=interval)
+    return elastic_launch(config, function)(*args)
+
+if __name__ == "__main__":
+    with torchrun.installed(NumaOptions(AffinityMode.EXCLUSIVE)):
+        for rank, told in launch(report, "hello").items():
+            print(json.dumps([rank, told]))
+        try:
+            launch(fail)
+        except ChildFailedError as error:
+            print(error.get_first_failure()[1].message)
+"""
+
+
+@needs_two_cpus
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+def test_functions(tmp_path: Path, method: str) -> None:
+    """Their values and errors come back, and they are bound: before their imports, where these are their own."""
+    (tmp_path / "functions.py").write_text(FUNCTIONS)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "functions.py"), method], capture_output=True, text=True, timeout=120
     )
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert [(rank, told[:2]) for rank, told in said] == [(0, ["hello", 0]), (1, ["hello", 1])]
+    assert apart([told[3] for _, told in said])
+    if method == "spawn":
+        assert all(at_import == now for _, (_, _, at_import, now) in said)
+    assert "ValueError: of rank 1" in done.stdout
 
 
 # ---- waiting --------------------------------------------------------------------------------------------------------
