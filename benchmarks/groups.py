@@ -104,8 +104,8 @@ def context_job(place: Place, *, ranks: int) -> Job:
     return once
 
 
-def command_job(place: Place, *, command: tuple[str, ...], ranks: int) -> Job:
-    """Another launcher's command that starts ``ranks`` of the tiny program."""
+def command_job(place: Place, *, command: tuple[str, ...]) -> Job:
+    """Another launcher's command, which starts as many of the tiny program as it says."""
     from worker import Skip
 
     program = which(command[0])
@@ -116,13 +116,14 @@ def command_job(place: Place, *, command: tuple[str, ...], ranks: int) -> Job:
 
     def once() -> int:
         began = perf_counter_ns()
-        done = subprocess.run(argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+        # The tiny program does not call MPI_Init; they start and reap it all the same.
+        try:
+            done = subprocess.run(argv, env=environment, capture_output=True, timeout=30, check=False)
+        except subprocess.TimeoutExpired:
+            raise Skip(f"{command[0]} did not end within 30 s") from None
         took = perf_counter_ns() - began
-        # The tiny program does not call MPI_Init; mpirun starts and reaps it all the same.
         if done.returncode:
-            raise Skip(
-                f"{command[0]} ended with status {done.returncode}: {done.stderr.decode(errors='replace')[:200]}"
-            )
+            raise Skip(f"{command[0]} ended with status {done.returncode}: {done.stderr.decode(errors='replace')[:80]}")
         return took
 
     return once

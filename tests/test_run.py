@@ -691,6 +691,16 @@ def test_a_step_of_slurm_says_which_machine_this_is() -> None:
     assert said(done.stdout)[1]["MASTER_PORT"] == "29514"
 
 
+def test_ranks_that_share_the_one_cpu_of_a_slurm_task_are_said() -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two CPUs")
+    cpu = min(os.sched_getaffinity(0))
+    command = after(f"os.sched_setaffinity(0, {{{cpu}}})", in_ranks("", "--nproc-per-node", "2"))
+    done = completed(command, env=environment_here(**SLURM))
+    assert done.returncode == 0
+    assert re.fullmatch(rf"rankspawn: 2 ranks share CPUs {cpu}: `srun .*\n", done.stderr), done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -175,7 +175,11 @@ def _job(args: argparse.Namespace) -> Job:
 
     nnodes, node_rank = args.nnodes, args.node_rank
     if nnodes is None and node_rank is None:
-        node = Step.read(os.environ).node(args.master_addr, args.master_port)
+        step = Step.read(os.environ)
+        node = step.node(args.master_addr, args.master_port)
+        if step.launcher and hasattr(os, "sched_getaffinity"):
+            if crowded := step.crowding(args.nproc_per_node, os.sched_getaffinity(0), set(range(os.cpu_count() or 1))):
+                say(crowded)
         address, port, run_id = node.master_addr, node.master_port, node.run_id
         nnodes, node_rank = node.nnodes, node.node_rank
     else:
