@@ -36,7 +36,7 @@ PIP_FAILED = { echo "make: pip could not install what is named above. It needs a
   echo "make: a proxy (https_proxy) or your pip configuration, then run the same make again."; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lint-python lint-types lint-cython lint-c format test-asan test-cpython test-numavm test-slurm test-mpi test-torch test-gpu test-gpu-here bench package clean distclean
+.PHONY: help demo test lint lint-python lint-types lint-cython lint-c format test-asan test-cpython test-numavm test-storm test-slurm test-mpi test-torch test-gpu test-gpu-here bench package clean distclean
 
 help: ## print these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -100,6 +100,9 @@ test-numavm: $(VENV)/.test $(VENV)/.built ## bindings on a kernel with five NUMA
 	$(PY) -m tests.numavm.run $(NUMAVM_ARGS)
 
 # Their daemons are the tests' own, in folders and on ports of their own: nothing of a Slurm that is here is used.
+test-storm: $(VENV)/.test $(VENV)/.built ## launchers killed at 460 random moments, and 100,000 ranks (5 minutes)
+	$(PY) -m pytest tests/storm $(PYTEST_ARGS)
+
 test-slurm: $(VENV)/.test $(VENV)/.built | build/.slurm ## under a real Slurm of two nodes on this machine (installs slurm-wlm and munge)
 	$(PY) -m pytest tests/slurm $(PYTEST_ARGS)
 

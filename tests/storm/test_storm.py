@@ -1,0 +1,127 @@
+"""What takes minutes: launchers killed at any moment, and a hundred thousand ranks. ``make test-storm``."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests.processes import new_cgroup
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="death signals, the guard and cgroups are Linux's")
+
+MARK = "RANKSPAWN_STORM_MARK"
+
+# Starts and ends groups for as long as it lives; says when the first begins. A rank has a child in its own process
+# group, and one in a group of that child's own.
+LAUNCHER = """
+import os, random, sys, time
+from rankspawn import launch
+children, options = sys.argv[1] == "children", eval(sys.argv[2])
+script = "set -m; sleep 300 & set +m; sleep 300 & wait" if children else "exec sleep 300"
+os.write(1, b".")
+while True:
+    with launch(["/bin/sh", "-c", script], 16, grace=1.0, **options):
+        time.sleep(random.uniform(0, 0.02))
+"""
+
+
+def left_behind(mark: str) -> dict[int, str]:
+    """The processes that carry the mark in their environment, zombies left out."""
+    found = {}
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            if f"{MARK}={mark}".encode() in Path("/proc", pid, "environ").read_bytes().split(b"\0"):
+                found[int(pid)] = Path("/proc", pid, "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue
+    return found
+
+
+def kill_a_launcher(random_moment: float, children: bool, options: dict[str, object]) -> dict[int, str]:
+    """Who is left a second after a launcher has been killed."""
+    mark = uuid.uuid4().hex
+    command = [sys.executable, "-c", LAUNCHER, "children" if children else "alone", repr(options)]
+    with subprocess.Popen(command, env={**os.environ, MARK: mark}, stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.read(1) == b"."
+        time.sleep(random_moment)
+        launcher.kill()
+        assert launcher.wait() == -signal.SIGKILL
+    until = time.monotonic() + 1.0
+    while (left := left_behind(mark)) and time.monotonic() < until:
+        time.sleep(0.02)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return left
+
+
+@pytest.mark.parametrize(
+    ("what", "times"),
+    [("ranks, by their death signal", 200), ("children too, by the guard", 200), ("children too, by the cgroup", 60)],
+)
+def test_a_killed_launcher_leaves_nothing(what: str, times: int, request: pytest.FixtureRequest) -> None:
+    seed = random.randrange(1 << 32)
+    moments = random.Random(seed)
+    options: dict[str, object] = {"guard": True} if "guard" in what else {}
+    if "cgroup" in what:
+        options = {"cgroup": str(request.getfixturevalue("own_cgroup"))}
+    for turn in range(times):
+        left = kill_a_launcher(moments.uniform(0, 0.15), "children" in what, options)
+        assert left == {}, f"turn {turn} of seed {seed}"
+
+
+@pytest.fixture
+def own_cgroup() -> object:
+    with new_cgroup() as path:
+        yield path
+        until = time.monotonic() + 2.0
+        while any(entry.is_dir() for entry in Path(path).iterdir()) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert [entry.name for entry in Path(path).iterdir() if entry.is_dir()] == []
+
+
+SOAK = """
+import gc, json, os, sys
+from rankspawn import Binding, launch
+ranks, group = int(sys.argv[1]), 64
+bindings = [Binding({cpu}) for cpu in sorted(os.sched_getaffinity(0))]
+bindings = [bindings[rank % len(bindings)] for rank in range(group)]
+
+def state():
+    gc.collect()
+    with open("/proc/self/status") as status:
+        said = dict(line.split(":", 1) for line in status)
+    children = [name for task in os.listdir("/proc/self/task")
+                for name in open(f"/proc/self/task/{task}/children").read().split()]
+    return {"rss": int(said["VmRSS"].split()[0]), "threads": int(said["Threads"]), "fds": os.listdir("/proc/self/fd"),
+            "children": children}
+
+done, after = 0, None
+while done < ranks:
+    with launch(["/bin/true"], group, bindings=bindings) as ranks_of_one:
+        assert ranks_of_one.wait() == (0,) * group
+    done += group
+    if after is None and done >= ranks // 10:
+        after = state()
+print(json.dumps([after, state(), done]))
+"""
+
+
+def test_a_hundred_thousand_ranks() -> None:
+    done = subprocess.run([sys.executable, "-c", SOAK, "100000"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    after_a_tenth, at_the_end, ranks = json.loads(done.stdout)
+    assert ranks >= 100_000
+    for what in ("threads", "fds", "children"):
+        assert at_the_end[what] == after_a_tenth[what]
+    # In KiB: 20 bytes lost with each rank would be more.
+    assert at_the_end["rss"] - after_a_tenth["rss"] < 2048
