@@ -710,6 +710,16 @@ def test_a_grandchild_does_not_hide_the_end() -> None:
     assert found == {"stock": (False, None, 0), "our": (True, None, 0)}
 
 
+def test_descriptors_of_a_process() -> None:
+    """As many are open here for one that runs as by the stock context: its sentinel, and the pipe to it."""
+    found = []
+    for ctx in (multiprocessing.get_context("spawn"), get_context("spawn", [Binding(set(CPUS))])):
+        before = len(os.listdir("/proc/self/fd"))
+        with Waiting(ctx):
+            found.append(len(os.listdir("/proc/self/fd")) - before)
+    assert found == [3, 3]  # the third is the test's own pipe
+
+
 @needs_the_engine
 def test_signals_go_by_pidfd(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By number a signal can reach a stranger: of a server's fork nobody here holds the number."""

@@ -143,8 +143,12 @@ class SpawnPopen(_BoundPopen, popen_spawn_posix.Popen):
         finally:
             _close(*passed)
         self.pid, self._pidfd, self.refused = process.pid, process._pidfd, process._refused
-        # The pidfd says that the process has ended; the pipe, that nobody holds its other end, which a grandchild may.
-        self.sentinel = parent_r if self._pidfd is None else self._pidfd.fd
+        if self._pidfd is None:
+            self.sentinel = parent_r
+        else:
+            # It says that the process has ended. A pipe says that nobody holds its other end, which a grandchild may.
+            self.sentinel = self._pidfd.fd
+            os.close(kept.pop())
         self.finalizer = util.Finalize(self, _close, kept)
         try:
             _write(parent_w, data)
