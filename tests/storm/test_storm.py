@@ -21,12 +21,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="death signals, 
 MARK = "RANKSPAWN_STORM_MARK"
 
 # Starts and ends groups for as long as it lives; says when the first begins. A rank has a child in its own process
-# group, and one in a group of that child's own.
+# group, and one in a group of its own (timeout makes one).
 LAUNCHER = """
 import os, random, sys, time
 from rankspawn import launch
 children, options = sys.argv[1] == "children", eval(sys.argv[2])
-script = "set -m; sleep 300 & set +m; sleep 300 & wait" if children else "exec sleep 300"
+script = "timeout 300 sleep 300 & sleep 300 & wait" if children else "exec sleep 300"
 os.write(1, b".")
 while True:
     with launch(["/bin/sh", "-c", script], 16, grace=1.0, **options):
