@@ -193,12 +193,16 @@ def test_what_comes_before_each_rank_is_light() -> None:
 def test_signals_are_as_they_were() -> None:
     """The interpreter ignores two; what a user ignores (nohup) stays ignored."""
     status = [*BIND, "cat", "/proc/self/status"]
-    assert dict(re.findall(r"^Sig(Ign|Blk|Cgt):\s*0*(\w+)$", ran(status).stdout, re.M)) == dict.fromkeys(
-        ("Ign", "Blk", "Cgt"), "0"
-    )
+
+    def masks(command: list[str]) -> dict[str, int]:
+        lines = re.findall(r"^Sig(Ign|Blk|Cgt):\s*(\w+)$", ran(command).stdout, re.M)
+        found = {name: int(mask, 16) for name, mask in lines}
+        # glibc's posix_spawn, by which make starts what it starts, ignores the two signals that are glibc's own.
+        return {**found, "Ign": found["Ign"] & ~(3 << 31)}
+
+    assert masks(status) == {"Ign": 0, "Blk": 0, "Cgt": 0}
     code = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execvp(sys.argv[1], sys.argv[1:])"
-    ignored = ran([sys.executable, "-c", code, *status]).stdout
-    assert f"SigIgn:\t{1 << signal.SIGHUP - 1:016x}\n" in ignored
+    assert masks([sys.executable, "-c", code, *status])["Ign"] == 1 << signal.SIGHUP - 1
 
 
 # ---- what was inherited ---------------------------------------------------------------------------------------------
