@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 GRACE_SECONDS = 30.0
 """How long ranks that were told to end may take until they are killed; torchrun waits as long."""
 
-
 _CONTINUE = (signal.SIGCONT,) if hasattr(signal, "SIGCONT") else ()
 
 
@@ -74,6 +73,7 @@ class RankGroup:
         self._kill_at: float | None = None
         self._give_up_at: float | None = None
         self._lingering = False
+        self._asked: set[int] = set()
         self._owner = os.getpid()
         self._closed = False
 
@@ -144,6 +144,10 @@ class RankGroup:
                 self._end_after_failure()
         asked = self._kill_at is not None and not self.killing and not passed(self._kill_at)
         self._lingering = asked and not self._watch.running and groups_run(self.ranks)
+        if self._lingering and signal.SIGTERM not in self._asked:
+            # What a shell starts in the background ignores SIGINT, and would be waited for in vain.
+            with suppress(PermissionError):
+                self.stop()
         return bool(self._watch.running) or self._lingering
 
     def watch(self, descriptor: int) -> None:
@@ -202,6 +206,7 @@ class RankGroup:
 
         For any thread and for signal handlers, as ``send_signal``, whose errors it raises.
         """
+        self._asked.add(sig)
         self._kill_at = sooner(self._kill_at, until(self._grace if grace is None else grace))
         self._watch.ring()
         self._check_owner()
