@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -362,6 +363,15 @@ def test_two_agents_of_one_job_one_of_them_torchs(tmp_path: Path, first: str) ->
     assert [outcome.status for outcome in outcomes] == [0, 0], [outcome.stderr for outcome in outcomes]
     said = sorted(line for outcome in outcomes for line in outcome.stdout)
     assert said == [f"out {rank} []" for rank in range(4)]
+
+
+@pytest.mark.skipif(find_spec("sklearn") is None, reason="scikit-learn is not installed")
+def test_data_parallel_training(tmp_path: Path) -> None:
+    digits = Path(__file__).parents[2] / "examples" / "ddp_digits.py"
+    options = [*TWO, "--numa-binding", "node", str(digits)]
+    ours = finish(start("ours", tmp_path / "ours", options, None, {}), tmp_path / "ours")
+    assert ours.status == 0, ours.stderr
+    assert "parameters     identical on every rank" in ours.stdout
 
 
 # ---- what torchrun cannot do here -----------------------------------------------------------------------------------
