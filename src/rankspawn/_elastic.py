@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 import time
@@ -80,12 +81,9 @@ class _Waiting:
         return [binding_for(number, options, self.envs[number]) for number in range(self.nprocs)]
 
     def wait(self, timeout: float = -1, period: float = 1) -> Any:
-        end = time.monotonic() + timeout
-        while not (result := self._poll()):
-            left = period if timeout < 0 else min(period, end - time.monotonic())
-            if left <= 0:
-                break
-            self.rest(left)
+        end = math.inf if timeout < 0 else time.monotonic() + timeout
+        while not (result := self._poll()) and (left := end - time.monotonic()) > 0:
+            self.rest(min(period, left))
         return result
 
     def rest(self, seconds: float) -> None:
@@ -195,6 +193,8 @@ class MultiprocessContext(_Waiting, contexts.MultiprocessContext):  # type: igno
 
     def rest(self, seconds: float) -> None:
         """As for programs; but a function's end is the value that it returns, and torch reports one failure at most."""
+        if os.name != "posix":
+            return time.sleep(seconds)
         end = time.monotonic() + seconds
         values = {queue._reader.fileno() for rank, queue in self._ret_vals.items() if rank not in self._return_values}
         while values and (left := end - time.monotonic()) > 0:
@@ -202,6 +202,7 @@ class MultiprocessContext(_Waiting, contexts.MultiprocessContext):  # type: igno
             if not values.issuperset(ready):
                 break
             values.difference_update(ready)
+        return None
 
 
 class LocalElasticAgent(agents.LocalElasticAgent):  # type: ignore[misc]

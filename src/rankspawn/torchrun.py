@@ -165,10 +165,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m rankspaw
     parser.prog = prog
     if "--numa-binding" not in parser._option_string_actions:  # torch before 2.9
         modes = [mode.value for mode in AffinityMode]
-        parser.add_argument("--numa-binding", "--numa_binding", choices=modes, help="where each worker is bound")
+        parser.add_argument("--numa-binding", "--numa_binding", choices=modes, help="Of rankspawn: binds each worker.")
     parser.add_argument(
-        "--memory-policy", "--memory_policy", choices=MEMORY_MODES,
-        help="with --numa-binding: the policy of each worker's memory over its own nodes (rankspawn)",
+        "--memory-policy", "--memory_policy", choices=MEMORY_MODES, metavar="MODE",
+        help=f"Of rankspawn, with --numa-binding: over each worker's own nodes; {', '.join(MEMORY_MODES)}.",
     )  # fmt: skip
     options = parser.parse_args(arguments)
     numa_options = None

@@ -223,6 +223,29 @@ def test_functions(tmp_path: Path, method: str) -> None:
     assert "ValueError: of rank 1" in done.stdout
 
 
+REFUSED = """
+import multiprocessing, tempfile, time
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+from rankspawn import Binding, BindingError, _elastic, torchrun
+
+if __name__ == "__main__":
+    torchrun.install()
+    _elastic.binding_for = lambda rank, *_: Binding({5000}) if rank else None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            start_processes("test", time.sleep, {0: (600,), 1: (600,)}, {0: {}, 1: {}}, DefaultLogsSpecs(folder))
+        except BindingError as error:
+            print(error.step, multiprocessing.active_children())
+"""
+
+
+@needs_two_cpus
+def test_a_function_that_cannot_be_bound_leaves_none(tmp_path: Path) -> None:
+    (tmp_path / "refused.py").write_text(REFUSED)
+    done = subprocess.run([sys.executable, str(tmp_path / "refused.py")], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "sched_setaffinity []\n"), done.stderr
+
+
 # ---- waiting --------------------------------------------------------------------------------------------------------
 
 
@@ -274,6 +297,7 @@ def test_a_wait_that_nobody_ends(context: Any) -> None:
     ranks = context("sleep 600")
     assert ranks.wait(timeout=0) is None
     assert ranks.wait(timeout=0.3, period=0.1) is None
+    assert ranks.wait(timeout=0.1, period=0) is None
     (pid,) = ranks.pids().values()
     ranks.close()
     assert not Path(f"/proc/{pid}").exists()
