@@ -19,8 +19,8 @@ PORT = "29611"
 DIFFERENCES: dict[str, tuple[object, object]] = {
     # Rank 0 makes the store at MASTER_PORT itself. torchrun's agent makes it, and lives as long as the job.
     "TORCHELASTIC_USE_AGENT_STORE": ("True", "False"),
-    # Where torch's @record leaves a rank's exception for the agent to read.
-    "TORCHELASTIC_ERROR_FILE": (..., None),
+    # Where torch's @record leaves a rank's exception, in the log folder of each.
+    "TORCHELASTIC_ERROR_FILE": (..., ...),
     # torchrun's own option, which reaches ranks because it is kept in the agent's environment.
     "TORCHELASTIC_SIGNALS_TO_HANDLE": (..., None),
     # The clock when the rank was called.
