@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from rankspawn import RankGroup, launch
@@ -681,6 +682,31 @@ def test_a_forked_copy_that_closes_its_group_ends_nobody(guard: bool) -> None:
         os.kill(group.pids()[1], signal.SIGKILL)
         assert group.wait(PATIENCE) == (TERMINATED, KILLED)
     assert not Path(files[0].error).parent.exists()
+
+
+def guard_of(group: RankGroup) -> int:
+    """The pid of a group's guard: the one child of this process that is no rank."""
+    (guard,) = {child.pid for child in psutil.Process().children()} - set(group.pids())
+    return guard
+
+
+@pytest.mark.parametrize("waiting", ["wait", "wait_any", "await"])
+def test_the_death_of_the_guard_is_said_at_once_and_once(waiting: str) -> None:
+    with launch(shell("exec sleep 1000"), 2, guard=True, die_with_parent=False) as group:
+
+        def wait() -> None:
+            if waiting == "await":
+                asyncio.run(asyncio.wait_for(group._wait_in_loop(), PATIENCE))
+            else:
+                getattr(group, waiting)(PATIENCE)
+
+        guard = guard_of(group)
+        os.kill(guard, signal.SIGKILL)
+        with pytest.raises(RuntimeWarning, match=rf"the guard \(process {guard}\) has ended"):  # warnings are errors
+            wait()
+        os.kill(group.pids()[0], signal.SIGKILL)
+        wait()
+        assert group.returncodes[0] == KILLED
 
 
 def test_a_forked_copy_that_ends_as_python_ends() -> None:

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 import pytest
 
 from tests.launchers import (
@@ -382,6 +383,19 @@ def test_the_guard_ends_what_ranks_of_a_killed_launcher_started() -> None:
         job.end()
         for pid in started:
             eventually(lambda pid=pid: has_ended(pid))
+
+
+@linux
+def test_a_guard_that_is_killed_is_said() -> None:
+    with launched(in_ranks(SLEEP, "--guard")) as job:
+        rank = job.hear(1)[0]
+        children = psutil.Process(job.process.pid).children()
+        (guard,) = [child for child in children if child.pid != rank]
+        guard.kill()
+        told = f"rankspawn: the guard (process {guard.pid}) has ended: what the ranks have started stays behind"
+        assert job.stderr.readline().startswith(told)
+        os.kill(rank, signal.SIGTERM)
+        assert job.end() == 128 + signal.SIGTERM
 
 
 @linux

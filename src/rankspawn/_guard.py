@@ -20,7 +20,7 @@ How it is sound, from the first moment to the last:
     milliseconds, in which all other numbers would have to be used for this one to come again.
  5. It has a session of its own (no terminal's signal, no signal to the launcher's group reaches it), / as its folder,
     nothing of the launcher's open, and ignores SIGINT, SIGTERM and SIGHUP. It does not run in the group's cgroup.
- 6. Killed itself, it ends no rank and no launcher; the launcher can see it (Guard.process).
+ 6. Killed itself, it ends no rank and no launcher; the launcher can see it (Guard.process), and launch() says it.
 
 A forked copy of the launcher may hold the pipe for days: after the launcher's death the guard waits for the end of the
 file for ``patience`` seconds at most. A child is between clone and its registration for microseconds.

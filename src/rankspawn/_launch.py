@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ._crew import start_ranks
@@ -20,6 +21,7 @@ from ._group import GRACE_SECONDS, RankGroup
 if TYPE_CHECKING:
     from ._binding import AffinityMode, Binding, MemoryMode, MemoryPolicy
     from ._cgroup import GroupCgroup
+    from ._guard import Guard
     from ._logs import LogFolder, RankFiles
     from ._placement import Rank
     from ._popen import Popen
@@ -116,7 +118,8 @@ def launch(
     tee: the lines that the ranks write to their log files are shown here too, with a prefix; without ``log_dir`` the
         files are temporary ones. tee_ranks: of these ranks only. files: instead of ``log_dir``, made by ``rank_files``.
     die_with_parent: the kernel kills the ranks when this process ends, however it ends; None: where it can.
-    guard: a small process ends, when this process has been killed, also what the ranks have started.
+    guard: a small process ends, when this process has been killed, also what the ranks have started. Where it has been
+        killed itself, whoever waits for the group gets a RuntimeWarning.
     cgroup: a delegated directory of cgroup v2. The ranks are born in a cgroup made in it, which ends with the group,
         whatever session its processes have moved to; a guard is on, too.
     keep_going: a rank that fails does not end the others. grace: from SIGTERM to SIGKILL, in seconds; 30 if left out.
@@ -149,7 +152,7 @@ def launch(
                 variables["OMP_NUM_THREADS"] = str(rank.omp_threads)
     _check_descriptors(nprocs)
     ranks: list[Popen] = []
-    guard_fd = -1
+    guarding: Guard | None = None
     temporary: LogFolder | None = None
     # Not a with block: there is no moment at which what was opened is neither this function's to close nor the group's.
     resources = ExitStack()
@@ -180,7 +183,7 @@ def launch(
 
             # Before its cgroup is made, and closed after that has gone: no death in between leaves the directory.
             path = None if cgroup is None else os.path.join(os.path.abspath(cgroup), name)
-            guard_fd = resources.enter_context(closing(Guard.start(path))).fd
+            guarding = resources.enter_context(closing(Guard.start(path)))
         if cgroup is not None:
             own_cgroup = _make_cgroup(resources, cgroup, name)
         start_ranks(
@@ -193,11 +196,11 @@ def launch(
             cwd=cwd,
             die_with_parent=_can_die_with_parent() if die_with_parent is None else die_with_parent,
             cgroup=None if own_cgroup is None else own_cgroup.fd,
-            guard=guard_fd,
+            guard=-1 if guarding is None else guarding.fd,
             progress=progress,
         )
         with _enough_descriptors(ranks):
-            return RankGroup(
+            group = RankGroup(
                 ranks,
                 resources=resources,
                 keep_going=keep_going,
@@ -207,6 +210,9 @@ def launch(
                 called_ns=called_ns,
                 run_id=job.run_id,
             )
+        if guarding is not None and guarding.process.pidfd is not None:
+            group._watch.once(guarding.process.pidfd, partial(_warn_of_death, guarding))
+        return group
     except BaseException:
         try:
             end_ranks(ranks)
@@ -288,6 +294,15 @@ def _make_cgroup(resources: ExitStack, parent: str | os.PathLike[str], name: str
 
     resources.callback(end)
     return made
+
+
+def _warn_of_death(guard: Guard) -> None:
+    warnings.warn(
+        f"the guard (process {guard.process.pid}) has ended: what the ranks have started stays behind if this process is"
+        " killed now",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _can_die_with_parent() -> bool:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -125,6 +126,7 @@ def _run(args: argparse.Namespace) -> int:
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     attempts: list[Attempt] = []
+    warnings.showwarning = lambda message, *where: say(str(message))
     with signals_as_bytes() as signals, _folder(args.log_dir) as folder:
         job = _job(args)
         try:

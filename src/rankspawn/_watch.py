@@ -8,7 +8,7 @@ import selectors
 import struct
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -66,6 +66,10 @@ class Watch:
     def add(self, descriptor: int) -> None:
         """Have ``look`` return, too, when ``descriptor`` is readable."""
         self._selector.register(descriptor, selectors.EVENT_READ)
+
+    def once(self, descriptor: int, call: Callable[[], None]) -> None:
+        """Have ``look`` call ``call``, and look at it no more, when ``descriptor`` is readable."""
+        self._selector.register(descriptor, selectors.EVENT_READ, call)
 
     def fileno(self) -> int | None:
         """A descriptor that is readable when ``look`` has something to say; None where there is none."""
@@ -152,6 +156,9 @@ class Watch:
             if key.fd == self._bell:
                 with suppress(BlockingIOError):
                     os.eventfd_read(self._bell)
+            elif callable(key.data):
+                self._selector.unregister(key.fd)
+                key.data()
             elif key.data is not None:
                 # In this order: an exception in between loses nothing. And it stays one that is polled while a
                 # debugger holds it: its pidfd says the end long before the end can be collected.
