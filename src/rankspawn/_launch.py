@@ -298,8 +298,8 @@ def _make_cgroup(resources: ExitStack, parent: str | os.PathLike[str], name: str
 
 def _warn_of_death(guard: Guard) -> None:
     warnings.warn(
-        f"the guard (process {guard.process.pid}) has ended: what the ranks have started stays behind if this process is"
-        " killed now",
+        f"the guard (process {guard.process.pid}) has ended: what the ranks have started stays behind if this process"
+        " is killed now",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -1,4 +1,4 @@
-"""``rankspawn torchrun`` on two machines, which are network namespaces: torch's rendezvous, and ranks that exchange data.
+"""``rankspawn torchrun`` on two machines, which are network namespaces: torch's rendezvous, ranks that exchange data.
 
 What becomes of the job when a machine is lost is torch's to decide. These tests hold that our ranks and our agent let
 it: ends are noticed within a bounded time, and the elastic restart comes.
@@ -24,15 +24,20 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 SECONDS = 240
 PORT = 29400
 
-MEET = SAY + f"""
+MEET = (
+    SAY
+    + f"""
 sys.path.insert(0, {str(EXAMPLES)!r})
 import ring_allreduce
 here = os.path.exists(sys.argv[1])
 job = ring_allreduce.meet(60)
 say([int(os.environ["TORCHELASTIC_RESTART_COUNT"]), ring_allreduce.WORLD_SIZE])
 """
+)
 # Ranks that exchange data until a file is there; a socket of theirs waits two seconds for the others.
-EXCHANGE = MEET + """
+EXCHANGE = (
+    MEET
+    + """
 from array import array
 ring = ring_allreduce.join_ring(job, 2)
 vector = array('d', [0])
@@ -41,14 +46,18 @@ while not vector[0]:  # all leave in the same turn
     ring_allreduce.all_reduce(vector, ring)
     time.sleep(0.01)
 """
+)
 # One of them fails, once; the other waits for its end then.
-FAIL_ONCE = MEET + """
+FAIL_ONCE = (
+    MEET
+    + """
 if not here and ring_allreduce.RANK == 1:
     open(sys.argv[1], "x").close()
     sys.exit(3)
 if not here:
     time.sleep(600)
 """
+)
 
 
 @pytest.fixture
