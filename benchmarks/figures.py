@@ -177,6 +177,9 @@ def _threads() -> Section:
     )
 
 
+FLOORS = ("crew", "homing")
+
+
 def _launch() -> Section:
     two = Situation(cores=2)
     loaded = Situation(cores=2, name="torch")
@@ -184,12 +187,13 @@ def _launch() -> Section:
     rows: list[Figure] = []
     for ranks in (64, 256):
         ours = Case(f"launch of {ranks}", "launch", (("ranks", ranks),), two)
-        floor = Case(f"floor: 2 threads, {ranks}", "floor", (("mode", "crew"), ("ranks", ranks)))
+        floor, homing = (Case(f"floor: {m}, {ranks}", "floor", (("mode", m), ("ranks", ranks))) for m in FLOORS)
         loop = Case(f"subprocess.Popen of numactl, {ranks}", "numactl_loop", (("ranks", ranks),), two)
         theirs = Case(f"torch's SubprocessContext, {ranks}", "context", (("ranks", ranks),), loaded)
-        cases += [ours, floor, loop, theirs]
+        cases += [ours, floor, homing, loop, theirs]
         rows += [
-            Figure(f"launch of {ranks} bound ranks / the floor's 2 threads", ours, floor, most=1.10),
+            Figure(f"launch of {ranks} bound ranks / the floor's 4 threads", ours, floor, most=1.10),
+            Figure("  / the same, each thread on the CPU of its ranks, as ours are", ours, homing),
             Figure("  torch's SubprocessContext, node / launch", theirs, ours, least=6.0),
             Figure("  a loop of subprocess.Popen of numactl / launch", loop, ours, least=3.0),
         ]

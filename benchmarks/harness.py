@@ -167,9 +167,9 @@ class Bench:
         if mode == "ends":
             return self._started((mode, ranks), [self.programs["ends"], str(ranks)])
         cpus, crew = [self.cpu], []
-        if mode == "crew":
-            # As many threads as launch() takes: one for each of two CPUs.
-            cpus, crew = self._cpus(2), [str(ranks), "2"]
+        if mode in ("crew", "homing"):
+            # As many threads as launch() takes: two for each of two CPUs.
+            cpus, crew = self._cpus(2), [str(ranks), "4"]
         argv = [self.programs["floor"], mode, ",".join(map(str, cpus)), str(self.node), self.programs["tiny"], *crew]
         return self._started((mode, ranks), argv)
 
