@@ -21,6 +21,8 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 # And for tests/numavm/run.py.
 NUMAVM_ARGS ?=
+# And for tests/interpreters/run.py, and through it for pytest.
+INTERPRETERS_ARGS ?=
 # The tests that exercise C: everything else would only run Python slower.
 ASAN_TESTS ?= $(wildcard tests/test_spawn*.py tests/test_popen*.py tests/test_failures*.py tests/test_faults.py tests/test_signals.py tests/test_crew.py)
 
@@ -36,10 +38,10 @@ PIP_FAILED = { echo "make: pip could not install what is named above. It needs a
   echo "make: a proxy (https_proxy) or your pip configuration, then run the same make again."; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lint-python lint-types lint-cython lint-c format test-asan test-cpython test-numavm test-storm test-slurm test-mpi test-torch test-gpu test-gpu-here bench package clean distclean
+.PHONY: help demo test lint lint-python lint-types lint-cython lint-c format test-asan test-cpython test-cpython-forky test-interpreters test-numavm test-storm test-slurm test-mpi test-torch test-gpu test-gpu-here bench package clean distclean
 
 help: ## print these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # ---- what people run ----------------------------------------------------------------------------------------------
 
@@ -93,7 +95,15 @@ test-asan: build/asan/.built $(VENV)/.test $(VENV)/.built | build/.test-tools ##
 	$(PY) -m pytest -p no:cacheprovider --capture=sys $(ASAN_TESTS) $(PYTEST_ARGS)
 
 test-cpython: $(VENV)/.built ## CPython's own subprocess tests, with Popen replaced by ours
-	$(PY) tests/cpython/run.py --jobs 2
+	$(PY) -m tests.cpython.run --jobs 2
+
+# Each `make test` has an environment of its own, .venv-3.12 and the like. The versions that this machine lacks are those
+# of a Debian in .cache/forky, made by debootstrap as root.
+test-interpreters: | build/.forky ## the default tests on every CPython from 3.10 on (INTERPRETERS_ARGS="--only 3.15 -k crew")
+	$(PYTHON) -m tests.interpreters.run $(INTERPRETERS_ARGS)
+
+test-cpython-forky: | build/.forky ## test-cpython on the Pythons of Debian's suite forky
+	$(PYTHON) -m tests.interpreters.forky python3.15 -m tests.cpython.run --jobs 2
 
 # Needs an x86-64 Debian or Ubuntu, and installs QEMU there. NUMAVM_ARGS="-k interleave" narrows it.
 test-numavm: $(VENV)/.test $(VENV)/.built ## bindings on a kernel with five NUMA nodes, in a virtual machine (2 minutes)
@@ -206,7 +216,9 @@ build/.slurm: PACKAGES = slurm-wlm munge
 build/.slurm: PROGRAMS = munged slurmctld slurmd srun
 build/.mpi: PACKAGES = openmpi-bin mpich
 build/.mpi: PROGRAMS = mpirun.openmpi mpiexec.hydra
-build/.slurm build/.mpi: | build/.system
+build/.forky: PACKAGES = debootstrap
+build/.forky: PROGRAMS = debootstrap
+build/.slurm build/.mpi build/.forky: | build/.system
 	@missing() { for one in $(PROGRAMS); do PATH=$$PATH:/usr/sbin command -v $$one >/dev/null || echo $$one; done; }; \
 	if [ -n "$$(missing)" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "make: installing" $(PACKAGES); \

@@ -85,8 +85,10 @@ def _checked(binding: Binding, refused: list[RefusedStep]) -> tuple[RefusedStep,
 
 def _set_affinity(pid: int, cpus: Set[int]) -> int:
     """Set the mask of a running process; 0, or the errno of the refusal."""
-    import psutil
-
+    try:
+        import psutil
+    except ImportError:  # it cannot be imported in a sub-interpreter
+        return errno.ENOTSUP
     try:
         psutil.Process(pid).cpu_affinity(sorted(cpus))
     except psutil.NoSuchProcess:

@@ -82,7 +82,7 @@ class RankGroup:
     @property
     def running(self) -> tuple[int, ...]:
         """The ranks that have not been seen to end, by number."""
-        return tuple(self._watch.running)
+        return tuple(self._watch.running.copy())
 
     @property
     def returncodes(self) -> dict[int, int]:
@@ -321,7 +321,7 @@ class RankGroup:
         return {**stuck, **self._stuck()}
 
     def _stuck(self) -> dict[int, str]:
-        return {rank.pid: f"rank {number}" for number, rank in self._watch.running.items()}
+        return {rank.pid: f"rank {number}" for number, rank in self._watch.running.copy().items()}
 
     # ---- telling ----------------------------------------------------------------------------------------------------
 
@@ -363,7 +363,7 @@ class RankGroup:
 
     def note_effective(self) -> None:
         """Read from the kernel what each running rank is bound to, for ``report``."""
-        for number, rank in self._watch.running.items():
+        for number, rank in self._watch.running.copy().items():
             if self._effective.get(number) is None:
                 self._effective[number] = rank.binding_report.effective
 

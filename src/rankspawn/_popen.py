@@ -118,7 +118,8 @@ class Popen(_Stock):  # type: ignore[type-arg]
         It is closed with the last use of this object, and once the process was waited for, unless it leads a process
         group: send_signal_group() needs it then.
         """
-        return None if self._pidfd is None else int(self._pidfd.fd)
+        pidfd = self._pidfd  # once: another thread may be waiting for the process
+        return None if pidfd is None else int(pidfd.fd)
 
     @property
     def binding_report(self) -> BindingReport:

@@ -8,7 +8,8 @@ must not stop the program's other threads (cpython#104372).
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.limits cimport CHAR_BIT, INT_MAX
 from libc.stdint cimport int64_t
-from libc.string cimport memchr, memcpy, strchr, strerror, strlen, strncmp
+from libc.stdlib cimport free
+from libc.string cimport memchr, memcpy, strchr, strerror, strncmp
 from posix.types cimport gid_t, pid_t, uid_t
 from posix.unistd cimport close
 
@@ -104,6 +105,8 @@ cdef extern from "spawn.h" nogil:
 cdef extern from *:
     """
     #include <errno.h>
+    #include <stdlib.h>
+    #include <string.h>
     #include <unistd.h>
     #include "numa_shim.h"
 
@@ -128,9 +131,63 @@ cdef extern from *:
     #else
     #define rankspawn_has_libnuma 0
     #endif
+
+    struct rankspawn_environment {
+        char **variables; /* NULL at the end; with the text behind it in one block of malloc's */
+        size_t count;
+    };
+
+    static void rankspawn_copy_environ(struct rankspawn_environment *copy)
+    {
+        char **callers = rankspawn_environ, *text;
+        size_t size = 0;
+        while (callers && callers[copy->count]) {
+            size += strlen(callers[copy->count++]) + 1;
+        }
+        copy->variables = malloc((copy->count + 1) * sizeof(char *) + size);
+        if (!copy->variables) {
+            return;
+        }
+        text = (char *)(copy->variables + copy->count + 1);
+        for (size_t i = 0; i < copy->count; i++) {
+            size = strlen(callers[i]) + 1;
+            copy->variables[i] = memcpy(text, callers[i], size);
+            text += size;
+        }
+        copy->variables[copy->count] = NULL;
+    }
+
+    #ifdef Py_GIL_DISABLED
+    static int rankspawn_visit(PyObject *object, void *copy)
+    {
+        (void)object;
+        if (!((struct rankspawn_environment *)copy)->variables) {
+            rankspawn_copy_environ(copy);
+        }
+        return 0; /* the tour is over */
+    }
+    #endif
+
+    /* No other thread may run Python meanwhile: os.environ there moves the table, and in musl frees the strings too.
+     * The GIL sees to that. Without it the garbage collector's tour of all objects does, for whose time it stops the
+     * interpreter's other threads; ours is over at the first object. */
+    static struct rankspawn_environment rankspawn_callers_environment(void)
+    {
+        struct rankspawn_environment copy = {NULL, 0};
+    #ifdef Py_GIL_DISABLED
+        PyUnstable_GC_VisitObjects(rankspawn_visit, &copy);
+    #else
+        rankspawn_copy_environ(&copy);
+    #endif
+        return copy;
+    }
     """
-    char **rankspawn_environ
+    struct rankspawn_environment:
+        char **variables
+        size_t count
+
     bint rankspawn_has_libnuma
+    rankspawn_environment rankspawn_callers_environment()
     int rankspawn_set_mempolicy(int mode, const unsigned long *nodes, unsigned long bits)
 
 
@@ -179,8 +236,9 @@ cdef class _Arena:
     """What requests point to: memory that is taken piece by piece, never moves, and is freed as one."""
 
     cdef char **block  # begins with a pointer to the block before it
-    cdef char *free
+    cdef char *unused
     cdef size_t left, block_size
+    cdef char **callers  # the caller's environment, a block of its own
 
     def __cinit__(self):
         self.block_size = 4096
@@ -190,6 +248,7 @@ cdef class _Arena:
             before = <char **>self.block[0]
             PyMem_Free(self.block)
             self.block = before
+        free(self.callers)
 
     cdef void *take(self, size_t size) except NULL:
         cdef size_t whole = (size + sizeof(void *) - 1) & ~(sizeof(void *) - 1)
@@ -200,10 +259,10 @@ cdef class _Arena:
                 raise MemoryError()
             fresh[0] = <char *>self.block
             self.block = fresh
-            self.free = <char *>(fresh + 1)
+            self.unused = <char *>(fresh + 1)
             self.left = self.block_size - sizeof(void *)
-        taken = self.free
-        self.free += whole
+        taken = self.unused
+        self.unused += whole
         self.left -= whole
         return taken
 
@@ -259,20 +318,12 @@ cdef class _Arena:
         return taken
 
     cdef char **callers_environment(self, size_t *count) except NULL:
-        # A copy, made with the GIL held: os.environ in another thread moves the table, and in musl the strings too.
-        cdef char **callers = rankspawn_environ
-        cdef size_t i, size = 0
-        while callers is not NULL and callers[count[0]] is not NULL:
-            size += strlen(callers[count[0]]) + 1
-            count[0] += 1
-        taken = <char **>self.take((count[0] + 1) * sizeof(char *))
-        text = <char *>self.take(size)
-        for i in range(count[0]):
-            size = strlen(callers[i]) + 1
-            taken[i] = <char *>memcpy(text, callers[i], size)
-            text += size
-        taken[count[0]] = NULL
-        return taken
+        cdef rankspawn_environment copy = rankspawn_callers_environment()
+        if copy.variables is NULL:
+            raise MemoryError()
+        self.callers = copy.variables
+        count[0] = copy.count
+        return self.callers
 
     cdef unsigned int *ints(self, values) except NULL:
         """A C array of int (descriptors) or gid_t (groups): both are 32 bits wide. OverflowError for what is wider."""
@@ -491,7 +542,7 @@ def spawn(
 
 
 cdef class Crew:
-    """Ranks that are started in one call, by several threads. add() each, then run().
+    """Ranks that are started in one call, by several threads. add() each, then run(). It is one thread's, but started().
 
     count: how many there will be. env: the environment that they share, a mapping, or None for the caller's. The other
     arguments are fields of struct spawn_request.

@@ -38,7 +38,8 @@ class Watch:
     first_failure: the number of the first that was seen to end with another returncode than 0; None while none has.
 
     One thread looks at a time; another that wants to waits for it. A signal handler may look while its own thread does.
-    Nothing is lost when one raises in the middle of it.
+    Nothing is lost when one raises in the middle of it. Whoever goes through ``running`` goes through a copy: a look of
+    another thread may shorten it meanwhile.
     """
 
     def __init__(self, ranks: Sequence[Popen]) -> None:
@@ -136,7 +137,7 @@ class Watch:
             bell, self._bell = self._bell, -1
             if bell >= 0:
                 os.close(bell)
-        for woken in tuple(self._sleepers):
+        for woken in self._sleepers.copy():
             # Before its number is another file's. The sleepers wake, and see that nobody is left.
             woken.get_loop().remove_reader(self._selector.fileno())
         self._wake_sleepers()
@@ -213,7 +214,7 @@ class Watch:
         return ended
 
     def _wake_sleepers(self) -> None:
-        for woken in tuple(self._sleepers):
+        for woken in self._sleepers.copy():
             with suppress(RuntimeError):  # its loop has been closed
                 woken.get_loop().call_soon_threadsafe(_wake, woken)
 

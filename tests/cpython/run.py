@@ -10,7 +10,7 @@ once with the stock class and once with `subprocess.Popen` replaced, and fails w
 * a listed exception that passes or does not exist: the list must not outlive its reasons;
 * a run that did not use our class, or in which an object of the stock class made a child after all.
 
-Standard library only, so that any Python can start it: ``python3 tests/cpython/run.py --help``.
+Standard library only, so that any Python can start it: ``python3 -m tests.cpython.run --help``.
 """
 
 from __future__ import annotations
@@ -34,38 +34,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.interpreters.find import Interpreter, find_interpreters
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 VENVS = ROOT / ".venv-cpython"
 MODULES = ("test.test_subprocess", "test.test_asyncio.test_subprocess")
 MECHANISMS = ("clone", "posix_spawn", "subprocess")
-OLDEST = (3, 10)
 
 # Products of a build in the checkout: they are neither part of what is hashed nor of what is built from.
 BUILT = ("__pycache__", "*.so", "*.pyd", "*.egg-info", "_spawn.c")
-
-# What an interpreter is asked about itself. `base_prefix` unmasks a virtual environment and pyenv's shims.
-ASK = """
-import importlib.util, json, os, sys, sysconfig
-print(json.dumps({
-    "implementation": sys.implementation.name,
-    "version": list(sys.version_info[:2]),
-    "tag": sys.version.split()[0] + getattr(sys, "abiflags", ""),
-    "executable": os.path.realpath(sys.executable),
-    "venv": sys.prefix != sys.base_prefix,
-    "has_tests": bool(importlib.util.find_spec("test") and importlib.util.find_spec("test.test_subprocess")),
-}))
-"""
-
-
-@dataclass(frozen=True)
-class Interpreter:
-    """A CPython to test with. `tag` is its full version with its ABI flags, such as ``3.13.0`` or ``3.13.0t``."""
-
-    executable: str
-    version: tuple[int, int]
-    tag: str
-
 
 @dataclass
 class TestRecord:
@@ -122,46 +100,6 @@ class Row:
     seconds: float
     faults: tuple[str, ...]
     notes: tuple[str, ...]
-
-
-def find_interpreters(named: list[str]) -> tuple[list[Interpreter], list[str]]:
-    """The interpreters to test with, oldest first, and a message for each one that is passed over.
-
-    Of several installations of one version the first that has CPython's tests is taken (distributions often package
-    them apart).
-    """
-    candidates: list[Path] = [Path(name) for name in named]
-    if not named:
-        pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
-        folders = [Path(entry) for entry in os.environ.get("PATH", "").split(os.pathsep) if entry]
-        folders += sorted((pyenv / "versions").glob("*/bin"))
-        for folder in folders:
-            if folder.is_dir():
-                candidates += [p for p in sorted(folder.iterdir()) if re.fullmatch(r"python3(\.\d+t?)?", p.name)]
-    found: dict[str, Interpreter] = {}
-    passed_over: dict[str, str] = {}
-    for candidate in candidates:
-        try:
-            # -I: what is asked must not depend on the folder or the environment that this runs in.
-            answer = subprocess.run(
-                [str(candidate), "-I", "-c", ASK], capture_output=True, text=True, timeout=60, check=True
-            )
-            facts = json.loads(answer.stdout)
-        except (OSError, subprocess.SubprocessError, ValueError) as error:
-            if named:
-                raise SystemExit(f"{candidate}: not a usable interpreter: {error}") from error
-            continue  # A shim of a version manager for a version that is not installed, for example.
-        tag, executable = facts["tag"], facts["executable"]
-        version = (facts["version"][0], facts["version"][1])
-        if facts["implementation"] != "cpython":
-            passed_over[executable] = f"{executable}: {facts['implementation']}, not CPython"
-        elif version < OLDEST:
-            passed_over[executable] = f"{executable}: Python {tag} is older than {OLDEST[0]}.{OLDEST[1]}"
-        elif not facts["has_tests"]:
-            passed_over[executable] = f"{executable}: Python {tag} comes without CPython's tests"
-        elif tag not in found:
-            found[tag] = Interpreter(executable, version, tag)
-    return sorted(found.values(), key=lambda i: (i.version, i.tag)), sorted(passed_over.values())
 
 
 def sources() -> list[Path]:
@@ -533,7 +471,7 @@ def main() -> int:
     options = parser.parse_args()
 
     exceptions = read_excepted(HERE / "excepted.txt")
-    interpreters, passed_over = find_interpreters(options.python)
+    interpreters, passed_over = find_interpreters(options.python, with_tests=True)
     for message in passed_over:
         print(f"passed over: {message}")
     if not interpreters:
