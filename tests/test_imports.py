@@ -38,7 +38,8 @@ ARROWS: dict[str, set[str]] = {
     "_show": {"_options", "_openmp", "_svg", *PLACES},
     "_options": PLACES,
     "_svg": PLACES,
-    "_launch": {"_crew", "_group", "_ending", "_cgroup", "_guard", "_logs", "_tee", "_engine", "_popen", *PLACES},
+    "_launch": {"_crew", "_group", "_ending", "_cgroup", "_guard", "_logs", "_tee", "_engine", "_popen", *PLACES}
+    | {"_arguments"},
     "_group": {
         *{"_watch", "_ending", "_cgroup", "_logs", "_failure", "_report", "_processes"},
         *{"_popen", "_binding"},
@@ -52,7 +53,7 @@ ARROWS: dict[str, set[str]] = {
     "_failure": {"_logs", "_binding", "_popen", "_frozen"},
     "_tee": {"_logs"},
     "_logs": {"_frozen"},
-    "_handler": {"_popen", "_engine", "_placement", "_topology", "_visible", "_numa_options", "_binding"},
+    "_handler": {"_arguments", "_popen", "_engine", "_placement", "_topology", "_visible", "_numa_options", "_binding"},
     "_crew": {"_ending", "_popen", "_engine", "_arguments", "_spawn", "_binding"},
     "_context": {"_context_popen", "_binding"},
     "_context_popen": {"_popen", "_engine", "_spawn", "_forked", "_binding"},

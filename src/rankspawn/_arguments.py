@@ -42,6 +42,15 @@ def candidates(program: Any, env: Mapping[Any, Any] | None) -> tuple[str | bytes
     return tuple(os.path.join(os.fsencode(folder), name) for folder in os.get_exec_path(env))
 
 
+def callers_environment() -> dict[str, str]:
+    """A copy of os.environ, whose own copy() fails when another thread removes a variable meanwhile."""
+    while True:
+        try:
+            return dict(os.environ)
+        except KeyError:
+            continue
+
+
 def is_fifo(path: str) -> bool:
     try:
         return stat.S_ISFIFO(os.stat(path).st_mode)

@@ -9,6 +9,7 @@ import threading
 from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any
 
+from ._arguments import callers_environment
 from ._binding import AffinityMode, BindingError
 from ._engine import bind_process, bind_thread
 from ._popen import Popen
@@ -72,7 +73,7 @@ class SubprocessHandler:
         command = (entrypoint, *map(str, args))
         # Dropped when the start fails, so that what a subclass opened is closed.
         try:
-            self.proc, refused = self._start(command, {**os.environ, **env})
+            self.proc, refused = self._start(command, {**callers_environment(), **env})
         except BaseException:
             self._close_logs()
             raise

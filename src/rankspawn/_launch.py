@@ -13,6 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from ._arguments import callers_environment
 from ._crew import start_ranks
 from ._ending import end_ranks
 from ._engine import mechanisms
@@ -141,7 +142,8 @@ def launch(
     if tee_ranks is not None and not tee:
         raise ValueError("tee_ranks needs tee")
     own = [job.environment_of(rank) for rank in range(nprocs)]
-    shared = {**(os.environ if env is None else env), **job.environment(), "RANKSPAWN_CALL_NS": str(called_ns)}
+    shared = {**(callers_environment() if env is None else env), **job.environment()}
+    shared["RANKSPAWN_CALL_NS"] = str(called_ns)
     if numa is not None or memory is not None:
         if bindings is not None or numa is None:
             raise ValueError("give numa, with or without memory, or bindings")

@@ -45,6 +45,7 @@ MECHANISMS = ("clone", "posix_spawn", "subprocess")
 # Products of a build in the checkout: they are neither part of what is hashed nor of what is built from.
 BUILT = ("__pycache__", "*.so", "*.pyd", "*.egg-info", "_spawn.c")
 
+
 @dataclass
 class TestRecord:
     """What one test did in one run. `bad` maps a sub-test ("" for the test itself) to its tracebacks."""

@@ -3,8 +3,8 @@
     python -m tests.interpreters.forky [COMMAND [ARGUMENT ...]]
 
 Makes it, once, in ``.cache/forky`` (a gigabyte; Debian's mirror is the one in apt's own sources, or the environment
-variable DEBIAN_MIRROR), lays a copy of the checkout into it, and runs COMMAND there, in the copy. What COMMAND builds in
-the copy is there the next time.
+variable DEBIAN_MIRROR), lays a copy of the checkout into it, and runs COMMAND there, in the copy. What COMMAND builds
+in the copy is there the next time.
 
 It needs root, and debootstrap. The command has mounts and processes of its own (unshare(1)): both are gone when it has
 ended, however that was. pip there asks the index that pip here asks: settings and certificates are mounted into the
@@ -26,18 +26,20 @@ SYSTEM = ROOT / ".cache" / "forky"
 COPY = SYSTEM / "rankspawn"
 
 PYTHONS = ("3.14", "3.15")
+OF_EACH = ("python{}-dev", "python{}-venv", "libpython{}-testsuite")
 PACKAGES = (
-    *(f"{part.format(version)}" for version in PYTHONS for part in ("python{}-dev", "python{}-venv", "libpython{}-testsuite")),
+    *(package.format(version) for version in PYTHONS for package in OF_EACH),
     "gcc", "libc6-dev", "libnuma-dev", "make",
     # Programs that tests run, as in the Makefile's build/.test-tools.
-    "strace", "numactl", "hwloc-nox", "qemu-user",
+    "strace", "numactl", "hwloc-nox", "qemu-user", "procps", "iproute2",
 )  # fmt: skip
 
 # Not part of a copy, and left alone where the copy has them: what is built, and what environments and caches hold.
 BUILT = {"build", "dist", "__pycache__"}
 
 # Mounted into the system where they are here: how to reach the network, pip's settings, and what variables say of both.
-SHARED = ("/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs", "/etc/pip.conf", "/etc/xdg/pip", "~/.config/pip", "~/.pip")
+NETWORK = ("/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs")
+PIPS = ("/etc/pip.conf", "/etc/xdg/pip", "~/.config/pip", "~/.pip")
 NAMED_BY = ("PIP_CONFIG_FILE", "PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 
 # The shell is process 1 of the command's namespace, and reaps what the command leaves there.
@@ -96,7 +98,15 @@ def _make() -> None:
 def _mirror() -> str:
     if named := os.environ.get("DEBIAN_MIRROR"):
         return named
-    ask = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages", "Origin: Debian", "Label: Debian"]
+    ask = [
+        "apt-get",
+        "indextargets",
+        "--format",
+        "$(REPO_URI)",
+        "Created-By: Packages",
+        "Origin: Debian",
+        "Label: Debian",
+    ]
     try:
         told = subprocess.run(ask, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout.split()
     except FileNotFoundError:
@@ -122,7 +132,9 @@ def _copy() -> None:
 def _sources(folder: Path) -> Iterator[Path]:
     for where, folders, files in os.walk(folder):
         # Hidden folders are git's, environments and caches; none of them is a source.
-        folders[:] = [name for name in folders if name not in BUILT and name[0] != "." and not name.endswith(".egg-info")]
+        folders[:] = [
+            name for name in folders if name not in BUILT and name[0] != "." and not name.endswith(".egg-info")
+        ]
         for name in files:
             if not name.endswith((".so", ".pyc")) and name != ".git":
                 yield Path(where, name).relative_to(folder)
@@ -132,7 +144,7 @@ def command(words: Sequence[str]) -> list[str]:
     """What runs ``words`` in the system's copy of the checkout."""
     named = [os.environ[name] for name in NAMED_BY if name in os.environ]
     shared: list[str] = []
-    for path in map(os.path.expanduser, (*SHARED, *named)):
+    for path in map(os.path.expanduser, (*NETWORK, *PIPS, *named)):
         here, there = Path(path), Path(f"{SYSTEM}{path}")
         if not here.exists() or any(path == one or path.startswith(f"{one}/") for one in shared):
             continue
