@@ -37,7 +37,7 @@ def run(code):
 
 def python(program: str, *arguments: str) -> str:
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(program), *arguments]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -137,36 +137,29 @@ cdef extern from *:
         size_t count;
     };
 
-    static void rankspawn_copy_environ(struct rankspawn_environment *copy)
+    static int rankspawn_copy_environment(PyObject *unused, void *copy)
     {
+        struct rankspawn_environment *made = copy;
         char **callers = rankspawn_environ, *text;
-        size_t size = 0;
-        while (callers && callers[copy->count]) {
-            size += strlen(callers[copy->count++]) + 1;
+        size_t count = 0, size = 0;
+        (void)unused;
+        while (callers && callers[count]) {
+            size += strlen(callers[count++]) + 1;
         }
-        copy->variables = malloc((copy->count + 1) * sizeof(char *) + size);
-        if (!copy->variables) {
-            return;
+        made->count = count;
+        made->variables = malloc((count + 1) * sizeof(char *) + size);
+        if (!made->variables) {
+            return 0;
         }
-        text = (char *)(copy->variables + copy->count + 1);
-        for (size_t i = 0; i < copy->count; i++) {
+        text = (char *)(made->variables + count + 1);
+        for (size_t i = 0; i < count; i++) {
             size = strlen(callers[i]) + 1;
-            copy->variables[i] = memcpy(text, callers[i], size);
+            made->variables[i] = memcpy(text, callers[i], size);
             text += size;
         }
-        copy->variables[copy->count] = NULL;
+        made->variables[count] = NULL;
+        return 0; /* to the collector: no more objects */
     }
-
-    #ifdef Py_GIL_DISABLED
-    static int rankspawn_visit(PyObject *object, void *copy)
-    {
-        (void)object;
-        if (!((struct rankspawn_environment *)copy)->variables) {
-            rankspawn_copy_environ(copy);
-        }
-        return 0; /* the tour is over */
-    }
-    #endif
 
     /* No other thread may run Python meanwhile: os.environ there moves the table, and in musl frees the strings too.
      * The GIL sees to that. Without it the garbage collector's tour of all objects does, for whose time it stops the
@@ -175,9 +168,9 @@ cdef extern from *:
     {
         struct rankspawn_environment copy = {NULL, 0};
     #ifdef Py_GIL_DISABLED
-        PyUnstable_GC_VisitObjects(rankspawn_visit, &copy);
+        PyUnstable_GC_VisitObjects(rankspawn_copy_environment, &copy);
     #else
-        rankspawn_copy_environ(&copy);
+        rankspawn_copy_environment(NULL, &copy);
     #endif
         return copy;
     }
@@ -542,7 +535,7 @@ def spawn(
 
 
 cdef class Crew:
-    """Ranks that are started in one call, by several threads. add() each, then run(). It is one thread's, but started().
+    """Ranks that are started in one call, by several threads. add() each, then run(); any thread may call started().
 
     count: how many there will be. env: the environment that they share, a mapping, or None for the caller's. The other
     arguments are fields of struct spawn_request.
