@@ -42,10 +42,12 @@ NETWORK = ("/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs")
 PIPS = ("/etc/pip.conf", "/etc/xdg/pip", "~/.config/pip", "~/.pip")
 NAMED_BY = ("PIP_CONFIG_FILE", "PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 
-# The shell is process 1 of the command's namespace, and reaps what the command leaves there.
+# The shell is process 1 of the command's namespace, and reaps what the command leaves there. The system is mounted onto
+# itself because some programs (ip netns exec) want their root to be a mount.
 ENTER = """
 set -e
 system=$1; folder=$2; shift 2
+mount --bind "$system" "$system"
 mount -t proc proc "$system/proc"
 mount --rbind /sys "$system/sys"
 mount --rbind /dev "$system/dev"
