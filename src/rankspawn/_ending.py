@@ -93,10 +93,12 @@ def is_unreaped(rank: Popen) -> bool:
 def reap(rank: Popen, returncode: int | None) -> tuple[Any, bool] | None:
     """Collect a rank if it has ended: what it used (resource.struct_rusage), and whether it dumped core.
 
-    None where somebody else has collected it, or where the system has no wait4(2).
+    None where somebody else has collected it, or where wait4(2) cannot be called.
     returncode: what it was seen to end with.
     """
-    if not hasattr(os, "wait4"):
+    # At the end of the interpreter wait4 reaps, and then fails to import the type of what it returns. A group is looked
+    # at so late by its finalizer, in a free-threaded build.
+    if not hasattr(os, "wait4") or sys.is_finalizing():
         rank.poll()
         return None
     lock = rank._waitpid_lock  # type: ignore[attr-defined]
