@@ -20,7 +20,6 @@
 #include <errno.h>
 #include <limits.h>
 #include <pthread.h>
-#include <semaphore.h>
 #include <stdlib.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -44,7 +43,9 @@ struct shift {
     unsigned int workers;
     place_t _Atomic places[MOST_WORKERS]; /* where each worker is, or is about to go */
     atomic_bool failed;
-    sem_t done; /* posted by each keeper, which does not touch the shift afterwards */
+    pthread_mutex_t lock; /* of the next two; macOS has no semaphores without a name */
+    pthread_cond_t done;  /* signalled by the last keeper that has done its work and touches the shift no more */
+    unsigned int keepers;
 };
 
 /* A thread of the crew. A keeper's is its own, since it outlives the call. */
@@ -168,6 +169,16 @@ keep(struct worker *keeper)
     }
 }
 
+static void
+leave(struct shift *shift)
+{
+    pthread_mutex_lock(&shift->lock);
+    if (--shift->keepers == 0) {
+        pthread_cond_signal(&shift->done);
+    }
+    pthread_mutex_unlock(&shift->lock);
+}
+
 static void *
 worker_main(void *argument)
 {
@@ -177,7 +188,7 @@ worker_main(void *argument)
 #endif
     work(worker);
     if (worker->keeps) {
-        sem_post(&worker->shift->done);
+        leave(worker->shift);
         keep(worker);
     }
     free(worker);
@@ -226,21 +237,24 @@ work_together(struct shift *shift, bool keeps, int *error)
     pthread_t threads[MOST_WORKERS];
     unsigned int hired = 0;
     sigset_t blocked = not_for_workers();
-    sem_init(&shift->done, 0, 0);
+    pthread_mutex_init(&shift->lock, NULL);
+    pthread_cond_init(&shift->done, NULL);
     pthread_sigmask(SIG_BLOCK, &blocked, NULL);
+    pthread_mutex_lock(&shift->lock);
     while (hired < shift->workers && !(*error = hire(shift, hired, keeps, &threads[hired]))) {
         hired++;
     }
     pthread_sigmask(SIG_SETMASK, &shift->child_mask, NULL);
-    for (unsigned int i = 0; i < hired; i++) {
-        if (!keeps) {
-            pthread_join(threads[i], NULL);
-            continue;
-        }
-        while (sem_wait(&shift->done) < 0 && errno == EINTR) {
-        }
+    shift->keepers = keeps ? hired : 0;
+    while (shift->keepers > 0) {
+        pthread_cond_wait(&shift->done, &shift->lock);
     }
-    sem_destroy(&shift->done);
+    pthread_mutex_unlock(&shift->lock);
+    for (unsigned int i = 0; i < hired && !keeps; i++) {
+        pthread_join(threads[i], NULL);
+    }
+    pthread_cond_destroy(&shift->done);
+    pthread_mutex_destroy(&shift->lock);
     return hired;
 }
 

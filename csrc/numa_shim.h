@@ -8,8 +8,11 @@
 #else
 
 #include <limits.h>
-#include <sys/syscall.h>
 #include <unistd.h>
+
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
 
 struct bitmask {
     unsigned long size; /* bits */

@@ -63,7 +63,6 @@ spawn_mask_set(unsigned long *mask, unsigned long bits, unsigned int id)
 #ifdef __linux__
 
 #include <fcntl.h>
-#include <linux/sched.h>
 #include <sched.h>
 #include <sys/mman.h>
 

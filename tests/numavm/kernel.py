@@ -104,9 +104,11 @@ def _take_apart(package: Path, unpacked: Path, made: Path) -> None:
 def _uncompressed(image: bytes) -> bytes | None:
     """The ELF file inside a bzImage (the kernel's Documentation/arch/x86/boot.rst), which QEMU boots by its PVH entry.
 
-    Software emulation spends 3 seconds on the decompression. None where the compression is one that only other
-    programs know: the image as it is boots too.
+    Software emulation spends 3 seconds on the decompression. None for another kind of image, and where the compression
+    is one that only other programs know: the image as it is boots too.
     """
+    if image[0x202:0x206] != b"HdrS":
+        return None
     setup_sectors = image[0x1F1] or 4
     offset, length = struct.unpack_from("<II", image, 0x248)
     start = (setup_sectors + 1) * 512 + offset
@@ -143,12 +145,13 @@ def _with_dependencies(unpacked: Path, names: Iterable[str]) -> list[tuple[str, 
     return list(ordered.items())
 
 
-def initramfs(init: Path, modules: Iterable[Path], job: str) -> bytes:
-    """The archive with init, its modules and the job."""
+def initramfs(init: Path, modules: Iterable[Path], job: str, programs: Iterable[Path] = ()) -> bytes:
+    """The archive with init, its modules and the job; programs lie in its root."""
     folders = ("dev", "proc", "sys", "lower", "upper", "root", "modules")
     entries = [(name, stat.S_IFDIR | 0o755, b"") for name in folders]
     entries += [("init", stat.S_IFREG | 0o755, init.read_bytes()), ("job", stat.S_IFREG | 0o644, job.encode())]
     entries += [(f"modules/{path.name}", stat.S_IFREG | 0o644, path.read_bytes()) for path in modules]
+    entries += [(path.name, stat.S_IFREG | 0o755, path.read_bytes()) for path in programs]
     # The kernel's Documentation/driver-api/early-userspace/buffer-format.rst: "newc", each part filled up to 4 bytes.
     archive = b""
     for number, (name, mode, content) in enumerate((*entries, ("TRAILER!!!", 0, b"")), start=1):

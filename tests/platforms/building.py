@@ -1,0 +1,116 @@
+"""The engine and its C test, built by the compiler of a platform; what a run of the test says."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+ENGINE = sorted((ROOT / "csrc").glob("*.c"))
+CHECK = [HERE / name for name in ("engine_check.c", "one.c", "many.c", "born.c")]
+
+WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wvla")
+MODES = ("clone3", "clone", "oldest", "posix_spawn")
+
+# What the machine that the tests run on may refuse, and the emulator does not know. No platform skips anything else.
+MAY_BE_REFUSED = {"cgroup", "memory policy"}
+
+
+def tool(name: str) -> str:
+    """A program that `make test-platforms` installs; the test fails without it."""
+    path = shutil.which(name)
+    if path is None:
+        pytest.fail(f"{name} is not here: make test-platforms installs it, as root on Debian", pytrace=False)
+    return path
+
+
+def run(command: Sequence[object], *, timeout: float = 120) -> str:
+    """What a command prints; the test fails with all of it when its status is not 0."""
+    words = [str(word) for word in command]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def compile_each(compiler: Sequence[str], sources: Iterable[Path], folder: Path, *options: str) -> list[Path]:
+    """The sources as objects, warnings being errors."""
+    folder.mkdir(exist_ok=True)
+    objects = []
+    for source in sources:
+        objects.append(built := folder / f"{source.stem}.o")
+        optimised = () if any(option.startswith("-O") for option in options) else ("-O2",)
+        run(
+            [
+                *compiler,
+                "-std=c11",
+                *optimised,
+                *options,
+                *WARNINGS,
+                "-iquote",
+                ROOT / "csrc",
+                "-c",
+                source,
+                "-o",
+                built,
+            ]
+        )
+    return objects
+
+
+def build_check(
+    compiler: Sequence[str], folder: Path, *options: str, check: Sequence[str] = (), link: Sequence[str] = ()
+) -> Path:
+    """engine_check, of the engine compiled with ``options`` and of its own sources with those of ``check`` beside."""
+    objects = compile_each(compiler, ENGINE, folder, *options)
+    objects += compile_each(compiler, CHECK, folder, *options, *check)
+    program = folder / "engine_check"
+    run([*compiler, *options, *objects, "-Wl,--wrap=clone3_to_child", "-pthread", *link, "-o", program])
+    return program
+
+
+@dataclass
+class Said:
+    """What engine_check printed. counts: passed, failed and skipped of each mode that ran."""
+
+    text: str
+    shares_memory: bool
+    counts: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    skipped: set[str] = field(default_factory=set)
+    impossible: set[str] = field(default_factory=set)
+
+    def all_passed(self, modes: Iterable[str], may_be_skipped: Iterable[str] = ()) -> None:
+        """Assert that these modes ran, that each made the same checks, and that nothing failed."""
+        assert self.counts.keys() == set(modes), self.text
+        assert {sum(count) for count in self.counts.values()} == {max(map(sum, self.counts.values()))}, self.text
+        assert all(passed > 10 and failed == 0 for passed, failed, _ in self.counts.values()), self.text
+        assert self.skipped <= set(may_be_skipped), self.text
+
+
+def said(text: str) -> Said:
+    """Read what a run, or several in a row, printed."""
+    result = Said(text, "clone shares memory: yes" in text)
+    for mode, passed, failed, skipped in re.findall(r"^(\w+): (\d+) passed, (\d+) failed, (\d+) skipped", text, re.M):
+        result.counts[mode] = int(passed), int(failed), int(skipped)
+    result.skipped = set(re.findall(r"^skipped \w+: ([^:]+):", text, re.M))
+    result.impossible = set(re.findall(r"^(\w+): not possible here", text, re.M))
+    return result
+
+
+def run_check(program: Path, folder: Path, *modes: str, through: Sequence[str] = ()) -> Said:
+    """Run engine_check in a new folder; whatever its status, what it printed."""
+    folder.mkdir()
+    command = [*through, str(program), *(["--through", through[0]] if through else []), str(folder), *modes]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, start_new_session=True
+    )
+    assert not list(folder.iterdir()), done.stdout
+    assert not done.stderr, done.stderr
+    return said(done.stdout)

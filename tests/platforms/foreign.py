@@ -1,0 +1,67 @@
+"""Debian's packages for another processor, downloaded and never installed, with package lists of their own: this
+machine's apt is not told of a second architecture."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+from tests.platforms.building import ROOT
+
+CACHE = ROOT / "build" / "platforms"
+
+
+class Apt:
+    """apt-get and apt-cache for one architecture; the sources are this machine's."""
+
+    def __init__(self, architecture: str) -> None:
+        self.folder = CACHE / architecture
+        for name in ("lists/partial", "cache/archives/partial", "packages"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        (self.folder / "status").touch()
+        settings = {
+            "APT::Architecture": architecture,
+            "APT::Architectures::": architecture,
+            "Dir::State::lists": self.folder / "lists",
+            "Dir::State::status": self.folder / "status",
+            "Dir::Cache": self.folder / "cache",
+            # As root apt would go on as another user, who may not write to a folder of ours, and warn of that.
+            "APT::Sandbox::User": "root",
+        }
+        self._options = [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
+
+    def _run(self, program: str, *words: str) -> str:
+        command = [program, "-q", *self._options, *words]
+        done = subprocess.run(
+            command, cwd=self.folder / "packages", stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{program} {' '.join(words)} failed; it needs Debian and the network:\n{done.stderr}")
+        return done.stdout
+
+    def package(self, name: str) -> Path:
+        """The package's file, from the cache or else downloaded; of one that only depends on the newest kernel's
+        (linux-image-arm64), that one."""
+        found = self._cached(name)
+        if found is None:
+            self._run("apt-get", "update")
+            newest = re.search(r"Depends: (linux-image-\d\S*)", self._run("apt-cache", "depends", name))
+            self._run("apt-get", "download", newest[1] if newest else name)
+            found = self._cached(name)
+            assert found is not None
+        return found
+
+    def _cached(self, name: str) -> Path | None:
+        pattern = name.replace("linux-image-", "linux-image-*-") + "_*.deb"
+        return next(iter(sorted((self.folder / "packages").glob(pattern))), None)
+
+    def unpacked(self, name: str) -> Path:
+        """The folder with a package's files."""
+        package = self.package(name)
+        folder = self.folder / package.stem
+        if not folder.is_dir():
+            making = folder.with_suffix(".making")
+            subprocess.run(["dpkg-deb", "-x", package, making], check=True)
+            making.rename(folder)
+        return folder

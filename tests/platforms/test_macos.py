@@ -1,0 +1,34 @@
+"""The engine compiles for macOS, against Apple's own headers as the Zig toolchain carries them, and links.
+
+What that shows: nothing of Linux is left in what the preprocessor keeps, no warning, and every symbol is one that
+Apple's libSystem has. What it does not show: that it works. Nothing is run, since there is no macOS to run it on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.platforms.building import ENGINE, compile_each, run, tool
+
+# What the engine may call there beside the families posix_spawn and pthread.
+POSIX = {"clock_gettime", "fcntl", "free", "malloc", "sigaction", "strcmp", "waitid", "memset", "memcpy"}
+# What these or the compiler make of some names.
+APPLE = {"__bzero", "__error", "bzero", "dyld_stub_binder"}
+
+
+@pytest.mark.parametrize("target", ["aarch64-macos", "x86_64-macos"])
+def test_engine_is_built(folder: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR"):
+        monkeypatch.setenv(name, os.fspath(folder / "cache"))
+    compiler = [sys.executable, "-m", "ziglang", "cc", "-target", target]
+    objects = compile_each(compiler, ENGINE, folder / "built")
+    library = folder / "engine.dylib"
+    run([*compiler, "-nostdlib", "-lSystem", "-shared", *objects, "-o", library])
+    called = {line.split()[-1].removeprefix("_") for line in run([tool("llvm-nm"), "-u", library]).splitlines() if line}
+    assert "posix_spawn" in called
+    families = {name for name in called if name.startswith(("posix_spawn", "pthread_"))}
+    assert called - families - POSIX - APPLE == set()
