@@ -38,7 +38,8 @@ PIP_FAILED = { echo "make: pip could not install what is named above. It needs a
   echo "make: a proxy (https_proxy) or your pip configuration, then run the same make again."; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lint-python lint-types lint-cython lint-c format test-asan test-cpython test-cpython-forky test-interpreters test-numavm test-storm test-slurm test-mpi test-torch test-gpu test-gpu-here bench package clean distclean
+# Every rule with a name of letters alone; the others make files.
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## print these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
