@@ -12,7 +12,7 @@ TORCH_PY := $(TORCH_VENV)/bin/python
 
 # What the built extension depends on.
 ENGINE := $(wildcard csrc/*.c csrc/*.h src/rankspawn/*.pyx) setup.py
-C_FILES := $(wildcard csrc/*.c csrc/*.h benchmarks/*.c tests/*.c tests/*/*.c)
+C_FILES := $(wildcard csrc/*.c csrc/*.h benchmarks/*.c tests/*.c tests/*/*.c tests/*/*.h)
 PYX_FILES := $(wildcard src/rankspawn/*.pyx)
 
 # Extra words for pytest: make test PYTEST_ARGS="-k affinity -x"
@@ -120,6 +120,10 @@ test-slurm: $(VENV)/.test $(VENV)/.built | build/.slurm ## under a real Slurm of
 test-mpi: $(VENV)/.test $(VENV)/.built | build/.mpi ## under real mpirun and mpiexec (installs openmpi-bin and mpich)
 	$(PY) -m pytest tests/mpi $(PYTEST_ARGS)
 
+# Needs an x86-64 Debian: the compilers and QEMU are its packages, and the kernel for AArch64 is downloaded.
+test-platforms: $(VENV)/.test $(VENV)/.platforms $(VENV)/.built | build/.platforms ## the engine's C test: sanitizers, musl, AArch64 on a kernel; the build for macOS; the path of Windows
+	$(PY) -m pytest tests/platforms $(PYTEST_ARGS)
+
 test-torch: $(TORCH_VENV)/.built ## our handler beside torch's, and the DDP example (installs torch into .venv-torch)
 	$(TORCH_PY) -m pytest tests/torch tests/test_handler.py $(PYTEST_ARGS)
 	$(TORCH_VENV)/bin/rankspawn run --nproc-per-node 2 --numa-binding node examples/ddp_digits.py
@@ -219,7 +223,9 @@ build/.mpi: PACKAGES = openmpi-bin mpich
 build/.mpi: PROGRAMS = mpirun.openmpi mpiexec.hydra
 build/.forky: PACKAGES = debootstrap
 build/.forky: PROGRAMS = debootstrap
-build/.slurm build/.mpi build/.forky: | build/.system
+build/.platforms: PACKAGES = gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user qemu-system-arm musl-tools llvm
+build/.platforms: PROGRAMS = aarch64-linux-gnu-gcc qemu-aarch64 qemu-system-aarch64 musl-gcc llvm-nm
+build/.slurm build/.mpi build/.forky build/.platforms: | build/.system
 	@missing() { for one in $(PROGRAMS); do PATH=$$PATH:/usr/sbin command -v $$one >/dev/null || echo $$one; done; }; \
 	if [ -n "$$(missing)" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "make: installing" $(PACKAGES); \
@@ -244,16 +250,17 @@ $(VENV)/.made $(TORCH_VENV)/.made: %/.made: | build/.system
 $(VENV)/.build-tools: GROUPS = --group build 'psutil >= 5.9'
 $(VENV)/.test: GROUPS = --group test
 $(VENV)/.lint: GROUPS = --group lint
+$(VENV)/.platforms: GROUPS = --group platforms
 $(VENV)/.release: GROUPS = --group build --group release
 # Named with one exact version: an open range would take gigabytes of another build on some machines.
 $(TORCH_VENV)/.build-tools: GROUPS = --group build --group test torch==2.13.0 scikit-learn
 
-$(addprefix $(VENV)/,.build-tools .test .lint .release) $(TORCH_VENV)/.build-tools: pyproject.toml
+$(addprefix $(VENV)/,.build-tools .test .lint .platforms .release) $(TORCH_VENV)/.build-tools: pyproject.toml
 	@echo "make: $(@D): pip install $(GROUPS)"
 	@$(@D)/bin/python -m pip install -q $(GROUPS) || $(PIP_FAILED)
 	@touch $@
 
-$(addprefix $(VENV)/,.build-tools .test .lint .release): $(VENV)/.made
+$(addprefix $(VENV)/,.build-tools .test .lint .platforms .release): $(VENV)/.made
 $(TORCH_VENV)/.build-tools: $(TORCH_VENV)/.made
 
 # "Editable": the .so lies in src/rankspawn, and Python files need no second install.
