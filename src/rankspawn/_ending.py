@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from ._processes import ProcessTree
 from ._sessions import describe_stuck, kill_members, members
 from ._watch import left, passed, status, until, wait_without_reaping
 
@@ -27,21 +28,34 @@ _MOST_NAMES = 20
 def signal_groups(ranks: Iterable[Popen], *signals: int) -> None:
     """Signal the process group of each rank; nothing where nobody is left in it.
 
+    Windows has no groups: there a rank and what descends from it are signalled, also when the rank has ended.
+
     Raises PermissionError, when all others have been signalled, if one may not be.
     """
     refused = None
+    tree = None if os.name == "posix" else ProcessTree()
     for rank in ranks:
         for sig in signals:
             try:
                 with suppress(ProcessLookupError):
-                    if os.name == "posix":
+                    if tree is None:
                         rank.send_signal_group(sig)
                     else:
-                        rank.send_signal(sig)
+                        _signal_tree(rank, tree, sig)
             except PermissionError as error:
                 refused = error
     if refused is not None:
         raise refused
+
+
+def _signal_tree(rank: Popen, tree: ProcessTree, sig: int) -> None:
+    import psutil
+
+    below = tree.descendants(rank.pid, rank._born)
+    rank.send_signal(sig)
+    for process in below:
+        with suppress(psutil.Error):
+            process.send_signal(sig)
 
 
 def groups_run(ranks: Iterable[Popen]) -> bool:

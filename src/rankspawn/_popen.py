@@ -77,6 +77,7 @@ class Popen(_Stock):  # type: ignore[type-arg]
     _refused: tuple[RefusedStep, ...] = ()
     _pidfd: Any = None
     _executed_ns: int | None = None  # CLOCK_MONOTONIC when the engine had executed the program
+    _born: float | None = None  # on Windows: not before this time, as time.time() has it
     _child_created: bool  # the standard class's
     _leads_group = False
     _opened_by_child: dict[int, tuple[str, int]] = {}  # noqa: RUF012
@@ -251,6 +252,7 @@ class Popen(_Stock):  # type: ignore[type-arg]
     else:
 
         def _execute_child(self, *seam: Any) -> None:  # type: ignore[misc]
+            self._born = time.time()
             self._execute_by_subprocess(list(seam))
 
     def _streams(self, p2cread: int, c2pwrite: int, errwrite: int) -> list[int | tuple[str, int]]:

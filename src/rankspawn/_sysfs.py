@@ -39,7 +39,7 @@ class Tree:
         if known is not None:
             return known
         try:
-            fd = os.open(self._prefix + path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self._prefix + path, os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
