@@ -120,8 +120,8 @@ test-slurm: $(VENV)/.test $(VENV)/.built | build/.slurm ## under a real Slurm of
 test-mpi: $(VENV)/.test $(VENV)/.built | build/.mpi ## under real mpirun and mpiexec (installs openmpi-bin and mpich)
 	$(PY) -m pytest tests/mpi $(PYTEST_ARGS)
 
-# Needs an x86-64 Debian: the compilers and QEMU are its packages, and the kernel for AArch64 is downloaded.
-test-platforms: $(VENV)/.test $(VENV)/.platforms $(VENV)/.built build/platforms/windows/.made | build/.platforms ## the engine's C test: sanitizers, musl, AArch64 on a kernel; the build for macOS; the path of Windows
+# Needs an x86-64 Debian: the compilers, QEMU and Wine are its packages, and its kernel for AArch64 is downloaded.
+test-platforms: $(VENV)/.test $(VENV)/.platforms $(VENV)/.built build/platforms/windows/.made | build/.platforms ## the engine on AArch64 and musl, built for macOS; Windows' Python (5 minutes)
 	$(PY) -m pytest tests/platforms $(PYTEST_ARGS)
 
 test-torch: $(TORCH_VENV)/.built ## our handler beside torch's, and the DDP example (installs torch into .venv-torch)
