@@ -121,7 +121,7 @@ test-mpi: $(VENV)/.test $(VENV)/.built | build/.mpi ## under real mpirun and mpi
 	$(PY) -m pytest tests/mpi $(PYTEST_ARGS)
 
 # Needs an x86-64 Debian: the compilers, QEMU and Wine are its packages, and its kernel for AArch64 is downloaded.
-test-platforms: $(VENV)/.test $(VENV)/.platforms $(VENV)/.built build/platforms/windows/.made | build/.platforms ## the engine on AArch64 and musl, built for macOS; Windows' Python (5 minutes)
+test-platforms: $(VENV)/.test $(VENV)/.platforms $(VENV)/.built build/platforms/windows/.made | build/.platforms ## the engine on AArch64 and musl, built for macOS; Windows' Python (6 minutes)
 	$(PY) -m pytest tests/platforms $(PYTEST_ARGS)
 
 test-torch: $(TORCH_VENV)/.built ## our handler beside torch's, and the DDP example (installs torch into .venv-torch)

@@ -145,17 +145,22 @@ def _with_dependencies(unpacked: Path, names: Iterable[str]) -> list[tuple[str, 
     return list(ordered.items())
 
 
-def initramfs(init: Path, modules: Iterable[Path], job: str, programs: Iterable[Path] = ()) -> bytes:
-    """The archive with init, its modules and the job; programs lie in its root."""
+def initramfs(
+    init: Path, modules: Iterable[Path], job: str, programs: Iterable[Path] = (), tree: Path | None = None
+) -> bytes:
+    """The archive with init, its modules and the job; programs, and what is in the folder ``tree``, lie in its root."""
     folders = ("dev", "proc", "sys", "lower", "upper", "root", "modules")
     entries = [(name, stat.S_IFDIR | 0o755, b"") for name in folders]
     entries += [("init", stat.S_IFREG | 0o755, init.read_bytes()), ("job", stat.S_IFREG | 0o644, job.encode())]
     entries += [(f"modules/{path.name}", stat.S_IFREG | 0o644, path.read_bytes()) for path in modules]
     entries += [(path.name, stat.S_IFREG | 0o755, path.read_bytes()) for path in programs]
+    for path in sorted(tree.rglob("*")) if tree else ():
+        content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes() if path.is_file() else b""
+        entries.append((str(path.relative_to(tree)), path.lstat().st_mode, content))
     # The kernel's Documentation/driver-api/early-userspace/buffer-format.rst: "newc", each part filled up to 4 bytes.
-    archive = b""
+    archive = bytearray()
     for number, (name, mode, content) in enumerate((*entries, ("TRAILER!!!", 0, b"")), start=1):
         fields = (number, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name) + 1, 0)
         head = b"070701" + b"".join(b"%08X" % field for field in fields) + name.encode() + b"\0"
         archive += head + bytes(-len(head) % 4) + content + bytes(-len(content) % 4)
-    return archive
+    return bytes(archive)

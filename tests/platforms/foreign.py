@@ -29,6 +29,7 @@ class Apt:
             # As root apt would go on as another user, who may not write to a folder of ours, and warn of that.
             "APT::Sandbox::User": "root",
         }
+        self._updated = False
         self._options = [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
 
     def _run(self, program: str, *words: str) -> str:
@@ -40,13 +41,23 @@ class Apt:
             raise RuntimeError(f"{program} {' '.join(words)} failed; it needs Debian and the network:\n{done.stderr}")
         return done.stdout
 
+    def update(self) -> None:
+        """Have lists of packages, once."""
+        if not self._updated:
+            self._run("apt-get", "update")
+            self._updated = True
+
+    def depends(self, name: str) -> str:
+        """What apt-cache says of the package's dependencies, a line for each."""
+        self.update()
+        return self._run("apt-cache", "depends", name)
+
     def package(self, name: str) -> Path:
         """The package's file, from the cache or else downloaded; of one that only depends on the newest kernel's
         (linux-image-arm64), that one."""
         found = self._cached(name)
         if found is None:
-            self._run("apt-get", "update")
-            newest = re.search(r"Depends: (linux-image-\d\S*)", self._run("apt-cache", "depends", name))
+            newest = re.search(r"Depends: (linux-image-\d\S*)", self.depends(name))
             self._run("apt-get", "download", newest[1] if newest else name)
             found = self._cached(name)
             assert found is not None

@@ -6,23 +6,28 @@ no CPU, as a Grace has with its GPU. There the assembly of clone3.c runs.
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from tests.numavm.kernel import initramfs, kernel
 from tests.numavm.run import die_with_parent
-from tests.platforms.building import HERE, MAY_BE_REFUSED, MODES, build_check, run, run_check, said, tool
+from tests.platforms.building import ENGINE, HERE, MAY_BE_REFUSED, MODES, ROOT, build_check, run, run_check, tool
+from tests.platforms.building import said as read
 from tests.platforms.foreign import Apt
 
 NODES = 3
 MACHINE = (
     *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-nic", "none"),
-    *("-machine", "virt,gic-version=3", "-cpu", "neoverse-n1", "-accel", "tcg", "-smp", "4", "-m", "512M"),
-    *("-object", "memory-backend-ram,id=m0,size=192M", "-numa", "node,nodeid=0,cpus=0-1,memdev=m0"),
-    *("-object", "memory-backend-ram,id=m1,size=192M", "-numa", "node,nodeid=1,cpus=2-3,memdev=m1"),
-    *("-object", "memory-backend-ram,id=m2,size=128M", "-numa", "node,nodeid=2,memdev=m2"),
+    *("-machine", "virt,gic-version=3", "-cpu", "neoverse-n1", "-accel", "tcg", "-smp", "4", "-m", "1280M"),
+    *("-object", "memory-backend-ram,id=m0,size=512M", "-numa", "node,nodeid=0,cpus=0-1,memdev=m0"),
+    *("-object", "memory-backend-ram,id=m1,size=512M", "-numa", "node,nodeid=1,cpus=2-3,memdev=m1"),
+    *("-object", "memory-backend-ram,id=m2,size=256M", "-numa", "node,nodeid=2,memdev=m2"),
     *("-numa", "dist,src=0,dst=1,val=40", "-numa", "dist,src=0,dst=2,val=80", "-numa", "dist,src=1,dst=2,val=80"),
     *("-serial", "stdio"),
 )
@@ -53,28 +58,13 @@ def test_user_mode_is_found_out(folder: Path) -> None:
     told.all_passed(["posix_spawn"], MAY_BE_REFUSED)
 
 
-@pytest.fixture(scope="module")
-def console(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """All that the machine printed."""
-    built = tmp_path_factory.mktemp("aarch64")
-    apt = Apt("arm64")
-    libnuma = apt.unpacked("libnuma-dev") / "usr"
-    variants = {
-        "libnuma": build_static(
-            built / "libnuma",
-            *("-DRANKSPAWN_HAVE_LIBNUMA=1", "-isystem", str(libnuma / "include")),
-            link=(str(libnuma / "lib" / "aarch64-linux-gnu" / "libnuma.a"),),
-        ),
-        "not-optimised": build_static(built / "not-optimised", "-O0"),
-        "branch-protection": build_static(built / "branch-protection", "-mbranch-protection=standard"),
-    }
-    programs = [path.rename(path.with_name(name)) for name, path in variants.items()]
-    init = built / "init"
+def boot(folder: Path, job: str, programs: Iterable[Path] = (), tree: Path | None = None) -> str:
+    """Run the programs of ``job``, one a line, in a machine; all that it printed."""
+    init, archive = folder / "init", folder / "initramfs"
     run([*cross_compiler(), "-std=c11", "-Os", "-Wall", "-Wextra", "-Werror", "-static", HERE / "init.c", "-o", init])
-    job = "".join(f"/{name} /tmp {' '.join(modes)}\n" for name, modes in VARIANTS.items())
+    archive.write_bytes(initramfs(init, (), job, programs, tree))
+    apt = Apt("arm64")
     chosen = kernel(str(apt.package("linux-image-arm64")), apt.folder)
-    archive = built / "initramfs"
-    archive.write_bytes(initramfs(init, (), job, programs))
     command = [tool("qemu-system-aarch64"), *MACHINE, "-kernel", chosen.image, "-initrd", archive]
     done = subprocess.run(
         [*map(str, command), "-append", PARAMETERS],
@@ -90,12 +80,56 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> str:
     return done.stdout.replace("\r\n", "\n")
 
 
+@pytest.fixture(scope="module")
+def console(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the machine printed of all the variants of the C test."""
+    built = tmp_path_factory.mktemp("aarch64")
+    libnuma = Apt("arm64").unpacked("libnuma-dev") / "usr"
+    variants = {
+        "libnuma": build_static(
+            built / "libnuma",
+            *("-DRANKSPAWN_HAVE_LIBNUMA=1", "-isystem", str(libnuma / "include")),
+            link=(str(libnuma / "lib" / "aarch64-linux-gnu" / "libnuma.a"),),
+        ),
+        "not-optimised": build_static(built / "not-optimised", "-O0"),
+        "branch-protection": build_static(built / "branch-protection", "-mbranch-protection=standard"),
+    }
+    programs = [path.rename(path.with_name(name)) for name, path in variants.items()]
+    return boot(built, "".join(f"/{name} /tmp {' '.join(modes)}\n" for name, modes in VARIANTS.items()), programs)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_on_a_kernel(console: str, variant: str) -> None:
     """Nothing is skipped there: init is root, and has a cgroup v2 and all the memory policies."""
     parts = dict(zip(VARIANTS, console.split("platforms: status "), strict=False))
-    told = said(parts[variant])
+    told = read(parts[variant])
     assert told.shares_memory, told.text
     told.all_passed(VARIANTS[variant])
     bound = [mode for mode in VARIANTS[variant] if mode != "posix_spawn"]
     assert told.text.count(f": memory policies on {NODES} nodes\n") == len(bound), told.text
+
+
+def test_python_on_a_kernel(folder: Path) -> None:
+    """Debian's Python for AArch64 with our extension, cross-compiled: python_checks.py says what is tried."""
+    apt = Apt("arm64")
+    found = re.search(r"Depends: (python3\.\d+)-minimal", apt.depends("python3-minimal"))
+    assert found
+    python, tree = found[1], folder / "tree"
+    headers = apt.unpacked(f"lib{python}-dev") / "usr" / "include"
+    numa = apt.unpacked("libnuma-dev") / "usr" / "include"
+    needed = (f"{python}-minimal", f"lib{python}-minimal", f"lib{python}-stdlib", "libc6", "libexpat1", "zlib1g")
+    for name in (*needed, "libnuma1"):
+        shutil.copytree(apt.unpacked(name), tree, symlinks=True, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "src", tree / "package", ignore=shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__"))
+    for name in ("usr/share", "usr/lib/aarch64-linux-gnu/gconv"):
+        shutil.rmtree(tree / name)
+    shutil.copy(HERE / "python_checks.py", tree)
+    translated = folder / "_spawn.c"
+    run([sys.executable, "-m", "cython", "-3", ROOT / "src" / "rankspawn" / "_spawn.pyx", "-o", translated])
+    extension = tree / "package" / "rankspawn" / "_spawn.abi3.so"  # a name that every CPython looks for
+    options = ["-std=c11", "-O2", "-fPIC", "-shared", "-Wl,-z,now", "-DRANKSPAWN_HAVE_LIBNUMA=1"]
+    folders = ["-iquote", ROOT / "csrc", "-I", headers / python, "-I", headers, "-isystem", numa]
+    libnuma = tree / "usr" / "lib" / "aarch64-linux-gnu" / "libnuma.so.1"
+    run([*cross_compiler(), *options, *folders, translated, *ENGINE, libnuma, "-o", extension])
+    said = boot(folder, f"/usr/bin/{python} /python_checks.py\n", tree=tree)
+    assert "python_checks: passed" in said, said

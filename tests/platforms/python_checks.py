@@ -1,0 +1,46 @@
+"""The package on an AArch64 kernel, with the nodes that test_aarch64.py's machine has: CPUs 0-1, CPUs 2-3, none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+sys.path.insert(0, "/package")
+
+from rankspawn import Binding, MemoryPolicy, Popen, Topology, launch, place
+
+NODES = [frozenset({0, 1}), frozenset({2, 3}), frozenset()]
+# Python itself, as little of it as there can be.
+PYTHON = [sys.executable, "-S", "-E", "-c"]
+
+
+def popen() -> None:
+    memory = MemoryPolicy("bind", {2})
+    binding = Binding({3}, memory)
+    command = [*PYTHON, "input()"]
+    with Popen(command, binding=binding, stdin=subprocess.PIPE, die_with_parent=True, cgroup="/sys/fs/cgroup") as child:
+        assert child.mechanism == "clone" and child.pidfd is not None
+        assert os.sched_getaffinity(child.pid) == {3}
+        assert not child.binding_report.refused
+        maps = open(f"/proc/{child.pid}/numa_maps").read()
+        assert "bind:2" in maps and "N2=" in maps, maps
+        child.communicate(b"\n", timeout=100)
+        assert child.returncode == 0
+
+
+def group() -> None:
+    code = "import os; print(os.environ['RANK'], sorted(os.sched_getaffinity(0)))"
+    with launch([*PYTHON, code], 4, numa="exclusive", guard=True, log_dir="/tmp/logs") as ranks:
+        assert ranks.wait(timeout=100) == (0, 0, 0, 0)
+        assert {rank.mechanism for rank in ranks.ranks} == {"clone"}
+    said = sorted(open(os.path.join(at, "stdout.log")).read() for at, _, names in os.walk("/tmp/logs") if names)
+    assert said == ["0 [0]\n", "1 [1]\n", "2 [2]\n", "3 [3]\n"], said
+
+
+topology = Topology.read()
+assert [node.cpus for node in topology.nodes] == NODES
+assert [binding.cpus for binding in place(topology, "node", nprocs=2)] == NODES[:2]
+popen()
+group()
+print("python_checks: passed", flush=True)
