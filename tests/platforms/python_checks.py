@@ -18,11 +18,14 @@ PYTHON = [sys.executable, "-S", "-E", "-c"]
 def popen() -> None:
     memory = MemoryPolicy("bind", {2})
     binding = Binding({3}, memory)
-    command = [*PYTHON, "input()"]
-    with Popen(command, binding=binding, stdin=subprocess.PIPE, die_with_parent=True, cgroup="/sys/fs/cgroup") as child:
+    command = [*PYTHON, "print('here', flush=True); input()"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with Popen(command, binding=binding, die_with_parent=True, cgroup="/sys/fs/cgroup", **pipes) as child:
         assert child.mechanism == "clone" and child.pidfd is not None
         assert os.sched_getaffinity(child.pid) == {3}
         assert not child.binding_report.refused
+        # The kernel wakes the parent a moment before it gives the child its new memory, whose pages are looked at.
+        assert child.stdout.readline() == b"here\n"
         maps = open(f"/proc/{child.pid}/numa_maps").read()
         assert "bind:2" in maps and "N2=" in maps, maps
         child.communicate(b"\n", timeout=100)

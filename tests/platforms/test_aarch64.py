@@ -72,7 +72,7 @@ def boot(folder: Path, job: str, programs: Iterable[Path] = (), tree: Path | Non
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=280,
+        timeout=420,
         check=False,
         preexec_fn=die_with_parent,
     )

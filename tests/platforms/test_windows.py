@@ -26,12 +26,11 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture(scope="module")
 def python() -> Iterator[Run]:
     """Runs the Windows Python, from a drive on which nothing of this machine's file system is to be seen."""
-    os.environ["PATH"], before = f"{os.environ['PATH']}:/usr/lib/wine", os.environ["PATH"]
     wine, server = tool("wine64"), tool("wineserver")
-    os.environ["PATH"] = before
     with tempfile.TemporaryDirectory(prefix="rankspawn-wine-") as prefix:
         env = {
-            **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+            "PATH": os.environ["PATH"],
+            "HOME": prefix,  # Wine adds to a desktop's menus
             "WINEPREFIX": prefix,
             "WINEDEBUG": "-all",
             "WINEDLLOVERRIDES": "winedbg.exe,mscoree,mshtml=",
