@@ -16,10 +16,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 # Generated C lies here and never in src/, where it would end up in an sdist or in a commit.
@@ -33,6 +35,11 @@ LIBNUMA_PROBE = """\
 #include <numaif.h>
 int rankspawn_probe(void) { return numa_available() + (int)set_mempolicy(MPOL_DEFAULT, 0, 0); }
 """
+
+
+# Hardening that not every compiler and machine has: each is used where the compiler takes it without a warning. The
+# last two mark what an indirect branch or a return may reach (Intel's CET, Arm's BTI and PAC).
+HARDENING_WHERE_KNOWN = ["-fstack-clash-protection", "-fcf-protection=full", "-mbranch-protection=standard"]
 
 
 def switched_on(name: str) -> bool:
@@ -64,7 +71,7 @@ def link_args() -> list[str]:
         # BIND_NOW (-z now) is required, not only hardening. The child shares the parent's memory between clone and
         # exec; a call that is still unbound there would run the dynamic linker's lazy resolver in the child, which
         # takes locks and writes tables that belong to the parent. With it every symbol is bound at import.
-        args += ["-Wl,-z,relro", "-Wl,-z,now"]
+        args += ["-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack"]
     if switched_on("RANKSPAWN_SANITIZE"):
         args += ["-fsanitize=address,undefined"]
     return args
@@ -93,6 +100,9 @@ class BuildSpawn(build_ext):
     def _prepare(self, ext: Extension) -> None:
         from Cython.Build import cythonize
 
+        # The folder that pip builds in has another name each time; without it the same source gives the same bytes.
+        nameless = f"-ffile-prefix-map={os.getcwd()}=."
+        ext.extra_compile_args += [flag for flag in [*HARDENING_WHERE_KNOWN, nameless] if self._compiler_takes(flag)]
         if LINUX and self._use_libnuma():
             ext.define_macros.append(("RANKSPAWN_HAVE_LIBNUMA", "1"))
             ext.libraries.append("numa")
@@ -103,10 +113,14 @@ class BuildSpawn(build_ext):
             # function returns. The child's never return, and its marks are the parent's, which would later be told of
             # overflows that are none. Without those marks the child's memory accesses are checked all the same.
             ext.sources.remove("csrc/child.c")
-            unmarked = [*compile_args(), "--param", "asan-stack=0"]
+            unmarked = [*ext.extra_compile_args, "--param", "asan-stack=0"]
             ext.extra_objects += self.compiler.compile(
                 ["csrc/child.c"], self.build_temp, ext.define_macros, extra_postargs=unmarked
             )
+
+    def _compiler_takes(self, flag: str) -> bool:
+        command = [*self.compiler.compiler_so, "-Werror", flag, "-S", "-x", "c", os.devnull, "-o", os.devnull]
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
 
     def _use_libnuma(self) -> bool:
         wish = os.environ.get("RANKSPAWN_LIBNUMA", "auto")
@@ -143,6 +157,23 @@ class BuildSpawn(build_ext):
         return ""
 
 
+class WheelForOneSystem(bdist_wheel):
+    """Windows' wheel, which is all Python, says that it is for Windows.
+
+    Named py3-none-any it would fit every machine, and pip would take it wherever no other wheel fits (another
+    processor, an older libc) instead of the sdist, which builds the engine there.
+
+    ``-C--build-option=--plat-name=win_amd64`` makes it on any system.
+    """
+
+    def finalize_options(self) -> None:
+        if sys.platform == "win32":
+            self.plat_name = self.plat_name or sysconfig.get_platform()
+        if self.plat_name and self.plat_name.startswith("win"):
+            self.distribution.ext_modules = []
+        super().finalize_options()
+
+
 def extensions() -> list[Extension]:
     if sys.platform == "win32":
         return []
@@ -159,4 +190,4 @@ def extensions() -> list[Extension]:
     ]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildSpawn})
+setup(ext_modules=extensions(), cmdclass={"bdist_wheel": WheelForOneSystem, "build_ext": BuildSpawn})
