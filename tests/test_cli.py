@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import rankspawn
 from rankspawn import AffinityMode
 from rankspawn._binding import MEMORY_MODES, parse_ids
 from rankspawn._cli import main
@@ -629,3 +630,9 @@ def test_doctor_is_told_the_mask_that_a_launcher_would_inherit() -> None:
     one = max(os.sched_getaffinity(0))
     done = completed(after(f"os.sched_setaffinity(0, [{one}])", [*LAUNCHER, "doctor"]))
     assert re.search(rf"^inherited CPUs +{one}$", done.stdout, re.MULTILINE)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"rankspawn {rankspawn.__version__}\n")

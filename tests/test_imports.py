@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import graphlib
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -24,7 +25,18 @@ PLACES = {"_binding", "_devices", "_topology", "_placement"}
 ARROWS: dict[str, set[str]] = {
     "__init__": {"_launch", "_group", "_handler", "_context", "_numa_options", "_popen", *PLACES},
     "__main__": {"_cli"},
-    "_cli": {"_run", "_bind", "torchrun", "_options", "_show", "_doctor", "_engine", "_progress", "_topology"},
+    "_cli": {
+        "__init__",
+        "_run",
+        "_bind",
+        "torchrun",
+        "_options",
+        "_show",
+        "_doctor",
+        "_engine",
+        "_progress",
+        "_topology",
+    },
     "_run": {"_attempt", "_launch", "_logs", "_report", "_progress", "_signals", "_step"}
     | {"_options", "_openmp", "_engine", *PLACES},
     "_attempt": {"_launch", "_group", "_logs", "_tee", "_failure", "_report", "_timeline", "_progress", "_signals"}
@@ -82,7 +94,7 @@ ARROWS: dict[str, set[str]] = {
 HEAVY = {"asyncio", "numpy", "psutil", "pynvml", "rich", "torch"}
 
 # The time of `rankspawn plan` is that of its imports: these were the most expensive, and are not needed.
-SLOW = {"dataclasses", "inspect", "shutil", "subprocess", "typing", "rankspawn._run"}
+SLOW = {"dataclasses", "importlib.metadata", "inspect", "shutil", "subprocess", "typing", "rankspawn._run"}
 if sys.version_info[:2] == (3, 14):
     SLOW -= {"dataclasses", "inspect"}  # argparse imports them itself there, for its colours
 
@@ -166,6 +178,17 @@ def test_a_plan_is_light(tmp_path: Path) -> None:
     command = [sys.executable, "-I", "-S", "-c", script, str(SOURCE.parent), *plan]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert SLOW.isdisjoint(done.stdout.splitlines()[-1].split())
+
+
+def test_version_is_looked_up_when_asked_for() -> None:
+    script = "import sys, rankspawn; print('importlib.metadata' in sys.modules, rankspawn.__version__)"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path += {sys.path!r}; {script}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["False", importlib.metadata.version("rankspawn")]
 
 
 def test_all_is_what_we_mean_to_promise() -> None:

@@ -4,6 +4,8 @@
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
+    __version__: str
+
     from ._binding import AffinityMode, Binding, BindingError, BindingReport, MemoryPolicy
     from ._context import get_context
     from ._group import RankGroup
@@ -51,6 +53,10 @@ if not TYPE_CHECKING:  # With it, a type checker would take any name for one of 
     def __getattr__(name):
         # Imported when first used (PEP 562): a program that only starts processes needs no reader of topologies, and
         # the commands that look at a machine need nothing that starts a process.
+        if name == "__version__":  # as installed; it stands in pyproject.toml
+            from importlib.metadata import version
+
+            return version(__name__)
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module

@@ -71,10 +71,21 @@ class _Parser(argparse.ArgumentParser):
         return super().format_usage()
 
 
+class _Version(argparse.Action):
+    """argparse's "version", but the version is looked up when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from . import __version__
+
+        print(f"rankspawn {__version__}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = _Parser(
         prog="rankspawn", description="Starts the ranks of a job, each born bound."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, add_options, help in (
         ("run", _run, "start the ranks of a script, and stop all when one fails"),
