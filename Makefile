@@ -140,14 +140,27 @@ test-gpu-here: $(TORCH_VENV)/.nvidia
 bench: $(VENV)/.test $(VENV)/.built | build/.test-tools ## measure: the figures of docs/benchmarks.md (BENCH_ARGS="--effort 0.2": a quick look)
 	$(if $(wildcard $(TORCH_VENV)/.built),$(TORCH_PY),$(PY)) benchmarks/run.py $(BENCH_ARGS)
 
-package: $(VENV)/.release ## build the sdist and the wheel from it, and check both
-	rm -rf dist
-	$(PY) -m build --no-isolation --outdir dist .
+# Built from the checkout, and the wheel from the sdist, which pip unpacks into an empty folder and builds with what
+# pyproject.toml says that it needs.
+sdist: $(VENV)/.release ## build the source distribution, and check it and that version, changelog and tag agree
+	rm -rf dist build/wheel
+	$(PY) -m build --no-isolation --sdist --outdir dist .
+	$(VENV)/bin/twine check --strict dist/*
+	$(PY) -m pytest -p no:cacheprovider tests/wheel/test_release.py tests/wheel/test_sdist.py
+
+# The wheel for one version of Python and this machine's libc or newer. Releases are built by cibuildwheel, on older.
+wheel: export RANKSPAWN_DEVELOP = 0
+wheel: export RANKSPAWN_LIBNUMA = 1
+wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || date +%s)
+wheel: sdist | build/.system ## build the wheel from the sdist, libnuma inside, and check both (Linux)
+	$(PY) -m pip wheel -q --no-deps --wheel-dir build/wheel dist/*.tar.gz
+	PATH="$(abspath $(VENV)/bin):$$PATH" auditwheel repair --plat auto --strip -w dist build/wheel/*.whl
 	$(VENV)/bin/twine check --strict dist/*
 	$(VENV)/bin/check-wheel-contents dist/*.whl
-	@$(PY) -m zipfile -l dist/*.whl | awk '{ print $$1 }' | grep -E '\.(c|h|pyx)$$' \
-	  && { echo "make: the wheel carries source files"; exit 1; } || true
-	@tar tzf dist/*.tar.gz | grep -E '_spawn\.c$$' && { echo "make: the sdist carries generated C"; exit 1; } || true
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m pytest -p no:cacheprovider tests/wheel/test_wheel.py
+
+test-wheel: wheel ## the tests and the demo on that wheel, where there is no compiler, no libnuma, no source (root, Linux)
+	tests/wheel/bare.sh $(PY)
 
 clean: ## remove what was built (not the environments)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks src/*.egg-info
