@@ -14,6 +14,7 @@ TORCH_PY := $(TORCH_VENV)/bin/python
 ENGINE := $(wildcard csrc/*.c csrc/*.h src/rankspawn/*.pyx) setup.py
 C_FILES := $(wildcard csrc/*.c csrc/*.h benchmarks/*.c tests/*.c tests/*/*.c tests/*/*.h)
 PYX_FILES := $(wildcard src/rankspawn/*.pyx)
+WORKFLOWS := $(wildcard .github/workflows/*.yml)
 
 # Extra words for pytest: make test PYTEST_ARGS="-k affinity -x"
 PYTEST_ARGS ?=
@@ -57,7 +58,7 @@ demo: $(VENV)/.built ## set everything up, then run 4 bound ranks: examples/ring
 test: $(VENV)/.test $(VENV)/.built | build/.test-tools ## set everything up and run the whole default test run (a few minutes)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-lint: lint-python lint-types lint-cython lint-c ## ruff, mypy --strict, cython-lint, clang-format, gcc -Werror (-k: tell all)
+lint: lint-python lint-types lint-cython lint-c lint-workflows ## ruff, mypy --strict, cython-lint, clang-format, gcc -Werror, actionlint, zizmor (-k: tell all)
 
 lint-python: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
@@ -79,6 +80,11 @@ lint-c: $(VENV)/.lint
 	  done; \
 	done; rm -f build/lint.o
 	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)
+
+# Neither asks the network: whether a pinned commit is still the newest is for a person to look up.
+lint-workflows: $(VENV)/.lint
+	$(if $(WORKFLOWS),$(VENV)/bin/actionlint $(WORKFLOWS))
+	$(if $(WORKFLOWS),$(VENV)/bin/zizmor --offline -q $(WORKFLOWS))
 
 format: $(VENV)/.lint ## rewrite Python and C as lint wants them
 	$(VENV)/bin/ruff check --fix-only .

@@ -85,3 +85,18 @@ def test_kernel_paths_come_in_through_a_parameter(path: Path) -> None:
 def test_no_stale_reason() -> None:
     found = {(path.name, text) for path in MODULES for _, text in kernel_paths(ast.parse(path.read_text()))}
     assert PATHS_WITH_A_REASON.keys() - found == set()
+
+
+def test_workflows_and_ci_call_targets_that_there_are() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    callers = [*(ROOT / ".github" / "workflows").glob("*.yml"), ROOT / ".ci" / "run"]
+    if not (ROOT / ".github").is_dir():
+        pytest.skip("an sdist has neither")
+    call = re.compile(r"^(?:step|.* run:) .*\bmake (?:-k )?([a-z-]+)$", re.MULTILINE)
+    called = {path.name: set(call.findall(path.read_text())) for path in callers}
+    listed = re.search(r"target: \[(.+)\]", (ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert listed
+    called["ci.yml"] |= set(listed[1].split(", "))
+    assert {name: made - targets for name, made in called.items() if made - targets} == {}
+    # What GitHub runs is what .ci/run runs, and the other way round.
+    assert called["ci.yml"] == called["run"]
