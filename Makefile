@@ -146,6 +146,12 @@ test-gpu-here: $(TORCH_VENV)/.nvidia
 bench: $(VENV)/.test $(VENV)/.built | build/.test-tools ## measure: the figures of docs/benchmarks.md (BENCH_ARGS="--effort 0.2": a quick look)
 	$(if $(wildcard $(TORCH_VENV)/.built),$(TORCH_PY),$(PY)) benchmarks/run.py $(BENCH_ARGS)
 
+# Warnings are errors, and -n asks that every name in the reference is one that is described. The folder with the parsed
+# pages lies beside the site: it is not a part of it.
+docs: $(VENV)/.docs $(VENV)/.built ## build the documentation: build/docs/index.html
+	$(PY) -m sphinx -q -n --fail-on-warning --doctree-dir build/docs-parsed docs build/docs
+	@echo "build/docs/index.html"
+
 # Built from the checkout, and the wheel from the sdist, which pip unpacks into an empty folder and builds with what
 # pyproject.toml says that it needs.
 sdist: $(VENV)/.release ## build the source distribution, and check it and that version, changelog and tag agree
@@ -270,16 +276,17 @@ $(VENV)/.build-tools: GROUPS = --group build 'psutil >= 5.9'
 $(VENV)/.test: GROUPS = --group test
 $(VENV)/.lint: GROUPS = --group lint
 $(VENV)/.platforms: GROUPS = --group platforms
+$(VENV)/.docs: GROUPS = --group docs
 $(VENV)/.release: GROUPS = --group build --group release
 # Named with one exact version: an open range would take gigabytes of another build on some machines.
 $(TORCH_VENV)/.build-tools: GROUPS = --group build --group test torch==2.13.0 scikit-learn
 
-$(addprefix $(VENV)/,.build-tools .test .lint .platforms .release) $(TORCH_VENV)/.build-tools: pyproject.toml
+$(addprefix $(VENV)/,.build-tools .test .lint .docs .platforms .release) $(TORCH_VENV)/.build-tools: pyproject.toml
 	@echo "make: $(@D): pip install $(GROUPS)"
 	@$(@D)/bin/python -m pip install -q $(GROUPS) || $(PIP_FAILED)
 	@touch $@
 
-$(addprefix $(VENV)/,.build-tools .test .lint .platforms .release): $(VENV)/.made
+$(addprefix $(VENV)/,.build-tools .test .lint .docs .platforms .release): $(VENV)/.made
 $(TORCH_VENV)/.build-tools: $(TORCH_VENV)/.made
 
 # "Editable": the .so lies in src/rankspawn, and Python files need no second install.

@@ -55,9 +55,16 @@ class AffinityMode(str, Enum):
     """How the CPUs of a rank follow from its device; the names and meanings of torch.numa.binding."""
 
     NODE = "node"
+    """All CPUs of the NUMA node that the device is on."""
+
     SOCKET = "socket"
+    """All CPUs of that node's socket."""
+
     EXCLUSIVE = "exclusive"
+    """Cores of that node which no other rank has: an equal share, and one core more for the first where uneven."""
+
     CORE_COMPLEX = "core-complex"
+    """The CPUs of one last-level cache of that node, another one for each rank while there are enough."""
 
 
 class MemoryPolicy(Frozen):

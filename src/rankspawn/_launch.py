@@ -33,7 +33,8 @@ class Job(NamedTuple):
     """What the ranks are told of the job, by the names that torchrun gives it.
 
     nprocs: ranks on this machine. run_id: a name for the job. master_addr, master_port: where rank 0 listens.
-    nnodes, node_rank: how many machines, and which this is. restart_count: which start of the group this is, from 0.
+    nnodes, node_rank: how many machines, and which this is, from 0. restart_count: which start of the group this is,
+    from 0. max_restarts: how many may follow the first.
     """
 
     nprocs: int
@@ -108,11 +109,11 @@ def launch(
 ) -> RankGroup:
     """Start ``nprocs`` ranks at once, each in a session of its own and with torchrun's variables. All or nothing.
 
-    args: the command of every rank, or a function that gives that of a local rank.
+    args: the command of every rank, or a function that gives that of a local rank. nprocs: how many ranks.
     numa, memory: place the ranks on this machine, as ``place`` does, and set OMP_NUM_THREADS unless ``env`` has it.
     bindings: where each rank goes, instead; by local rank.
     env: what all ranks inherit; this process's environment if left out. rank_env: what each has beside it; by local
-        rank.
+        rank. cwd: the directory that they start in.
     job: what the ranks are told of the whole job; of this machine alone, with a free port, if left out.
     log_dir: a folder; each rank writes to ``attempt_N/LOCAL_RANK/stdout.log`` and ``stderr.log`` in it, as under
         torchrun.

@@ -51,10 +51,28 @@ def place(
     memory: MemoryMode | MemoryPolicy | None = None,
     required: bool = True,
 ) -> tuple[Binding, ...]:
-    """One Binding for each rank. ``plan`` has the meaning of each argument, and tells more of each rank.
+    """Where each rank goes: one Binding for each, by local rank. Pure: the machine is neither read nor changed, but for
+    the devices, where they are not given.
 
-    What was assumed or given up is said as RuntimeWarnings.
-    Raises PlacementError where no placement can be made.
+    topology: the machine.
+    mode: how CPUs follow from a rank's device.
+    nprocs: how many ranks are launched; as many as devices if left out. Rank i follows device i, or i modulo the
+        number of devices. Splits are made over these ranks, not over the devices that no rank follows.
+    gpu_index: as torch counts: the one rank that follows the visible device of this index, with splits over all
+        devices; the answer has one element. On a machine without devices, where torch raises, it is rank
+        ``gpu_index`` of ``nprocs``; without nprocs, of one rank for each node with usable CPUs.
+    devices: PCI addresses or Device objects in local-rank order, empty for none. None finds those of the topology's
+        root: with this process's environment where the root is "/", with none set elsewhere.
+        Without devices, ranks go in blocks over the nodes, in proportion to their usable cores.
+    allowed_cpus: instead of the topology's own; CPUs that are not online fall away.
+    reserve_cores: physical cores of the machine that no rank gets, dealt over the nodes, lowest first.
+    threads_per_core: hardware threads used of each core, the lowest first; None for all.
+    memory: a mode, applied over the nodes of each rank's CPUs, or a whole policy for every rank alike; None leaves
+        memory alone, which is local to the CPU that touches first.
+    required: False leaves a rank unbound, with a note, where it cannot be placed; CPUs and memory each on their own.
+
+    What was assumed or given up is said as RuntimeWarnings. Raises PlacementError, with the option or file and its
+    value, where no placement can be made.
     """
     ranks = plan(
         topology,
@@ -86,25 +104,7 @@ def plan(
     memory: MemoryMode | MemoryPolicy | None = None,
     required: bool = True,
 ) -> tuple[Rank, ...]:
-    """The place of each rank.
-
-    nprocs: how many ranks are launched; as many as devices if left out. Rank i follows device i, or i modulo the
-        number of devices. Splits are made over these ranks, not over the devices that no rank follows.
-    gpu_index: as torch counts: the one rank that follows the visible device of this index, with splits over all
-        devices; the answer has one element. On a machine without devices, where torch raises, it is rank
-        ``gpu_index`` of ``nprocs``; without nprocs, of one rank for each node with usable CPUs.
-    devices: PCI addresses or Device objects in local-rank order, empty for none. None finds those of the topology's
-        root: with this process's environment where the root is "/", with none set elsewhere.
-        Without devices, ranks go in blocks over the nodes, in proportion to their usable cores.
-    allowed_cpus: instead of the topology's own; CPUs that are not online fall away.
-    reserve_cores: physical cores of the machine that no rank gets, dealt over the nodes, lowest first.
-    threads_per_core: hardware threads used of each core, the lowest first; None for all.
-    memory: a mode, applied over the nodes of each rank's CPUs, or a whole policy for every rank alike; None leaves
-        memory alone, which is local to the CPU that touches first.
-    required: False leaves a rank unbound, with a note, where it cannot be placed; CPUs and memory each on their own.
-
-    Raises PlacementError, with the option or file and its value, where no placement can be made.
-    """
+    """As ``place``, but the notes are told with each rank, and nobody is warned."""
     mode = _mode(mode)
     machine = usable_machine(topology, allowed_cpus, reserve_cores, threads_per_core)
     found = find_devices(topology) if devices is None else as_devices(topology, devices)

@@ -91,6 +91,7 @@ class Topology(Frozen):
 
     root: the folder that has sys/ and proc/ in it. cpus: online. offline: present but not online.
     allowed_cpus, allowed_nodes: what the calling (or, in a captured tree, the capturing) process may use.
+    nodes, sockets, dies, cores, caches: of caches the last level; of dies none where the kernel does not tell them.
     notes: what had to be assumed, in words. files: how many files were opened, each once.
     """
 
