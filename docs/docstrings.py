@@ -1,7 +1,7 @@
 """What the project's docstrings mean, as reStructuredText.
 
 A paragraph that begins with the name of a parameter or an attribute and a colon says something of each name in it:
-"cpus: text", "numa, memory: text", several behind each other. It becomes a definition list. Public classes become links.
+"cpus: text", "numa, memory: text", several behind each other. It becomes a definition list. Public classes are links.
 """
 
 from __future__ import annotations
@@ -19,22 +19,25 @@ _CLASS = re.compile(rf"(?<![\w.'\"])({_NAMES})(?![\w.(='\"])")
 
 def names_of(described: object) -> set[str]:
     """What a docstring may speak of: parameters of a function; those of a class, and its attributes."""
-    names = set(getattr(described, "__annotations__", ()))
-    for called in (one.__init__ for one in described.__mro__) if isinstance(described, type) else (described,):
-        try:
-            names.update(inspect.signature(called).parameters)
-        except (TypeError, ValueError):  # it cannot be called
-            continue
-    return names - {"self"}
+    if isinstance(described, type):
+        makers = (one.__init__ for one in described.__mro__)  # type: ignore[misc]
+        return {*inspect.get_annotations(described)}.union(*map(_parameters, makers)) - {"self"}
+    return _parameters(described) - {"self"}
 
 
 def types_of(described: object) -> dict[str, str]:
     """The types of a class's attributes that its signature does not show."""
     if not isinstance(described, type):
         return {}
-    shown = inspect.signature(described).parameters
-    annotations = described.__dict__.get("__annotations__", {})
+    annotations, shown = inspect.get_annotations(described), _parameters(described)
     return {name: getattr(one, "__forward_arg__", one) for name, one in annotations.items() if name not in shown}
+
+
+def _parameters(called: object) -> set[str]:
+    try:
+        return set(inspect.signature(called).parameters)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # it cannot be called, or is C's
+        return set()
 
 
 def paragraphs(text: str) -> Iterator[str]:
