@@ -29,8 +29,9 @@ def test_blocks_that_are_never_run() -> None:
         ("containers.md", "needs a container engine"),
         ("install.md", "installs what these tests run from"),
         ("run.md", "needs two machines"),
+        ("slurm-mpi.md", "needs a host of this name"),
     }
-    assert len(MARKED) == 4
+    assert len(MARKED) == 5
 
 
 def test_files_that_a_page_shows_are_used() -> None:
