@@ -93,6 +93,7 @@ class Block:
             return {_NEEDS.get(name, name) for name in imported(self.text)}
         commands = [word for command, _ in commands_of(self.text) for word in shlex.split(command, comments=True)]
         found = {_NEEDS[word] for word in commands if word in _NEEDS}
+        found.update(*(other.needs() for other in blocks_of(self.page) if other.file in commands))
         if "exclusive" in commands and {"run", "bind"} & {*commands} and len(os.sched_getaffinity(0)) < 2:
             found.add("two CPUs")
         return found
