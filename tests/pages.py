@@ -35,13 +35,12 @@ SECONDS = 120
 _FENCE = re.compile(r"^( *)```(\S*)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 _MARK = re.compile(r"<!-- not run: (.*) -->\n\Z")
 
-# What a command needs, by a word of it. The blocks of the last three run in make targets of their own.
+# What a block needs, by a word of a command or by what it imports. Torch, Slurm and MPI have make targets of their own.
 _NEEDS = {
     "make": "make, which runs these tests",
     "torchrun": "torch",
     "rankspawn.torchrun": "torch",
     "srun": "Slurm",
-    "sbatch": "Slurm",
     "mpirun": "MPI",
     "mpiexec": "MPI",
 }

@@ -55,6 +55,7 @@ REFERENCE = (ROOT / "docs" / "reference.rst").read_text(encoding="utf-8")
 @pytest.mark.parametrize("name", rankspawn.__all__)
 def test_reference_has(name: str) -> None:
     assert any(f".. auto{kind}:: {name}" in REFERENCE for kind in ("class", "function", "exception"))
+    assert ".. automodule:: rankspawn.torchrun" in REFERENCE
 
 
 # What speaks for itself, or is spoken of in a sentence; and a class that others make has no parameters for anyone.
