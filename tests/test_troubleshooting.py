@@ -238,6 +238,16 @@ def _(_: Path) -> str:
     return python("from rankspawn import launch; launch(['sleep', '60'], 1)")
 
 
+@provokes("the guard (process ...) has ended")
+def _(_: Path) -> str:
+    return python(
+        "import psutil; from rankspawn import launch\n"
+        "with launch(['sleep', '1'], 1, guard=True) as group:\n"
+        "    (guard,) = (one for one in psutil.Process().children() if one.pid not in group.pids())\n"
+        "    guard.kill(); group.wait()"
+    )
+
+
 # ---- placement ------------------------------------------------------------------------------------------------------
 
 TWO_NODES = Machine(nodes=2)
