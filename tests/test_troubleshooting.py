@@ -242,9 +242,9 @@ def _(_: Path) -> str:
 def _(_: Path) -> str:
     return python(
         "import psutil; from rankspawn import launch\n"
-        "with launch(['sleep', '1'], 1, guard=True) as group:\n"
+        "with launch(['sleep', '60'], 1, guard=True, grace=0) as group:\n"
         "    (guard,) = (one for one in psutil.Process().children() if one.pid not in group.pids())\n"
-        "    guard.kill(); group.wait()"
+        "    guard.kill(); group.advance(30)"
     )
 
 
