@@ -58,7 +58,7 @@ demo: $(VENV)/.built ## set everything up, then run 4 bound ranks: examples/ring
 test: $(VENV)/.test $(VENV)/.built | build/.test-tools ## set everything up and run the whole default test run (a few minutes)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-lint: lint-python lint-types lint-cython lint-c lint-workflows ## ruff, mypy --strict, cython-lint, clang-format, gcc -Werror, actionlint, zizmor (-k: tell all)
+lint: lint-python lint-types lint-cython lint-c lint-workflows ## ruff, mypy --strict, cython-lint, clang-format, gcc -Werror, zizmor (-k: tell all)
 
 lint-python: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
@@ -83,7 +83,6 @@ lint-c: $(VENV)/.lint
 
 # Neither asks the network: whether a pinned commit is still the newest is for a person to look up.
 lint-workflows: $(VENV)/.lint
-	$(if $(WORKFLOWS),$(VENV)/bin/actionlint $(WORKFLOWS))
 	$(if $(WORKFLOWS),$(VENV)/bin/zizmor --offline -q $(WORKFLOWS))
 
 format: $(VENV)/.lint ## rewrite Python and C as lint wants them
