@@ -37,11 +37,12 @@ def signal_groups(ranks: Iterable[Popen], *signals: int) -> None:
     for rank in ranks:
         for sig in signals:
             try:
-                with suppress(ProcessLookupError):
-                    if tree is None:
-                        rank.send_signal_group(sig)
-                    else:
-                        _signal_tree(rank, tree, sig)
+                if tree is None:
+                    rank.send_signal_group(sig)
+                else:
+                    _signal_tree(rank, tree, sig)
+            except ProcessLookupError:
+                continue
             except PermissionError as error:
                 refused = error
     if refused is not None:
@@ -58,22 +59,26 @@ def _signal_tree(rank: Popen, tree: ProcessTree, sig: int) -> None:
             process.send_signal(sig)
 
 
-def groups_run(ranks: Iterable[Popen]) -> bool:
-    """Whether somebody runs in the process groups of these ranks, which have all been seen to end."""
+def living(ranks: Iterable[Popen]) -> tuple[dict[int, int] | None, bool]:
+    """Who lives in the sessions of these ranks, which have all been seen to end (pid -> session; None on a system
+    without sessions), and whether one of them is in the process group of a rank. Once there is nobody, nobody comes."""
+    if not hasattr(os, "getpgid"):
+        return None, False
     pids = {rank.pid for rank in ranks if is_unreaped(rank)}
-    if not pids or not hasattr(os, "getpgid"):
-        return False
-    for pid in members(pids, pids):
+    found = members(pids, pids) if pids else {}
+    for pid, session in found.items():
         with suppress(ProcessLookupError):
-            if os.getpgid(pid) in pids:
-                return True
-    return False
+            if os.getpgid(pid) == session:
+                return found, True
+    return found, False
 
 
-def kill_sessions(ranks: Mapping[int, Popen], ended: Mapping[int, int], seconds: float) -> dict[int, str]:
+def kill_sessions(
+    ranks: Mapping[int, Popen], ended: Mapping[int, int], seconds: float, found: dict[int, int] | None = None
+) -> dict[int, str]:
     """Kill what is left in the sessions of ``ranks``, by number; who does not end, by pid, and whose it is.
 
-    ended: the returncodes of those that have been seen to end.
+    ended: the returncodes of those that have been seen to end. found: as for kill_members().
     """
     unreaped = {}
     for number, rank in ranks.items():
@@ -88,7 +93,7 @@ def kill_sessions(ranks: Mapping[int, Popen], ended: Mapping[int, int], seconds:
             with suppress(PermissionError):
                 signal_groups([rank], SIGKILL)
     zombies = {pid for pid, number in unreaped.items() if number in ended}
-    stuck = kill_members(unreaped.keys(), seconds, zombies) if unreaped else {}
+    stuck = kill_members(unreaped.keys(), seconds, zombies, found) if unreaped else {}
     return {pid: f"rank {unreaped[session]}" for pid, session in stuck.items()}
 
 
@@ -120,13 +125,15 @@ def reap(rank: Popen, returncode: int | None) -> tuple[Any, bool] | None:
     if rank.returncode is not None or not lock.acquire(timeout=0.1):
         return None
     try:
-        if is_unreaped(rank):
+        if rank.returncode is None:
+            if rank.pidfd is not None:
+                wait_without_reaping(rank)  # which raises where its number is another child's by now
             pid, status, usage = os.wait4(rank.pid, os.WNOHANG)
             if pid:
                 rank._handle_exitstatus(status)
                 return usage, os.WCOREDUMP(status)
-        elif rank.returncode is None:
-            rank.returncode = returncode or 0
+    except ChildProcessError:
+        rank.returncode = returncode or 0
     finally:
         lock.release()
     return None

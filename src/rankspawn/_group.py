@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
-from ._ending import KILL_SECONDS, SIGKILL, groups_run, kill_sessions, name_running, name_stuck, reap, signal_groups
+from ._ending import KILL_SECONDS, SIGKILL, kill_sessions, living, name_running, name_stuck, reap, signal_groups
 from ._watch import POLL_SECONDS, Watch, left, passed, sooner, until
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class RankGroup:
         self._effective: dict[int, Binding | None] = {}
         self._kill_at: float | None = None
         self._give_up_at: float | None = None
+        self._living: dict[int, int] | None = None
         self._lingering = False
         self._asked: set[int] = set()
         self._owner = os.getpid()
@@ -139,11 +140,10 @@ class RankGroup:
         descriptor to become readable or something to be due; do what is due. True while ``wait`` would go on."""
         self._end_after_failure()
         due = self._kill_in_time()
-        if self._watch.running or self._lingering:
-            if self._look(left(sooner(until(timeout), self._linger(due)))):
-                self._end_after_failure()
+        if (self._watch.running or self._lingering) and self._look(left(sooner(until(timeout), self._linger(due)))):
+            self._end_after_failure()
         asked = self._kill_at is not None and not self.killing and not passed(self._kill_at)
-        self._lingering = asked and not self._watch.running and groups_run(self.ranks)
+        self._living, self._lingering = living(self.ranks) if asked and not self._watch.running else (None, False)
         if self._lingering and signal.SIGTERM not in self._asked:
             # What a shell starts in the background ignores SIGINT, and would be waited for in vain.
             with suppress(PermissionError):
@@ -309,13 +309,14 @@ class RankGroup:
         while self._watch.running and not passed(end):
             self._look(left(end))
         # A second at least is for the sessions: a rank that does not end must not keep the others' children alive.
-        stuck = kill_sessions(dict(enumerate(self.ranks)), self._watch.returncodes, 1.0 + (left(end) or 0))
+        numbered, codes = dict(enumerate(self.ranks)), self._watch.returncodes
+        stuck = kill_sessions(numbered, codes, 1.0 + (left(end) or 0), self._living)
         if self._cgroup is not None:
             self._cgroup.kill()
             if not self._cgroup.wait_empty(1.0 + (left(end) or 0)):
                 stuck.update(dict.fromkeys(self._cgroup.pids(), "the cgroup"))
-        for number, rank in enumerate(self.ranks):
-            if (collected := reap(rank, self._watch.returncodes.get(number))) is not None:
+        for number, rank in numbered.items():
+            if (collected := reap(rank, codes.get(number))) is not None:
                 self._collected[number] = collected
         self._look(0)
         return {**stuck, **self._stuck()}

@@ -58,10 +58,17 @@ def members(sessions: Set[int], ended: Set[int] = _NOBODY, proc: str = "/proc") 
     return found
 
 
-def kill_members(sessions: Set[int], timeout: float, ended: Set[int] = _NOBODY, proc: str = "/proc") -> dict[int, int]:
+def kill_members(
+    sessions: Set[int],
+    timeout: float,
+    ended: Set[int] = _NOBODY,
+    found: dict[int, int] | None = None,
+    proc: str = "/proc",
+) -> dict[int, int]:
     """End every process of these sessions by SIGKILL; returns who is left after ``timeout`` seconds: pid -> session.
 
-    That is nobody, as a rule; describe_stuck() says what keeps one that is. The other arguments are as for members().
+    That is nobody, as a rule; describe_stuck() says what keeps one that is. found: what members() has said, where it
+    has been asked since the leaders ended. The other arguments are as for members().
     What has left its session by a setsid of its own is not found: only a cgroup ends that.
     """
     until = time.monotonic() + timeout
@@ -74,12 +81,12 @@ def kill_members(sessions: Set[int], timeout: float, ended: Set[int] = _NOBODY, 
         except OSError:
             continue  # nobody is left in it, or nobody that we may signal
     pause = _FIRST_PAUSE
-    while found := members(sessions, ended, proc):
-        left = until - time.monotonic()
-        if left <= 0:
-            break
+    if found is None:
+        found = members(sessions, ended, proc)
+    while found and (left := until - time.monotonic()) > 0:
         _kill(found, min(pause, left))
         pause = min(2 * pause, _LONGEST_PAUSE)
+        found = members(sessions, ended, proc)
     return found
 
 
@@ -135,7 +142,8 @@ def _look(sessions: Set[int], ended: Set[int], proc: str) -> tuple[dict[int, int
 def _pids(sessions: Set[int], proc: str) -> Iterable[int]:
     try:
         if os.readlink(f"{proc}/self") == str(os.getpid()):
-            return [int(name) for name in os.listdir(proc) if name.isdecimal()]
+            # The youngest first, which are listed last: who forks and ends again and again is looked at in time.
+            return [int(name) for name in reversed(os.listdir(proc)) if name.isdecimal()]
     except OSError:
         if not sys.platform.startswith("linux"):
             import psutil
