@@ -75,8 +75,7 @@ class RankGroup:
         self._living: dict[int, int] | None = None
         self._lingering = False
         self._asked: set[int] = set()
-        self._owner = os.getpid()
-        self._closed = False
+        self._owner, self._closed = os.getpid(), False
 
     # ---- watching ---------------------------------------------------------------------------------------------------
 
