@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 # Of use in a clone alone.
-ONLY_IN_GIT = {".ci", ".github", ".gitignore"}
+ONLY_IN_GIT = {".ci", ".github", ".gitignore", ".readthedocs.yaml"}
 
 
 @pytest.fixture(scope="module")
