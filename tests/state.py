@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import time
 import traceback
 import warnings
@@ -40,7 +41,8 @@ def fork(function: Callable[[], object]) -> int:
         function()
         status = 0
     except BaseException:
-        traceback.print_exc()
+        # By descriptor: what pytest keeps of sys.stderr in memory ends with this copy of it.
+        traceback.print_exc(file=sys.__stderr__)
     finally:
         # pytest's own cleaning up belongs to the parent alone.
         os._exit(status)
