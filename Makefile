@@ -145,6 +145,9 @@ test-gpu-here: $(TORCH_VENV)/.nvidia
 bench: $(VENV)/.test $(VENV)/.built | build/.test-tools ## measure: the figures of docs/benchmarks.md (BENCH_ARGS="--effort 0.2": a quick look)
 	$(if $(wildcard $(TORCH_VENV)/.built),$(TORCH_PY),$(PY)) benchmarks/run.py $(BENCH_ARGS)
 
+bench-torchrun: $(TORCH_VENV)/.built | build/.test-tools ## measure: whole jobs under torchrun and under ours (docs/torchrun.md)
+	$(TORCH_PY) benchmarks/torchrun.py $(BENCH_ARGS)
+
 # Warnings are errors, and -n asks that every name in the reference is one that is described. The folder with the parsed
 # pages lies beside the site: it is not a part of it.
 docs: $(VENV)/.docs $(VENV)/.built ## build the documentation: build/docs/index.html
