@@ -60,7 +60,7 @@ class Session:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        self.leader.communicate()
+        self.leader.communicate(timeout=PATIENCE)  # somebody who was not told of may have the pipe
 
 
 @pytest.fixture

@@ -39,19 +39,22 @@ _MOST_PASSES = 100
 _NOBODY: frozenset[int] = frozenset()
 
 
-def members(sessions: Set[int], ended: Set[int] = _NOBODY, proc: str = "/proc") -> dict[int, int]:
+def members(
+    sessions: Set[int], ended: Set[int] = _NOBODY, proc: str = "/proc", *, kill: bool = False
+) -> dict[int, int]:
     """The processes that live in these sessions, leaders included: pid -> session. Zombies do not live.
 
     ended: pids known to be zombies, the leaders' for example; they are passed over.
     proc: where procfs is mounted. Where it is not, or is another PID namespace's, only leaders are found. Where it
         hides processes (hidepid, proc(5)), what is set-user-ID is not found.
+    kill: SIGKILL to each when it is found; by the end of the pass it may have forked and ended.
 
     A pass over all processes takes a system call for each, and a few more for each member. Windows has no sessions:
     there, what is found is the trees below these processes, by psutil.
     """
     before = ended
     for _ in range(_MOST_PASSES):
-        found, gone = _look(sessions, ended, proc)
+        found, gone = _look(sessions, ended, proc, kill)
         if found or gone <= before:
             break
         before = gone
@@ -82,11 +85,11 @@ def kill_members(
             continue  # nobody is left in it, or nobody that we may signal
     pause = _FIRST_PAUSE
     if found is None:
-        found = members(sessions, ended, proc)
+        found = members(sessions, ended, proc, kill=True)
     while found and (left := until - time.monotonic()) > 0:
         _kill(found, min(pause, left))
         pause = min(2 * pause, _LONGEST_PAUSE)
-        found = members(sessions, ended, proc)
+        found = members(sessions, ended, proc, kill=True)
     return found
 
 
@@ -115,7 +118,7 @@ def describe_stuck(pid: int, proc: str = "/proc") -> str:
     return f"{who} is in state {state}{where}"
 
 
-def _look(sessions: Set[int], ended: Set[int], proc: str) -> tuple[dict[int, int], set[int]]:
+def _look(sessions: Set[int], ended: Set[int], proc: str, kill: bool) -> tuple[dict[int, int], set[int]]:
     """The members, and who ended under the look at them, or before it and is no more than a zombie."""
     if not hasattr(os, "getsid"):
         return _trees(sessions), set()
@@ -132,6 +135,8 @@ def _look(sessions: Set[int], ended: Set[int], proc: str) -> tuple[dict[int, int
         except PermissionError:  # some systems do not say it of other sessions' processes
             continue
         if sid in sessions:
+            if kill:
+                _kill({pid: sid}, 0.0)
             if _has_ended(pid, proc):
                 gone.add(pid)
             else:
