@@ -19,6 +19,7 @@ import pytest
 
 import rankspawn
 from rankspawn import Binding, BindingError, MemoryPolicy, Popen, _popen, _spawn
+from tests.processes import eventually, has_ended
 
 PYTHON = sys.executable
 MECHANISMS = ("clone", "posix_spawn", "subprocess")
@@ -535,10 +536,7 @@ def test_group_signal_after_the_leader_was_waited_for(tmp_path: Path) -> None:
         orphan = int(process.stdout.readline())
         assert process.wait() == 0
         process.send_signal_group(signal.SIGKILL)
-        deadline = time.monotonic() + 30
-        while Path(f"/proc/{orphan}").exists() and Path(f"/proc/{orphan}/stat").read_text().split()[2] != "Z":
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        eventually(lambda: has_ended(orphan))
         process.send_signal_group(signal.SIGKILL)  # nobody is left: nothing happens
 
 
