@@ -126,9 +126,12 @@ def test_a_program_that_is_not_there() -> None:
 
 RUN = [*RANKSPAWN, "run", "--nproc-per-node", "2"]
 
-# In place of ssh: [-x] HOST COMMAND ... runs the launcher's daemon here.
+# In place of ssh: [-x] HOST COMMAND ... runs the launcher's daemon here, with temporary files of its own: two of Open
+# MPI's daemons write their job's shared files anew under each other otherwise, and one of them ends with SIGSEGV.
 REMOTE_SHELL = """#!/bin/sh
 [ "$1" = -x ] && shift
+TMPDIR="$0-$1"
+mkdir -p "$TMPDIR" && export TMPDIR
 shift
 exec sh -c "$*"
 """
