@@ -113,6 +113,7 @@ PUBLIC = {
     "MemoryPolicy",
     "AffinityMode",
     "NumaOptions",
+    "PlacementError",
     "Topology",
     "place",
 }

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ._handler import SubprocessHandler, get_subprocess_handler
     from ._launch import Job, launch
     from ._numa_options import NumaOptions
-    from ._placement import place
+    from ._placement import PlacementError, place
     from ._popen import Popen
     from ._topology import Topology
 
@@ -24,6 +24,7 @@ __all__ = [
     "Job",
     "MemoryPolicy",
     "NumaOptions",
+    "PlacementError",
     "Popen",
     "RankGroup",
     "SubprocessHandler",
@@ -44,6 +45,7 @@ _MODULES = {
     "get_subprocess_handler": "_handler",
     "NumaOptions": "_numa_options",
     "Topology": "_topology",
+    "PlacementError": "_placement",
     "place": "_placement",
 }
 """Where public names are that do not stand in ``_binding``."""
