@@ -276,7 +276,8 @@ def _placement() -> Section:
 NOTES = (
     "launch: the with block: all are reaped, and nobody is left in their sessions. srun needs a cluster, as that of",
     "`python -m tests.slurm.cluster python benchmarks/run.py commands`.",
-    "torch: where it sees no GPU, the device properties it asks for are those of some PCI device; the rest is its own.",
+    "torch: where it sees no GPU, the device properties it asks for are those of some PCI device; where fewer than",
+    "ranks, each GPU's in turn. The rest is its own.",
     "Log files: the caller opens them for subprocess, and closes them; for rankspawn they are opened by the child.",
     "Plans: 8 ranks, exclusive, 8 GPUs, on a made-up tree of 256 CPUs in 2 sockets, in memory. torch's functions are",
     "patched to read below its root and to be told its GPUs; they read its files again for each rank.",

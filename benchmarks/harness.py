@@ -7,6 +7,7 @@ count.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -165,7 +166,8 @@ class Bench:
 
     def _floor(self, mode: str, ranks: int = 0) -> subprocess.Popen[str]:
         if mode == "ends":
-            return self._started((mode, ranks), [self.programs["ends"], str(ranks)])
+            command = [self.programs["ends"], str(ranks)]
+            return self._started((mode, ranks), command, cpus=self._cpus(2))  # where the ranks of ours are
         cpus, crew = [self.cpu], []
         if mode in ("crew", "homing"):
             # As many threads as launch() takes: two for each of two CPUs.
@@ -190,10 +192,13 @@ class Bench:
         return self._started(situation, command, {**os.environ, **dict(situation.variables)})
 
     def _started(
-        self, key: object, command: Sequence[str], env: Mapping[str, str] | None = None
+        self, key: object, command: Sequence[str], env: Mapping[str, str] | None = None, cpus: Sequence[int] = ()
     ) -> subprocess.Popen[str]:
         if key not in self._processes:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+            bind = functools.partial(os.sched_setaffinity, 0, cpus) if cpus else None
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, preexec_fn=bind
+            )
             self._stack.enter_context(process)  # closes its stdin, which ends it, and waits
             self._processes[key] = process
         return self._processes[key]

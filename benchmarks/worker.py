@@ -209,10 +209,12 @@ def handler_job(place: Place, *, api: str, logs: bool = False) -> Job:
 
 
 def pretend_device() -> None:
-    """Give torch a device 0 where the machine has none: the address of any PCI device, so that the rest of torch's way
-    (sysfs, the node's CPUs, numactl) is its own."""
+    """Give torch a device for each rank. Where the machine has none, the address of any PCI device, so that the rest of
+    torch's way (sysfs, the node's CPUs, numactl) is its own."""
     cuda: Any = importlib.import_module("torch.cuda")
-    if cuda.device_count():
+    count, ask = cuda.device_count(), cuda.get_device_properties
+    if count:
+        cuda.get_device_properties = lambda index: ask(index % count)
         return
     for device in sorted(Path("/sys/bus/pci/devices").glob("*.0")):
         domain, bus, slot = device.name.removesuffix(".0").split(":")
@@ -468,4 +470,5 @@ def main(settings: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    # By the name that groups.py imports Skip from: that of __main__ would be another class, and not be caught.
+    importlib.import_module("worker").main(json.loads(sys.argv[1]))
