@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed.elastic.agent.server.local_elastic_agent as agents
 import torch.distributed.elastic.multiprocessing.api as contexts
 
+from ._binding import AffinityMode
 from ._context import get_context
 from ._crew import start_ranks
 from ._engine import bind_thread, mechanisms
@@ -35,6 +36,16 @@ _DIE_WITH_AGENT = sys.platform == "linux" and bool(mechanisms())
 
 default_numa_options: NumaOptions | None = None
 """For launches that name none themselves; rankspawn.torchrun.install() sets it."""
+
+
+def _numa_options(launched: NumaOptions | None) -> NumaOptions | None:
+    """What a launch named, or else the default. torch's own have no memory policy: the default's is theirs as well."""
+    if launched is None or default_numa_options is None:
+        return launched or default_numa_options
+    if hasattr(launched, "memory_policy"):
+        return launched
+    mode, fall_back = AffinityMode(launched.affinity_mode), launched.should_fall_back_if_binding_fails
+    return replace(default_numa_options, affinity_mode=mode, should_fall_back_if_binding_fails=fall_back)
 
 
 class Worker(SubprocessHandler):
@@ -63,7 +74,7 @@ def get_subprocess_handler(
     numa_options: NumaOptions | None = None,
 ) -> Worker:
     """A rank, with torch's signature: for contexts of others, who derive from torch's."""
-    return Worker(entrypoint, args, env, stdout, stderr, local_rank_id, numa_options or default_numa_options)
+    return Worker(entrypoint, args, env, stdout, stderr, local_rank_id, _numa_options(numa_options))
 
 
 class _Waiting:
@@ -77,7 +88,7 @@ class _Waiting:
     _numa_options: NumaOptions | None = None  # torch before 2.9 has none
 
     def _bindings(self) -> list[Binding | None]:
-        options = self._numa_options or default_numa_options
+        options = _numa_options(self._numa_options)
         return [binding_for(number, options, self.envs[number]) for number in range(self.nprocs)]
 
     def wait(self, timeout: float = -1, period: float = 1) -> Any:

@@ -103,7 +103,8 @@ def install(numa_options: NumaOptions | None = None) -> None:
     """From now on, torch elastic in this process starts and watches its ranks through rankspawn, until uninstall().
 
     numa_options: how ranks are bound that are launched without options of their own (``LaunchConfig.numa_options``,
-        torch's or ours). Installing again only replaces these.
+        torch's or ours); the memory policy also for ranks whose options are torch's, which have none. Installing again
+        only replaces these.
 
     Raises ModuleNotFoundError without torch, and ImportError, having changed nothing, for a torch in which one of SEAMS
     is not as expected.
@@ -173,8 +174,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m rankspaw
     options = parser.parse_args(arguments)
     numa_options = None
     if options.numa_binding:
+        # torch is told of it too: where nobody names a binding, it initializes CUDA here, to see whether to.
         numa_options = NumaOptions(AffinityMode(options.numa_binding), memory_policy=options.memory_policy)
-        options.numa_binding = None
     elif options.memory_policy:
         parser.error("--memory-policy needs --numa-binding")
     try:

@@ -411,6 +411,24 @@ def test_binding_without_numactl(tmp_path: Path, options: list[str]) -> None:
     assert not (tmp_path / "numactl-was-called").exists()
 
 
+WITHOUT_CUDA = """
+import sys, torch
+torch.cuda.is_available = lambda: sys.exit("torch asks for CUDA in the launcher")
+from rankspawn.torchrun import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not find_spec("torch.numa"), reason="torch before 2.9 asks for no CUDA")
+def test_a_named_binding_initializes_no_cuda() -> None:
+    """torch asks in order to choose a default binding, where none is named."""
+    options = ["--no-python", "true"]
+    for binding, status in (["--numa-binding", "node"], 0), ([], 1):
+        command = [sys.executable, "-c", WITHOUT_CUDA, *binding, *options]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=SECONDS)
+        assert done.returncode == status, done.stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="memory policies")
 def test_memory_policy(tmp_path: Path) -> None:
     options = ["--numa-binding", "node", "--memory-policy", "bind", "--no-python", "head", "-1", "/proc/self/numa_maps"]
