@@ -42,7 +42,13 @@ def test_launched_ranks_and_not_visible_devices_share_a_node() -> None:
 
 def test_more_ranks_than_devices_begin_again() -> None:
     topology = read(Machine(sockets=2, cores=4))
-    assert lists(place(topology, "exclusive", nprocs=4, devices=on(1, 0))) == ["4-5", "0-1", "6-7", "2-3"]
+    whole = place(topology, "exclusive", nprocs=4, devices=on(1, 0))
+    assert lists(whole) == ["4-5", "0-1", "6-7", "2-3"]
+    # Also where each is asked for by itself, as torch asks, whose own way ends there in an error.
+    for index in range(4):
+        assert place(topology, "exclusive", gpu_index=index, nprocs=4, devices=on(1, 0)) == (whole[index],)
+    with pytest.raises(PlacementError, match="gpu_index 4: only 2 devices are visible"):
+        place(topology, "exclusive", gpu_index=4, nprocs=4, devices=on(1, 0))
 
 
 def test_without_devices_ranks_go_in_blocks_over_the_nodes_that_have_cpus() -> None:

@@ -59,8 +59,9 @@ def place(
     nprocs: how many ranks are launched; as many as devices if left out. Rank i follows device i, or i modulo the
         number of devices. Splits are made over these ranks, not over the devices that no rank follows.
     gpu_index: as torch counts: the one rank that follows the visible device of this index, with splits over all
-        devices; the answer has one element. On a machine without devices, where torch raises, it is rank
-        ``gpu_index`` of ``nprocs``; without nprocs, of one rank for each node with usable CPUs.
+        devices; the answer has one element. Where ``nprocs`` ranks share fewer devices, or there are none, and torch
+        raises, it is rank ``gpu_index`` of these; without devices and nprocs, of one rank for each node with usable
+        CPUs.
     devices: PCI addresses or Device objects in local-rank order, empty for none. None finds those of the topology's
         root: with this process's environment where the root is "/", with none set elsewhere.
         Without devices, ranks go in blocks over the nodes, in proportion to their usable cores.
@@ -182,13 +183,14 @@ def _homes(
         raise PlacementError(f"nprocs {nprocs}: must be 1 or more")
     if gpu_index is not None and gpu_index < 0:
         raise PlacementError(f"gpu_index {gpu_index}: must be 0 or more")
-    if gpu_index is not None and devices:
-        if gpu_index >= len(devices):
-            raise PlacementError(f"gpu_index {gpu_index}: only {len(devices)} devices are visible")
-        return [_home(machine, device) for device in devices], (gpu_index,)
     if devices:
         count = len(devices) if nprocs is None else nprocs
-        return [_home(machine, devices[i % len(devices)]) for i in range(count)], range(count)
+        if gpu_index is not None:
+            count = max(count, len(devices))
+            if gpu_index >= count:
+                raise PlacementError(f"gpu_index {gpu_index}: only {len(devices)} devices are visible")
+        homes = [_home(machine, devices[i % len(devices)]) for i in range(count)]
+        return homes, range(count) if gpu_index is None else (gpu_index,)
     count = len(machine.cores) if nprocs is None else nprocs
     if gpu_index is None:
         if nprocs is None:
