@@ -5,8 +5,9 @@ torch's wheels have no tests. Give a checkout of pytorch, of the version that is
     git clone --depth 1 --branch v2.13.0 https://github.com/pytorch/pytorch
     RANKSPAWN_PYTORCH=pytorch make test-torch PYTEST_ARGS="-k own_tests"
 
-They take minutes, and expecttest must be installed. A file runs as it is, and then as a copy that installs ours first:
-its own children, which import it again, are to have ours as well. Some of these tests depend on which of two ranks the
+Debian's source package of pytorch has them as well. They take half an hour; expecttest must be installed and, for those
+of the agent, etcd and python-etcd. A file runs as it is, and then as a copy that installs ours first: its own children,
+which import it again, are to have ours as well. Some of these tests depend on which of two ranks the
 system gives more time; one that ends in two ways is run again, alone, until it ends as the other did.
 """
 
