@@ -17,7 +17,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torch.distributed.run", reason="torch is not installed")
+run = pytest.importorskip("torch.distributed.run", reason="torch is not installed")
+OPTIONS = run.get_args_parser()._option_string_actions
+LATER_OPTIONS = {"--duplicate-stdout-filters", "--virtual-local-rank", "--signals-to-handle", "--numa-binding"}
+"""Which torch 2.4 does not have."""
 
 LAUNCHERS = {
     # As the console script does it. With -m, its module is __main__, and torch's logger of it has another format.
@@ -27,6 +30,9 @@ LAUNCHERS = {
 SECONDS = 120
 # Without what the interpreter or a launcher around the tests may have set.
 ENVIRONMENT = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ}
+if not find_spec("torch.numa"):
+    # Before 2.9 every job that names no rendezvous wants one and the same port; here two run at a time.
+    ENVIRONMENT |= {"PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": "localhost:0"}
 
 
 @dataclass
@@ -91,6 +97,8 @@ def both(tmp_path: Path) -> Both:
         env: dict[str, str] | None = None,
         then: Callable[[Popen, Path], object] = lambda process, folder: None,
     ) -> tuple[Outcome, Outcome]:
+        if missing := LATER_OPTIONS.intersection(options) - OPTIONS.keys():
+            pytest.skip(f"this torch has no {', '.join(missing)}")
         folders = [tmp_path / launcher for launcher in LAUNCHERS]
         started = [
             start(name, folder, options, script, env or {}) for name, folder in zip(LAUNCHERS, folders, strict=True)

@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_installed_leaves_things_as_found() -> None:
 
 LAUNCH = """
 import sys, threading
-import torch.numa.binding as numa
+from importlib.util import find_spec
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from rankspawn import torchrun
 
@@ -126,7 +127,9 @@ def launch(name, **config):
 
 def everything():
     with torchrun.installed():
-        launch("torch's options", numa_options=numa.NumaOptions(numa.AffinityMode.EXCLUSIVE))
+        if find_spec("torch.numa"):  # from 2.9 on
+            import torch.numa.binding as numa
+            launch("torch's options", numa_options=numa.NumaOptions(numa.AffinityMode.EXCLUSIVE))
         launch("none")
     with torchrun.installed(torchrun.NumaOptions(torchrun.AffinityMode.EXCLUSIVE)):
         launch("ours")
@@ -169,7 +172,8 @@ def test_elastic_launch(tmp_path: Path, where: str) -> None:
     masks: dict[str, list[list[int]]] = {}
     for name, mask in map(json.loads, done.stdout.splitlines()):
         masks.setdefault(name, []).append(mask)
-    assert apart(masks["torch's options"])
+    if find_spec("torch.numa"):
+        assert apart(masks["torch's options"])
     assert apart(masks["ours"])
     assert masks["none"] == masks["uninstalled"] == [sorted(os.sched_getaffinity(0))] * 2
 
@@ -290,7 +294,8 @@ def test_a_failure_ends_the_wait_for_ranks_that_run(context: Any) -> None:
     began = time.monotonic()
     result = context("sleep 600", "sleep 0.2; exit 3").wait(period=LONG)
     assert time.monotonic() - began < LONG
-    assert {rank: failure.exitcode for rank, failure in result.failures.items()} == {0: -15, 1: 3}
+    # Newer torch reports the ranks that it has ended, too.
+    assert {rank: failure.exitcode for rank, failure in result.failures.items()} in ({1: 3}, {0: -15, 1: 3})
 
 
 def test_a_wait_that_nobody_ends(context: Any) -> None:
