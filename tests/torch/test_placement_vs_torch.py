@@ -20,7 +20,7 @@ from rankspawn._topology import Topology
 from tests.sysfs_tree import Gpu, Machine, address, write
 from tests.test_placement import machines
 
-binding = pytest.importorskip("torch.numa.binding", reason="torch is not installed")
+binding = pytest.importorskip("torch.numa.binding", reason="torch 2.9 or newer is not installed")
 MODES = ("node", "socket", "exclusive", "core-complex")
 SPLIT = ("exclusive", "core-complex")
 TorchPlan = Callable[[str, int], "set[int]"]
