@@ -75,21 +75,11 @@ def place(
     What was assumed or given up is said as RuntimeWarnings. Raises PlacementError, with the option or file and its
     value, where no placement can be made.
     """
-    ranks = plan(
-        topology,
-        mode,
-        nprocs=nprocs,
-        gpu_index=gpu_index,
-        devices=devices,
-        allowed_cpus=allowed_cpus,
-        reserve_cores=reserve_cores,
-        threads_per_core=threads_per_core,
-        memory=memory,
-        required=required,
-    )
-    for note in dict.fromkeys(note for rank in ranks for note in rank.notes):
+    machine = usable_machine(topology, allowed_cpus, reserve_cores, threads_per_core)
+    placed = _placed(machine, mode, nprocs, gpu_index, devices, memory, required)
+    for note in dict.fromkeys(note for home, _ in placed for note in home.notes):
         warnings.warn(note, RuntimeWarning, stacklevel=2)
-    return tuple(rank.binding for rank in ranks)
+    return tuple(binding for _, binding in placed)
 
 
 def plan(
@@ -105,18 +95,34 @@ def plan(
     memory: MemoryMode | MemoryPolicy | None = None,
     required: bool = True,
 ) -> tuple[Rank, ...]:
-    """As ``place``, but the notes are told with each rank, and nobody is warned."""
-    mode = _mode(mode)
+    """As ``place``, with what else there is to say of each rank; its notes are there, and nobody is warned."""
     machine = usable_machine(topology, allowed_cpus, reserve_cores, threads_per_core)
-    found = find_devices(topology) if devices is None else as_devices(topology, devices)
+    placed = _placed(machine, mode, nprocs, gpu_index, devices, memory, required)
+    threads = _threads(topology, machine.allowed, [binding.cpus for _, binding in placed])
+    return tuple(
+        Rank(binding, home.device, home.node, count, tuple(home.notes))
+        for (home, binding), count in zip(placed, threads, strict=True)
+    )
+
+
+def _placed(
+    machine: Machine,
+    mode: AffinityMode | str,
+    nprocs: int | None,
+    gpu_index: int | None,
+    devices: Sequence[str | Device] | None,
+    memory: MemoryMode | MemoryPolicy | None,
+    required: bool,
+) -> list[tuple[Home, Binding]]:
+    mode = _mode(mode)
+    found = find_devices(machine.topology) if devices is None else as_devices(machine.topology, devices)
     homes, chosen = _homes(machine, found, nprocs, gpu_index)
-    drafts = [(homes[i], _cpus(machine, mode, homes, i, required)) for i in chosen]
-    threads = _threads(topology, machine.allowed, [cpus for _, cpus in drafts])
-    ranks = []
-    for (home, cpus), count in zip(drafts, threads, strict=True):
-        policy = _memory(machine, memory, home, cpus, found, required)
-        ranks.append(Rank(Binding(cpus, policy, required), home.device, home.node, count, tuple(home.notes)))
-    return tuple(ranks)
+    placed = []
+    for i in chosen:
+        cpus = _cpus(machine, mode, homes, i, required)
+        policy = _memory(machine, memory, homes[i], cpus, found, required)
+        placed.append((homes[i], Binding(cpus, policy, required)))
+    return placed
 
 
 def plan_lists(
@@ -386,10 +392,4 @@ def _threads(topology: Topology, allowed: frozenset[int], masks: Iterable[frozen
     return omp_num_threads(topology, [allowed if mask is None else mask for mask in masks])
 
 
-__all__ = [
-    "PlacementError",
-    "Rank",
-    "place",
-    "plan",
-    "plan_lists",
-]
+__all__ = ["PlacementError", "Rank", "place", "plan", "plan_lists"]
