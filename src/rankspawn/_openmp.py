@@ -11,8 +11,6 @@ def omp_num_threads(topology: Topology, masks: Sequence[Iterable[int]]) -> tuple
     """OMP_NUM_THREADS for each mask: its physical cores, a core that k ranks may use counting as 1/k; at least 1."""
     core_of = {cpu: number for number, core in enumerate(topology.cores) for cpu in core.cpus}
     cores = [{core_of[cpu] for cpu in mask if cpu in core_of} for mask in masks]
-    if sum(map(len, cores)) == len(set().union(*cores)):  # Nearly always: nobody shares.
-        return tuple(max(1, len(mine)) for mine in cores)
     users: dict[int, int] = {}
     for mine in cores:
         for core in mine:

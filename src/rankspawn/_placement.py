@@ -75,6 +75,7 @@ def place(
     What was assumed or given up is said as RuntimeWarnings. Raises PlacementError, with the option or file and its
     value, where no placement can be made.
     """
+    mode = _mode(mode)
     machine = usable_machine(topology, allowed_cpus, reserve_cores, threads_per_core)
     placed = _placed(machine, mode, nprocs, gpu_index, devices, memory, required)
     for note in dict.fromkeys(note for home, _ in placed for note in home.notes):
@@ -96,6 +97,7 @@ def plan(
     required: bool = True,
 ) -> tuple[Rank, ...]:
     """As ``place``, with what else there is to say of each rank; its notes are there, and nobody is warned."""
+    mode = _mode(mode)
     machine = usable_machine(topology, allowed_cpus, reserve_cores, threads_per_core)
     placed = _placed(machine, mode, nprocs, gpu_index, devices, memory, required)
     threads = _threads(topology, machine.allowed, [binding.cpus for _, binding in placed])
@@ -107,22 +109,20 @@ def plan(
 
 def _placed(
     machine: Machine,
-    mode: AffinityMode | str,
+    mode: AffinityMode,
     nprocs: int | None,
     gpu_index: int | None,
     devices: Sequence[str | Device] | None,
     memory: MemoryMode | MemoryPolicy | None,
     required: bool,
 ) -> list[tuple[Home, Binding]]:
-    mode = _mode(mode)
+    """The ranks that are asked for: each one's home, with the notes of it, and binding."""
     found = find_devices(machine.topology) if devices is None else as_devices(machine.topology, devices)
     homes, chosen = _homes(machine, found, nprocs, gpu_index)
-    placed = []
-    for i in chosen:
-        cpus = _cpus(machine, mode, homes, i, required)
-        policy = _memory(machine, memory, homes[i], cpus, found, required)
-        placed.append((homes[i], Binding(cpus, policy, required)))
-    return placed
+    drafts = [(homes[i], _cpus(machine, mode, homes, i, required)) for i in chosen]
+    return [
+        (home, Binding(cpus, _memory(machine, memory, home, cpus, found, required), required)) for home, cpus in drafts
+    ]
 
 
 def plan_lists(

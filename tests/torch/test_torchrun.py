@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-run = pytest.importorskip("torch.distributed.run", reason="torch is not installed")
-OPTIONS = run.get_args_parser()._option_string_actions
+torchs = pytest.importorskip("torch.distributed.run", reason="torch is not installed")
+OPTIONS = torchs.get_args_parser()._option_string_actions
 LATER_OPTIONS = {"--duplicate-stdout-filters", "--virtual-local-rank", "--signals-to-handle", "--numa-binding"}
 """Which torch 2.4 does not have."""
 
