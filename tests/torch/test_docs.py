@@ -9,9 +9,9 @@ import pytest
 
 from tests.pages import PROGRAMS, Block, missing, run
 
-# A DataLoader's queue has a daemon thread, and drops its semaphore in it while the interpreter ends: between unlinking it
-# and telling the tracker, the thread may be stopped, and the tracker then tells of a leak. With the stock context as with
-# ours (1 of 48 runs each, four at once on 2 cores, CPython 3.11.7 and torch 2.13.0).
+# A DataLoader's queue has a daemon thread, and drops its semaphore in it while the interpreter ends: between unlinking
+# it and telling the tracker, the thread may be stopped, and the tracker then tells of a leak. With the stock context
+# as with ours (1 of 48 runs each, four at once on 2 cores, CPython 3.11.7 and torch 2.13.0).
 NOT_OF_THE_PAGE = "ignore:resource_tracker"
 
 
