@@ -249,7 +249,7 @@ def _placement() -> Section:
         for code in ("pass", "import rankspawn", "from rankspawn import Popen", "import subprocess")
     )
     # What the installed command runs.
-    command = "from rankspawn._cli import main; sys.exit(main(['plan', '--nproc-per-node', '2']))"
+    command = "from rankspawn._cli.main import main; sys.exit(main(['plan', '--nproc-per-node', '2']))"
     plan = Case("rankspawn plan --nproc-per-node 2", "interpreter", (("code", command),))
     return Section(
         Group(

@@ -134,7 +134,7 @@ def run_job(place: Place, *, ranks: int) -> Job:
     from worker import module
 
     source = str(os.path.dirname(os.path.dirname(module("rankspawn").__file__)))
-    code = f"import sys; sys.path.insert(0, {source!r}); from rankspawn._cli import main; sys.exit(main(sys.argv[1:]))"
+    code = f"import sys; sys.path.insert(0, {source!r}); from rankspawn.__main__ import main; sys.exit(main())"
     argv = [sys.executable, "-I", "-c", code, "run", "--nproc-per-node", str(ranks), "--no-python"]
 
     def once() -> int:

@@ -133,7 +133,7 @@ def popen_job(
 def extension_job(place: Place) -> Job:
     """The extension called as ``Popen(binding=...)`` calls it, and waitpid: the rest is the cost of Popen itself."""
     module("rankspawn")
-    inside = module("rankspawn._popen")
+    inside = module("rankspawn._start.popen")
     extension: Any = inside._spawn
     if extension is None:
         raise Skip("rankspawn is installed without its extension")
@@ -300,7 +300,7 @@ def plan_job(place: Place, *, api: str = "rankspawn", whole: bool = False) -> Jo
     rankspawn = module("rankspawn")
     folder, addresses = made_up_machine()
     topology = rankspawn.Topology.read(folder.name)
-    devices = module("rankspawn._devices").find_devices(topology)
+    devices = module("rankspawn._place.devices").find_devices(topology)
     expected = [binding.cpus for binding in rankspawn.place(topology, "exclusive", nprocs=8, devices=devices)]
 
     def known() -> list[Any]:
@@ -346,9 +346,9 @@ def torch_plan(root: str, addresses: Iterable[str], allowed: Iterable[int]) -> C
 def files_job(place: Place) -> Job:
     """The files that a whole plan opens on the made-up machine, each read once by plain ``open``."""
     folder, _ = made_up_machine()
-    tree = module("rankspawn._topology").Tree(folder.name)
+    tree = module("rankspawn._place.topology").Tree(folder.name)
     topology = module("rankspawn").Topology.read(tree)
-    module("rankspawn._devices").find_devices(topology, tree=tree)
+    module("rankspawn._place.devices").find_devices(topology, tree=tree)
     paths = [f"{folder.name}/{path}" for path in tree.opened]
 
     def once() -> int:

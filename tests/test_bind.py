@@ -182,11 +182,11 @@ def test_it_is_the_same_process_with_its_descriptors() -> None:
 
 def test_what_comes_before_each_rank_is_light() -> None:
     # -I -S: what a site's own files import is not ours. The interpreter says what it imports, and for how long.
-    code = "import sys; sys.path.append(sys.argv.pop(1)); from rankspawn._cli import main; main()"
+    code = "import sys; sys.path.append(sys.argv.pop(1)); from rankspawn._cli.main import main; main()"
     python = [sys.executable, "-I", "-S", "-X", "importtime", "-c", code, str(Path(rankspawn.__file__).parents[1])]
     done = ran([*python, "bind", "--memory-policy", "local", "--numa-binding-optional", "true"])
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert {"argparse", "rankspawn._bind"} <= imported
+    assert {"argparse", "rankspawn._cli.bind"} <= imported
     assert SLOW.isdisjoint(imported)
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from rankspawn import Popen, _cgroup
-from rankspawn._cgroup import GroupCgroup
-from rankspawn._engine import EXTENSION_ERROR
+from rankspawn import Popen
+from rankspawn._end import cgroup as _cgroup
+from rankspawn._end.cgroup import GroupCgroup
+from rankspawn._start.engine import EXTENSION_ERROR
 from tests.processes import PATIENCE, has_ended, new_cgroup, writable_cgroups
 from tests.state import NOBODY, become, in_child
 

@@ -18,7 +18,7 @@ import pytest
 import rankspawn
 from rankspawn import AffinityMode
 from rankspawn._binding import MEMORY_MODES, parse_ids
-from rankspawn._cli import main
+from rankspawn._cli.main import main
 from tests.launchers import (
     ARGUMENTS,
     ENVIRONMENT,

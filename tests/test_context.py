@@ -37,8 +37,8 @@ import pytest
 
 import rankspawn
 from rankspawn import Binding, BindingError, MemoryPolicy, get_context
-from rankspawn._context import Context
-from rankspawn._engine import EXTENSION_ERROR
+from rankspawn._multiprocessing.context import Context
+from rankspawn._start.engine import EXTENSION_ERROR
 from tests.in_process import (
     add,
     double,

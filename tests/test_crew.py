@@ -24,9 +24,11 @@ from typing import Any
 
 import pytest
 
-from rankspawn import Binding, BindingError, MemoryPolicy, Popen, _crew, _ending
-from rankspawn._crew import start_ranks
-from rankspawn._engine import mechanisms
+from rankspawn import Binding, BindingError, MemoryPolicy, Popen
+from rankspawn._end import ranks as _ending
+from rankspawn._start import crew as _crew
+from rankspawn._start.crew import start_ranks
+from rankspawn._start.engine import mechanisms
 from tests.processes import eventually, has_ended, new_cgroup
 from tests.state import NOBODY, become, changed_since, fork, in_child, snapshot
 from tests.test_signals import storm
@@ -721,7 +723,7 @@ room, die_with_parent, main = json.loads(sys.argv[2])
 if resource.getrlimit(resource.RLIMIT_STACK)[0] != 1 << 30:
     resource.setrlimit(resource.RLIMIT_STACK, (1 << 30, resource.getrlimit(resource.RLIMIT_STACK)[1]))
     os.execv(sys.executable, [sys.executable, *sys.argv])
-from rankspawn import _crew
+from rankspawn._start import crew as _crew
 from tests.test_crew import FOREVER, end, keepers, start
 _crew._workers = lambda count: 4
 found = []

@@ -8,8 +8,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from rankspawn import _devices
-from rankspawn._devices import (
+from rankspawn._place import devices as _devices
+from rankspawn._place.devices import (
     Device,
     DeviceError,
     as_devices,
@@ -18,9 +18,9 @@ from rankspawn._devices import (
     parse_devices,
     read_device_files,
 )
-from rankspawn._placement import PlacementError
-from rankspawn._sysfs import Tree
-from rankspawn._topology import Topology
+from rankspawn._place.plan import PlacementError
+from rankspawn._place.sysfs import Tree
+from rankspawn._place.topology import Topology
 from tests.sysfs_tree import PCI, Gpu, Machine, address, write
 
 UUIDS = [f"GPU-{letter}{letter}{i}00000-0000-0000-0000-00000000000{i}" for i, letter in enumerate("abca")]

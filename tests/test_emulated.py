@@ -14,7 +14,9 @@ EMULATOR = shutil.which(f"qemu-{os.uname().machine}")
 
 CODE = """
 import json, sys
-from rankspawn import Binding, Popen, _crew, _engine
+from rankspawn import Binding, Popen
+from rankspawn._start import crew as _crew
+from rankspawn._start import engine as _engine
 
 told = {"mechanisms": len(_engine.mechanisms())}
 with Popen([sys.argv[1]]) as process:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from rankspawn import Binding, BindingError, MemoryPolicy, Popen
-from rankspawn._engine import mechanisms
+from rankspawn._start.engine import mechanisms
 from tests.state import NOBODY, become, fork, in_child
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the engine's mechanisms are Linux's")

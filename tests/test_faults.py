@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from rankspawn._engine import EXTENSION_ERROR
+from rankspawn._start.engine import EXTENSION_ERROR
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,7 +39,7 @@ import ctypes, json, os, resource, signal, subprocess, sys, threading, traceback
 sys.path[:0] = json.loads(sys.argv[1])
 from pathlib import Path
 from rankspawn import Binding, BindingError, MemoryPolicy, Popen
-from rankspawn._engine import mechanisms
+from rankspawn._start.engine import mechanisms
 from tests.state import changed_since, snapshot
 
 # Yama may restrict ptrace to ancestors, and strace is a sibling: prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY).

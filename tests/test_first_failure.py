@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rankspawn import Popen
-from rankspawn._failure import (
+from rankspawn._output.failure import (
     Failure,
     RecordedError,
     describe,
@@ -22,7 +22,7 @@ from rankspawn._failure import (
     pass_on,
     read_error_file,
 )
-from rankspawn._logs import RankFiles, rank_files
+from rankspawn._output.logs import RankFiles, rank_files
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "train.py", line 1, in main\nRuntimeError: boom\n'
 

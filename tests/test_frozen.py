@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from rankspawn import AffinityMode, Binding, BindingReport, MemoryPolicy, NumaOptions, _engine
+from rankspawn import AffinityMode, Binding, BindingReport, MemoryPolicy, NumaOptions
 from rankspawn._binding import MEMORY_MODES, RefusedStep
 from rankspawn._frozen import Frozen
-from rankspawn._placement import Rank
-from rankspawn._topology import Core
-from rankspawn._visible import Device
+from rankspawn._place.plan import Rank
+from rankspawn._place.topology import Core
+from rankspawn._place.visible import Device
+from rankspawn._start import engine as _engine
 
 
 class Place(Frozen):

@@ -24,7 +24,7 @@ import psutil
 import pytest
 
 from rankspawn import RankGroup, launch
-from rankspawn._engine import EXTENSION_ERROR
+from rankspawn._start.engine import EXTENSION_ERROR
 from tests.processes import PATIENCE, eventually, has_ended, new_cgroup, state
 from tests.state import NOBODY, become, changed_since, fork, in_child, snapshot
 
@@ -263,7 +263,8 @@ def debugger(pid: int) -> Iterator[None]:
 @needs_root
 def test_a_rank_that_a_debugger_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its pidfd says that it has ended, and waitid(2) that it has not, until the debugger has waited for it."""
-    from rankspawn import _group, _watch
+    from rankspawn._end import watch as _watch
+    from rankspawn._group import group as _group
 
     monkeypatch.setattr(_group, "KILL_SECONDS", 0.5)
     looks = []
@@ -289,7 +290,7 @@ def test_a_rank_that_a_debugger_holds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_root
 def test_a_rank_that_cannot_be_killed_keeps_nobody_else_alive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from rankspawn import _group
+    from rankspawn._group import group as _group
 
     monkeypatch.setattr(_group, "KILL_SECONDS", 0.2)
     # A child in a process group of its own, in the session of the rank.
@@ -309,7 +310,7 @@ def test_a_rank_that_cannot_be_killed_keeps_nobody_else_alive(monkeypatch: pytes
 @needs_root
 def test_ranks_of_another_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """They can neither be told to end nor be killed: that is said, and holds nobody up."""
-    from rankspawn import _group
+    from rankspawn._group import group as _group
 
     monkeypatch.setattr(_group, "KILL_SECONDS", 0.2)
     group = launch(SLEEPING, 2)

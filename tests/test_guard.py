@@ -20,15 +20,15 @@ from typing import Any
 import psutil
 import pytest
 
-from rankspawn import _guard
-from rankspawn._cgroup import GroupCgroup, new_name
-from rankspawn._engine import EXTENSION_ERROR
-from rankspawn._guard import Guard
+from rankspawn._end import guard as _guard
+from rankspawn._end.cgroup import GroupCgroup, new_name
+from rankspawn._end.guard import Guard
+from rankspawn._start.engine import EXTENSION_ERROR
 from tests.processes import PATIENCE, eventually, frozen_by_v1, has_ended, new_cgroup
 from tests.state import fork
 
 if sys.platform.startswith("linux") and EXTENSION_ERROR is None:
-    from rankspawn._crew import start_ranks
+    from rankspawn._start.crew import start_ranks
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the guard is Linux's"),
@@ -519,12 +519,12 @@ def test_guard_is_out_of_the_way() -> None:
 
 def test_what_the_guards_process_loads() -> None:
     """It is there for as long as the job: what is not loaded takes no memory, and no time beside the ranks' start."""
-    folder = str(Path(_guard.__file__).parent.parent)
+    folder = str(Path(_guard.__file__).parent.parent.parent)
     look = _guard._PROGRAM.partition("; main")[0] + "; print(*sys.modules)"
     command = [sys.executable, "-I", "-S", "-B", "-c", look, folder]
     loaded = set(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split())
     ours = {name for name in loaded if name.partition(".")[0] == "rankspawn"}
-    assert ours == {"rankspawn", *(f"rankspawn.{name}" for name in ("_guard", "_sessions"))}
+    assert ours == {"rankspawn", *(f"rankspawn.{name}" for name in ("_end", "_end.guard", "_end.sessions"))}
     assert loaded & {"contextlib", "dataclasses", "psutil", "re", "site", "subprocess", "threading", "typing"} == set()
 
 

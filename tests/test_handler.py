@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 import rankspawn
-from rankspawn import AffinityMode, Binding, MemoryPolicy, NumaOptions, _handler
-from rankspawn._topology import PlacementError
+from rankspawn import AffinityMode, Binding, MemoryPolicy, NumaOptions
+from rankspawn._place.topology import PlacementError
+from rankspawn._torch import handler as _handler
 
 # Here and not in the fixture: the import starts a thread that stays.
 try:
@@ -294,7 +295,7 @@ def test_errors_of_a_subclass_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_falling_back(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    from rankspawn import _placement
+    from rankspawn._place import plan as _placement
 
     _handler._plan.cache_clear()
 

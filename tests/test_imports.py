@@ -94,7 +94,7 @@ ARROWS: dict[str, set[str]] = {
 HEAVY = {"asyncio", "numpy", "psutil", "pynvml", "rich", "torch"}
 
 # The time of `rankspawn plan` is that of its imports: these were the most expensive, and are not needed.
-SLOW = {"dataclasses", "importlib.metadata", "inspect", "shutil", "subprocess", "typing", "rankspawn._run"}
+SLOW = {"dataclasses", "importlib.metadata", "inspect", "shutil", "subprocess", "typing", "rankspawn._cli.run"}
 if sys.version_info[:2] == (3, 14):
     SLOW -= {"dataclasses", "inspect"}  # argparse imports them itself there, for its colours
 
@@ -172,9 +172,8 @@ def test_import_is_light() -> None:
 
 def test_a_plan_is_light(tmp_path: Path) -> None:
     # -I -S: what a site's own files import is not ours.
-    script = (
-        "import sys; sys.path.append(sys.argv.pop(1)); from rankspawn._cli import main; main(); print(*sys.modules)"
-    )
+    script = "import sys; sys.path.append(sys.argv.pop(1)); from rankspawn._cli.main import main; main()"
+    script += "; print(*sys.modules)"
     plan = ["plan", "--nproc-per-node", "2", "--sysfs", str(write(tmp_path, Machine()))]
     command = [sys.executable, "-I", "-S", "-c", script, str(SOURCE.parent), *plan]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

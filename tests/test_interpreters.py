@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-MODULES = sorted(path.stem for path in (Path(__file__).parent.parent / "src" / "rankspawn").glob("_[a-z]*.py"))
+SOURCE = Path(__file__).parent.parent / "src" / "rankspawn"
+PATHS = sorted(path.relative_to(SOURCE).with_suffix("") for path in SOURCE.rglob("*.py"))
+MODULES = [".".join(path.parts) for path in PATHS if not path.name.startswith("__")]
+assert len(MODULES) > 40
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
 SUB_INTERPRETER = """
@@ -51,7 +54,7 @@ def test_imports_leave_the_gil_off() -> None:
         assert "rankspawn._spawn" in sys.modules
         assert not sys._is_gil_enabled()
     """
-    python(program, *(name for name in MODULES if name != "_elastic"))  # which imports torch
+    python(program, *(name for name in MODULES if name != "_torch.elastic"))  # which imports torch
 
 
 @pytest.mark.parametrize("mechanism", ["clone", "posix_spawn"])
@@ -126,7 +129,7 @@ def test_sub_interpreter(loaded: str) -> None:
     """It goes without the engine: by the standard library's own path, which binds a process after its start at best."""
     code = textwrap.dedent("""
         from rankspawn import Binding, BindingError, MemoryPolicy, Popen, launch
-        from rankspawn._engine import EXTENSION_ERROR
+        from rankspawn._start.engine import EXTENSION_ERROR
 
         with Popen(["true"]) as process:
             assert process.wait(60) == 0

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from rankspawn import Binding, BindingError, Job, Popen, launch
-from rankspawn._engine import EXTENSION_ERROR, mechanisms
-from rankspawn._launch import free_port
-from rankspawn._logs import rank_files
-from rankspawn._placement import PlacementError
+from rankspawn._group.launch import free_port
+from rankspawn._output.logs import rank_files
+from rankspawn._place.plan import PlacementError
+from rankspawn._start.engine import EXTENSION_ERROR, mechanisms
 from tests.processes import PATIENCE, eventually, has_ended, new_cgroup, writable_cgroups
 from tests.state import NOBODY, become, in_child
 
@@ -235,7 +235,7 @@ def test_arguments_that_do_not_fit(nprocs: int, options: dict[str, Any], text: s
 
 
 def test_a_placement_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankspawn import _placement
+    from rankspawn._place import plan as _placement
 
     def refuse(*_: Any, **__: Any) -> None:
         raise PlacementError("no room")
@@ -290,7 +290,7 @@ def test_all_or_nothing_when_a_log_cannot_be_made(tmp_path: Path) -> None:
 def test_all_or_nothing_with_what_the_ranks_had_started_already(tmp_path: Path) -> None:
     """A refusal comes late: they have children in process groups of their own by then."""
     code = "import os; os.fork() or os.setpgid(0, 0); open(f'ready.{os.getpid()}', 'w'); os.kill(os.getpid(), 19)"
-    from rankspawn import _crew
+    from rankspawn._start import crew as _crew
 
     run = _crew._run
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rankspawn import Popen
-from rankspawn._logs import last_lines, printable, rank_files
+from rankspawn._output.logs import last_lines, printable, rank_files
 
 
 def test_the_layout_is_torchruns(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 import rankspawn
-from rankspawn import Binding, BindingError, MemoryPolicy, Popen, _popen, _spawn
+from rankspawn import Binding, BindingError, MemoryPolicy, Popen, _spawn
+from rankspawn._start import popen as _popen
 from tests.processes import eventually, has_ended
 
 PYTHON = sys.executable

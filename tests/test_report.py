@@ -23,8 +23,16 @@ import pytest
 
 from rankspawn import Binding, MemoryPolicy, Popen
 from rankspawn._binding import parse_ids
-from rankspawn._processes import ProcessTree, usage_now
-from rankspawn._report import Attempt, GroupReport, RankReport, group_report, rank_report, write_report, write_text
+from rankspawn._end.processes import ProcessTree, usage_now
+from rankspawn._output.report import (
+    Attempt,
+    GroupReport,
+    RankReport,
+    group_report,
+    rank_report,
+    write_report,
+    write_text,
+)
 from tests.state import in_child
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from rankspawn import _sessions
-from rankspawn._sessions import describe_stuck, kill_members, members
+from rankspawn._end import sessions as _sessions
+from rankspawn._end.sessions import describe_stuck, kill_members, members
 from tests.processes import PATIENCE, eventually, frozen_by_v1, has_ended, state
 from tests.state import NOBODY, become, fork, in_child
 

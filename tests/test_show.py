@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from rankspawn._devices import find_devices
-from rankspawn._placement import plan
-from rankspawn._show import _table, add_plan_options, add_topology_options
-from rankspawn._svg import drawing
-from rankspawn._topology import PlacementError, Topology
+from rankspawn._cli.show import _table, add_plan_options, add_topology_options
+from rankspawn._place.devices import find_devices
+from rankspawn._place.drawing import drawing
+from rankspawn._place.plan import plan
+from rankspawn._place.topology import PlacementError, Topology
 from tests.sysfs_tree import Gpu, Machine, address, write
 
 TWO_SOCKETS = Machine(
@@ -206,9 +206,9 @@ def test_a_terminal_gets_rich_where_it_is_installed(monkeypatch: pytest.MonkeyPa
 
 
 def test_nothing_dear_is_imported_until_it_is_used() -> None:
-    modules = "rich json tarfile pynvml psutil asyncio pathlib rankspawn._svg rankspawn._devices"
+    modules = "rich json tarfile pynvml psutil asyncio pathlib rankspawn._place.drawing rankspawn._place.devices"
     code = (
-        "import sys, rankspawn._binding; before = set(sys.modules); import rankspawn._show\n"
+        "import sys, rankspawn._binding; before = set(sys.modules); import rankspawn._cli.show\n"
         f"print(*sorted(set({modules!r}.split()) & (set(sys.modules) - before)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from rankspawn import Popen
-from rankspawn._engine import EXTENSION_ERROR
+from rankspawn._start.engine import EXTENSION_ERROR
 from tests.state import fork, in_child
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankspawn._step import Node, Step, StepError, first_host
+from rankspawn._cli.step import Node, Step, StepError, first_host
 
 # As srun 22.05, Open MPI 4.1 and MPICH 4.0 set them, with what is not looked at left out.
 SRUN = {

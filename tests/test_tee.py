@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from rankspawn import Popen, _tee
-from rankspawn._logs import RankFiles, rank_files
-from rankspawn._tee import Source, Tee
+from rankspawn import Popen
+from rankspawn._output import tee as _tee
+from rankspawn._output.logs import RankFiles, rank_files
+from rankspawn._output.tee import Source, Tee
 
 # Longer than any machine takes, for what ends by itself when all is well.
 LONG = 60.0
@@ -446,7 +447,7 @@ def test_a_text_stream_that_was_closed(tmp_path: Path) -> None:
 
 LAUNCHER = """
 import sys
-from rankspawn._tee import Source, Tee
+from rankspawn._output.tee import Source, Tee
 with Tee([Source(0, sys.argv[1], False), Source(1, sys.argv[2], True)]):
     for number in range(20000):
         sys.stderr.write(f"launcher {number}\\n")

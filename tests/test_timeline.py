@@ -14,7 +14,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from rankspawn import Popen
-from rankspawn._report import (
+from rankspawn._output.report import (
     Attempt,
     AttemptReport,
     BindingFacts,
@@ -24,7 +24,7 @@ from rankspawn._report import (
     group_report,
     rank_report,
 )
-from rankspawn._timeline import Axis, spoken, timeline_svg
+from rankspawn._output.timeline import Axis, spoken, timeline_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 

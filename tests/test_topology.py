@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from rankspawn._sysfs import Tree, parse_mask
-from rankspawn._topology import PlacementError, Topology, TopologyError
+from rankspawn._place.sysfs import Tree, parse_mask
+from rankspawn._place.topology import PlacementError, Topology, TopologyError
 from tests.sysfs_tree import CPU, GIB, NODE, Machine, write
 
 CAPTURED = Path(__file__).resolve().parents[2] / "shared" / "topologies"

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from rankspawn import _cli, torchrun
+from rankspawn import torchrun
+from rankspawn._cli import main as _cli
 
 
 def python(script: str) -> subprocess.CompletedProcess[str]:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from rankspawn import Binding, BindingError, MemoryPolicy, Popen, Topology, get_context, launch, place
-from rankspawn._cgroup import GroupCgroup
-from rankspawn._visible import nvidia_visible
+from rankspawn._end.cgroup import GroupCgroup
+from rankspawn._place.visible import nvidia_visible
 from tests.pages import ROOT
 from tests.processes import new_cgroup, writable_cgroups
 from tests.state import NOBODY, become, in_child
@@ -117,7 +117,7 @@ def _(_: Path) -> str:
 @provokes("local rank ... runs without ...")
 def _(_: Path) -> str:
     return python(
-        "import logging, rankspawn._handler as handler; from rankspawn._binding import RefusedStep\n"
+        "import logging, rankspawn._torch.handler as handler; from rankspawn._binding import RefusedStep\n"
         "logging.basicConfig(); handler.warn_of_refused(0, (RefusedStep('set_mempolicy', 1),))"
     )
 
@@ -330,7 +330,7 @@ def _(_: Path) -> str:
 
 @provokes("is there twice, which hides all devices")
 def _(folder: Path) -> str:
-    from rankspawn._devices import find_devices
+    from rankspawn._place.devices import find_devices
 
     found = find_devices(Topology.read(write(folder, Machine(gpus=(Gpu(0),)))))
     return raised(lambda: nvidia_visible(found, {"CUDA_VISIBLE_DEVICES": "0,0"}))

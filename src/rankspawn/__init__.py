@@ -7,14 +7,14 @@ if TYPE_CHECKING:
     __version__: str
 
     from ._binding import AffinityMode, Binding, BindingError, BindingReport, MemoryPolicy
-    from ._context import get_context
-    from ._group import RankGroup
-    from ._handler import SubprocessHandler, get_subprocess_handler
-    from ._launch import Job, launch
-    from ._numa_options import NumaOptions
-    from ._placement import PlacementError, place
-    from ._popen import Popen
-    from ._topology import Topology
+    from ._group.group import RankGroup
+    from ._group.launch import Job, launch
+    from ._multiprocessing.context import get_context
+    from ._place.plan import PlacementError, place
+    from ._place.topology import Topology
+    from ._start.popen import Popen
+    from ._torch.handler import SubprocessHandler, get_subprocess_handler
+    from ._torch.numa_options import NumaOptions
 
 __all__ = [
     "AffinityMode",
@@ -36,17 +36,17 @@ __all__ = [
 ]
 
 _MODULES = {
-    "launch": "_launch",
-    "Job": "_launch",
-    "RankGroup": "_group",
-    "get_context": "_context",
-    "Popen": "_popen",
-    "SubprocessHandler": "_handler",
-    "get_subprocess_handler": "_handler",
-    "NumaOptions": "_numa_options",
-    "Topology": "_topology",
-    "PlacementError": "_placement",
-    "place": "_placement",
+    "launch": "_group.launch",
+    "Job": "_group.launch",
+    "RankGroup": "_group.group",
+    "get_context": "_multiprocessing.context",
+    "Popen": "_start.popen",
+    "SubprocessHandler": "_torch.handler",
+    "get_subprocess_handler": "_torch.handler",
+    "NumaOptions": "_torch.numa_options",
+    "Topology": "_place.topology",
+    "PlacementError": "_place.plan",
+    "place": "_place.plan",
 }
 """Where public names are that do not stand in ``_binding``."""
 

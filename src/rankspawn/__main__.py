@@ -9,7 +9,7 @@ def main() -> int:
     # import of a module may swallow it, and the ranks would start. torchrun's signals are torch's own.
     if sys.argv[1:2] != ["torchrun"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from ._cli import main
+    from ._cli.main import main
 
     return main()
 

@@ -16,8 +16,8 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._binding import MEMORY_MODES, AffinityMode, BindingError
-from ._numa_options import NumaOptions
-from ._topology import PlacementError
+from ._place.topology import PlacementError
+from ._torch.numa_options import NumaOptions
 
 if TYPE_CHECKING:
     import argparse
@@ -93,7 +93,7 @@ _REPLACED = (
     (_MULTIPROCESSING, "MultiprocessContext"),
     ("torch.distributed.launcher.api", "LocalElasticAgent"),
 )
-"""Where torch looks for what ``_elastic`` has another of."""
+"""Where torch looks for what ``_torch.elastic`` has another of."""
 
 _torchs: dict[tuple[str, str], Any] = {}
 """What was there before; empty when nothing is installed."""
@@ -118,13 +118,13 @@ def install(numa_options: NumaOptions | None = None) -> None:
                 " A newer rankspawn is needed, or something else has replaced parts of torch first",
                 name="torch",
             )
-    from . import _elastic
+    from ._torch import elastic
 
-    _elastic.default_numa_options = numa_options
+    elastic.default_numa_options = numa_options
     for module, name in _REPLACED:
         place = import_module(module)
         _torchs.setdefault((module, name), getattr(place, name))
-        setattr(place, name, getattr(_elastic, name))
+        setattr(place, name, getattr(elastic, name))
 
 
 def uninstall() -> None:
@@ -138,7 +138,7 @@ def uninstall() -> None:
 def installed(numa_options: NumaOptions | None = None) -> Iterator[None]:
     """install() for the length of a ``with`` block, and then as before. It holds for all threads of the process."""
     inside = bool(_torchs)
-    before = import_module("rankspawn._elastic").default_numa_options if inside else None
+    before = import_module("rankspawn._torch.elastic").default_numa_options if inside else None
     install(numa_options)
     try:
         yield

@@ -49,7 +49,7 @@ def put_ours_in_place() -> list[int]:
     from multiprocessing import context
 
     import rankspawn
-    from rankspawn import _context_popen
+    from rankspawn._multiprocessing import methods as _context_popen
 
     ours = rankspawn.get_context(options.method, [rankspawn.Binding(os.sched_getaffinity(0))])
     context._concrete_contexts[options.method] = ours  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from rankspawn._binding import parse_ids
-from rankspawn._devices import parse_devices
+from rankspawn._place.devices import parse_devices
 
 TIMEOUT = 300.0  # torch's first start on a machine reads gigabytes
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
@@ -92,7 +92,7 @@ else:
     pynvml.nvmlShutdown()
 began = time.perf_counter()
 from rankspawn import Binding, Popen, Topology
-from rankspawn._devices import find_devices, locate
+from rankspawn._place.devices import find_devices, locate
 loaded = time.perf_counter()
 topology = Topology.read()
 found = find_devices(topology)
@@ -151,7 +151,7 @@ import json, os, sys
 if sys.argv[1] == "proc":
     sys.modules["pynvml"] = None
 from rankspawn import Topology
-from rankspawn._devices import find_devices
+from rankspawn._place.devices import find_devices
 assert find_devices(Topology.read())
 pid = os.fork()
 if pid == 0:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from rankspawn import BindingError
-from rankspawn._placement import place, plan
-from rankspawn._topology import PlacementError, Topology
+from rankspawn._place.plan import place, plan
+from rankspawn._place.topology import PlacementError, Topology
 from tests.numavm import machine
 from tests.numavm.cgroups import Group, group_of
 from tests.numavm.checks_memory import assert_only_on

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from rankspawn import AffinityMode, MemoryPolicy, NumaOptions, Popen, SubprocessHandler
-from rankspawn._topology import PlacementError
+from rankspawn._place.topology import PlacementError
 from tests.numavm import machine
 from tests.numavm.cgroups import Group, group_of
 from tests.numavm.conftest import Touched, bound

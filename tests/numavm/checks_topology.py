@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from rankspawn._devices import as_devices, find_devices, locate
-from rankspawn._placement import place, plan
-from rankspawn._topology import PlacementError, Topology
+from rankspawn._place.devices import as_devices, find_devices, locate
+from rankspawn._place.plan import place, plan
+from rankspawn._place.topology import PlacementError, Topology
 from tests.numavm import machine
 from tests.numavm.cgroups import Group
 from tests.numavm.conftest import nvidia_gpus

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rankspawn._step import Step, first_host
+from rankspawn._cli.step import Step, first_host
 from tests.slurm.cluster import Cluster, cluster
 
 TIMEOUT = 30.0
@@ -30,7 +30,7 @@ BIND = [sys.executable, "-m", "rankspawn", "bind"]
 # One line of a task: who it is, and its answer.
 TASK = """
 import json, os
-from rankspawn._step import Step, StepError
+from rankspawn._cli.step import Step, StepError
 step = Step.read(os.environ)
 def node():
     try:

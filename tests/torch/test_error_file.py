@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from rankspawn import Popen
-from rankspawn._failure import Failure, describe, first_failure, pass_on, read_error_file
-from rankspawn._logs import RankFiles, rank_files
+from rankspawn._output.failure import Failure, describe, first_failure, pass_on, read_error_file
+from rankspawn._output.logs import RankFiles, rank_files
 
 errors = pytest.importorskip("torch.distributed.elastic.multiprocessing.errors", reason="torch is not installed")
 

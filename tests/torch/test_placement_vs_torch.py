@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rankspawn._devices import as_devices
-from rankspawn._placement import PlacementError, place, plan
-from rankspawn._topology import Topology
+from rankspawn._place.devices import as_devices
+from rankspawn._place.plan import PlacementError, place, plan
+from rankspawn._place.topology import Topology
 from tests.sysfs_tree import Gpu, Machine, address, write
 from tests.test_placement import machines
 

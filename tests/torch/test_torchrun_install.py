@@ -36,7 +36,7 @@ def uninstalled() -> Any:
 
 
 def options() -> NumaOptions | None:
-    found: NumaOptions | None = import_module("rankspawn._elastic").default_numa_options
+    found: NumaOptions | None = import_module("rankspawn._torch.elastic").default_numa_options
     return found
 
 
@@ -96,7 +96,7 @@ def test_difference(seam: Seam, told: str | None) -> None:
 def test_install_and_uninstall() -> None:
     uninstall()  # harmless
     install()
-    assert [one.__module__ for one in replaced()] == ["rankspawn._elastic"] * len(_REPLACED)
+    assert [one.__module__ for one in replaced()] == ["rankspawn._torch.elastic"] * len(_REPLACED)
     install(NumaOptions(AffinityMode.NODE))
     assert options() == NumaOptions(AffinityMode.NODE)
     uninstall()
@@ -230,7 +230,8 @@ def test_functions(tmp_path: Path, method: str) -> None:
 REFUSED = """
 import multiprocessing, tempfile, time
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
-from rankspawn import Binding, BindingError, _elastic, torchrun
+from rankspawn import Binding, BindingError, torchrun
+from rankspawn._torch import elastic as _elastic
 
 if __name__ == "__main__":
     torchrun.install()

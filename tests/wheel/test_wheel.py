@@ -48,6 +48,14 @@ def libnuma(unpacked: Path) -> Path:
     return path
 
 
+def source_files() -> set[str]:
+    """What a wheel carries of src/rankspawn, by its path there."""
+    source = ROOT / "src" / "rankspawn"
+    found = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.suffix in SUFFIXES}
+    assert len(found) > 40
+    return found
+
+
 def test_its_name_says_what_it_is_for(wheel: Path, version: str) -> None:
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     abi = python + getattr(sys, "abiflags", "")
@@ -57,10 +65,10 @@ def test_its_name_says_what_it_is_for(wheel: Path, version: str) -> None:
 
 def test_it_has_the_package_and_nothing_else(unpacked: Path, extension: Path, libnuma: Path, version: str) -> None:
     files = {path for path in unpacked.rglob("*") if path.is_file()}
-    package = {path.name for path in files if path.parent.name == "rankspawn"} - {extension.name}
-    source = ROOT / "src" / "rankspawn"
-    assert package == {path.name for path in source.iterdir() if path.suffix in SUFFIXES}
-    others = {path for path in files if path.parent.name != "rankspawn"} - {libnuma}
+    package = unpacked / "rankspawn"
+    inside = {path for path in files if package in path.parents} - {extension}
+    assert {path.relative_to(package).as_posix() for path in inside} == source_files()
+    others = files - inside - {extension, libnuma}
     assert {path.relative_to(unpacked).parts[0] for path in others} == {f"rankspawn-{version}.dist-info"}
 
 
@@ -111,4 +119,4 @@ def test_windows_has_a_wheel_of_its_own(sdist: Path, tmp_path: Path, version: st
     assert path.name == f"rankspawn-{version}-py3-none-win_amd64.whl"
     with zipfile.ZipFile(path) as archive:
         package = {name.partition("/")[2] for name in archive.namelist() if name.startswith("rankspawn/")}
-    assert package == {path.name for path in (ROOT / "src" / "rankspawn").iterdir() if path.suffix in SUFFIXES}
+    assert package == source_files()

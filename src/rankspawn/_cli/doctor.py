@@ -1,0 +1,131 @@
+"""``rankspawn doctor``: what this machine allows, found by trying it on short-lived children."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .._binding import MEMORY_MODES, Binding, BindingError, MemoryPolicy, format_ids
+from .._place.topology import PlacementError, Topology
+from .._start.engine import EXTENSION_ERROR, mechanisms
+from .._start.popen import Popen
+
+if TYPE_CHECKING:
+    from .._binding import MemoryMode
+
+
+def report() -> int:
+    """Print the report; 0 when ranks can be bound to CPUs at birth, else 1."""
+    affinity = _affinity()
+    lines = {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}, Python {platform.python_version()}",
+        "extension": _extension(),
+        "mechanism": _mechanism(),
+        "pidfd": _pidfd(),
+        "group signal": _group_signal(),
+        "cgroup at birth": _cgroup(),
+        "CPU affinity": affinity,
+        **{f"memory {mode}": _memory(mode) for mode in MEMORY_MODES},
+        **_machine(),
+    }
+    width = max(map(len, lines))
+    for name, line in lines.items():
+        print(f"{name:<{width}}  {line}")
+    return 0 if mechanisms() and affinity.startswith("yes") else 1
+
+
+def _child(**options: Any) -> Popen:
+    """A child that ends at once, waited for."""
+    process = Popen([sys.executable, "-S", "-E", "-c", ""], stdin=-3, start_new_session=True, **options)
+    process.wait()
+    return process
+
+
+def _extension() -> str:
+    if EXTENSION_ERROR is not None:
+        return f"missing: {EXTENSION_ERROR}; starts go through plain subprocess"
+    from .. import _spawn
+
+    return "built with libnuma" if _spawn.HAVE_LIBNUMA else "built without libnuma: own system calls, same behaviour"
+
+
+def _mechanism() -> str:
+    if EXTENSION_ERROR is None and not mechanisms():
+        return "subprocess: by RANKSPAWN_MECHANISM, or since clone does not share memory (QEMU user mode, WSL1)"
+    return str(_child().mechanism)
+
+
+def _pidfd() -> str:
+    return "no: waits with a timeout poll" if _child().pidfd is None else "yes"
+
+
+def _group_signal() -> str:
+    process = _child()
+    code = process._pidfd.send_signal(0, True) if process.pidfd is not None else None
+    if code in (0, 3):  # ESRCH: understood, and nobody is left
+        return "free of races, also after the leader has been waited for"
+    return "only while the leader has not been waited for (Linux 6.9 has better)"
+
+
+def _cgroup() -> str:
+    folder = _own_cgroup()
+    if folder is None:
+        return "no cgroup v2 of this process is mounted"
+    try:
+        _child(cgroup=folder)
+    except OSError as error:
+        return f"no: {error} ({folder})"
+    return f"yes, tried in {folder}"
+
+
+def _own_cgroup() -> str | None:
+    """The directory of this process's cgroup v2: the line of /proc/self/cgroup that begins with 0:: (cgroups(7)), below
+    the folder of the hierarchy that is mounted (the fourth field of /proc/self/mountinfo, proc(5))."""
+    try:
+        with open("/proc/self/cgroup", encoding="utf-8") as listed:
+            path = next((line[3:].strip() for line in listed if line.startswith("0::")), None)
+        with open("/proc/self/mountinfo", encoding="utf-8") as mounts:
+            mounted = [line.split()[3:5] for line in mounts if " - cgroup2 " in line]
+    except OSError:
+        return None
+    for root, point in mounted:
+        if path is not None and (path + "/").startswith(root.rstrip("/") + "/"):
+            return os.path.normpath(os.path.join(point, os.path.relpath(path, root)))
+    return None
+
+
+def _affinity() -> str:
+    if not hasattr(os, "sched_getaffinity"):
+        return "not on this system"
+    return _tried(Binding({min(os.sched_getaffinity(0))}))
+
+
+def _memory(mode: MemoryMode) -> str:
+    try:
+        node = min(Topology.read().allowed_nodes)
+        return _tried(Binding(None, MemoryPolicy(mode, frozenset() if mode in ("default", "local") else {node})))
+    except (PlacementError, ValueError) as error:
+        return f"unknown: {error}"
+
+
+def _tried(binding: Binding) -> str:
+    try:
+        _child(binding=binding)
+    except BindingError as error:
+        return f"refused: {error.strerror}"
+    return f"yes, tried with {binding}"
+
+
+def _machine() -> dict[str, str]:
+    try:
+        topology = Topology.read()
+    except PlacementError as error:
+        return {"NUMA nodes": f"unknown: {error}"}
+    nodes = (f"{node.id} (CPUs {format_ids(node.cpus) or 'none'})" for node in topology.nodes)
+    return {
+        "NUMA nodes": ", ".join(nodes),
+        "inherited CPUs": format_ids(topology.allowed_cpus),
+        "inherited nodes": format_ids(topology.allowed_nodes),
+    }

@@ -1,0 +1,140 @@
+"""The ``rankspawn`` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from .._place.topology import PlacementError
+from .options import CommandError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with ``argv`` (the process's own arguments if left out); returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["torchrun"]:  # whose options, help and errors are torch's own
+        from ..torchrun import main as torchrun
+
+        return torchrun(argv[1:], prog="rankspawn torchrun")
+    try:
+        args, unknown = _parser().parse_known_args(argv)
+        if unknown:
+            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        status = int(args.run(args))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # What is still buffered must not fail once more when the interpreter ends.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        return 141  # as a shell says SIGPIPE
+    except (CommandError, PlacementError, OSError) as error:
+        from .progress import say
+
+        say(str(error))
+        return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, but what is not needed takes no time.
+
+    add_options: adds the options when they are about to be parsed: of the commands only one is, and the others'
+    modules are not imported.
+    The terminal is asked for its width when something is printed: argparse asks for it with each argument that is
+    added, and imports shutil for that, with all compressions of archives.
+    """
+
+    def __init__(self, add_options: Callable[[argparse.ArgumentParser], None] | None = None, **options: Any) -> None:
+        self._add_options = add_options
+        super().__init__(formatter_class=partial(argparse.HelpFormatter, width=80), **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._add_options is not None:
+            self._add_options(self)
+            self._add_options = None
+        return super().parse_known_args(args, namespace)
+
+    def format_help(self) -> str:
+        self.formatter_class = argparse.HelpFormatter
+        return super().format_help()
+
+    def format_usage(self) -> str:
+        self.formatter_class = argparse.HelpFormatter
+        return super().format_usage()
+
+
+class _Version(argparse.Action):
+    """argparse's "version", but the version is looked up when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from .. import __version__
+
+        print(f"rankspawn {__version__}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = _Parser(
+        prog="rankspawn", description="Starts the ranks of a job, each born bound."
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, add_options, help in (
+        ("run", _run, "start the ranks of a script, and stop all when one fails"),
+        ("bind", _bind, "bind one rank that another launcher started (mpirun, srun), and execute its program"),
+        ("torchrun", None, "torchrun of the torch that is installed, with its workers started by rankspawn"),
+        ("topology", _topology, "show this machine's nodes, cores, caches and accelerators"),
+        ("plan", _plan, "show where ranks would go, and start none"),
+        ("doctor", _doctor, "say what this machine allows"),
+    ):
+        command = commands.add_parser(name, add_options=add_options, help=help)
+        command.set_defaults(parser=command)
+    return parser
+
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    from .run import add_run_options
+
+    add_run_options(parser)
+
+
+def _bind(parser: argparse.ArgumentParser) -> None:
+    from .bind import add_bind_options
+
+    add_bind_options(parser)
+
+
+def _topology(parser: argparse.ArgumentParser) -> None:
+    from .show import add_topology_options
+
+    add_topology_options(parser)
+
+
+def _plan(parser: argparse.ArgumentParser) -> None:
+    from .show import add_plan_options
+
+    add_plan_options(parser)
+
+
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .._start.engine import mechanisms
+    from .doctor import report
+
+    parser: argparse.ArgumentParser = args.parser
+    try:
+        mechanisms()
+    except ValueError as error:
+        parser.error(str(error))
+    return report()

@@ -1,0 +1,258 @@
+"""``rankspawn topology`` and ``rankspawn plan``: a machine and a plan as a table, as JSON, and as a drawing."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+
+from .._binding import format_ids
+from .._place.topology import PlacementError, Topology, Tree
+from .options import add_placement_options, placement
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import IO, Any
+
+    from .._place.devices import Device
+    from .._place.plan import Rank
+
+_GIB = 1 << 30
+# What a process may use stands in two of the lines of its status; the others are nobody's business.
+_STATUS, _STATUS_LINES = "proc/self/status", ("Cpus_allowed_list:", "Mems_allowed_list:")
+
+
+def add_topology_options(topology: argparse.ArgumentParser) -> None:
+    """Adds the options of ``topology`` and, as ``run``, a function of the parsed arguments that gives the exit status
+    and raises PlacementError."""
+    _add_common_options(topology)
+    topology.add_argument("--capture", metavar="FILE.tar.gz", help="keep the files that are read, for a bug report")
+    topology.set_defaults(run=_topology)
+
+
+def add_plan_options(plan: argparse.ArgumentParser) -> None:
+    """Likewise, for ``plan``."""
+    plan.add_argument("--nproc-per-node", "--nproc_per_node", type=int, metavar="N", help="default: one each device")
+    add_placement_options(plan)
+    _add_common_options(plan)
+    plan.set_defaults(run=_plan)
+
+
+def _add_common_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--svg", metavar="FILE", help="draw it")
+    parser.add_argument("--sysfs", default="/", metavar="ROOT", help="another machine: the folder with its sys/")
+
+
+def _topology(args: argparse.Namespace) -> int:
+    from .._place.devices import find_devices, read_device_files
+
+    tree = Tree(args.sysfs)
+    topology = Topology.read(tree)
+    devices = find_devices(topology, tree=tree)
+    if args.capture:
+        read_device_files(tree)
+        capture(tree, args.capture)
+    if args.svg:
+        _draw(args.svg, topology, devices, ())
+    if args.json:
+        _print_json(topology_json(topology, devices))
+    else:
+        _print_topology(topology, devices, sys.stdout)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from .._place.devices import find_devices, is_live
+    from .._place.openmp import affinity_warnings
+
+    topology = Topology.read(args.sysfs)
+    ranks = placement(args, topology, args.nproc_per_node)
+    live = is_live(topology.root)
+    notes = list(dict.fromkeys(note for rank in ranks for note in rank.notes))
+    notes += affinity_warnings(os.environ) if live else ()
+    if args.svg:
+        followed = tuple(dict.fromkeys(rank.device for rank in ranks if rank.device))
+        _draw(args.svg, topology, followed or find_devices(topology), ranks)
+    if args.json:
+        _print_json({"ranks": [rank_json(i, rank) for i, rank in enumerate(ranks)], "notes": notes})
+    else:
+        _print_plan(topology, ranks, notes, sys.stdout)
+    return 0
+
+
+def topology_json(topology: Topology, devices: Iterable[Device]) -> dict[str, Any]:
+    """The machine as plain data; ids are lists of int, memory is in bytes."""
+    return {
+        "root": topology.root,
+        "cpus": sorted(topology.cpus),
+        "offline": sorted(topology.offline),
+        "allowed_cpus": sorted(topology.allowed_cpus),
+        "allowed_nodes": sorted(topology.allowed_nodes),
+        "nodes": [
+            {"id": one.id, "cpus": sorted(one.cpus), "memory": one.memory, "distances": dict(one.distances)}
+            for one in topology.nodes
+        ],
+        "sockets": [{"id": one.id, "cpus": sorted(one.cpus)} for one in topology.sockets],
+        "dies": [{"id": one.id, "cpus": sorted(one.cpus)} for one in topology.dies],
+        "cores": [{"cpus": list(one.cpus), "kind": one.kind} for one in topology.cores],
+        "caches": [{"level": one.level, "cpus": sorted(one.cpus)} for one in topology.caches],
+        "devices": [device_json(one) for one in devices],
+        "notes": list(topology.notes),
+    }
+
+
+def device_json(device: Device) -> dict[str, Any]:
+    """An accelerator as plain data."""
+    return {
+        "address": device.address,
+        "node": device.node,
+        "local_cpus": sorted(device.local_cpus),
+        "vendor": device.vendor,
+        "name": device.name,
+        "uuid": device.uuid,
+    }
+
+
+def rank_json(index: int, rank: Rank) -> dict[str, Any]:
+    """One rank of a plan as plain data; cpus and memory are None where they are left as inherited."""
+    cpus, memory = rank.binding.cpus, rank.binding.memory
+    return {
+        "rank": index,
+        "cpus": None if cpus is None else sorted(cpus),
+        "memory": None if memory is None else {"mode": memory.mode, "nodes": sorted(memory.nodes)},
+        "required": rank.binding.required,
+        "node": rank.node,
+        "device": None if rank.device is None else device_json(rank.device),
+        "omp_num_threads": rank.omp_threads,
+        "notes": list(rank.notes),
+    }
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    import json
+
+    print(json.dumps(data, indent=2))
+
+
+def _draw(path: str, topology: Topology, devices: Sequence[Device], ranks: Sequence[Rank]) -> None:
+    from .._place.drawing import drawing
+
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(drawing(topology, devices, ranks))
+    except OSError as error:
+        raise PlacementError(f"--svg {path}: {error.strerror}") from error
+
+
+def _print_topology(topology: Topology, devices: Sequence[Device], out: IO[str]) -> None:
+    kinds = [core.kind for core in topology.cores]
+    hybrid = ", ".join(f"{kinds.count(kind)} of {kind}" for kind in sorted(set(kinds)) if kind)
+    cores = f"{len(kinds)} cores" + (f" ({hybrid})" if hybrid else "")
+    print(f"{len(topology.cpus)} CPUs, {cores}, {len(topology.sockets)} sockets, {len(topology.nodes)} nodes", file=out)
+    print(f"allowed: CPUs {format_ids(topology.allowed_cpus)}, nodes {format_ids(topology.allowed_nodes)}", file=out)
+    if topology.offline:
+        print(f"offline: CPUs {format_ids(topology.offline)}", file=out)
+    print(file=out)
+    _table(("node", "socket", "CPUs", "cores", "memory", "last-level caches", "distances"), _node_rows(topology), out)
+    if devices:
+        from .._place.devices import locate
+
+        rows = []
+        for number, device in enumerate(devices):
+            node, _ = locate(topology, device)
+            where = "unknown" if node is None else str(node)
+            rows.append((str(number), device.address, where, device.vendor, device.name, format_ids(device.local_cpus)))
+        print(file=out)
+        _table(("device", "address", "node", "vendor", "name", "local CPUs"), rows, out)
+        _notes([note for device in devices for note in locate(topology, device)[1]], out)
+    else:
+        print("\nno accelerators found", file=out)
+    _notes(topology.notes, out)
+
+
+def _node_rows(topology: Topology) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for node in topology.nodes:
+        sockets = [socket.id for socket in topology.sockets if socket.cpus & node.cpus]
+        caches = [(cache.level, len(cache.cpus & node.cpus)) for cache in topology.caches if cache.cpus & node.cpus]
+        counted = [f"{caches.count(one)} x L{one[0]} of {one[1]} CPUs" for one in dict.fromkeys(caches)]
+        cores = sum(bool(node.cpus.intersection(core.cpus)) for core in topology.cores)
+        memory = f"{node.memory / _GIB:.1f} GiB" if node.memory else "none"
+        distances = " ".join(str(distance) for _, distance in node.distances)
+        cpus = format_ids(node.cpus) or "none"
+        rows.append((str(node.id), format_ids(sockets), cpus, str(cores), memory, ", ".join(counted), distances))
+    return rows
+
+
+def _print_plan(topology: Topology, ranks: Sequence[Rank], notes: Sequence[str], out: IO[str]) -> None:
+    rows = []
+    for index, rank in enumerate(ranks):
+        cpus, memory = rank.binding.cpus, rank.binding.memory
+        rows.append(
+            (
+                str(index),
+                rank.device.address if rank.device else "-",
+                "-" if rank.node is None else str(rank.node),
+                "inherited" if cpus is None else format_ids(cpus),
+                "-" if cpus is None else str(sum(not cpus.isdisjoint(core.cpus) for core in topology.cores)),
+                "inherited" if memory is None else str(memory),
+                str(rank.omp_threads),
+            )
+        )
+    _table(("rank", "device", "node", "CPUs", "cores", "memory", "OMP_NUM_THREADS"), rows, out)
+    _notes((*topology.notes, *notes), out)
+
+
+def _notes(notes: Sequence[str], out: IO[str]) -> None:
+    for note in dict.fromkeys(notes):
+        print(f"note: {note}", file=out)
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], out: IO[str]) -> None:
+    """By rich on a terminal, where it is installed; else in plain columns, one line a row, for other programs."""
+    if out.isatty():
+        try:
+            from rich.console import Console
+            from rich.table import Table
+        except ImportError:
+            pass
+        else:
+            table = Table(*head, box=None, header_style="bold", pad_edge=False)
+            for row in rows:
+                table.add_row(*row)
+            Console(file=out, highlight=False).print(table)
+            return
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    for row in (head, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=out)
+
+
+def capture(tree: Tree, path: str) -> None:
+    """Writes what was read of ``tree`` into a tar.gz: each file with the text that was read, the folders that were
+    listed; a read of the unpacked tree gives the same topology and devices."""
+    import io
+    import tarfile
+
+    def header(name: str, size: int, kind: bytes) -> tarfile.TarInfo:
+        info = tarfile.TarInfo(f"rankspawn-capture/{name}")
+        info.size, info.type, info.mode = size, kind, 0o755 if kind == tarfile.DIRTYPE else 0o644
+        return info
+
+    root = tree.root.rstrip("/")
+    folders = {f"{folder}/{name}" for folder, names in tree.listed.items() for name in names}
+    try:
+        with tarfile.open(path, "w:gz") as tar:
+            for folder in sorted(one for one in folders if os.path.isdir(f"{root}/{one}")):
+                tar.addfile(header(folder, 0, tarfile.DIRTYPE))
+            for file, text in sorted(tree.opened.items()):
+                if file == _STATUS:
+                    text = "\n".join(line for line in text.splitlines() if line.startswith(_STATUS_LINES))
+                data = f"{text}\n".encode()
+                tar.addfile(header(file, len(data), tarfile.REGTYPE), io.BytesIO(data))
+    except OSError as error:
+        raise PlacementError(f"--capture {path}: {error.strerror}") from error
+
+
+__all__ = ["add_plan_options", "add_topology_options", "capture", "device_json", "rank_json", "topology_json"]

@@ -1,0 +1,282 @@
+"""What the environment says of the job step that this process runs in: who started it, which of how many it is, and
+where the step's processes can meet. Slurm, Open MPI, Hydra (MPICH, Intel MPI), PALS and other PMI launchers, torchrun.
+
+Only variables are looked at: nothing is asked of a launcher, and no library of one is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .._binding import format_ids
+from .._frozen import Frozen
+from .._place.sysfs import PlacementError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Set
+
+# Ports from torchrun's default up to 32500, below the ports that Linux gives to outgoing connections (32768 and up, see
+# ip_local_port_range in ip(7)). Their number is a prime, so that jobs with numbers near each other have different ones.
+_FIRST_PORT = 29500
+_PORTS = 3001
+
+
+class StepError(PlacementError):
+    """The environment of a job step contradicts itself, or does not say what is needed."""
+
+
+class _Told(Frozen):
+    """The variables in which a launcher tells a process who it is; "" for what it does not tell."""
+
+    launcher: str
+    local_rank: str
+    local_size: str
+    rank: str
+    size: str
+
+
+# Looked for before Slurm's: mpirun runs inside Slurm's jobs, and its processes see the variables of both.
+_MPI = (
+    # docs.open-mpi.org, "Environment variables set for MPI applications"
+    _Told(
+        "mpirun",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+    ),
+    # Hydra, which MPICH and Intel MPI share
+    _Told("mpiexec", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "PMI_RANK", "PMI_SIZE"),
+    # HPE's Parallel Application Launch Service
+    _Told("PALS mpiexec", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE", "PALS_RANKID", "PMI_SIZE"),
+)
+_PMI = _Told("a PMI launcher", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE", "PMI_RANK", "PMI_SIZE")
+_TORCHRUN = _Told("torchrun", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE")
+# These do not tell the local rank. They are known so that nobody is taken for the only process.
+_RANK_ALONE = (
+    _Told("a PMI launcher", "", "", "PMI_RANK", "PMI_SIZE"),
+    _Told("a PMIx launcher", "", "", "PMIX_RANK", ""),
+)
+
+# How each is told to start one process on each node; not to bind each process by itself; to give each more CPUs.
+_ONE_A_NODE = {
+    "srun": "--ntasks-per-node=1",
+    "mpirun": "--map-by ppr:1:node",
+    "mpiexec": "-ppn 1",
+    "PALS mpiexec": "--ppn 1",
+}
+_UNBOUND = {
+    "srun": "--cpu-bind=none",
+    "mpirun": "--bind-to none",
+    "mpiexec": "-bind-to none",
+    "PALS mpiexec": "--cpu-bind none",
+}
+_MORE_CPUS = {**_UNBOUND, "srun": "--cpus-per-task=N"}
+
+
+class Node(Frozen):
+    """Which of a job's nodes this is, and where its rank 0 listens: address and port are None where there is one node,
+    and nobody said otherwise. run_id: a name for the job, None where it has none."""
+
+    node_rank: int
+    nnodes: int
+    master_addr: str | None
+    master_port: int | None
+    run_id: str | None
+
+
+class Step(Frozen):
+    """One process of a job step. None stands for what the environment does not tell.
+
+    launcher: who started it: "srun", "mpirun", "mpiexec" (Hydra's), "PALS mpiexec", "a PMI launcher", "a PMIx
+        launcher", "torchrun" (and all that set LOCAL_RANK), or "" for nobody.
+    variable: the variable that only the launcher's own processes have, "" for none.
+    rank, size: among all processes of the step. local_rank, local_size: among those of this node.
+    node_rank, nnodes: of this node among the step's.
+    own_masks: whether each process of this node was given a CPU mask of its own; None: the kernel may know.
+    master_addr: the host of node 0. run_id: "JOB.STEP" of Slurm, or the namespace of PMIx.
+    master_port: follows from the job's name, and is the same on every node: 29500 + (10 * JOB + STEP) mod 3001 under
+        Slurm; where there is a PMIx namespace the same with its bytes as one number; else 29500.
+    """
+
+    launcher: str = ""
+    variable: str = ""
+    rank: int | None = None
+    size: int | None = None
+    local_rank: int | None = None
+    local_size: int | None = None
+    node_rank: int | None = None
+    nnodes: int | None = None
+    own_masks: bool | None = None
+    master_addr: str | None = None
+    master_port: int = _FIRST_PORT
+    run_id: str | None = None
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> Step:
+        """The step that ``environ`` (a process's own, say) tells of. Raises StepError for values that cannot be."""
+        # A worker of torchrun, or a rank of ours, is that and no other's, whatever its agent was started by.
+        if "TORCHELASTIC_RUN_ID" in environ and "LOCAL_RANK" in environ:
+            return _torchrun(environ)
+        for told in _MPI:
+            if told.local_rank in environ:
+                return _mpi(told, environ)
+        # A batch script has Slurm's other variables too, as task 0 of one, and is no step.
+        if "SLURM_STEP_NUM_NODES" in environ and "SLURM_PROCID" in environ:
+            return _slurm(environ)
+        if _PMI.local_rank in environ:
+            return _mpi(_PMI, environ)
+        if "LOCAL_RANK" in environ:
+            return _torchrun(environ)
+        for told in _RANK_ALONE:
+            if told.rank in environ:
+                return _mpi(told, environ)
+        return cls()
+
+    def node(self, master_addr: str | None = None, master_port: int | None = None) -> Node:
+        """This node among the step's, for a launcher of which one runs on each; the arguments are what the user said.
+
+        A process that no launcher of nodes has started is the only node. Raises StepError where several processes of
+        the step run on this node, and where nothing says what is needed to meet.
+        """
+        if self.launcher in ("", "torchrun"):
+            return Node(0, 1, master_addr, master_port, None)
+        if self.local_size != 1:
+            if self.local_size is None:
+                raise StepError(
+                    f"{self.launcher} started this ({self.variable} is set), and does not say how many processes run on"
+                    " this node: give --nnodes, --node-rank and --master-addr"
+                )
+            raise StepError(
+                f"{self.launcher} started {self.local_size} processes on this node, and each would start all ranks:"
+                f" start one ({self._with(_ONE_A_NODE)}), or a rank in each with `rankspawn bind`"
+            )
+        if self.nnodes is None or self.node_rank is None:
+            raise StepError(f"{self.launcher} does not say how many nodes there are: give --nnodes and --node-rank")
+        if self.nnodes == 1:
+            return Node(0, 1, master_addr, master_port, self.run_id)
+        address = master_addr or self.master_addr
+        if address is None:
+            raise StepError(
+                f"{self.launcher} started this on {self.nnodes} nodes, and does not say which host the first is: give"
+                " --master-addr HOST, the host of its rank 0"
+            )
+        return Node(self.node_rank, self.nnodes, address, master_port or self.master_port, self.run_id)
+
+    def crowding(self, nprocs: int, inherited: Set[int], online: Set[int]) -> str | None:
+        """In words, that ``nprocs`` ranks inherit too few CPUs, of those that are ``online``, from the launcher; None
+        where they do not. Slurm gives a task one CPU, and Open MPI binds to one core, unless they are told otherwise.
+        """
+        if self.launcher in ("", "torchrun") or len(inherited) >= min(nprocs, len(online)):
+            return None
+        return f"{nprocs} ranks share CPUs {format_ids(inherited)}: {self._with(_MORE_CPUS)} may give more"
+
+    @property
+    def unbound(self) -> str:
+        """In words, the launcher with the option that it needs to bind no process by itself."""
+        return self._with(_UNBOUND)
+
+    def _with(self, options: Mapping[str, str]) -> str:
+        return (
+            f"`{self.launcher} {options[self.launcher]}`" if self.launcher in options else "an option of the launcher"
+        )
+
+
+def _slurm(environ: Mapping[str, str]) -> Step:
+    """A task of srun, see "OUTPUT ENVIRONMENT VARIABLES" in srun(1). A step may have fewer nodes than its job."""
+    job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID") or 0
+    # Not SLURM_PROCID: with --distribution=arbitrary task 0 need not run on the first host of the list.
+    node, tasks = _number(environ, "SLURM_NODEID"), environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    counts = _tasks_per_node(tasks)
+    if node is not None and not node < len(counts):
+        raise StepError(f"SLURM_NODEID={node} does not go with SLURM_STEP_TASKS_PER_NODE={tasks!r}")
+    return Step(
+        launcher="srun",
+        variable="SLURM_LOCALID",
+        rank=_number(environ, "SLURM_PROCID"),
+        size=_number(environ, "SLURM_STEP_NUM_TASKS"),
+        local_rank=_number(environ, "SLURM_LOCALID"),
+        local_size=None if node is None else counts[node],
+        node_rank=node,
+        nnodes=_number(environ, "SLURM_STEP_NUM_NODES"),
+        own_masks=_own_masks(environ),
+        master_addr=first_host(environ.get("SLURM_STEP_NODELIST", "")),
+        master_port=_FIRST_PORT if job is None else _FIRST_PORT + (10 * job + step) % _PORTS,
+        run_id=None if job is None else f"{job}.{step}",
+    )
+
+
+def _own_masks(environ: Mapping[str, str]) -> bool:
+    """Whether Slurm gave the tasks of this node different masks. One mask for all is the job's share of the node, which
+    its task plugin sets even with --cpu-bind=none."""
+    kind, masks = environ.get("SLURM_CPU_BIND_TYPE", ""), environ.get("SLURM_CPU_BIND_LIST", "")
+    return kind.startswith("rank") or (kind.startswith(("map", "mask")) and len(set(masks.split(","))) > 1)
+
+
+def _mpi(told: _Told, environ: Mapping[str, str]) -> Step:
+    """A process of an MPI launcher. Where rank 0 runs is told by none: addresses in the environment (as in
+    OMPI_MCA_orte_hnp_uri) are those of the host of mpirun itself, which need not be one of the job's."""
+    found = _of(told, environ)
+    namespace = environ.get("PMIX_NAMESPACE") or None
+    if namespace is not None:
+        number = int.from_bytes(namespace.encode(), "big")
+        found = found.replace(run_id=namespace, master_port=_FIRST_PORT + number % _PORTS)
+    if found.local_size == 1:  # And so on every node, or one there ends the job: ranks of processes are ranks of nodes.
+        found = found.replace(node_rank=found.rank, nnodes=found.size)
+    return found
+
+
+def _torchrun(environ: Mapping[str, str]) -> Step:
+    groups = _number(environ, "GROUP_RANK"), _number(environ, "GROUP_WORLD_SIZE")
+    return _of(_TORCHRUN, environ).replace(node_rank=groups[0], nnodes=groups[1])
+
+
+def _of(told: _Told, environ: Mapping[str, str]) -> Step:
+    rank, size = _number(environ, told.rank), _number(environ, told.size)
+    local_rank, local_size = _number(environ, told.local_rank), _number(environ, told.local_size)
+    for name, number, of, count in (
+        (told.rank, rank, told.size, size),
+        (told.local_rank, local_rank, told.local_size, local_size),
+    ):
+        if number is not None and count is not None and not number < count:
+            raise StepError(f"{name}={number} does not go with {of}={count}")
+    return Step(told.launcher, told.local_rank or told.rank, rank, size, local_rank, local_size)
+
+
+def _number(environ: Mapping[str, str], name: str) -> int | None:
+    """The whole number of a variable, None where it is not set. Raises StepError for another text."""
+    text = environ.get(name)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdecimal()):
+        raise StepError(f"{name}={text!r} is not a whole number")
+    return int(text)
+
+
+def first_host(hosts: str) -> str | None:
+    """The first host of a Slurm host list: "gpu001" of "gpu[001-003,7],login1"; None for an empty list.
+
+    Names with several brackets count the last one fastest, as `scontrol show hostnames` does, so that the first host
+    has the first number of each. Raises StepError for text that is no host list.
+    """
+    if not hosts:
+        return None
+    name = re.match(r"(?:[^][,]|\[[0-9][0-9,-]*\])+(?=,|$)", hosts)
+    if name is None:
+        raise StepError(f"SLURM_STEP_NODELIST={hosts!r} is not a list of hosts like gpu[001-003,7]")
+    return re.sub(r"\[([0-9]+)[0-9,-]*\]", r"\1", name[0])
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """Of each node the number of tasks: "4(x2),3" is 4, 4, 3 (SLURM_TASKS_PER_NODE in srun(1))."""
+    counts: list[int] = []
+    for part in text.split(",") if text else ():
+        run = re.fullmatch(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", part)
+        if run is None:
+            raise StepError(f"SLURM_STEP_TASKS_PER_NODE={text!r} is not a list of counts like 4(x2),3")
+        counts += [int(run[1])] * int(run[2] or 1)
+    return counts
+
+
+__all__ = ["Node", "Step", "StepError", "first_host"]

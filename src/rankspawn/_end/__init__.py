@@ -1,0 +1,8 @@
+"""How ranks end, and nothing is left.
+
+watch      sees that a rank has ended, without reaping it   ranks      signalled, killed, reaped; who is stuck, and why
+sessions   everybody in a session, looked for and killed    cgroup     everybody in a cgroup, in one write
+processes  who started whom, by psutil                      guard      when the launcher itself is killed
+
+It imports _start alone; and guard, at its import, nothing of ours but sessions: the guard's process loads no more.
+"""

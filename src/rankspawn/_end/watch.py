@@ -1,0 +1,293 @@
+"""Who of a group's ranks has ended: one selector (epoll(7) on Linux) over their pidfds."""
+
+from __future__ import annotations
+
+import errno
+import os
+import selectors
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from .._start.popen import Popen
+
+POLL_SECONDS = 0.02
+"""How often a rank is looked at whose end no descriptor tells: without a pidfd (not Linux), or held by a debugger."""
+
+_LONGEST = 86400.0
+"""Seconds that are slept in one piece: epoll_wait(2) counts milliseconds in an int, and a timeout may be infinite."""
+
+
+# The kernel's include/uapi/linux/pidfd.h: the fields "mask" and "exit_code" of struct pidfd_info, and how to ask.
+_PIDFD_INFO = struct.Struct("=Q52xi")
+_PIDFD_INFO_EXIT = 1 << 3
+_PIDFD_GET_INFO = 3 << 30 | _PIDFD_INFO.size << 16 | 0xFF << 8 | 11  # _IOWR(0xFF, 11, struct pidfd_info)
+
+
+class Watch:
+    """Sees ranks end, without reaping them.
+
+    running: the ranks that have not been seen to end, by number, in rank order.
+    returncodes: of the others, as ``Popen.returncode``. exited_ns: when that was seen, in ns of CLOCK_MONOTONIC.
+    first_failure: the number of the first that was seen to end with another returncode than 0; None while none has.
+
+    One thread looks at a time; another that wants to waits for it. A signal handler may look while its own thread does.
+    Nothing is lost when one raises in the middle of it. Whoever goes through ``running`` goes through a copy: a look of
+    another thread may shorten it meanwhile.
+    """
+
+    def __init__(self, ranks: Sequence[Popen]) -> None:
+        self.running = dict(enumerate(ranks))
+        self.returncodes: dict[int, int] = {}
+        self.exited_ns: dict[int, int] = {}
+        self.first_failure: int | None = None
+        # Not registered yet: many have ended by the first look, and need not be.
+        self._new = list(self.running)
+        self._polled: set[int] = set()
+        self._sleepers: set[asyncio.Future[None]] = set()
+        self._looks = 0
+        self._looking, self._ringing = threading.RLock(), threading.RLock()
+        self._selector = selectors.DefaultSelector()
+        # Where there is no eventfd there is no pidfd either, and nobody sleeps for long.
+        self._bell = -1
+        if hasattr(os, "eventfd"):
+            try:
+                self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            except BaseException:
+                self._selector.close()
+                raise
+            self._selector.register(self._bell, selectors.EVENT_READ)
+
+    def add(self, descriptor: int) -> None:
+        """Have ``look`` return, too, when ``descriptor`` is readable."""
+        self._selector.register(descriptor, selectors.EVENT_READ)
+
+    def once(self, descriptor: int, call: Callable[[], None]) -> None:
+        """Have ``look`` call ``call``, and look at it no more, when ``descriptor`` is readable."""
+        self._selector.register(descriptor, selectors.EVENT_READ, call)
+
+    def fileno(self) -> int | None:
+        """A descriptor that is readable when ``look`` has something to say; None where there is none."""
+        self._register()
+        fileno = None if self._polled else getattr(self._selector, "fileno", None)
+        return None if fileno is None else int(fileno())
+
+    def look(self, timeout: float | None) -> list[int]:
+        """The ranks that have ended since the last look, after a wait of at most ``timeout`` seconds for the first.
+
+        An empty list also means that an added descriptor is readable, that somebody rang, or that it is time to look
+        again.
+        """
+        if not self._looking.acquire(blocking=False):
+            # Behind another thread. What it has seen may be all that this one waits for.
+            if self._looking.acquire(timeout=-1 if timeout is None else min(timeout, _LONGEST)):
+                self._looking.release()
+            return []
+        self._looks += 1
+        try:
+            ended = self._look(timeout)
+        finally:
+            self._looks -= 1
+            if self._looks:
+                self.ring()  # a handler's look: the one that it interrupted has other things to wait for now
+            self._looking.release()
+        if ended:
+            self._wake_sleepers()
+        return ended
+
+    def ring(self) -> None:
+        """Have whoever sleeps in a look return from it. For any thread, and for signal handlers."""
+        with self._ringing:  # or the bell's number might be another file's by the time of the write
+            if self._bell >= 0:
+                os.eventfd_write(self._bell, 1)
+        self._wake_sleepers()
+
+    async def sleep(self, due: float | None) -> None:
+        """Sleep in the running asyncio loop until ``look`` has something to say, somebody rang, or ``due`` is past."""
+        import asyncio
+
+        descriptor = self.fileno()
+        if descriptor is None:
+            return await asyncio.sleep(POLL_SECONDS)
+        loop = asyncio.get_running_loop()
+        woken = loop.create_future()
+        self._sleepers.add(woken)
+        # A loop has one reader for a descriptor: it wakes all of the group's sleepers.
+        loop.add_reader(descriptor, self._wake_sleepers)
+        seconds = left(due)
+        timer = None if seconds is None else loop.call_later(min(seconds, _LONGEST), _wake, woken)
+        try:
+            await woken
+        finally:
+            self._sleepers.discard(woken)
+            if not self._sleepers and self._is_open():
+                loop.remove_reader(descriptor)
+            if timer is not None:
+                timer.cancel()
+
+    def close(self) -> None:
+        """Let go of the descriptors. Who runs still can be looked at, by polling. Harmless when done twice."""
+        with self._ringing:
+            bell, self._bell = self._bell, -1
+            if bell >= 0:
+                os.close(bell)
+        for woken in self._sleepers.copy():
+            # Before its number is another file's. The sleepers wake, and see that nobody is left.
+            woken.get_loop().remove_reader(self._selector.fileno())
+        self._wake_sleepers()
+        self._polled.update(self.running)
+        self._new.clear()
+        self._selector.close()
+
+    def _look(self, timeout: float | None) -> list[int]:
+        if self._new:
+            ended = self._ended(self._new)
+            self._register()
+            if ended:
+                return ended
+        if self._polled:
+            timeout = POLL_SECONDS if timeout is None else min(timeout, POLL_SECONDS)
+        for key in self._select(_LONGEST if timeout is None else min(timeout, _LONGEST)):
+            if key.fd == self._bell:
+                with suppress(BlockingIOError):
+                    os.eventfd_read(self._bell)
+            elif callable(key.data):
+                self._selector.unregister(key.fd)
+                key.data()
+            elif key.data is not None:
+                # In this order: an exception in between loses nothing. And it stays one that is polled while a
+                # debugger holds it: its pidfd says the end long before the end can be collected.
+                self._polled.add(key.data)
+                with suppress(KeyError):
+                    self._selector.unregister(key.fd)
+        ended = self._ended(sorted(self._polled))
+        self._polled.intersection_update(self.running)
+        return ended
+
+    def _select(self, timeout: float) -> list[selectors.SelectorKey]:
+        if not self._selector.get_map():
+            time.sleep(timeout)  # closed; or Windows, whose select refuses to wait for nothing
+            return []
+        try:
+            return [key for key, _ in self._selector.select(timeout)]
+        except OSError:
+            if self._is_open():
+                raise
+            return []  # a signal handler has closed it
+
+    def _is_open(self) -> bool:
+        return self._selector.get_map() is not None
+
+    def _register(self) -> None:
+        """Watch the pidfds of ranks that are new and still run."""
+        for number in self._new:
+            rank = self.running.get(number)
+            if rank is None:
+                continue
+            if (pidfd := rank.pidfd) is None:
+                self._polled.add(number)
+                continue
+            try:
+                self._selector.register(pidfd, selectors.EVENT_READ, number)
+            except KeyError:
+                continue  # it is: an exception ended the first try behind it
+        self._new.clear()
+
+    def _ended(self, numbers: Iterable[int]) -> list[int]:
+        ended = []
+        for number in numbers:
+            rank = self.running.get(number)
+            code = None if rank is None else status(rank)
+            if code is not None:
+                self.exited_ns[number] = time.monotonic_ns()
+                self.returncodes[number] = code
+                if code and self.first_failure is None:
+                    self.first_failure = number
+                self.running.pop(number, None)
+                ended.append(number)
+        return ended
+
+    def _wake_sleepers(self) -> None:
+        for woken in self._sleepers.copy():
+            with suppress(RuntimeError):  # its loop has been closed
+                woken.get_loop().call_soon_threadsafe(_wake, woken)
+
+
+def status(rank: Popen) -> int | None:
+    """How a rank has ended, as a returncode, without reaping it; None while it runs."""
+    if rank.returncode is not None or not hasattr(os, "waitid"):
+        return rank.poll()
+    try:
+        ended = wait_without_reaping(rank)
+    except ChildProcessError:
+        # Reaped behind our back. Not poll(): it would wait for whoever has the number now.
+        lock = rank._waitpid_lock  # type: ignore[attr-defined]
+        if lock.acquire(blocking=False):
+            if rank.returncode is None:
+                rank._handle_exitstatus(0 if rank.pidfd is None else _status_of_reaped(rank.pidfd))
+            lock.release()
+        return rank.returncode
+    if ended is None:
+        return None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
+
+def wait_without_reaping(rank: Popen) -> os.waitid_result | None:
+    """How a rank has ended; None while it runs. Raises ChildProcessError when somebody has reaped it.
+
+    By its pidfd where that can be: a number may be another child's by now.
+    """
+    flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    pidfd = rank.pidfd
+    if pidfd is not None and hasattr(os, "P_PIDFD"):
+        try:
+            return os.waitid(os.P_PIDFD, pidfd, flags)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # before Linux 5.4
+                raise
+    return os.waitid(os.P_PID, rank.pid, flags)
+
+
+def _status_of_reaped(pidfd: int) -> int:
+    """The status of a process that somebody has waited for, as from waitpid(2).
+
+    Before Linux 6.15 nobody can know: 0 then, as in the standard class.
+    """
+    import fcntl
+
+    info = bytearray(_PIDFD_INFO.size)
+    _PIDFD_INFO.pack_into(info, 0, _PIDFD_INFO_EXIT, 0)
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
+    except OSError:
+        return 0
+    known, status = _PIDFD_INFO.unpack(info)
+    return int(status) if known & _PIDFD_INFO_EXIT else 0
+
+
+def _wake(woken: asyncio.Future[None]) -> None:
+    if not woken.done():
+        woken.set_result(None)
+
+
+def until(timeout: float | None) -> float | None:
+    """The end of a timeout, in seconds of time.monotonic(); None is never, here and in the three below."""
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def left(end: float | None) -> float | None:
+    return None if end is None else max(0.0, end - time.monotonic())
+
+
+def passed(end: float | None) -> bool:
+    return end is not None and time.monotonic() >= end
+
+
+def sooner(one: float | None, other: float | None) -> float | None:
+    return other if one is None else one if other is None else min(one, other)

@@ -1,0 +1,7 @@
+"""In multiprocessing's place: a context whose processes are born bound.
+
+context    get_context()                                    methods    the start methods spawn and forkserver, ours
+forked     what a process of the fork server does first
+
+It imports _start alone; and forked nothing of ours but the engine, since each forked process loads it.
+"""

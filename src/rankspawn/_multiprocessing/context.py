@@ -1,0 +1,158 @@
+"""``get_context``: a context of multiprocessing whose processes are bound before they run anything of the program's.
+
+Everything that takes a context takes this one: ``concurrent.futures.ProcessPoolExecutor(mp_context=...)``, a pool,
+``torch.utils.data.DataLoader(multiprocessing_context=...)``. It is an object beside the stock contexts. Nothing of the
+process is set: neither its start method nor its executable, nor a mask that would be put back later.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import threading
+import weakref
+from multiprocessing import context
+from typing import TYPE_CHECKING, Any
+
+from .._binding import Binding, BindingReport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from multiprocessing.managers import SyncManager
+    from multiprocessing.popen_fork import Popen
+    from multiprocessing.process import BaseProcess
+
+    Bindings = Sequence[Binding | None] | Callable[[BaseProcess], Binding | None]
+
+
+def get_context(method: str = "spawn", bindings: Bindings = (), *, die_with_parent: bool = False) -> Context:
+    """A context of multiprocessing whose processes are bound, to be used wherever a context is taken.
+
+    method: "spawn": a process is born bound, as one of ``rankspawn.Popen`` is, before its interpreter starts.
+        "forkserver": a process binds itself as the first thing after the fork, before it reads what it is to run:
+        before the program's main module and before any thread of its own. What the server has preloaded (from Python
+        3.14 on the main module, unless it is told otherwise) lies where the server ran, and has counted its CPUs.
+    bindings: one for each place, as ``rankspawn.place`` returns them; None in it leaves a process where its parent
+        (with "forkserver" the server) is. A process takes the place that has the fewest living processes of this
+        context; of several, the one that was taken longest ago. So the i-th process has the i-th binding, ended or not
+        as the others may be; the process that replaces an ended worker has the binding of that worker; and a group
+        that is started again is where it was. Or a function that is given the process, which has not started, and
+        returns its binding or None. Nothing at all: the processes are only started by rankspawn.
+    die_with_parent: as of ``rankspawn.Popen``; with "spawn" alone.
+
+    A process of the context has an attribute ``binding_report``, a BindingReport, once it has started. Its ``start()``
+    raises BindingError, and leaves nothing, when the system refuses a binding that is ``required``. The server process
+    of a Manager is none of the group: it takes no place and is not bound.
+
+    Raises ValueError for another method, where the system has no such method, and for ``die_with_parent`` with
+    "forkserver", whose processes are children of the server; TypeError for bindings that are none; ImportError when
+    this Python's multiprocessing is not one that this rankspawn knows.
+    """
+    if method not in _CONTEXTS or os.name != "posix":
+        raise ValueError(f"no context for {method!r}: there are 'spawn' and 'forkserver', on POSIX systems")
+    if die_with_parent and method == "forkserver":
+        raise ValueError("die_with_parent is for 'spawn': with 'forkserver' the server is the parent")
+    if not callable(bindings):
+        bindings = tuple(map(_checked, bindings))
+    from . import methods  # noqa: F401  An unknown Python is said here, and not when the first process starts.
+
+    return _CONTEXTS[method](bindings, die_with_parent)
+
+
+class Context(context.BaseContext):
+    """What the contexts of both start methods have; made by get_context()."""
+
+    _name: str
+
+    def __init__(self, bindings: Bindings, die_with_parent: bool) -> None:
+        # Not by multiprocessing.get_context(): a program may have put one of ours there, under the stock name.
+        stock: Any = getattr(context, type(self).__name__)()
+        self._stock = stock
+        self._bindings = bindings
+        self._die_with_parent = die_with_parent
+        self._starts = itertools.count(1)
+        self._taken = [0] * (0 if callable(bindings) else len(bindings))
+        """By place: the number of the start that took it last."""
+        self._places: weakref.WeakKeyDictionary[Popen, tuple[int, int]] = weakref.WeakKeyDictionary()
+        """The place of a process, and what ``_taken`` said of it before."""
+        self._lock = threading.Lock()
+        # A class, because programs derive from it. It has the stock name, which is in the name of each process.
+        self.Process = type(stock.Process.__name__, (_BoundProcess, stock.Process), {"_rankspawn_context": self})
+
+    def Manager(self) -> SyncManager:
+        """As the stock context, and by it: the server process takes no place and is not bound."""
+        manager: SyncManager = self._stock.Manager()
+        return manager
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        remade = functools.partial(get_context, die_with_parent=self._die_with_parent)
+        return remade, (self._name, self._bindings)
+
+    def _place(self, popen: Popen, process: BaseProcess) -> Binding | None:
+        """The binding for ``process``, whose place is taken from now on until ``popen`` has a return code."""
+        if callable(self._bindings):
+            return _checked(self._bindings(process))
+        if not self._bindings:
+            return None
+        with self._lock:
+            # BaseProcess.start() has just looked for processes that have ended.
+            living = [place for started, (place, _) in self._places.items() if started.returncode is None]
+            place = min(range(len(self._taken)), key=lambda place: (living.count(place), self._taken[place]))
+            self._places[popen] = place, self._taken[place]
+            self._taken[place] = next(self._starts)
+        return self._bindings[place]
+
+    def _leave(self, popen: Popen) -> None:
+        """``popen`` has not been started: its place is as it was before."""
+        with self._lock:
+            if popen in self._places:
+                place, self._taken[place] = self._places.pop(popen)
+
+
+class SpawnContext(Context):
+    """Processes are fresh interpreters, born bound."""
+
+    _name = "spawn"
+
+
+class ForkServerContext(Context):
+    """Processes are forks of a server's, and bind themselves first of all."""
+
+    _name = "forkserver"
+
+
+_CONTEXTS: dict[str, type[Context]] = {"spawn": SpawnContext, "forkserver": ForkServerContext}
+
+
+class _BoundProcess:
+    """What a context's process class adds to the stock one."""
+
+    _rankspawn_context: Context
+    _popen: Any
+
+    @property
+    def binding_report(self) -> BindingReport | None:
+        """What was asked, what was refused and, read on demand, what the process has; None before start()."""
+        popen = self._popen
+        return None if popen is None else BindingReport(popen.binding, popen.refused, popen.pid)
+
+    @classmethod
+    def _Popen(cls, process: Any) -> Any:
+        # The process may be of another class: multiprocessing.Process asks the class of the default context.
+        from .methods import POPEN
+
+        return POPEN[cls._rankspawn_context.get_start_method()](cls._rankspawn_context, process)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The new process cannot import a class that a context has made: there it is the stock class, which has all that
+        # a process needs of itself. A class that the program has derived is importable, and stays.
+        reduced: Any = super().__reduce_ex__(protocol)
+        of = self._rankspawn_context
+        return (object.__new__, (of._stock.Process,), *reduced[2:]) if type(self) is of.Process else reduced
+
+
+def _checked(binding: object) -> Binding | None:
+    if binding is not None and not isinstance(binding, Binding):
+        raise TypeError(f"bindings must be of Binding or None, not {type(binding).__name__}")
+    return binding

@@ -1,0 +1,120 @@
+"""The engine as this installation and this machine have it, and bindings as the kernel takes them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from functools import cache
+
+from .._binding import Binding, BindingError, RefusedStep
+
+EXTENSION_ERROR: str | None = None
+"""Why there is no engine in this installation; None where there is one."""
+try:
+    import rankspawn._spawn as _spawn  # "from . import" would call a missing extension a circular import
+except ImportError as error:
+    EXTENSION_ERROR = str(error)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Set
+
+# MPOL_* of linux/mempolicy.h.
+_MPOL = {
+    "default": 0,
+    "preferred": 1,
+    "bind": 2,
+    "interleave": 3,
+    "local": 4,
+    "preferred-many": 5,
+    "weighted-interleave": 6,
+}
+
+
+@cache
+def mechanisms() -> tuple[int, ...]:
+    """The engine's mechanisms in the order in which they are tried; none means the standard library's own path.
+
+    The environment variable RANKSPAWN_MECHANISM (clone, posix_spawn, subprocess) names the first, for tests and
+    comparison; it is read once. Raises ValueError for another value.
+    """
+    wanted = os.environ.get("RANKSPAWN_MECHANISM", "clone" if sys.platform == "linux" else "posix_spawn")
+    if wanted not in ("clone", "posix_spawn", "subprocess"):
+        raise ValueError(f"RANKSPAWN_MECHANISM={wanted!r}: expected clone, posix_spawn or subprocess")
+    if EXTENSION_ERROR is not None or wanted == "subprocess":
+        return ()
+    # QEMU's user mode and WSL1 run the call as a fork, in which the child's report would never arrive.
+    clone = (_spawn.CLONE,) if _spawn.clone_is_honoured() else ()
+    return clone if wanted == "clone" else (_spawn.POSIX_SPAWN, *clone)
+
+
+def masks(binding: Binding) -> tuple[bytes | None, int, bytes | None]:
+    """``binding`` as the engine takes it: CPU mask, policy's number (-1: none), node mask.
+
+    They are kept with the binding, which never changes: hashing it for a cache takes longer than all else in a start.
+    """
+    kept: tuple[bytes | None, int, bytes | None] | None = binding.__dict__.get("_masks")
+    if kept is None:
+        cpus = None if binding.cpus is None else _spawn.pack_ids(binding.cpus)
+        memory = binding.memory
+        mode = -1 if memory is None else _MPOL[memory.mode]
+        nodes = _spawn.pack_ids(memory.nodes) if memory is not None and memory.nodes else None
+        kept = binding.__dict__["_masks"] = (cpus, mode, nodes)
+    return kept
+
+
+def bind_process(pid: int, binding: Binding) -> tuple[RefusedStep, ...]:
+    """Do to a process that runs already what psutil can: set its CPU mask. A memory policy is always refused.
+
+    Returns the refused steps. Raises BindingError for the first refused step of a required binding.
+    """
+    refused = []
+    if binding.memory is not None:
+        refused.append(RefusedStep("set_mempolicy", errno.ENOTSUP))
+    if binding.cpus is not None and (code := _set_affinity(pid, binding.cpus)):
+        refused.append(RefusedStep("sched_setaffinity", code))
+    return _checked(binding, refused)
+
+
+def _checked(binding: Binding, refused: list[RefusedStep]) -> tuple[RefusedStep, ...]:
+    if refused and binding.required:
+        raise BindingError.refused(refused[0].step, refused[0].errno, binding)
+    return tuple(refused)
+
+
+def _set_affinity(pid: int, cpus: Set[int]) -> int:
+    """Set the mask of a running process; 0, or the errno of the refusal."""
+    try:
+        import psutil
+    except ImportError:  # it cannot be imported in a sub-interpreter
+        return errno.ENOTSUP
+    try:
+        psutil.Process(pid).cpu_affinity(sorted(cpus))
+    except psutil.NoSuchProcess:
+        return 0
+    except psutil.AccessDenied:
+        return errno.EPERM
+    except AttributeError:  # psutil has no cpu_affinity on macOS
+        return errno.ENOTSUP
+    except ValueError:  # psutil's word for CPUs that are not there, or not allowed
+        return errno.EINVAL
+    return 0
+
+
+def bind_thread(binding: Binding) -> tuple[RefusedStep, ...]:
+    """Bind the calling thread, and what it will start; returns the refused steps where they are not required.
+
+    Raises BindingError for a refused step of a required binding.
+    """
+    refused: list[RefusedStep] = []
+    if binding.cpus is not None:
+        try:
+            os.sched_setaffinity(0, binding.cpus)
+        except OSError as error:
+            refused.append(RefusedStep("sched_setaffinity", error.errno or errno.EINVAL))
+    if binding.memory is not None:
+        code = errno.ENOTSUP if EXTENSION_ERROR is not None else _spawn.set_mempolicy(*masks(binding)[1:])
+        if code:
+            refused.append(RefusedStep("set_mempolicy", code))
+    return _checked(binding, refused)

@@ -1,0 +1,233 @@
+"""torch elastic's own classes, with their ranks started and watched by ours. Importing this module imports torch."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import sys
+import time
+from dataclasses import replace
+from multiprocessing import connection, context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed.elastic.agent.server.local_elastic_agent as agents
+import torch.distributed.elastic.multiprocessing.api as contexts
+
+from .._binding import AffinityMode
+from .._end.watch import Watch
+from .._multiprocessing.context import get_context
+from .._start.crew import start_ranks
+from .._start.engine import bind_thread, mechanisms
+from .handler import SubprocessHandler, binding_for, warn_of_refused
+
+if TYPE_CHECKING:
+    from .._binding import Binding
+    from .._start.popen import Popen
+    from .numa_options import NumaOptions
+
+_SIBLINGS_SECONDS = 0.1
+"""Once a rank has failed, how long the others have to end by themselves. What broke one has often broken all, and a
+rank that the agent ends is reported with the agent's signal and not with what it died of. torch leaves them what
+remains of its interval, which is as long by default, and may be nothing."""
+_NO_PAUSE = 1e-9  # seconds; torch wants more than none
+_DIE_WITH_AGENT = sys.platform == "linux" and bool(mechanisms())
+
+default_numa_options: NumaOptions | None = None
+"""For launches that name none themselves; rankspawn.torchrun.install() sets it."""
+
+
+def _numa_options(launched: NumaOptions | None) -> NumaOptions | None:
+    """What a launch named, or else the default. torch's own have no memory policy: the default's is theirs as well."""
+    if launched is None or default_numa_options is None:
+        return launched or default_numa_options
+    if hasattr(launched, "memory_policy"):
+        return launched
+    mode, fall_back = AffinityMode(launched.affinity_mode), launched.should_fall_back_if_binding_fails
+    return replace(default_numa_options, affinity_mode=mode, should_fall_back_if_binding_fails=fall_back)
+
+
+class Worker(SubprocessHandler):
+    """A rank of an elastic agent. It dies with the agent, however the agent ends."""
+
+    _die_with_parent = _DIE_WITH_AGENT
+
+    @classmethod
+    def started(cls, process: Popen, local_rank_id: int, stdout: str, stderr: str) -> Worker:
+        """The handler of a rank that start_ranks has started."""
+        handler = cls.__new__(cls)
+        handler.proc = process
+        handler.local_rank_id = local_rank_id
+        handler._log_paths = (stdout or None, stderr or None)
+        handler._log_files = {}
+        return handler
+
+
+def get_subprocess_handler(
+    entrypoint: str,
+    args: tuple[Any, ...],
+    env: dict[str, str],
+    stdout: str,
+    stderr: str,
+    local_rank_id: int,
+    numa_options: NumaOptions | None = None,
+) -> Worker:
+    """A rank, with torch's signature: for contexts of others, who derive from torch's."""
+    return Worker(entrypoint, args, env, stdout, stderr, local_rank_id, _numa_options(numa_options))
+
+
+class _Waiting:
+    """What ours add to both of torch's contexts: waiting for ranks is sleeping until they end."""
+
+    nprocs: int
+    entrypoint: Any
+    args: dict[int, tuple[Any, ...]]
+    envs: dict[int, dict[str, str]]
+    _poll: Any
+    _numa_options: NumaOptions | None = None  # torch before 2.9 has none
+
+    def _bindings(self) -> list[Binding | None]:
+        options = _numa_options(self._numa_options)
+        return [binding_for(number, options, self.envs[number]) for number in range(self.nprocs)]
+
+    def wait(self, timeout: float = -1, period: float = 1) -> Any:
+        end = math.inf if timeout < 0 else time.monotonic() + timeout
+        while not (result := self._poll()) and (left := end - time.monotonic()) > 0:
+            self.rest(min(period, left))
+        return result
+
+    def rest(self, seconds: float) -> None:
+        """Sleep ``seconds``, or until every rank has ended, or a little after one has failed."""
+        raise NotImplementedError
+
+
+class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[misc]
+    """torch's, but its ranks are started by one call, all or none."""
+
+    subprocess_handlers: dict[int, SubprocessHandler]
+    _watch: Watch | None = None
+
+    def _start(self) -> None:
+        if self.subprocess_handlers:
+            super()._start()  # which raises
+        numbers = range(self.nprocs)
+        logs = [(self.stdouts[number], self.stderrs[number]) for number in numbers]
+        ranks: list[Popen] = []
+        start_ranks(
+            ranks,
+            [(self.entrypoint, *map(str, self.args[number])) for number in numbers],
+            env=None,
+            rank_env=[self.envs[number] for number in numbers],
+            bindings=self._bindings(),
+            streams=[(None, Path(out) if out else None, Path(err) if err else None) for out, err in logs],
+            die_with_parent=_DIE_WITH_AGENT,
+        )
+        self.subprocess_handlers = {number: Worker.started(ranks[number], number, *logs[number]) for number in numbers}
+        for number in numbers:
+            warn_of_refused(number, ranks[number].binding_report.refused)
+        self._watch = Watch(ranks)
+
+    def rest(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        failed = False
+        watch = self._watch
+        while watch is not None and watch.running and (left := end - time.monotonic()) > 0:
+            if any(watch.returncodes[number] for number in watch.look(left)) and not failed:
+                failed, end = True, time.monotonic() + _SIBLINGS_SECONDS
+
+    def _close(self, death_sig: Any, timeout: int = 30) -> None:
+        if self._failures:
+            # torch signals the groups of ranks that run. What a failed rank has left behind is told to end as well.
+            for handler in self.subprocess_handlers.values():
+                if handler.proc.poll() is not None:
+                    handler.close(death_sig)
+        super()._close(death_sig, timeout)
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
+
+class MultiprocessContext(_Waiting, contexts.MultiprocessContext):  # type: ignore[misc]
+    """torch's, but its processes are bound before they import what they run."""
+
+    start_method: str
+
+    def _start(self) -> None:
+        if self._pc is not None or os.name != "posix":
+            super()._start()
+            return
+        method, bindings = self.start_method, self._bindings()
+        self._numa_options = None  # torch's own binding is inside the process, after its imports, and wants numactl
+        if method == "fork":
+            self._bind_after_fork(bindings)
+            super()._start()
+            return
+        processes: list[Any] = []
+
+        def place(process: Any) -> Binding | None:
+            processes.append(process)
+            return bindings[len(processes) - 1]
+
+        # torch asks multiprocessing for a context by its name: there is one more for so long.
+        name = f"rankspawn-{id(self)}"
+        known: dict[str, Any] = context._concrete_contexts  # type: ignore[attr-defined]
+        known[name] = get_context(method, place, die_with_parent=method == "spawn" and _DIE_WITH_AGENT)
+        self.start_method = name
+        try:
+            super()._start()
+        except BaseException:
+            for process in processes:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+            raise
+        finally:
+            self.start_method = method
+            del known[name]
+        for number, process in enumerate(processes):
+            warn_of_refused(number, process.binding_report.refused)
+
+    def _bind_after_fork(self, bindings: list[Binding | None]) -> None:
+        """There is nothing to import and one thread: it is early enough in the process itself."""
+        entrypoint = self.entrypoint
+
+        @functools.wraps(entrypoint)
+        def bound(number: int, *args: Any) -> Any:
+            binding = bindings[number]
+            if binding is not None:
+                warn_of_refused(number, bind_thread(binding))
+            return entrypoint(*args)
+
+        self.entrypoint = bound
+        self.args = {number: (number, *args) for number, args in self.args.items()}
+
+    def rest(self, seconds: float) -> None:
+        """As for programs; but a function's end is the value that it returns, and torch reports one failure at most."""
+        if os.name != "posix":
+            return time.sleep(seconds)
+        end = time.monotonic() + seconds
+        values = {queue._reader.fileno() for rank, queue in self._ret_vals.items() if rank not in self._return_values}
+        while values and (left := end - time.monotonic()) > 0:
+            ready = connection.wait([*values, *self._pc.sentinels], left)
+            if not values.issuperset(ready):
+                break
+            values.difference_update(ready)
+        return None
+
+
+class LocalElasticAgent(agents.LocalElasticAgent):  # type: ignore[misc]
+    """torch's, but the pause between two looks at the ranks is over when they have ended.
+
+    torch's loop sleeps for the interval of its spec and calls ``_monitor_workers``, which agents define for themselves:
+    the pause is taken from the loop and made there.
+    """
+
+    def __init__(self, spec: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(replace(spec, monitor_interval=_NO_PAUSE), *args, **kwargs)
+        self._pause = spec.monitor_interval
+
+    def _monitor_workers(self, worker_group: Any) -> Any:
+        rest = getattr(self._pcontext, "rest", time.sleep)  # contexts of others have none
+        rest(self._pause)
+        return super()._monitor_workers(worker_group)

@@ -1,0 +1,255 @@
+"""``SubprocessHandler``: torch.distributed.elastic's handler of one rank, over our Popen. torch is never imported."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from functools import lru_cache
+from typing import IO, TYPE_CHECKING, Any
+
+from .._binding import AffinityMode, BindingError
+from .._start.arguments import callers_environment
+from .._start.engine import bind_process, bind_thread
+from .._start.popen import Popen
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable, Mapping
+
+    from .._binding import Binding, MemoryMode, MemoryPolicy, RefusedStep
+    from .numa_options import NumaOptions
+
+_ON_WINDOWS = sys.platform == "win32"
+
+
+def _warn(text: str, *values: object) -> None:
+    import logging  # not at import: it is as expensive as all the rest of this package
+
+    logging.getLogger("rankspawn").warning(text, *values)
+
+
+def warn_of_refused(local_rank: int, refused: tuple[RefusedStep, ...]) -> None:
+    for step in refused:
+        _warn("local rank %d runs without %s", local_rank, step)
+
+
+def _default_signal() -> signal.Signals:
+    return signal.CTRL_C_EVENT if _ON_WINDOWS else signal.SIGTERM  # type: ignore[attr-defined, no-any-return, unused-ignore]
+
+
+class SubprocessHandler:
+    """One rank: its process, its log files, its binding.
+
+    entrypoint, args: the program and its arguments, each made text by ``str()``.
+    env: added to ``os.environ`` for the rank.
+    stdout, stderr: paths of log files, created or truncated; None or "" inherits. One path for both is opened once.
+    local_rank_id: the rank on this machine; with ``numa_options`` also the index of its device.
+    numa_options: how to bind it: ours, torch's, or None.
+
+    The rank leads a session of its own. Raises what Popen raises, and PlacementError when ``numa_options`` cannot be
+    followed on this machine and falling back was not asked for.
+    """
+
+    proc: subprocess.Popen[Any]
+    local_rank_id: int
+    _die_with_parent = False
+
+    def __init__(
+        self,
+        entrypoint: str,
+        args: tuple[Any, ...],
+        env: dict[str, str],
+        stdout: str | None,
+        stderr: str | None,
+        local_rank_id: int,
+        numa_options: NumaOptions | None = None,
+    ) -> None:
+        self._log_paths = (stdout or None, stderr or None)
+        self._log_files: dict[str, IO[str]] = {}
+        self.local_rank_id = local_rank_id
+        self._binding = binding_for(local_rank_id, numa_options, env)
+        command = (entrypoint, *map(str, args))
+        # Dropped when the start fails, so that what a subclass opened is closed.
+        try:
+            self.proc, refused = self._start(command, {**callers_environment(), **env})
+        except BaseException:
+            self._close_logs()
+            raise
+        if isinstance(self.proc, Popen):
+            # The thread that it was started in may have been refused the same.
+            refused = tuple(dict.fromkeys((*refused, *self.proc.binding_report.refused)))
+        warn_of_refused(local_rank_id, refused)
+
+    @property
+    def _stdout(self) -> IO[str] | None:
+        """The log file, as torch has it: for subclasses that start the rank themselves. Ours lets the rank open it."""
+        return self._log_file(self._log_paths[0])
+
+    @property
+    def _stderr(self) -> IO[str] | None:
+        return self._log_file(self._log_paths[1])
+
+    def _log_file(self, path: str | None) -> IO[str] | None:
+        if path is None:
+            return None
+        if path not in self._log_files:
+            # The rank may be writing already: its log must not be truncated under it.
+            mode = "a" if hasattr(self, "proc") else "w"
+            self._log_files[path] = open(path, mode)
+        return self._log_files[path]
+
+    def _close_logs(self) -> None:
+        for file in self._log_files.values():
+            file.close()
+
+    def _start(
+        self, command: tuple[str, ...], env: dict[str, str]
+    ) -> tuple[subprocess.Popen[Any], tuple[RefusedStep, ...]]:
+        """The process, and the steps of its binding that were refused to what started it."""
+        if type(self)._popen is SubprocessHandler._popen or self._binding is None:
+            return self._popen(command, env), ()
+        # A subclass starts the process in its own way. A thread made for it is bound first: what a thread starts
+        # inherits its mask and policy, and the caller's own stay untouched.
+        if hasattr(os, "sched_setaffinity"):
+            return _in_bound_thread(self._binding, lambda: self._popen(command, env))
+        process = self._popen(command, env)
+        try:
+            return process, bind_process(process.pid, self._binding)
+        except BindingError:
+            process.kill()
+            process.wait()
+            raise
+
+    def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[Any]:
+        """Start the rank. Subclasses may override it; the binding applies all the same."""
+        stdout, stderr = map(_as_path, self._log_paths)
+        own_session = {} if _ON_WINDOWS else {"start_new_session": True}
+        return Popen(
+            args,
+            env=env,
+            stdout=stdout,
+            stderr=stderr,
+            binding=self._binding,
+            die_with_parent=self._die_with_parent,
+            **own_session,
+        )
+
+    def close(self, death_sig: signal.Signals | None = None) -> None:
+        """Signal the rank's process group, SIGTERM unless ``death_sig`` is given, and close the log files.
+
+        On Windows the rank itself gets the signal, CTRL_C_EVENT by default. Nothing is signalled when nobody is left in
+        the group, so that closing twice is harmless.
+        """
+        sig = death_sig or _default_signal()
+        try:
+            if _ON_WINDOWS:
+                self.proc.send_signal(sig)
+            elif isinstance(self.proc, Popen) and self.proc._leads_group:
+                self.proc.send_signal_group(sig)
+            elif self.proc.returncode is None:
+                # Started by a subclass: not waited for, so the number is still its own.
+                os.killpg(self.proc.pid, sig)
+        except ProcessLookupError:
+            pass
+        finally:
+            self._close_logs()
+
+
+def get_subprocess_handler(
+    entrypoint: str,
+    args: tuple[Any, ...],
+    env: dict[str, str],
+    stdout: str,
+    stderr: str,
+    local_rank_id: int,
+    numa_options: NumaOptions | None = None,
+) -> SubprocessHandler:
+    """A SubprocessHandler, with torch's signature."""
+    return SubprocessHandler(
+        entrypoint=entrypoint,
+        args=args,
+        env=env,
+        stdout=stdout,
+        stderr=stderr,
+        local_rank_id=local_rank_id,
+        numa_options=numa_options,
+    )
+
+
+def binding_for(local_rank: int, options: NumaOptions | None, env: Mapping[str, str]) -> Binding | None:
+    """The binding of one rank; torch's own NumaOptions has the first two attributes of ours."""
+    if options is None:
+        return None
+    # Where there are no devices to count, ranks are dealt over the nodes: how many there are, launchers tell the rank.
+    told = env.get("LOCAL_WORLD_SIZE", "")
+    nprocs = int(told) if told.isdecimal() and int(told) > local_rank else None
+    # Not at import: programs that only start processes need none of it.
+    from .._place.topology import PlacementError
+    from .._place.visible import VARIABLES
+
+    fall_back = options.should_fall_back_if_binding_fails
+    inherited = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+    visible = tuple(map(os.environ.get, VARIABLES))
+    mode, memory = AffinityMode(options.affinity_mode), getattr(options, "memory_policy", None)
+    try:
+        binding, notes = _plan(local_rank, nprocs, mode, memory, fall_back, inherited, visible)
+    except PlacementError as error:
+        if not fall_back:
+            raise
+        # As text: a log record that keeps the error keeps its frames, and in them this handler with its descriptors.
+        _warn("local rank %d starts unbound: %s", local_rank, str(error))
+        return None
+    for note in notes:
+        _warn("local rank %d: %s", local_rank, note)
+    return binding
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    local_rank: int,
+    nprocs: int | None,
+    mode: AffinityMode,
+    memory: MemoryMode | MemoryPolicy | None,
+    fall_back: bool,
+    inherited: frozenset[int],
+    visible: tuple[str | None, ...],
+) -> tuple[Binding, tuple[str, ...]]:
+    """One rank's binding and what there is to say of it, kept for as long as what it follows from stays the same.
+
+    The machine itself is read once for each inherited mask: reading it again for each rank takes longer than its start.
+    """
+    from .._place.plan import plan
+    from .._place.topology import Topology
+
+    (rank,) = plan(Topology.read(), mode, gpu_index=local_rank, nprocs=nprocs, memory=memory, required=not fall_back)
+    return rank.binding, rank.notes
+
+
+def _as_path(path: str | None) -> os.PathLike[str] | None:
+    from pathlib import Path  # not at import: it is the most expensive import that this module could need
+
+    return None if path is None else Path(path)
+
+
+def _in_bound_thread(
+    binding: Binding, start: Callable[[], subprocess.Popen[Any]]
+) -> tuple[subprocess.Popen[Any], tuple[RefusedStep, ...]]:
+    """What ``start`` gives in a thread that is bound before, and the steps that were refused to that thread."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            refused = bind_thread(binding)
+            outcome.extend((start(), refused, None))
+        except BaseException as error:  # raised again in the calling thread
+            outcome[:] = (None, (), error)
+
+    thread = threading.Thread(target=run, name="rankspawn-bound")
+    thread.start()
+    thread.join()
+    started, refused, error = outcome
+    if error is not None:
+        raise error
+    return started, refused
