@@ -25,7 +25,7 @@ NUMAVM_ARGS ?=
 # And for tests/interpreters/run.py, and through it for pytest.
 INTERPRETERS_ARGS ?=
 # The tests that exercise C: everything else would only run Python slower.
-ASAN_TESTS ?= $(wildcard tests/test_spawn*.py tests/test_popen*.py tests/test_failures*.py tests/test_faults.py tests/test_signals.py tests/test_crew.py)
+ASAN_TESTS ?= $(wildcard tests/test_spawn*.py tests/test_popen*.py tests/test_start_fails*.py tests/test_injected_faults.py tests/test_signals.py tests/test_crew.py)
 
 # A build without the engine must not pass for one with it here. Warnings are errors for the project's developers, but
 # not in `make demo`, which strangers run with compilers that we have not met.

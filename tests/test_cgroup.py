@@ -18,8 +18,8 @@ from rankspawn import Popen
 from rankspawn._end import cgroup as _cgroup
 from rankspawn._end.cgroup import GroupCgroup
 from rankspawn._start.engine import EXTENSION_ERROR
-from tests.processes import PATIENCE, has_ended, new_cgroup, writable_cgroups
-from tests.state import NOBODY, become, in_child
+from tests.support.processes import PATIENCE, has_ended, new_cgroup, writable_cgroups
+from tests.support.state import NOBODY, become, in_child
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="cgroups are Linux's")
 

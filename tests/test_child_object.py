@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.elf import weaknesses
+from tests.support.elf import weaknesses
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,7 +19,7 @@ import rankspawn
 from rankspawn import AffinityMode
 from rankspawn._binding import MEMORY_MODES, parse_ids
 from rankspawn._cli.main import main
-from tests.launchers import (
+from tests.support.launchers import (
     ARGUMENTS,
     ENVIRONMENT,
     LAUNCHER,

@@ -39,7 +39,7 @@ import rankspawn
 from rankspawn import Binding, BindingError, MemoryPolicy, get_context
 from rankspawn._multiprocessing.context import Context
 from rankspawn._start.engine import EXTENSION_ERROR
-from tests.in_process import (
+from tests.support.in_process import (
     add,
     double,
     double_and_stay,
@@ -53,7 +53,7 @@ from tests.in_process import (
     send,
     wait_for,
 )
-from tests.state import in_child
+from tests.support.state import in_child
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="binding is Linux's")
 

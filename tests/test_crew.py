@@ -29,8 +29,8 @@ from rankspawn._end import ranks as _ending
 from rankspawn._start import crew as _crew
 from rankspawn._start.crew import start_ranks
 from rankspawn._start.engine import mechanisms
-from tests.processes import eventually, has_ended, new_cgroup
-from tests.state import NOBODY, become, changed_since, fork, in_child, snapshot
+from tests.support.processes import eventually, has_ended, new_cgroup
+from tests.support.state import NOBODY, become, changed_since, fork, in_child, snapshot
 from tests.test_signals import storm
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the engine's mechanisms are Linux's")
@@ -1018,7 +1018,7 @@ IN_STORM = """
 import ctypes, json, os, signal, struct, sys, threading, time
 sys.path[:0] = json.loads(sys.argv[1])
 from rankspawn import Binding, Popen
-from tests.state import changed_since, snapshot
+from tests.support.state import changed_since, snapshot
 from tests.test_crew import CPUS, ended, start
 
 def without_clone3():

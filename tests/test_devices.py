@@ -21,7 +21,7 @@ from rankspawn._place.devices import (
 from rankspawn._place.plan import PlacementError
 from rankspawn._place.sysfs import Tree
 from rankspawn._place.topology import Topology
-from tests.sysfs_tree import PCI, Gpu, Machine, address, write
+from tests.support.sysfs_tree import PCI, Gpu, Machine, address, write
 
 UUIDS = [f"GPU-{letter}{letter}{i}00000-0000-0000-0000-00000000000{i}" for i, letter in enumerate("abca")]
 

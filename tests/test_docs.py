@@ -10,7 +10,7 @@ import pytest
 
 import rankspawn
 from docs.docstrings import entries, names_of, paragraphs
-from tests.pages import BLOCKS, MARKED, PAGES, PROGRAMS, ROOT, Block, missing, run
+from tests.support.pages import BLOCKS, MARKED, PAGES, PROGRAMS, ROOT, Block, missing, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the pages bind processes")
 

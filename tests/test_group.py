@@ -25,8 +25,8 @@ import pytest
 
 from rankspawn import RankGroup, launch
 from rankspawn._start.engine import EXTENSION_ERROR
-from tests.processes import PATIENCE, eventually, has_ended, new_cgroup, state
-from tests.state import NOBODY, become, changed_since, fork, in_child, snapshot
+from tests.support.processes import PATIENCE, eventually, has_ended, new_cgroup, state
+from tests.support.state import NOBODY, become, changed_since, fork, in_child, snapshot
 
 try:
     import uvloop

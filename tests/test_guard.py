@@ -24,8 +24,8 @@ from rankspawn._end import guard as _guard
 from rankspawn._end.cgroup import GroupCgroup, new_name
 from rankspawn._end.guard import Guard
 from rankspawn._start.engine import EXTENSION_ERROR
-from tests.processes import PATIENCE, eventually, frozen_by_v1, has_ended, new_cgroup
-from tests.state import fork
+from tests.support.processes import PATIENCE, eventually, frozen_by_v1, has_ended, new_cgroup
+from tests.support.state import fork
 
 if sys.platform.startswith("linux") and EXTENSION_ERROR is None:
     from rankspawn._start.crew import start_ranks

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import rankspawn
-from tests.sysfs_tree import Machine, write
+from tests.support.sysfs_tree import Machine, write
 
 SOURCE = Path(__file__).parent.parent / "src" / "rankspawn"
 

@@ -20,8 +20,8 @@ from rankspawn._group.launch import free_port
 from rankspawn._output.logs import rank_files
 from rankspawn._place.plan import PlacementError
 from rankspawn._start.engine import EXTENSION_ERROR, mechanisms
-from tests.processes import PATIENCE, eventually, has_ended, new_cgroup, writable_cgroups
-from tests.state import NOBODY, become, in_child
+from tests.support.processes import PATIENCE, eventually, has_ended, new_cgroup, writable_cgroups
+from tests.support.state import NOBODY, become, in_child
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at /proc"),

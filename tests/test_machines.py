@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launchers import LAUNCHER, SAY, in_ranks, launched
-from tests.machines import Machine, two_machines
+from tests.support.launchers import LAUNCHER, SAY, in_ranks, launched
+from tests.support.machines import Machine, two_machines
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -14,7 +14,7 @@ from rankspawn._place.devices import Device
 from rankspawn._place.openmp import affinity_warnings, omp_num_threads
 from rankspawn._place.plan import PlacementError, place, plan, plan_lists
 from rankspawn._place.topology import Topology
-from tests.sysfs_tree import Gpu, Machine, address, write
+from tests.support.sysfs_tree import Gpu, Machine, address, write
 
 MODES = tuple(mode.value for mode in AffinityMode)
 

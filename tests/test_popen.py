@@ -19,7 +19,7 @@ import pytest
 import rankspawn
 from rankspawn import Binding, BindingError, MemoryPolicy, Popen, _spawn
 from rankspawn._start import popen as _popen
-from tests.processes import eventually, has_ended
+from tests.support.processes import eventually, has_ended
 
 PYTHON = sys.executable
 MECHANISMS = ("clone", "posix_spawn", "subprocess")

@@ -33,7 +33,7 @@ from rankspawn._output.report import (
     write_report,
     write_text,
 )
-from tests.state import in_child
+from tests.support.state import in_child
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
 

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 import psutil
 import pytest
 
-from tests.launchers import (
+from tests.support.launchers import (
     ENVIRONMENT,
     LAUNCHER,
     SAY,
@@ -35,7 +35,7 @@ from tests.launchers import (
     said,
     with_grace,
 )
-from tests.processes import eventually, has_ended, new_cgroup, state
+from tests.support.processes import eventually, has_ended, new_cgroup, state
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sessions, signals and terminals are asked for")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")

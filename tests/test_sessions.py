@@ -17,8 +17,8 @@ import pytest
 
 from rankspawn._end import sessions as _sessions
 from rankspawn._end.sessions import describe_stuck, kill_members, members
-from tests.processes import PATIENCE, eventually, frozen_by_v1, has_ended, state
-from tests.state import NOBODY, become, fork, in_child
+from tests.support.processes import PATIENCE, eventually, frozen_by_v1, has_ended, state
+from tests.support.state import NOBODY, become, fork, in_child
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sessions as Linux has them")
 

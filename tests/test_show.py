@@ -19,7 +19,7 @@ from rankspawn._place.devices import find_devices
 from rankspawn._place.drawing import drawing
 from rankspawn._place.plan import plan
 from rankspawn._place.topology import PlacementError, Topology
-from tests.sysfs_tree import Gpu, Machine, address, write
+from tests.support.sysfs_tree import Gpu, Machine, address, write
 
 TWO_SOCKETS = Machine(
     sockets=2, caches=2, cores=2, threads=2, memory_only=1, offline=frozenset({9}), gpus=(Gpu(0), Gpu(1), Gpu(1))

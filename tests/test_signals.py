@@ -23,7 +23,7 @@ import pytest
 
 from rankspawn import Popen
 from rankspawn._start.engine import EXTENSION_ERROR
-from tests.state import fork, in_child
+from tests.support.state import fork, in_child
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,7 +83,7 @@ import ctypes, json, os, resource, signal, subprocess, sys, threading, time
 sys.path[:0] = json.loads(sys.argv[1])
 library, seconds = sys.argv[2], float(sys.argv[3])
 from rankspawn import Binding, MemoryPolicy, Popen
-from tests.state import changed_since, snapshot
+from tests.support.state import changed_since, snapshot
 
 launcher = os.getpid()
 caught = [signal.SIGUSR1, signal.SIGALRM, signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH]

@@ -16,7 +16,7 @@ import pytest
 
 from rankspawn._place.sysfs import Tree, parse_mask
 from rankspawn._place.topology import PlacementError, Topology, TopologyError
-from tests.sysfs_tree import CPU, GIB, NODE, Machine, write
+from tests.support.sysfs_tree import CPU, GIB, NODE, Machine, write
 
 CAPTURED = Path(__file__).resolve().parents[2] / "shared" / "topologies"
 # Most of a tarball is neither read by us nor by lstopo, and takes long to unpack.

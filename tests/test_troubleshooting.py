@@ -15,10 +15,10 @@ import pytest
 from rankspawn import Binding, BindingError, MemoryPolicy, Popen, Topology, get_context, launch, place
 from rankspawn._end.cgroup import GroupCgroup
 from rankspawn._place.visible import nvidia_visible
-from tests.pages import ROOT
-from tests.processes import new_cgroup, writable_cgroups
-from tests.state import NOBODY, become, in_child
-from tests.sysfs_tree import Gpu, Machine, write
+from tests.support.pages import ROOT
+from tests.support.processes import new_cgroup, writable_cgroups
+from tests.support.state import NOBODY, become, in_child
+from tests.support.sysfs_tree import Gpu, Machine, write
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="messages are those of Linux")
 
@@ -103,7 +103,7 @@ def _(_: Path) -> str:
     "set_mempolicy: Function not implemented",
 )
 def refused_elsewhere(_: Path) -> str:
-    """What this kernel does not refuse: the messages that follow when one does. test_faults.py injects the refusals."""
+    """What this kernel does not refuse: the messages that follow when one does. test_injected_faults.py injects the refusals."""
     steps = (("sched_setaffinity", errno.EPERM), ("set_mempolicy", errno.EPERM), ("set_mempolicy", errno.ENOSYS))
     binding = Binding({0}, MemoryPolicy("bind", {0}))
     return "\n".join(str(BindingError.refused(step, code, binding)) for step, code in steps)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import PROGRAMS, Block, missing, run
+from tests.support.pages import PROGRAMS, Block, missing, run
 
 # By these names Debian has each, whichever of them `mpirun` is; as root, and with more ranks than CPUs.
 LAUNCHERS = {"mpirun": "mpirun.openmpi", "mpiexec": "mpiexec.hydra"}

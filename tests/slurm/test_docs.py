@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import PROGRAMS, Block, missing, run
 from tests.slurm.cluster import Cluster, cluster
+from tests.support.pages import PROGRAMS, Block, missing, run
 
 
 @pytest.fixture(scope="module")

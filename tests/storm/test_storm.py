@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import new_cgroup
+from tests.support.processes import new_cgroup
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="death signals, the guard and cgroups are Linux's")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launchers import LAUNCHER, launched
-from tests.machines import two_machines
+from tests.support.launchers import LAUNCHER, launched
+from tests.support.machines import two_machines
 
 pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import PROGRAMS, Block, missing, run
+from tests.support.pages import PROGRAMS, Block, missing, run
 
 # A DataLoader's queue has a daemon thread, and drops its semaphore in it while the interpreter ends: between unlinking
 # it and telling the tracker, the thread may be stopped, and the tracker then tells of a leak. With the stock context

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rankspawn._place.devices import as_devices
 from rankspawn._place.plan import PlacementError, place, plan
 from rankspawn._place.topology import Topology
-from tests.sysfs_tree import Gpu, Machine, address, write
+from tests.support.sysfs_tree import Gpu, Machine, address, write
 from tests.test_placement import machines
 
 binding = pytest.importorskip("torch.numa.binding", reason="torch 2.9 or newer is not installed")

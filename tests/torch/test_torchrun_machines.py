@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launchers import SAY, Launched, launched, said
-from tests.machines import Machine, two_machines
+from tests.support.launchers import SAY, Launched, launched, said
+from tests.support.machines import Machine, two_machines
 
 pytest.importorskip("torch.distributed.run", reason="torch is not installed")
 

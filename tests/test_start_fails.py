@@ -22,7 +22,7 @@ import pytest
 
 from rankspawn import Binding, BindingError, MemoryPolicy, Popen
 from rankspawn._start.engine import mechanisms
-from tests.state import NOBODY, become, fork, in_child
+from tests.support.state import NOBODY, become, fork, in_child
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the engine's mechanisms are Linux's")
 

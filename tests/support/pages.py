@@ -26,9 +26,9 @@ from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 
-from tests.sysfs_tree import Gpu, Machine, write
+from tests.support.sysfs_tree import Gpu, Machine, write
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SECONDS = 120
 

@@ -40,7 +40,7 @@ sys.path[:0] = json.loads(sys.argv[1])
 from pathlib import Path
 from rankspawn import Binding, BindingError, MemoryPolicy, Popen
 from rankspawn._start.engine import mechanisms
-from tests.state import changed_since, snapshot
+from tests.support.state import changed_since, snapshot
 
 # Yama may restrict ptrace to ancestors, and strace is a sibling: prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY).
 ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
