@@ -103,7 +103,7 @@ def _(_: Path) -> str:
     "set_mempolicy: Function not implemented",
 )
 def refused_elsewhere(_: Path) -> str:
-    """What this kernel does not refuse: the messages that follow when one does. test_injected_faults.py injects the refusals."""
+    """The messages of refusals that this kernel does not make; test_injected_faults.py injects them."""
     steps = (("sched_setaffinity", errno.EPERM), ("set_mempolicy", errno.EPERM), ("set_mempolicy", errno.ENOSYS))
     binding = Binding({0}, MemoryPolicy("bind", {0}))
     return "\n".join(str(BindingError.refused(step, code, binding)) for step, code in steps)
