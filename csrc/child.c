@@ -14,7 +14,7 @@
  *     thread, which it does not look at.
  *  5. set*id here would be libc's, which signals all threads of the *parent*; and a change of credentials makes the
  *     shared memory's owner undumpable, and lets a less privileged process near it. So requests with ids are started
- *     without CLONE_VM (spawn.c), and the calls are the raw ones, which are of one thread.
+ *     without CLONE_VM (clone.c), and the calls are the raw ones, which are of one thread.
  *  6. With CLONE_FILES the descriptor table is the parent's until close_range(CLOSE_RANGE_UNSHARE) has made a copy of
  *     what is kept: nothing may be opened, duplicated or closed before.
  *  7. A new process's death signal is cleared by a change of ids, and is of no use when the parent has died before it

@@ -1,4 +1,4 @@
-/* Between spawn.c, which makes the child, and child.c, which is the child. */
+/* Between clone.c, which makes the child, and child.c, which is the child. */
 #ifndef RANKSPAWN_CHILD_H
 #define RANKSPAWN_CHILD_H
 

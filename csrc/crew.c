@@ -324,6 +324,20 @@ spawn_many(struct spawn_crew *crew)
     }
 }
 
+int
+spawn(const struct spawn_request *request, struct spawn_result *result, enum spawn_mechanism mechanism)
+{
+    if (!request->death_signal) {
+        return spawn_by(mechanism, request, result, NULL);
+    }
+    /* A death signal needs a thread that outlives the child. */
+    atomic_int outcome = SPAWN_NOT_TRIED;
+    struct spawn_crew alone = {.requests = request, .results = result, .outcomes = &outcome, .count = 1, .workers = 1};
+    alone.mechanism = mechanism;
+    spawn_many(&alone);
+    return outcome;
+}
+
 size_t
 spawn_many_started(struct spawn_crew *crew)
 {

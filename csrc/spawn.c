@@ -1,36 +1,29 @@
-/* The parent half: block signals, choose how to make the child, make it, reap it when it failed. */
+/* What does not depend on the mechanism: which one a start takes, and what callers need beside a start. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
 #include "spawn.h"
-#include "child.h"
-#include "clone3.h"
 #include "numa_shim.h"
 
 #include <errno.h>
-#include <signal.h>
-#include <string.h>
-#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
 #ifdef __linux__
 #include <sys/syscall.h>
+#ifndef SYS_pidfd_send_signal
+#define SYS_pidfd_send_signal 424
 #endif
+#endif
+
+enum { SIGNAL_PROCESS_GROUP = 1 << 2 }; /* PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9 */
 
 int
 spawn_by(enum spawn_mechanism mechanism, const struct spawn_request *request, struct spawn_result *result,
          const sigset_t *child_mask)
 {
-    int outcome = SPAWN_DECLINED;
-    if (mechanism == SPAWN_POSIX) {
-        outcome = spawn_by_posix(request, result, child_mask);
-    }
-#ifdef __linux__
-    else {
-        outcome = spawn_by_clone(request, result, child_mask);
-    }
-#endif
+    int outcome = mechanism == SPAWN_POSIX ? spawn_by_posix(request, result, child_mask)
+                                           : spawn_by_clone(request, result, child_mask);
     if (outcome == SPAWN_STARTED) {
         struct timespec now;
         clock_gettime(CLOCK_MONOTONIC, &now);
@@ -40,17 +33,15 @@ spawn_by(enum spawn_mechanism mechanism, const struct spawn_request *request, st
 }
 
 int
-spawn(const struct spawn_request *request, struct spawn_result *result, enum spawn_mechanism mechanism)
+spawn_pidfd_signal(int pidfd, int sig, bool group)
 {
-    if (!request->death_signal) {
-        return spawn_by(mechanism, request, result, NULL);
-    }
-    /* A death signal needs a thread that outlives the child. */
-    atomic_int outcome = SPAWN_NOT_TRIED;
-    struct spawn_crew alone = {.requests = request, .results = result, .outcomes = &outcome, .count = 1, .workers = 1};
-    alone.mechanism = mechanism;
-    spawn_many(&alone);
-    return outcome;
+#ifdef __linux__
+    unsigned long flags = group ? SIGNAL_PROCESS_GROUP : 0;
+    return syscall(SYS_pidfd_send_signal, pidfd, sig, NULL, flags) < 0 ? errno : 0;
+#else
+    (void)pidfd, (void)sig, (void)group;
+    return ENOSYS;
+#endif
 }
 
 void
@@ -59,259 +50,3 @@ spawn_mask_set(unsigned long *mask, unsigned long bits, unsigned int id)
     struct bitmask whole = {bits, mask};
     numa_bitmask_setbit(&whole, id);
 }
-
-#ifdef __linux__
-
-#include <fcntl.h>
-#include <sched.h>
-#include <sys/mman.h>
-
-#ifndef CLONE_PIDFD
-#define CLONE_PIDFD 0x00001000
-#endif
-#ifndef CLONE_CLEAR_SIGHAND
-#define CLONE_CLEAR_SIGHAND 0x100000000ULL
-#endif
-#ifndef CLONE_INTO_CGROUP
-#define CLONE_INTO_CGROUP 0x200000000ULL
-#endif
-#ifndef SYS_pidfd_send_signal
-#define SYS_pidfd_send_signal 424
-#endif
-#define PIDFD_SIGNAL_PROCESS_GROUP_FLAG (1UL << 2)
-
-/* child.c's deepest path takes under 2 KiB without optimisation; instrumented builds take several times as much. It lies
- * on the caller's stack, which may be a small one. */
-enum { CHILD_STACK_BYTES = 16 * 1024 };
-
-/* One try at making the child: what it is asked, and what is left to try when the kernel refuses a part. */
-struct attempt {
-    struct child_start start;
-    bool shares_memory;
-    bool wants_pidfd;
-    bool uses_clone3; /* it clears the handlers and places the child in its cgroup */
-};
-
-/* Make the child. Returns its pid, or -1 with errno. The stack is this function's: the caller is suspended until the
- * child has executed or ended, and a child without CLONE_VM has its own copy. */
-static pid_t
-clone_once(struct attempt *attempt, int *pidfd)
-{
-    _Alignas(16) char stack[CHILD_STACK_BYTES];
-    unsigned int flags = CLONE_VFORK;
-    flags |= attempt->shares_memory ? CLONE_VM : 0U;
-    flags |= attempt->start.shares_fds ? CLONE_FILES : 0U;
-    flags |= attempt->wants_pidfd ? CLONE_PIDFD : 0U;
-    *pidfd = -1;
-    attempt->start.pidfd = pidfd;
-    attempt->start.handlers_are_clear = attempt->uses_clone3;
-    if (attempt->uses_clone3) {
-        int cgroup = attempt->start.request->cgroup_fd;
-        struct clone3_args args = {
-            .flags = flags | CLONE_CLEAR_SIGHAND | (cgroup >= 0 ? CLONE_INTO_CGROUP : 0),
-            .pidfd = (uint64_t)(uintptr_t)pidfd,
-            .exit_signal = SIGCHLD,
-            .stack = (uint64_t)(uintptr_t)stack,
-            .stack_size = sizeof stack,
-            .cgroup = cgroup >= 0 ? (uint64_t)cgroup : 0,
-        };
-        long pid = clone3_to_child(&args, &attempt->start);
-        if (pid < 0) {
-            errno = (int)-pid;
-            return -1;
-        }
-        return (pid_t)pid;
-    }
-    return clone(child_main, stack + sizeof stack, (int)flags | SIGCHLD, &attempt->start, pidfd, NULL, NULL);
-}
-
-/* Go on without clone3: the child clears its handlers, and joins its cgroup, itself. False: it could not join. */
-static bool
-leave_clone3(struct attempt *attempt)
-{
-    uint64_t all = ~(uint64_t)0;
-    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, NULL, sizeof all);
-    int cgroup = attempt->start.request->cgroup_fd;
-    attempt->uses_clone3 = false;
-    if (cgroup >= 0) {
-        attempt->start.cgroup_procs = openat(cgroup, "cgroup.procs", O_WRONLY | O_CLOEXEC);
-    }
-    return cgroup < 0 || attempt->start.cgroup_procs >= 0;
-}
-
-/* The kernel refused a whole attempt: what is next? STEP_NONE: another attempt. Else it has failed there, with errno. */
-static enum spawn_step
-after_refusal(struct attempt *attempt, struct spawn_result *result)
-{
-    int error = errno;
-    bool no_descriptors = error == EMFILE || error == ENFILE;
-    if (error == EAGAIN || error == ENOMEM) {
-        return STEP_CLONE;
-    }
-    if (attempt->uses_clone3 && !no_descriptors) {
-        /* An old kernel, a seccomp profile (which may say ENOSYS or EPERM), or a cgroup that refuses: then writing to
-         * it is refused, too, and says why. */
-        return leave_clone3(attempt) ? STEP_NONE : STEP_CGROUP;
-    }
-    if (attempt->wants_pidfd) {
-        attempt->wants_pidfd = false;
-        result->pidfd_error = error;
-        return STEP_NONE;
-    }
-    return STEP_CLONE;
-}
-
-static void
-reap(pid_t pid, int pidfd)
-{
-    /* ECHILD: the caller ignores SIGCHLD, or another of its threads waits for any child. */
-    while (waitpid(pid, NULL, __WALL) < 0 && errno == EINTR) {
-    }
-    if (pidfd >= 0) {
-        close(pidfd);
-    }
-}
-
-static int
-attempt_all(struct attempt *attempt, struct spawn_result *result)
-{
-    struct spawn_result *shown = attempt->start.result;
-    for (;;) {
-        int pidfd;
-        *shown = (struct spawn_result){.step = STEP_NONE};
-        pid_t pid = clone_once(attempt, &pidfd);
-        if (pid < 0) {
-            result->step = after_refusal(attempt, result);
-            if (result->step == STEP_NONE) {
-                continue;
-            }
-            result->error = errno;
-            return SPAWN_FAILED;
-        }
-        if (shown->step == STEP_UNSHARE) {
-            reap(pid, pidfd);
-            attempt->start.shares_fds = false;
-            continue;
-        }
-        result->step = shown->step;
-        result->error = shown->error;
-        result->affinity_error = shown->affinity_error;
-        result->mempolicy_error = shown->mempolicy_error;
-        if (shown->step != STEP_NONE) {
-            reap(pid, pidfd);
-            return SPAWN_FAILED;
-        }
-        result->pid = pid;
-        result->pidfd = pidfd;
-        return SPAWN_STARTED;
-    }
-}
-
-static int
-highest_kept(const struct spawn_request *request)
-{
-    int highest = STDERR_FILENO;
-    for (int i = 0; i < 3; i++) {
-        highest = request->streams[i].fd > highest ? request->streams[i].fd : highest;
-    }
-    if (request->pass_fds_count && request->pass_fds[request->pass_fds_count - 1] > highest) {
-        highest = request->pass_fds[request->pass_fds_count - 1];
-    }
-    return highest;
-}
-
-int
-spawn_by_clone(const struct spawn_request *request, struct spawn_result *result, const sigset_t *child_mask)
-{
-    memset(result, 0, sizeof *result);
-    result->pidfd = -1;
-    /* The ids: hazard 5 in child.c. Without shared memory the child's report needs a page of its own. */
-    bool changes_ids = request->set_uid || request->set_gid || request->groups_count >= 0;
-    struct spawn_result own = {0}, *shown = &own;
-    if (changes_ids) {
-        shown = mmap(NULL, sizeof *shown, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-        if (shown == MAP_FAILED) {
-            result->step = STEP_CLONE;
-            result->error = errno;
-            return SPAWN_FAILED;
-        }
-    }
-    struct attempt attempt = {
-        .start = {.request = request,
-                  .result = shown,
-                  .parent = getpid(),
-                  .cgroup_procs = -1,
-                  /* Without shared memory the child could not tell its own pidfd in a shared table. */
-                  .shares_fds = request->close_fds && !changes_ids,
-                  .highest_kept = highest_kept(request)},
-        .shares_memory = !changes_ids,
-        .wants_pidfd = true,
-        .uses_clone3 = true,
-    };
-    /* The raw call: libc's would leave out the two signals that it keeps for itself. SIGCHLD stays as it is while the
-     * child has no handlers: crew.c says why. */
-    uint64_t blocked = ~((uint64_t)1 << (SIGCHLD - 1)), before = 0;
-    syscall(SYS_rt_sigprocmask, SIG_BLOCK, &blocked, &before, sizeof blocked);
-    attempt.start.signal_mask = before;
-    if (child_mask) {
-        /* The kernel's mask is the beginning of libc's. */
-        memcpy(&attempt.start.signal_mask, child_mask, sizeof attempt.start.signal_mask);
-    }
-    int outcome = attempt_all(&attempt, result);
-    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof before);
-    if (attempt.start.cgroup_procs >= 0) {
-        close(attempt.start.cgroup_procs);
-    }
-    if (changes_ids) {
-        munmap(shown, sizeof *shown);
-    }
-    return outcome;
-}
-
-static int
-tell_and_exit(void *told)
-{
-    *(volatile int *)told = 1;
-    _exit(0);
-}
-
-int
-spawn_clone_is_honoured(void)
-{
-    _Alignas(16) char stack[CHILD_STACK_BYTES];
-    volatile int told = 0;
-    uint64_t all = ~(uint64_t)0, before = 0;
-    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof all);
-    pid_t pid = clone(tell_and_exit, stack + sizeof stack, CLONE_VM | CLONE_VFORK | SIGCHLD, (void *)&told);
-    /* Before the wait: CLONE_VFORK promises that the child has ended by now. */
-    int honoured = pid < 0 ? -errno : told;
-    if (pid > 0) {
-        reap(pid, -1);
-    }
-    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof before);
-    return honoured;
-}
-
-int
-spawn_pidfd_signal(int pidfd, int sig, bool group)
-{
-    unsigned long flags = group ? PIDFD_SIGNAL_PROCESS_GROUP_FLAG : 0;
-    return syscall(SYS_pidfd_send_signal, pidfd, sig, NULL, flags) < 0 ? errno : 0;
-}
-
-#else
-
-int
-spawn_pidfd_signal(int pidfd, int sig, bool group)
-{
-    (void)pidfd, (void)sig, (void)group;
-    return ENOSYS;
-}
-
-int
-spawn_clone_is_honoured(void)
-{
-    return 0;
-}
-
-#endif

@@ -1,7 +1,11 @@
-"""What the child half may call between clone and execve, read from its object file; and how the extension is linked."""
+"""What the engine's objects refer to: the child half to nothing that could lock, and no object in a circle to another.
+
+And how the extension is linked.
+"""
 
 from __future__ import annotations
 
+import graphlib
 import importlib.util
 import shutil
 import subprocess
@@ -39,21 +43,44 @@ def have_numa_headers() -> bool:
     return done.returncode == 0
 
 
+def compiled(source: Path, folder: Path, *options: str) -> Path:
+    """The object of one of the engine's files."""
+    built = folder / f"{source.stem}.o"
+    compiling = ["gcc", "-std=c11", *options, "-iquote", "csrc", "-c", str(source), "-o", str(built)]
+    subprocess.run(compiling, cwd=ROOT, check=True)
+    return built
+
+
+def symbols(built: Path, *which: str) -> set[str]:
+    """The names that nm lists of an object: "-u" those that it needs, "-g --defined-only" those that it has."""
+    listed = subprocess.run(["nm", *which, str(built)], capture_output=True, text=True, check=True).stdout
+    return {line.split()[-1] for line in listed.splitlines() if line.strip()}
+
+
 @pytest.mark.parametrize("libnuma", [False, True], ids=["shim", "libnuma"])
 @pytest.mark.parametrize("options", [["-O2"], ["-O3", *HARDENED], ["-O0"]], ids=["O2", "hardened", "O0"])
 def test_child_calls_nothing_that_could_lock(tmp_path: Path, options: list[str], libnuma: bool) -> None:
     if libnuma and not have_numa_headers():
         pytest.skip("numaif.h is not installed")
-    built = tmp_path / "child.o"
     macros = ["-DRANKSPAWN_HAVE_LIBNUMA=1"] if libnuma else []
     # The child's stack is small and has no guard page: no large frame, and none whose size is known only at run time.
     frames = ["-Wframe-larger-than=4096", "-Wvla", "-Walloca", "-Werror"]
-    compiling = ["gcc", "-std=c11", *options, *frames, *macros, "-iquote", "csrc", "-c", "csrc/child.c"]
-    subprocess.run([*compiling, "-o", str(built)], cwd=ROOT, check=True)
-    listed = subprocess.run(["nm", "-u", str(built)], capture_output=True, text=True, check=True).stdout
-    undefined = {line.split()[-1] for line in listed.splitlines() if line.strip()}
+    undefined = symbols(compiled(ROOT / "csrc" / "child.c", tmp_path, *options, *frames, *macros), "-u")
     assert "syscall" in undefined, "this was not the child half"
     assert undefined - ALLOWED.keys() == set()
+
+
+def test_no_objects_refer_to_each_other_in_a_circle(tmp_path: Path) -> None:
+    """csrc/ has a bottom and a top: whoever reads a file need only know the files below it."""
+    sources = sorted((ROOT / "csrc").glob("*.c"))
+    objects = {source.name: compiled(source, tmp_path, "-O0") for source in sources}  # no reference is optimised away
+    home = {symbol: name for name, built in objects.items() for symbol in symbols(built, "-g", "--defined-only")}
+    below = {
+        name: {home[symbol] for symbol in symbols(built, "-u") if symbol in home} for name, built in objects.items()
+    }
+    assert below["spawn.c"] == {"clone.c", "posix.c"}, "these are not the engine's objects"
+    assert "child.c" in below["clone.c"]
+    assert list(graphlib.TopologicalSorter(below).static_order())  # CycleError tells the circle
 
 
 @pytest.fixture(scope="module")
