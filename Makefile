@@ -11,9 +11,9 @@ PY := $(VENV)/bin/python
 TORCH_PY := $(TORCH_VENV)/bin/python
 
 # What the built extension depends on.
-ENGINE := $(wildcard csrc/*.c csrc/*.h src/rankspawn/*.pyx) setup.py
+ENGINE := $(wildcard csrc/*.c csrc/*.h src/rankspawn/*.pyx src/rankspawn/*.pxd) setup.py
 C_FILES := $(wildcard csrc/*.c csrc/*.h benchmarks/*.c tests/*.c tests/*/*.c tests/*/*.h)
-PYX_FILES := $(wildcard src/rankspawn/*.pyx)
+PYX_FILES := $(wildcard src/rankspawn/*.pyx src/rankspawn/*.pxd)
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
 
 # Extra words for pytest: make test PYTEST_ARGS="-k affinity -x"
@@ -308,6 +308,6 @@ $(TORCH_VENV)/.nvidia: $(TORCH_VENV)/.built
 	@$(TORCH_PY) -m pip install -q 'nvidia-ml-py >= 12' || $(PIP_FAILED)
 	@touch $@
 
-build/asan/.built: $(VENV)/.build-tools $(ENGINE) $(wildcard src/rankspawn/*.py)
+build/asan/.built: $(VENV)/.build-tools $(ENGINE) $(wildcard src/rankspawn/*.py src/rankspawn/*/*.py)
 	RANKSPAWN_SANITIZE=1 $(PY) setup.py -q build --force --build-temp build/asan/tmp --build-lib build/asan/lib
 	@touch $@

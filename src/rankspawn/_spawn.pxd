@@ -1,0 +1,175 @@
+"""What _spawn.pyx uses of C, the interpreter's and csrc's. Declarations only: csrc/*.h say what each name means."""
+
+from libc.stdint cimport int64_t
+from posix.types cimport gid_t, pid_t, uid_t
+
+
+cdef extern from "Python.h":
+    int PyUnicode_FSConverter(object text, void *encoded) except 0
+    bint PyUnicode_IS_ASCII(object text)
+    bint PyUnicode_Check(object text)
+    object PyNumber_Index(object number)
+    void *PyUnicode_DATA(object text)
+    Py_ssize_t PyUnicode_GET_LENGTH(object text)
+    void Py_DECREF(object)
+
+
+cdef extern from "spawn.h" nogil:
+    ctypedef int atomic_int
+
+    cdef enum:
+        STEP_NONE
+        STEP_COUNT
+        STREAM_INHERIT
+        STREAM_SAME_AS_STDOUT
+
+    cdef enum spawn_outcome:
+        SPAWN_STARTED
+        SPAWN_DECLINED
+        SPAWN_NOT_TRIED
+
+    cdef enum spawn_mechanism:
+        SPAWN_CLONE
+        SPAWN_POSIX
+
+    cdef struct spawn_stream:
+        const char *path
+        int open_flags
+        int fd
+
+    cdef struct spawn_request:
+        const char **executables
+        char **argv
+        char **envp
+        const char *cwd
+        spawn_stream streams[3]
+        int parent_ends[3]
+        const int *pass_fds
+        size_t pass_fds_count
+        bint close_fds
+        bint restore_signals
+        bint new_session
+        pid_t process_group
+        int umask
+        bint set_gid
+        bint set_uid
+        gid_t gid
+        uid_t uid
+        const gid_t *groups
+        Py_ssize_t groups_count
+        const unsigned long *cpu_mask
+        size_t cpu_mask_bytes
+        int mem_mode
+        const unsigned long *node_mask
+        unsigned long node_mask_bits
+        bint binding_required
+        int death_signal
+        int cgroup_fd
+        int guard_fd
+
+    cdef struct spawn_result:
+        pid_t pid
+        int pidfd
+        int pidfd_error
+        int step
+        int error
+        int affinity_error
+        int mempolicy_error
+        int64_t executed_ns
+
+    cdef struct spawn_crew:
+        const spawn_request *requests
+        spawn_result *results
+        atomic_int *outcomes
+        size_t count
+        unsigned int workers
+        spawn_mechanism mechanism
+
+    int c_spawn "spawn"(const spawn_request *, spawn_result *, spawn_mechanism)
+    void c_spawn_many "spawn_many"(spawn_crew *)
+    size_t spawn_many_started(spawn_crew *)
+    int spawn_clone_is_honoured()
+    int spawn_pidfd_signal(int pidfd, int sig, bint group)
+    void spawn_mask_set(unsigned long *mask, unsigned long bits, unsigned int bit)
+
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <stdlib.h>
+    #include <string.h>
+    #include <unistd.h>
+    #include "numa_shim.h"
+
+    static int rankspawn_set_mempolicy(int mode, const unsigned long *nodes, unsigned long bits)
+    {
+    #if defined(RANKSPAWN_HAVE_LIBNUMA) || defined(SYS_set_mempolicy)
+        return set_mempolicy(mode, nodes, nodes ? bits + 1 : 0) < 0 ? errno : 0;
+    #else
+        (void)mode, (void)nodes, (void)bits;
+        return ENOSYS;
+    #endif
+    }
+    #ifdef __APPLE__
+    #include <crt_externs.h>
+    #define rankspawn_environ (*_NSGetEnviron())
+    #else
+    extern char **environ;
+    #define rankspawn_environ environ
+    #endif
+    #ifdef RANKSPAWN_HAVE_LIBNUMA
+    #define rankspawn_has_libnuma 1
+    #else
+    #define rankspawn_has_libnuma 0
+    #endif
+
+    struct rankspawn_environment {
+        char **variables; /* NULL at the end; with the text behind it in one block of malloc's */
+        size_t count;
+    };
+
+    static int rankspawn_copy_environment(PyObject *unused, void *copy)
+    {
+        struct rankspawn_environment *made = copy;
+        char **callers = rankspawn_environ, *text;
+        size_t count = 0, size = 0;
+        (void)unused;
+        while (callers && callers[count]) {
+            size += strlen(callers[count++]) + 1;
+        }
+        made->count = count;
+        made->variables = malloc((count + 1) * sizeof(char *) + size);
+        if (!made->variables) {
+            return 0;
+        }
+        text = (char *)(made->variables + count + 1);
+        for (size_t i = 0; i < count; i++) {
+            size = strlen(callers[i]) + 1;
+            made->variables[i] = memcpy(text, callers[i], size);
+            text += size;
+        }
+        made->variables[count] = NULL;
+        return 0; /* to the collector: no more objects */
+    }
+
+    /* No other thread may run Python meanwhile: os.environ there moves the table, and in musl frees the strings too.
+     * The GIL sees to that. Without it the garbage collector's tour of all objects does, for whose time it stops the
+     * interpreter's other threads; ours is over at the first object. */
+    static struct rankspawn_environment rankspawn_callers_environment(void)
+    {
+        struct rankspawn_environment copy = {NULL, 0};
+    #ifdef Py_GIL_DISABLED
+        PyUnstable_GC_VisitObjects(rankspawn_copy_environment, &copy);
+    #else
+        rankspawn_copy_environment(NULL, &copy);
+    #endif
+        return copy;
+    }
+    """
+    struct rankspawn_environment:
+        char **variables
+        size_t count
+
+    bint rankspawn_has_libnuma
+    rankspawn_environment rankspawn_callers_environment()
+    int rankspawn_set_mempolicy(int mode, const unsigned long *nodes, unsigned long bits)
