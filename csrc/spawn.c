@@ -50,3 +50,25 @@ spawn_mask_set(unsigned long *mask, unsigned long bits, unsigned int id)
     struct bitmask whole = {bits, mask};
     numa_bitmask_setbit(&whole, id);
 }
+
+int
+spawn_set_mempolicy(int mode, const unsigned long *nodes, unsigned long bits)
+{
+#if defined(RANKSPAWN_HAVE_LIBNUMA) || defined(SYS_set_mempolicy)
+    /* The kernel takes one bit less than it is told, as in child.c. */
+    return set_mempolicy(mode, nodes, nodes ? bits + 1 : 0) < 0 ? errno : 0;
+#else
+    (void)mode, (void)nodes, (void)bits;
+    return ENOSYS;
+#endif
+}
+
+bool
+spawn_has_libnuma(void)
+{
+#ifdef RANKSPAWN_HAVE_LIBNUMA
+    return true;
+#else
+    return false;
+#endif
+}

@@ -143,4 +143,11 @@ int spawn_pidfd_signal(int pidfd, int sig, bool group);
 /* Set bit `id` in a mask of `bits` bits. */
 void spawn_mask_set(unsigned long *mask, unsigned long bits, unsigned int id);
 
+/* set_mempolicy(2) for the calling thread; `nodes` is a mask of `bits` bits, or NULL for a mode without nodes. Returns 0
+ * or an errno; ENOSYS where the system has no memory policies. */
+int spawn_set_mempolicy(int mode, const unsigned long *nodes, unsigned long bits);
+
+/* Whether this build is linked with libnuma, or makes its two calls itself (numa_shim.h). */
+bool spawn_has_libnuma(void);
+
 #endif

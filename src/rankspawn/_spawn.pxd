@@ -91,73 +91,33 @@ cdef extern from "spawn.h" nogil:
     int spawn_clone_is_honoured()
     int spawn_pidfd_signal(int pidfd, int sig, bint group)
     void spawn_mask_set(unsigned long *mask, unsigned long bits, unsigned int bit)
+    int spawn_set_mempolicy(int mode, const unsigned long *nodes, unsigned long bits)
+    bint spawn_has_libnuma()
+
+
+cdef extern from "environ.h":
+    cdef struct environment:
+        char **variables
+        size_t count
 
 
 cdef extern from *:
     """
-    #include <errno.h>
-    #include <stdlib.h>
-    #include <string.h>
-    #include <unistd.h>
-    #include "numa_shim.h"
-
-    static int rankspawn_set_mempolicy(int mode, const unsigned long *nodes, unsigned long bits)
-    {
-    #if defined(RANKSPAWN_HAVE_LIBNUMA) || defined(SYS_set_mempolicy)
-        return set_mempolicy(mode, nodes, nodes ? bits + 1 : 0) < 0 ? errno : 0;
-    #else
-        (void)mode, (void)nodes, (void)bits;
-        return ENOSYS;
-    #endif
-    }
-    #ifdef __APPLE__
-    #include <crt_externs.h>
-    #define rankspawn_environ (*_NSGetEnviron())
-    #else
-    extern char **environ;
-    #define rankspawn_environ environ
-    #endif
-    #ifdef RANKSPAWN_HAVE_LIBNUMA
-    #define rankspawn_has_libnuma 1
-    #else
-    #define rankspawn_has_libnuma 0
-    #endif
-
-    struct rankspawn_environment {
-        char **variables; /* NULL at the end; with the text behind it in one block of malloc's */
-        size_t count;
-    };
+    #include "environ.h"
 
     static int rankspawn_copy_environment(PyObject *unused, void *copy)
     {
-        struct rankspawn_environment *made = copy;
-        char **callers = rankspawn_environ, *text;
-        size_t count = 0, size = 0;
         (void)unused;
-        while (callers && callers[count]) {
-            size += strlen(callers[count++]) + 1;
-        }
-        made->count = count;
-        made->variables = malloc((count + 1) * sizeof(char *) + size);
-        if (!made->variables) {
-            return 0;
-        }
-        text = (char *)(made->variables + count + 1);
-        for (size_t i = 0; i < count; i++) {
-            size = strlen(callers[i]) + 1;
-            made->variables[i] = memcpy(text, callers[i], size);
-            text += size;
-        }
-        made->variables[count] = NULL;
+        *(struct environment *)copy = environment_copy();
         return 0; /* to the collector: no more objects */
     }
 
     /* No other thread may run Python meanwhile: os.environ there moves the table, and in musl frees the strings too.
      * The GIL sees to that. Without it the garbage collector's tour of all objects does, for whose time it stops the
      * interpreter's other threads; ours is over at the first object. */
-    static struct rankspawn_environment rankspawn_callers_environment(void)
+    static struct environment rankspawn_callers_environment(void)
     {
-        struct rankspawn_environment copy = {NULL, 0};
+        struct environment copy = {NULL, 0};
     #ifdef Py_GIL_DISABLED
         PyUnstable_GC_VisitObjects(rankspawn_copy_environment, &copy);
     #else
@@ -166,10 +126,4 @@ cdef extern from *:
         return copy;
     }
     """
-    struct rankspawn_environment:
-        char **variables
-        size_t count
-
-    bint rankspawn_has_libnuma
-    rankspawn_environment rankspawn_callers_environment()
-    int rankspawn_set_mempolicy(int mode, const unsigned long *nodes, unsigned long bits)
+    environment rankspawn_callers_environment()

@@ -15,7 +15,7 @@ from posix.unistd cimport close
 SAME_AS_STDOUT = STREAM_SAME_AS_STDOUT
 CLONE = SPAWN_CLONE
 POSIX_SPAWN = SPAWN_POSIX
-HAVE_LIBNUMA = bool(rankspawn_has_libnuma)
+HAVE_LIBNUMA = bool(spawn_has_libnuma())
 
 # By enum spawn_step: what an error message calls the step.
 STEP_NAMES = (
@@ -135,7 +135,7 @@ cdef class _Arena:
         return taken
 
     cdef char **callers_environment(self, size_t *count) except NULL:
-        cdef rankspawn_environment copy = rankspawn_callers_environment()
+        cdef environment copy = rankspawn_callers_environment()
         if copy.variables is NULL:
             raise MemoryError()
         self.callers = copy.variables
@@ -202,8 +202,8 @@ def pack_ids(ids):
 def set_mempolicy(int mode, bytes node_mask):
     """set_mempolicy(2) for the calling thread alone; node_mask is from pack_ids, or None. Returns 0 or an errno."""
     if node_mask is None:
-        return rankspawn_set_mempolicy(mode, NULL, 0)
-    return rankspawn_set_mempolicy(
+        return spawn_set_mempolicy(mode, NULL, 0)
+    return spawn_set_mempolicy(
         mode, <const unsigned long *><const void *><char *>node_mask, len(node_mask) * CHAR_BIT
     )
 

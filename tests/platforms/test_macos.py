@@ -15,9 +15,9 @@ import pytest
 from tests.platforms.building import ENGINE, compile_each, run, tool
 
 # What the engine may call there beside the families posix_spawn and pthread.
-POSIX = {"clock_gettime", "fcntl", "free", "malloc", "sigaction", "strcmp", "waitid", "memset", "memcpy"}
+POSIX = {"clock_gettime", "fcntl", "free", "malloc", "sigaction", "strcmp", "strlen", "waitid", "memset", "memcpy"}
 # What these or the compiler make of some names.
-APPLE = {"__bzero", "__error", "bzero", "dyld_stub_binder"}
+APPLE = {"_NSGetEnviron", "__bzero", "__error", "bzero", "dyld_stub_binder"}
 
 
 @pytest.mark.parametrize("target", ["aarch64-macos", "x86_64-macos"])
