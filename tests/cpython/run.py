@@ -251,7 +251,9 @@ def run_module(
 
 def read_report(path: Path, run: Run) -> None:
     """Fill `run` with what replaced.py wrote (its docstring has the events)."""
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break  # the run was killed in the middle of its last line
         event = json.loads(line)
         if event["event"] == "done":
             run.finished = True

@@ -262,7 +262,8 @@ def test_a_group_whose_leader_was_waited_for_is_signalled_or_the_kernel_is_named
 @pytest.mark.parametrize("status", [0, 3])
 def test_run_leaves_nothing_that_its_ranks_started(status: int, tmp_path: Path) -> None:
     """Also where the kernel cannot signal a group whose leader was waited for."""
-    rank = f"sleep 1000 & echo $! > {tmp_path}/$RANK; exit {status}"
+    # mv gives a file its name when it is whole: a rank that fails ends the other, which may have just opened its file.
+    rank = f"cd {tmp_path}; sleep 1000 & echo $! > new.$RANK; mv new.$RANK $RANK; exit {status}"
     command = [sys.executable, "-m", "rankspawn", "run", "--nproc-per-node", "2", "--no-python", "/bin/sh", "-c", rank]
     # To a file: a pipe would be read until the last of them has ended.
     with open(tmp_path / "said", "wb") as said:

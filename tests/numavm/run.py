@@ -144,7 +144,10 @@ def build(name: str) -> None:
     if made.exists() and made.stat().st_mtime >= source.stat().st_mtime:
         return
     static = ["-static"] if name == "init" else []
-    subprocess.run(["gcc", "-std=gnu11", "-Os", "-Wall", "-Wextra", *static, "-o", made, source], check=True)
+    # The program gets its name when it is whole: an interrupted compiler leaves a part that is newer than the source.
+    new = made.with_suffix(f".{os.getpid()}")
+    subprocess.run(["gcc", "-std=gnu11", "-Os", "-Wall", "-Wextra", *static, "-o", new, source], check=True)
+    new.replace(made)
 
 
 def job(words: str | None, seconds: float) -> str:

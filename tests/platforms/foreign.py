@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 from tests.platforms.building import ROOT
@@ -32,11 +33,9 @@ class Apt:
         self._updated = False
         self._options = [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
 
-    def _run(self, program: str, *words: str) -> str:
+    def _run(self, program: str, *words: str, cwd: Path | str | None = None) -> str:
         command = [program, "-q", *self._options, *words]
-        done = subprocess.run(
-            command, cwd=self.folder / "packages", stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{program} {' '.join(words)} failed; it needs Debian and the network:\n{done.stderr}")
         return done.stdout
@@ -58,7 +57,11 @@ class Apt:
         found = self._cached(name)
         if found is None:
             newest = re.search(r"Depends: (linux-image-\d\S*)", self.depends(name))
-            self._run("apt-get", "download", newest[1] if newest else name)
+            # An interrupted apt-get leaves a part of a file: packages/ gets only whole ones.
+            with tempfile.TemporaryDirectory(dir=self.folder) as fresh:
+                self._run("apt-get", "download", newest[1] if newest else name, cwd=fresh)
+                for file in Path(fresh).glob("*.deb"):
+                    file.rename(self.folder / "packages" / file.name)
             found = self._cached(name)
             assert found is not None
         return found

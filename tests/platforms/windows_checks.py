@@ -76,7 +76,7 @@ def handler() -> None:
     command = ("-c", f"print('a rank', flush=True); {SLEEP}")
     one = SubprocessHandler(sys.executable, command, dict(os.environ), str(log), None, 0)
     until = time.monotonic() + 60
-    while "a rank" not in log.read_text() and time.monotonic() < until:
+    while not log.read_text().endswith("\n") and time.monotonic() < until:
         time.sleep(0.05)
     one.close(15)  # CTRL_C_EVENT, the default, needs a console
     assert one.proc.wait(60) == 1  # TerminateProcess, as the standard library calls it
@@ -101,7 +101,7 @@ def alive_below(ending: str) -> int:
     folder = Path(ending.partition("(")[0])
     with launch([sys.executable, "-c", f"{code}; {ending}"], 1, log_dir=folder) as ranks:
         until = time.monotonic() + 60
-        while not (said := [path for path in folder.rglob("stdout.log") if path.read_text()]):
+        while not (said := [path for path in folder.rglob("stdout.log") if path.read_text().endswith("\n")]):
             assert time.monotonic() < until
             time.sleep(0.05)
         child = int(said[0].read_text())
