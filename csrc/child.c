@@ -3,22 +3,22 @@
  * The child runs in the parent's memory (CLONE_VM) while the thread that called clone is suspended (CLONE_VFORK) and
  * the parent's other threads run on. The hazards, and what solves each:
  *
- *  1. A lock may be held by a thread that is not here: no malloc, no stdio, nothing of libc but thin wrappers of system
- *     calls. A test runs `nm -u` on this file's object against a list.
+ *  1. Another thread of the parent may hold a lock: the child calls no malloc, no stdio, nothing of libc but thin
+ *     wrappers of system calls. A test runs `nm -u` on this file's object against a list.
  *  2. Lazy binding runs the dynamic linker at the first call of a symbol: the extension is linked with -z now.
- *  3. A signal handler must not run here, in the parent's memory: every signal is blocked (the parent did that; SIGCHLD
- *     only where clone3 could not clear its handler), all handlers are set to the default action (by clone3 where it
- *     can, else here one by one, which costs 15 us), and only then the mask is restored, just before execve. SIG_IGN
- *     stays, since a program inherits it.
- *  4. What is written here is written in the parent's memory: only *result, this stack, and errno of the suspended
- *     thread, which it does not look at.
- *  5. set*id here would be libc's, which signals all threads of the *parent*; and a change of credentials makes the
- *     shared memory's owner undumpable, and lets a less privileged process near it. So requests with ids are started
- *     without CLONE_VM (clone.c), and the calls are the raw ones, which are of one thread.
+ *  3. A signal handler must not run here, because it would run in the parent's memory. The parent blocks every signal
+ *     (SIGCHLD only where clone3 cannot clear its handler). clone3 sets all handlers to the default action, or else
+ *     this file does so one by one, which costs 15 us. Only then, just before execve, is the mask restored. SIG_IGN
+ *     stays, because a program inherits it.
+ *  4. The child writes into the parent's memory: it writes only *result, this stack, and errno of the suspended thread,
+ *     which that thread does not read.
+ *  5. libc's set*id functions signal all threads of the process, which here are the *parent's*: the child makes the raw
+ *     system calls, which change one thread. A change of credentials also makes the owner of the shared memory
+ *     undumpable, and gives a less privileged process access to it: clone.c starts requests with ids without CLONE_VM.
  *  6. With CLONE_FILES the descriptor table is the parent's until close_range(CLOSE_RANGE_UNSHARE) has made a copy of
- *     what is kept: nothing may be opened, duplicated or closed before.
- *  7. A new process's death signal is cleared by a change of ids, and is of no use when the parent has died before it
- *     was set: it is set after the ids, and getppid is looked at after that.
+ *     what is kept: before that the child opens, duplicates and closes nothing.
+ *  7. A change of ids clears the death signal: it is set after the ids. The parent may have died before it was set, and
+ *     it would then never fire: getppid is called after that.
  *  8. The stack is small and has no guard page: no recursion, no large frame (-Wframe-larger-than).
  */
 #ifndef _GNU_SOURCE
@@ -62,7 +62,7 @@ fail(const struct child_start *start, enum spawn_step step)
     _exit(127);
 }
 
-/* A step of the binding: fatal when it is required, else written down. */
+/* A step of the binding was refused: the start fails where the binding is required, else errno is recorded. */
 static void
 refused(const struct child_start *start, enum spawn_step step, int *error)
 {
@@ -75,7 +75,7 @@ refused(const struct child_start *start, enum spawn_step step, int *error)
 static void
 join_cgroup(const struct child_start *start)
 {
-    /* "0" is the process that writes. */
+    /* "0" stands for the process that writes. */
     if (start->cgroup_procs >= 0 && syscall(SYS_write, start->cgroup_procs, "0", 1) != 1) {
         fail(start, STEP_CGROUP);
     }
@@ -139,7 +139,7 @@ bind_to(const struct child_start *start)
     }
 }
 
-/* Close what /proc/self/fd lists in lowest..highest; where it cannot be read, every number that could be open. */
+/* Close what /proc/self/fd lists in lowest..highest. Where it cannot be read, close every number that could be open. */
 static void
 close_listed(unsigned int lowest, unsigned int highest)
 {
@@ -154,8 +154,8 @@ close_listed(unsigned int lowest, unsigned int highest)
     long bytes;
     int list = (int)syscall(SYS_openat, AT_FDCWD, "/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
     if (list < 0) {
-        /* No /proc, or no free number. What is open may lie above a limit that was lowered since, but seldom above the
-         * hard one, and not above fs.nr_open's default. */
+        /* There is no /proc, or no free number. A descriptor may lie above the soft limit, which may have been lowered
+         * since it was opened, but seldom above the hard one, and not above fs.nr_open's default. */
         struct rlimit limit = {MOST_NUMBERS, MOST_NUMBERS};
         syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, NULL, &limit);
         unsigned long end = limit.rlim_max < MOST_NUMBERS ? limit.rlim_max : MOST_NUMBERS;
@@ -191,7 +191,7 @@ close_span(unsigned int lowest, unsigned int highest)
     }
 }
 
-/* Close every descriptor after stderr that is not passed on. What the child made itself is close-on-exec. */
+/* Close every descriptor after stderr that is not passed on. What the child opened itself is close-on-exec. */
 static void
 close_others(const struct child_start *start)
 {
@@ -206,11 +206,11 @@ close_others(const struct child_start *start)
             from = kept + 1;
         }
     }
-    /* After the unshare nothing is open above the highest kept, but what the child made itself. */
+    /* After the unshare nothing is open above the highest kept but what the child opened itself. */
     close_span(from, start->shares_fds ? (unsigned int)start->highest_kept : ~0U);
 }
 
-/* In the table that both share, the child's pidfd took the lowest free number: to the caller that number is closed. */
+/* In the shared table the child's pidfd has a number that was free: to the caller, that descriptor is closed. */
 static bool
 is_own_pidfd(const struct child_start *start, int fd)
 {
@@ -249,7 +249,7 @@ place_streams(const struct child_start *start)
         }
     }
     for (int i = 0; i < 3; i++) {
-        /* Streams are placed in ascending order: a source below its own number would be overwritten before its turn. */
+        /* Streams are placed in ascending order: a source below `i` would be overwritten before it is duplicated. */
         if (source[i] >= 0 && source[i] < i) {
             source[i] = (int)syscall(SYS_fcntl, source[i], F_DUPFD_CLOEXEC, FIRST_AFTER_STDIO);
             if (source[i] < 0) {
@@ -313,8 +313,8 @@ arm_death_signal(const struct child_start *start)
     if (syscall(SYS_prctl, PR_SET_PDEATHSIG, start->request->death_signal, 0, 0, 0) < 0) {
         fail(start, STEP_DEATHSIG);
     }
-    /* The parent may have died before this. 0 is a parent in an outer PID namespace (it called unshare(CLONE_NEWPID)),
-     * whose death cannot be told from here. */
+    /* The parent may have died before this. getppid returns 0 for a parent in an outer PID namespace, which called
+     * unshare(CLONE_NEWPID): whether that one has died cannot be seen from here. */
     long parent = syscall(SYS_getppid);
     if (parent != start->parent && parent != 0) {
         _exit(127);
@@ -328,7 +328,8 @@ execute(const struct child_start *start)
     int telling = 0;
     for (const char *const *candidate = request->executables; *candidate; candidate++) {
         syscall(SYS_execve, *candidate, request->argv, request->envp);
-        /* As execvp(3) and CPython: "it is there, but" says more than "it is not in the last folder either". */
+        /* As execvp(3) and CPython do: the error of a file that is there, if any, says more than that of the last
+         * folder, which has no such file. */
         if (errno != ENOENT && errno != ENOTDIR && telling == 0) {
             telling = errno;
         }

@@ -6,17 +6,17 @@
 
 struct child_start {
     const struct spawn_request *request;
-    struct spawn_result *result; /* in memory that both sides see */
+    struct spawn_result *result; /* in memory that parent and child share */
     uint64_t signal_mask;        /* the mask that the program starts with, as rt_sigprocmask(2) takes it */
     const int *pidfd;            /* the number of the child's own pidfd in the parent's table, or -1 */
     pid_t parent;                /* the caller's pid, for the check after PR_SET_PDEATHSIG */
-    int cgroup_procs;            /* open for writing, where clone3 could not place the child; else -1 */
-    bool handlers_are_clear;     /* clone3 has set every handler to the default action */
-    bool shares_fds;             /* the descriptor table is still the parent's (CLONE_FILES) */
-    int highest_kept;            /* the highest descriptor that the child needs */
+    int cgroup_procs; /* that file of the cgroup, open for writing, where clone3 could not place the child; else -1 */
+    bool handlers_are_clear; /* clone3 has set every handler to the default action */
+    bool shares_fds;         /* the descriptor table is still the parent's (CLONE_FILES) */
+    int highest_kept;        /* the highest descriptor that the child needs */
 };
 
-/* The child's whole life. Never returns; the type is what clone(2) takes. */
+/* All that the child does until the program runs. It never returns; clone(2) requires the type. */
 int child_main(void *start);
 
 #endif

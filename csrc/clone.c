@@ -33,20 +33,20 @@
 #define CLONE_INTO_CGROUP 0x200000000ULL
 #endif
 
-/* child.c's deepest path takes under 2 KiB without optimisation; instrumented builds take several times as much. It lies
- * on the caller's stack, which may be a small one. */
+/* child.c's deepest path takes under 2 KiB without optimisation; instrumented builds take several times as much. The
+ * child's stack lies on the caller's, which may be small. */
 enum { CHILD_STACK_BYTES = 16 * 1024 };
 
-/* One try at making the child: what it is asked, and what is left to try when the kernel refuses a part. */
+/* What is asked of the next clone. What the kernel refuses is not asked again. */
 struct attempt {
     struct child_start start;
     bool shares_memory;
     bool wants_pidfd;
-    bool uses_clone3; /* it clears the handlers and places the child in its cgroup */
+    bool uses_clone3; /* which clears the handlers and places the child in its cgroup */
 };
 
-/* Make the child. Returns its pid, or -1 with errno. The stack is this function's: the caller is suspended until the
- * child has executed or ended, and a child without CLONE_VM has its own copy. */
+/* Make the child. Returns its pid, or -1 with errno. The child's stack may lie in this function's frame, because the
+ * caller is suspended until the child has executed or ended; a child without CLONE_VM has its own copy. */
 static pid_t
 clone_once(struct attempt *attempt, int *pidfd)
 {
@@ -78,7 +78,8 @@ clone_once(struct attempt *attempt, int *pidfd)
     return clone(child_main, stack + sizeof stack, (int)flags | SIGCHLD, &attempt->start, pidfd, NULL, NULL);
 }
 
-/* Go on without clone3: the child clears its handlers, and joins its cgroup, itself. False: it could not join. */
+/* Go on without clone3: the child clears its handlers and joins its cgroup itself. Returns false, with errno, when the
+ * cgroup's file cannot be opened for that. */
 static bool
 leave_clone3(struct attempt *attempt)
 {
@@ -92,7 +93,8 @@ leave_clone3(struct attempt *attempt)
     return cgroup < 0 || attempt->start.cgroup_procs >= 0;
 }
 
-/* The kernel refused a whole attempt: what is next? STEP_NONE: another attempt. Else it has failed there, with errno. */
+/* The kernel refused to clone, with errno. Returns STEP_NONE when another attempt is to be made, else the step that the
+ * start has failed at, with errno. */
 static enum spawn_step
 after_refusal(struct attempt *attempt, struct spawn_result *result)
 {
@@ -102,8 +104,8 @@ after_refusal(struct attempt *attempt, struct spawn_result *result)
         return STEP_CLONE;
     }
     if (attempt->uses_clone3 && !no_descriptors) {
-        /* An old kernel, a seccomp profile (which may say ENOSYS or EPERM), or a cgroup that refuses: then writing to
-         * it is refused, too, and says why. */
+        /* The kernel is old, a seccomp profile refuses clone3 (by ENOSYS or EPERM), or the cgroup refuses the child. A
+         * cgroup then refuses to be written to as well, and that error says why. */
         return leave_clone3(attempt) ? STEP_NONE : STEP_CGROUP;
     }
     if (attempt->wants_pidfd) {
@@ -117,7 +119,7 @@ after_refusal(struct attempt *attempt, struct spawn_result *result)
 static void
 reap(pid_t pid, int pidfd)
 {
-    /* ECHILD: the caller ignores SIGCHLD, or another of its threads waits for any child. */
+    /* ECHILD: the caller ignores SIGCHLD, or another of its threads waited for any child. */
     while (waitpid(pid, NULL, __WALL) < 0 && errno == EINTR) {
     }
     if (pidfd >= 0) {
@@ -178,7 +180,7 @@ spawn_by_clone(const struct spawn_request *request, struct spawn_result *result,
 {
     memset(result, 0, sizeof *result);
     result->pidfd = -1;
-    /* The ids: hazard 5 in child.c. Without shared memory the child's report needs a page of its own. */
+    /* A child that changes its ids does not share memory (hazard 5 in child.c): its report needs a shared page. */
     bool changes_ids = request->set_uid || request->set_gid || request->groups_count >= 0;
     struct spawn_result own = {0}, *shown = &own;
     if (changes_ids) {
@@ -194,20 +196,20 @@ spawn_by_clone(const struct spawn_request *request, struct spawn_result *result,
                   .result = shown,
                   .parent = getpid(),
                   .cgroup_procs = -1,
-                  /* Without shared memory the child could not tell its own pidfd in a shared table. */
+                  /* Without shared memory the child would not know which number its own pidfd has in a shared table. */
                   .shares_fds = request->close_fds && !changes_ids,
                   .highest_kept = highest_kept(request)},
         .shares_memory = !changes_ids,
         .wants_pidfd = true,
         .uses_clone3 = true,
     };
-    /* The raw call: libc's would leave out the two signals that it keeps for itself. SIGCHLD stays as it is while the
-     * child has no handlers: crew.c says why. */
+    /* The raw system call, because libc's leaves out the two signals that libc keeps for itself. SIGCHLD stays as it is
+     * as long as clone3 clears the child's handlers: not_for_workers in crew.c says why. */
     uint64_t blocked = ~((uint64_t)1 << (SIGCHLD - 1)), before = 0;
     syscall(SYS_rt_sigprocmask, SIG_BLOCK, &blocked, &before, sizeof blocked);
     attempt.start.signal_mask = before;
     if (child_mask) {
-        /* The kernel's mask is the beginning of libc's. */
+        /* The kernel's mask is the first bytes of libc's. */
         memcpy(&attempt.start.signal_mask, child_mask, sizeof attempt.start.signal_mask);
     }
     int outcome = attempt_all(&attempt, result);
@@ -236,7 +238,7 @@ spawn_clone_is_honoured(void)
     uint64_t all = ~(uint64_t)0, before = 0;
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof all);
     pid_t pid = clone(tell_and_exit, stack + sizeof stack, CLONE_VM | CLONE_VFORK | SIGCHLD, (void *)&told);
-    /* Before the wait: CLONE_VFORK promises that the child has ended by now. */
+    /* `told` is read before the wait, because CLONE_VFORK promises that the child has ended by now. */
     int honoured = pid < 0 ? -errno : told;
     if (pid > 0) {
         reap(pid, -1);

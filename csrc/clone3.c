@@ -1,5 +1,7 @@
-/* The call and the jump to child_main are one piece of assembly: a child that returned from syscall() on a fresh stack
- * would have no frame to return to. In the parent nothing but the result register changes.
+/* clone3(2) and, in the child, the call of child_main.
+ *
+ * They are one piece of assembly, because a child that returned from libc's syscall() on its new stack would have no
+ * frame to return to. In the parent nothing but the result register changes.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE

@@ -1,16 +1,16 @@
 /* Many starts in one call, by threads; and threads that outlive the children that they made.
  *
  * The calling thread makes the crew's threads, so that the children inherit its memory policy, credentials, namespaces
- * and, where they are not bound, its affinity through them. Threads of a pool would be cheaper and would give the
- * children the inheritance of a stranger.
+ * and, where they are not bound, its affinity. Threads of a pool would be cheaper, but the children would inherit what
+ * the pool's threads have.
  *
- * A thread goes to the CPUs of a rank before it makes it, and prefers ranks that belong where it is. A child that is
- * born elsewhere moves itself there in mid-start, and wakes its parent across CPUs: that takes half as long again.
+ * A thread binds itself to the CPUs of a rank before it makes it, and prefers ranks whose CPUs it is on. A child that
+ * is made elsewhere moves to its CPUs in mid-start, and wakes its parent across CPUs: that takes half as long again.
  *
  * PR_SET_PDEATHSIG fires when the *thread* that made the child ends, not the process. A child with a death signal is
- * therefore made by the main thread, which ends with the process, or by a keeper: a thread of the crew that stays, after
- * the call has returned, until all the children that it made have ended. A start that is alone and comes from another
- * thread has a crew of one keeper.
+ * therefore made by the main thread, which ends with the process, or by a keeper: a thread of the crew that stays,
+ * after the call has returned, until all the children that it made have ended. A single start that another thread asks
+ * for is a crew of one keeper.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -30,33 +30,34 @@
 
 enum { MOST_WORKERS = 64, MOST_CPUS = 8192 };
 
-/* A place is a request's cpu_mask, known by its pointer; NULL is the caller's own CPUs. */
+/* A place is a set of CPUs: a request's cpu_mask, compared as a pointer. NULL is the caller's own CPUs. */
 typedef const unsigned long *place_t;
 
-/* One call: on the caller's stack. */
+/* One call of spawn_many. It lies on the caller's stack. */
 struct shift {
     struct spawn_crew *crew;
-    sigset_t child_mask; /* the caller's: what the ranks start with */
-    bool moves;          /* the threads go where the ranks belong */
+    sigset_t child_mask; /* the caller's, which the ranks start with */
+    bool moves;          /* the threads bind themselves to the ranks' CPUs */
     unsigned long callers_cpus[MOST_CPUS / (sizeof(unsigned long) * CHAR_BIT)];
     size_t callers_cpus_bytes;
     unsigned int workers;
     place_t _Atomic places[MOST_WORKERS]; /* where each worker is, or is about to go */
     atomic_bool failed;
-    pthread_mutex_t lock; /* of the next two; macOS has no semaphores without a name */
-    pthread_cond_t done;  /* signalled by the last keeper that has done its work and touches the shift no more */
-    unsigned int keepers;
+    pthread_mutex_t lock; /* for the next two; a semaphore would do, but macOS has only named ones */
+    pthread_cond_t done;  /* signalled by the last keeper when it has made its ranks and is done with the shift */
+    unsigned int keepers; /* those that may still make ranks */
 };
 
-/* A thread of the crew. A keeper's is its own, since it outlives the call. */
+/* A thread of the crew. It frees this itself, because a keeper outlives the call. */
 struct worker {
     struct shift *shift;
     unsigned int number;
     bool keeps;
     size_t count;
-    pid_t children[]; /* a keeper's */
+    pid_t children[]; /* `count` of them: those that a keeper has made */
 };
 
+/* Take a rank for the calling thread. Returns false when another thread has it. */
 static bool
 claim(struct spawn_crew *crew, size_t rank)
 {
@@ -65,7 +66,7 @@ claim(struct spawn_crew *crew, size_t rank)
            atomic_compare_exchange_strong(&crew->outcomes[rank], &expected, SPAWN_UNDER_WAY);
 }
 
-/* The first rank that nobody has taken of those for which the fewest threads are where it belongs. */
+/* The rank to go to: of those that no thread has taken, the first whose place has the fewest threads. */
 static size_t
 least_crowded(struct shift *shift)
 {
@@ -88,7 +89,7 @@ least_crowded(struct shift *shift)
     return best;
 }
 
-/* The next rank for a worker whose last was `rank`; crew->count when there is none left. */
+/* Claim the next rank for a worker whose last was `rank`. Returns crew->count when there is none left. */
 static size_t
 take(const struct worker *worker, size_t rank)
 {
@@ -109,11 +110,13 @@ take(const struct worker *worker, size_t rank)
     return rank;
 }
 
+/* Bind the calling thread to the CPUs of a rank, or, where it has none, to the caller's. */
 static void
 go_to(const struct shift *shift, const struct spawn_request *request)
 {
 #ifdef __linux__
-    /* A refusal is the child's to report; it must then not have been born where the last one belongs. */
+    /* When the kernel refuses, the child will report that. This thread goes back to the caller's CPUs, so that the
+     * child is not made on the CPUs of the rank before it. */
     if (!request->cpu_mask || syscall(SYS_sched_setaffinity, 0, request->cpu_mask_bytes, request->cpu_mask) < 0) {
         syscall(SYS_sched_setaffinity, 0, shift->callers_cpus_bytes, shift->callers_cpus);
     }
@@ -153,14 +156,14 @@ work(struct worker *worker)
 static void
 keep(struct worker *keeper)
 {
-    /* From here on the program may have begun to catch SIGCHLD. */
+    /* The program may have begun to catch SIGCHLD since not_for_workers looked. */
     sigset_t late;
     sigemptyset(&late);
     sigaddset(&late, SIGCHLD);
     pthread_sigmask(SIG_BLOCK, &late, NULL);
-    /* The youngest first: those that have ended by then do not wake this thread one by one. WNOWAIT leaves a child to
-     * its owner. ECHILD: the owner has reaped it; where its number is another child's by now, the keeper stays a little
-     * longer. */
+    /* This thread waits for the youngest first, so that children that end meanwhile do not wake it one by one. WNOWAIT
+     * leaves a child for its owner to reap. ECHILD: the owner has reaped it. If another child has that pid by now, the
+     * keeper stays until that one ends. */
     while (keeper->count > 0) {
         siginfo_t ended;
         pid_t child = keeper->children[--keeper->count];
@@ -169,6 +172,7 @@ keep(struct worker *keeper)
     }
 }
 
+/* A keeper has no more ranks to make: the call may return. */
 static void
 leave(struct shift *shift)
 {
@@ -195,7 +199,7 @@ worker_main(void *argument)
     return NULL;
 }
 
-/* Make a thread. Returns an errno. */
+/* Make a thread. Returns 0 or an errno. */
 static int
 hire(struct shift *shift, unsigned int number, bool keeps, pthread_t *thread)
 {
@@ -215,9 +219,10 @@ hire(struct shift *shift, unsigned int number, bool keeps, pthread_t *thread)
     return error;
 }
 
-/* The signals that the threads must have blocked: they never run the program's handlers. libc's own two stay open, or
- * the program's next setuid(3) would wait for a keeper's end; and SIGCHLD, where nobody catches it. The end of a child
- * is told to the thread that made it, and were the signal blocked there, another would be woken to ignore it. */
+/* The signals that the crew's threads block, so that they never run the program's handlers. libc's own two are left
+ * out, because the program's next setuid(3) would wait until a keeper ends. SIGCHLD is left out where the program does
+ * not catch it: the kernel tells the thread that made a child of its end, and if that thread blocked the signal, the
+ * kernel would wake another thread to ignore it. */
 static sigset_t
 not_for_workers(void)
 {
@@ -230,7 +235,8 @@ not_for_workers(void)
     return signals;
 }
 
-/* Have threads do the work, as many as can be had. Returns how many; *error says why there are no more. */
+/* Make the crew's threads, as many as can be had, and wait until they have started the ranks. Returns how many there
+ * were; *error says why there were no more. */
 static unsigned int
 work_together(struct shift *shift, bool keeps, int *error)
 {
@@ -268,6 +274,7 @@ on_main_thread(void)
 #endif
 }
 
+/* No thread could be made, and the caller's may not do the work: the first rank that is not started fails. */
 static void
 fail_without_threads(struct spawn_crew *crew, int error)
 {
@@ -281,7 +288,7 @@ fail_without_threads(struct spawn_crew *crew, int error)
     }
 }
 
-/* Whether threads may go where ranks belong: they must be able to come back. */
+/* Note the caller's CPUs. Returns whether that was possible: threads may leave them only if they can come back. */
 static bool
 know_own_place(struct shift *shift)
 {
@@ -295,7 +302,7 @@ know_own_place(struct shift *shift)
 void
 spawn_many(struct spawn_crew *crew)
 {
-    static const unsigned long nowhere;
+    static const unsigned long nowhere; /* a place that no rank has */
     struct shift shift = {.crew = crew, .workers = crew->workers < MOST_WORKERS ? crew->workers : MOST_WORKERS};
     bool keeps = false;
     unsigned int hired = 0;
@@ -310,7 +317,7 @@ spawn_many(struct spawn_crew *crew)
         atomic_store(&shift.places[i], &nowhere);
     }
     pthread_sigmask(SIG_SETMASK, NULL, &shift.child_mask);
-    /* A single start needs no thread; the caller's own must stay where it is. */
+    /* A single start needs no other thread. The caller's own is never bound to a rank's CPUs. */
     bool caller_may_work = !keeps || on_main_thread();
     if (shift.workers > 1 || !caller_may_work) {
         shift.moves = shift.workers > 1 && know_own_place(&shift);

@@ -1,4 +1,4 @@
-/* libnuma where its header was there at build time, else the same two calls made here. No behaviour differs. */
+/* libnuma where its headers were found at build time, else the same two calls, made here. No behaviour differs. */
 #ifndef RANKSPAWN_NUMA_SHIM_H
 #define RANKSPAWN_NUMA_SHIM_H
 

@@ -1,7 +1,8 @@
 /* The portable mechanism: libc's posix_spawn.
  *
- * It declines, before doing anything, whatever it cannot express or could not report as subprocess does: it returns one
- * errno without saying which step gave it. Only ISO C and POSIX, and two extensions where libc has them.
+ * It declines, before it does anything, a request that posix_spawn cannot express, and one whose errors could not be
+ * reported as subprocess reports them, because posix_spawn returns one errno and does not say which step gave it. Only
+ * ISO C and POSIX are used, and two extensions where libc has them.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -33,14 +34,14 @@ can_express(const struct spawn_request *request)
 {
     for (int i = 0; i < 3; i++) {
         const struct spawn_stream *stream = &request->streams[i];
-        /* A source among the targets needs care that file actions cannot take; a file that cannot be opened would be
-         * reported as if it were the program. */
+        /* File actions cannot keep a source that is itself stream 0, 1 or 2 from being overwritten. posix_spawn would
+         * report a file that cannot be opened as a failed exec; /dev/null can be opened. */
         if (stream->path ? strcmp(stream->path, "/dev/null") != 0 : stream->fd >= 0 && stream->fd < 3) {
             return false;
         }
     }
     if (request->process_group > 0 || (request->process_group == 0 && request->new_session)) {
-        return false; /* joining it can fail, and would be the program's fault, too */
+        return false; /* setpgid can fail, and posix_spawn would report that as a failed exec */
     }
 #ifndef HAVE_CLOSEFROM
     if (request->close_fds) {
@@ -74,7 +75,7 @@ static int
 add_streams(posix_spawn_file_actions_t *actions, const struct spawn_request *request, int *step)
 {
     for (int i = 0; i < 3; i++) {
-        /* posix_spawn would report a closed descriptor as if it were the program's fault. */
+        /* posix_spawn would report a closed descriptor as a failed exec. */
         if (!request->streams[i].path && request->streams[i].fd >= 0 && fcntl(request->streams[i].fd, F_GETFD) < 0) {
             *step = STEP_STDIN + i;
             return errno;
@@ -128,7 +129,7 @@ static void
 open_pidfd(struct spawn_result *result)
 {
 #ifdef __linux__
-    /* The child is ours and not reaped: its pid cannot have been given to another. */
+    /* The child has not been reaped: no other process can have its pid. */
     result->pidfd = (int)syscall(SYS_pidfd_open, result->pid, 0);
     result->pidfd_error = result->pidfd < 0 ? errno : 0;
 #else

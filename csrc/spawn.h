@@ -2,6 +2,17 @@
  *
  * The caller owns every pointer in the request and keeps it alive until spawn() returns; nothing is copied.
  * Nothing here knows Python. All functions may be called from any number of threads at once.
+ *
+ * Each of these files uses only files below it:
+ *
+ *   crew.c       spawn() and spawn_many(): the threads that start ranks, and those that death signals are tied to
+ *   spawn.c      which mechanism a start takes; masks, the caller's memory policy, signals by pidfd
+ *   clone.c      Linux's mechanism
+ *   clone3.c     its system call
+ *   child.c      what its child does until execve
+ *   posix.c      the portable mechanism, posix_spawn(3)
+ *   environ.c    a copy of the caller's environment
+ *   numa_shim.h  libnuma, or the two calls of it that are needed
  */
 #ifndef RANKSPAWN_SPAWN_H
 #define RANKSPAWN_SPAWN_H
@@ -13,7 +24,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-/* Where a start can fail, in the order in which the child takes the steps. SPAWN_STEP_NAMES in _spawn.pyx says them. */
+/* Where a start can fail, in the order of the steps. STEP_NAMES in _spawn.pyx has their names for messages. */
 enum spawn_step {
     STEP_NONE = 0,
     STEP_THREAD,    /* pthread_create of the thread that a death signal is tied to */
@@ -21,13 +32,13 @@ enum spawn_step {
     STEP_CGROUP,    /* the cgroup's cgroup.procs */
     STEP_SETSID,    /* setsid(2) */
     STEP_SETPGID,   /* setpgid(2) */
-    STEP_GUARD,     /* telling the guard its pid */
+    STEP_GUARD,     /* the write of the child's pid to guard_fd */
     STEP_AFFINITY,  /* sched_setaffinity(2) */
     STEP_MEMPOLICY, /* set_mempolicy(2) */
     STEP_CHDIR,     /* chdir(2) */
-    STEP_UNSHARE,   /* close_range(CLOSE_RANGE_UNSHARE): never reported, the parent goes on without it */
+    STEP_UNSHARE,   /* close_range(CLOSE_RANGE_UNSHARE): never reported, because the parent tries again without it */
     STEP_PASS_FDS,  /* clearing FD_CLOEXEC of a descriptor in pass_fds */
-    STEP_STDIN,     /* opening or placing stream 0; the next two follow it */
+    STEP_STDIN,     /* opening or duplicating stream 0; those of streams 1 and 2 follow it */
     STEP_STDOUT,
     STEP_STDERR,
     STEP_SETGROUPS, /* setgroups(2) */
@@ -45,8 +56,8 @@ enum spawn_outcome {
     SPAWN_STARTED = 0,
     SPAWN_FAILED = 1,    /* result.step and result.error say where and why; nothing is left of the child */
     SPAWN_DECLINED = 2,  /* the mechanism cannot express the request; nothing was done */
-    SPAWN_NOT_TRIED = 3, /* of one of many: it was never its turn */
-    SPAWN_UNDER_WAY = 4  /* and: it is */
+    SPAWN_NOT_TRIED = 3, /* a rank of a crew that no thread has taken */
+    SPAWN_UNDER_WAY = 4  /* a rank of a crew that a thread is starting */
 };
 
 enum { STREAM_INHERIT = -1, STREAM_SAME_AS_STDOUT = -2 };
@@ -73,18 +84,18 @@ struct spawn_request {
 
     bool restore_signals; /* SIGPIPE and SIGXFSZ back to their default action */
     bool new_session;
-    pid_t process_group; /* -1: leave */
+    pid_t process_group; /* -1: unchanged */
 
-    int umask; /* -1: leave */
+    int umask; /* -1: unchanged */
     bool set_gid, set_uid;
     gid_t gid;
     uid_t uid;
     const gid_t *groups;
-    ssize_t groups_count; /* -1: leave */
+    ssize_t groups_count; /* -1: unchanged */
 
-    const unsigned long *cpu_mask; /* NULL: leave */
+    const unsigned long *cpu_mask; /* NULL: unchanged */
     size_t cpu_mask_bytes;
-    int mem_mode;                   /* MPOL_*; -1: leave */
+    int mem_mode;                   /* MPOL_*; -1: unchanged */
     const unsigned long *node_mask; /* NULL for modes without nodes */
     unsigned long node_mask_bits;
     bool binding_required; /* false: a refused affinity or policy is recorded, and the child goes on */
@@ -98,42 +109,42 @@ struct spawn_result {
     pid_t pid;
     int pidfd; /* close-on-exec; -1 where there is none, and pidfd_error says why */
     int pidfd_error;
-    int step;  /* enum spawn_step; STEP_NONE when the program was executed */
-    int error; /* errno of that step */
-    int affinity_error;
-    int mempolicy_error; /* errno of a refused optional step; 0: not asked, or done */
-    int64_t executed_ns; /* CLOCK_MONOTONIC when the program had been executed */
+    int step;            /* enum spawn_step; STEP_NONE when the program was executed */
+    int error;           /* errno of that step */
+    int affinity_error;  /* errno of a refused sched_setaffinity(2) that was optional; 0: done, or not asked for */
+    int mempolicy_error; /* the same of set_mempolicy(2) */
+    int64_t executed_ns; /* CLOCK_MONOTONIC, just after the program had been executed */
 };
 
 /* Start a process by one mechanism. Returns an enum spawn_outcome. */
 int spawn(const struct spawn_request *request, struct spawn_result *result, enum spawn_mechanism mechanism);
 
-/* As spawn(), but a death signal is tied to the calling thread, whichever it is; and the child starts with
- * `child_mask`, or with the caller's signal mask where that is NULL. */
+/* As spawn(), but a death signal is tied to the calling thread, even where that is not the main thread; and the child
+ * starts with `child_mask`, or with the caller's signal mask where that is NULL. */
 int spawn_by(enum spawn_mechanism mechanism, const struct spawn_request *request, struct spawn_result *result,
              const sigset_t *child_mask);
 int spawn_by_clone(const struct spawn_request *request, struct spawn_result *result, const sigset_t *child_mask);
 int spawn_by_posix(const struct spawn_request *request, struct spawn_result *result, const sigset_t *child_mask);
 
-/* Many starts in one call: see crew.c. Arrays of `count`, by rank. */
+/* Many starts in one call: crew.c says how. The arrays have `count` elements, one for each rank. */
 struct spawn_crew {
     const struct spawn_request *requests; /* those for the same CPUs should have the same pointer as cpu_mask */
     struct spawn_result *results;
-    atomic_int *outcomes; /* enum spawn_outcome; what is SPAWN_STARTED or SPAWN_FAILED already is left alone */
+    atomic_int *outcomes; /* enum spawn_outcome; a rank that is SPAWN_STARTED or SPAWN_FAILED already is left alone */
     size_t count;
     unsigned int workers; /* threads that start ranks; at least 1 */
     enum spawn_mechanism mechanism;
-    atomic_size_t started; /* how many are, so far: other threads may read it while the call lasts */
+    atomic_size_t started; /* how many ranks are started so far; other threads may read it during the call */
 };
 
-/* Start the ranks of a crew. After the first failure no other is begun; outcomes[] says what became of each. */
+/* Start the ranks of a crew. After the first failure no other start is begun; outcomes[] says what became of each. */
 void spawn_many(struct spawn_crew *crew);
 
-/* crew->started. */
+/* crew->started, for callers that cannot read an atomic, as Cython cannot. */
 size_t spawn_many_started(struct spawn_crew *crew);
 
-/* Whether CLONE_VM|CLONE_VFORK is what it says (QEMU's user mode and WSL1 run it as fork): tried on a child.
- * 1 or 0, or a negative errno when no child could be made. */
+/* Try with a child whether clone(CLONE_VM | CLONE_VFORK) shares memory and suspends the caller (QEMU's user mode and
+ * WSL1 make it a fork). Returns 1 or 0, or a negative errno when no child could be made. */
 int spawn_clone_is_honoured(void);
 
 /* Signal the process behind `pidfd`, or, with `group`, the process group that it leads or led (Linux 6.9).
@@ -143,8 +154,8 @@ int spawn_pidfd_signal(int pidfd, int sig, bool group);
 /* Set bit `id` in a mask of `bits` bits. */
 void spawn_mask_set(unsigned long *mask, unsigned long bits, unsigned int id);
 
-/* set_mempolicy(2) for the calling thread; `nodes` is a mask of `bits` bits, or NULL for a mode without nodes. Returns 0
- * or an errno; ENOSYS where the system has no memory policies. */
+/* set_mempolicy(2) for the calling thread; `nodes` is a mask of `bits` bits, or NULL for a mode without nodes. Returns
+ * 0 or an errno; ENOSYS where the system has no memory policies. */
 int spawn_set_mempolicy(int mode, const unsigned long *nodes, unsigned long bits);
 
 /* Whether this build is linked with libnuma, or makes its two calls itself (numa_shim.h). */
