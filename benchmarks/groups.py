@@ -12,16 +12,13 @@ import tempfile
 import time
 from shutil import which
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from worker import Job, Place
+from job import RANK_ENV, Job, Place, Skip, binding_to, module, pretend_device, reaped
 
 
 def bindings(place: Place, ranks: int) -> list[Any]:
     """Each rank bound to one of this process's CPUs in turn, as the floor's crew binds them."""
-    from worker import binding_to
-
     cpus = sorted(os.sched_getaffinity(0))
     distinct = [binding_to(place, {cpu}) for cpu in cpus]
     return [distinct[rank % len(distinct)] for rank in range(ranks)]
@@ -29,8 +26,6 @@ def bindings(place: Place, ranks: int) -> list[Any]:
 
 def launch_job(place: Place, *, ranks: int) -> Job:
     """``launch`` of bound ranks, from the call to the end of the ``with`` block: all reaped, and nobody left."""
-    from worker import module
-
     launch = module("rankspawn").launch
     argv, bound = [place.programs["tiny"]], bindings(place, ranks)
 
@@ -48,8 +43,6 @@ def launch_job(place: Place, *, ranks: int) -> Job:
 
 def numactl_loop_job(place: Place, *, ranks: int) -> Job:
     """A loop of ``subprocess.Popen`` of numactl, and a wait for each."""
-    from worker import Skip, reaped
-
     numactl = which("numactl")
     if numactl is None:
         raise Skip("numactl is not installed")
@@ -71,8 +64,6 @@ def numactl_loop_job(place: Place, *, ranks: int) -> Job:
 
 def context_job(place: Place, *, ranks: int) -> Job:
     """torch's SubprocessContext with node binding, until it says that all have ended."""
-    from worker import RANK_ENV, Skip, module, pretend_device
-
     module("torch")
     multiprocessing = importlib.import_module("torch.distributed.elastic.multiprocessing")
     numa = importlib.import_module("torch.numa.binding")
@@ -106,8 +97,6 @@ def context_job(place: Place, *, ranks: int) -> Job:
 
 def command_job(place: Place, *, command: tuple[str, ...]) -> Job:
     """Another launcher's command, which starts as many of the tiny program as it says."""
-    from worker import Skip
-
     program = which(command[0])
     if program is None:
         raise Skip(f"{command[0]} is not installed")
@@ -131,8 +120,6 @@ def command_job(place: Place, *, command: tuple[str, ...]) -> Job:
 
 def run_job(place: Place, *, ranks: int) -> Job:
     """``rankspawn run``, a whole interpreter's start with it, to stand beside commands of others."""
-    from worker import module
-
     source = str(os.path.dirname(os.path.dirname(module("rankspawn").__file__)))
     code = f"import sys; sys.path.insert(0, {source!r}); from rankspawn.__main__ import main; sys.exit(main())"
     argv = [sys.executable, "-I", "-c", code, "run", "--nproc-per-node", str(ranks), "--no-python"]
@@ -147,8 +134,6 @@ def run_job(place: Place, *, ranks: int) -> Job:
 
 def group_notice_job(place: Place, *, ranks: int) -> Job:
     """From the instant before the exit of one rank among many to the return of ``wait_any``."""
-    from worker import module
-
     launch = module("rankspawn").launch
     reader, writer = os.pipe()
     os.set_inheritable(writer, True)
@@ -181,8 +166,6 @@ def group_idle_job(place: Place, *, ranks: int, api: str, seconds: float = 1.0) 
 
     torch's agent looks at its context every 0.1 s (its monitor_interval).
     """
-    from worker import RANK_ENV, module
-
     launch = module("rankspawn").launch
 
     def ours() -> int:
@@ -221,8 +204,6 @@ def group_idle_job(place: Place, *, ranks: int, api: str, seconds: float = 1.0) 
 
 def group_terminate_job(place: Place, *, ranks: int) -> Job:
     """``terminate()`` of ranks that SIGTERM ends, until all are reaped and nobody is left in their sessions."""
-    from worker import module
-
     launch = module("rankspawn").launch
 
     def once() -> int:

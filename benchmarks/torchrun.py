@@ -58,7 +58,7 @@ def launcher(name: str, arguments: Sequence[str]) -> None:
     mark("entered")
     module: Any = importlib.import_module("torch.distributed.run" if name == "torchrun" else "rankspawn.torchrun")
     if name == "torchrun":
-        from worker import pretend_device
+        from job import pretend_device
 
         prepare()
         pretend_device()
