@@ -1,4 +1,4 @@
-"""Every test ends with what it began with, and the fixture here asserts it for all of them."""
+"""A fixture for all tests: it asserts that each test ends with what it began with."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-# Threads and processes that end a moment after they were told to (a joined thread leaves /proc a little later).
+# How long threads and processes may take to go: a joined thread, for example, leaves /proc a moment later.
 GRACE_SECONDS = 2.0
 
-# Tests that read the source. An installed wheel (make test-wheel, cibuildwheel) has none beside it.
+# These tests read the source, and an installed wheel (make test-wheel, cibuildwheel) has no source beside it.
 if not Path(__file__).parent.with_name("csrc").is_dir():
     collect_ignore = ["test_child_object.py", "test_habits.py", "test_imports.py", "test_readme.py"]
 
@@ -26,7 +26,7 @@ _NR_GET_MEMPOLICY = {"x86_64": 239, "aarch64": 236}.get(platform.machine())
 
 
 def _open_fds() -> dict[str, str]:
-    """What each open descriptor is. The one that lists the folder is gone again when its name is looked up."""
+    """What each open descriptor refers to. listdir's own descriptor is closed by the time its name is looked up."""
     fds = {}
     for fd in os.listdir("/proc/self/fd"):
         try:
@@ -37,7 +37,7 @@ def _open_fds() -> dict[str, str]:
 
 
 def _children() -> dict[str, str]:
-    """Children of any of our threads, zombies too, and their command lines."""
+    """The command lines of the children of all our threads, zombies included, by pid."""
     if Path("/proc/self/task", str(threading.get_native_id()), "children").exists():
         pids = []
         for path in Path("/proc/self/task").glob("*/children"):
@@ -70,10 +70,10 @@ def _native_threads() -> dict[str, str]:
 
 
 def _status() -> dict[str, str]:
-    """Of this thread: the signal mask, which signals are ignored or caught, and the umask, as the kernel says."""
+    """What the kernel says of this thread: its signal mask, the signals ignored and caught, and the umask."""
     lines = (line.partition(":") for line in Path("/proc/thread-self/status").read_text().splitlines())
     status = {name: value.strip() for name, _, value in lines}
-    # 32 and 33 are libc's own: it catches them from the first thread on.
+    # Signals 32 and 33 are libc's own: libc catches them as soon as there is a second thread.
     ours = ~(1 << 31 | 1 << 32)
     found = {name: f"{int(status[name], 16) & ours:016x}" for name in ("SigBlk", "SigIgn", "SigCgt")}
     return {**found, "Umask": status.get("Umask", "unknown")}
@@ -82,7 +82,7 @@ def _status() -> dict[str, str]:
 def _memory_policy() -> str:
     if _NR_GET_MEMPOLICY is None:
         return "unknown"
-    mode, mask = ctypes.c_int(-1), (ctypes.c_ulong * 16)()  # 1024 nodes, the most that a kernel is built for
+    mode, mask = ctypes.c_int(-1), (ctypes.c_ulong * 16)()  # 1024 nodes: no kernel is built for more
     maxnode = ctypes.c_ulong(ctypes.sizeof(mask) * 8)
     libc = ctypes.CDLL(None, use_errno=True)
     answer = libc.syscall(_NR_GET_MEMPOLICY, ctypes.byref(mode), mask, maxnode, None, ctypes.c_ulong(0))
@@ -90,7 +90,7 @@ def _memory_policy() -> str:
 
 
 def _environment() -> dict[str, str]:
-    # pytest keeps the current phase there.
+    # pytest keeps the test's current phase in PYTEST_CURRENT_TEST.
     return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
 
 
@@ -117,7 +117,8 @@ def _snapshot() -> dict[str, object]:
 
 
 def _snapshot_since(before: dict[str, object]) -> dict[str, object]:
-    """The same now, without native threads that have gone: a library may let its own go when it likes (torch does)."""
+    """What _snapshot() says now; ``before`` loses the native threads that have gone, because a library may end its own
+    threads at any time (torch does)."""
     now = _snapshot()
     was, are = before.get("native threads"), now.get("native threads")
     if isinstance(was, dict) and isinstance(are, dict):
@@ -137,7 +138,7 @@ def _difference(before: object, after: object) -> str:
 
 
 def _kill_leftover_children(before: dict[str, object], after: dict[str, object]) -> None:
-    """So that a failed test does not slow, or outlive, the rest of the run."""
+    """Kill the children that a failed test left, so that they neither slow the rest of the run nor outlive it."""
     known, now = before.get("children"), after.get("children")
     if isinstance(known, dict) and isinstance(now, dict):
         for pid in now.keys() - known.keys():
@@ -152,15 +153,15 @@ def _kill_leftover_children(before: dict[str, object], after: dict[str, object])
 def leaves_nothing_behind() -> Iterator[None]:
     """Fails a test that leaves a descriptor, child, thread, signal setting, binding or variable behind.
 
-    It is set up before a test's other fixtures and ends after them. A folder of tests whose subject keeps something
-    for life (a library with a thread pool) has a conftest.py with a fixture of this name.
+    It is set up before a test's other fixtures and ends after them. Where the tested library keeps something for the
+    life of the process (a thread pool), the tests' folder has a conftest.py with another fixture of this name.
     """
     before = _snapshot()
     yield
     deadline = time.monotonic() + GRACE_SECONDS
     after = _snapshot_since(before)
     while after != before and time.monotonic() < deadline:
-        # A traceback that pytest.raises kept holds the test's objects in a cycle.
+        # pytest.raises keeps a traceback, and the traceback holds the test's objects in a cycle.
         gc.collect()
         time.sleep(0.01)
         after = _snapshot_since(before)

@@ -17,8 +17,9 @@ import pytest
 
 import rankspawn
 from rankspawn import AffinityMode
-from rankspawn._binding import MEMORY_MODES, parse_ids
+from rankspawn._binding import MEMORY_MODES
 from rankspawn._cli.main import main
+from rankspawn._ids import parse_ids
 from tests.support.launchers import (
     ARGUMENTS,
     ENVIRONMENT,

@@ -26,8 +26,8 @@ import pytest
 
 from rankspawn import Binding, BindingError, MemoryPolicy, Popen
 from rankspawn._end import ranks as _ending
+from rankspawn._group.start import start_ranks
 from rankspawn._start import crew as _crew
-from rankspawn._start.crew import start_ranks
 from rankspawn._start.engine import mechanisms
 from tests.support.processes import eventually, has_ended, new_cgroup
 from tests.support.state import NOBODY, become, changed_since, fork, in_child, snapshot

@@ -8,19 +8,12 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from rankspawn._binding import PlacementError
 from rankspawn._place import devices as _devices
-from rankspawn._place.devices import (
-    Device,
-    DeviceError,
-    as_devices,
-    find_devices,
-    locate,
-    parse_devices,
-    read_device_files,
-)
-from rankspawn._place.plan import PlacementError
+from rankspawn._place.devices import as_devices, find_devices, locate, parse_devices, read_device_files
 from rankspawn._place.sysfs import Tree
 from rankspawn._place.topology import Topology
+from rankspawn._place.visible import Device, DeviceError
 from tests.support.sysfs_tree import PCI, Gpu, Machine, address, write
 
 UUIDS = [f"GPU-{letter}{letter}{i}00000-0000-0000-0000-00000000000{i}" for i, letter in enumerate("abca")]

@@ -61,7 +61,7 @@ def test_reference_has(name: str) -> None:
 # What speaks for itself, or is spoken of in a sentence; and a class that others make has no parameters for anyone.
 SAID_OTHERWISE = {
     "BindingError": {"step", "binding"},
-    "RankGroup": {"resources", "keep_going", "grace", "cgroup", "called_ns", "run_id"},
+    "RankGroup": {"resources", "keep_going", "grace", "cgroup", "guard", "called_ns", "run_id"},
     "SubprocessHandler": {"proc"},
     "get_subprocess_handler": {*inspect.signature(rankspawn.get_subprocess_handler).parameters},
 }

@@ -15,7 +15,7 @@ EMULATOR = shutil.which(f"qemu-{os.uname().machine}")
 CODE = """
 import json, sys
 from rankspawn import Binding, Popen
-from rankspawn._start import crew as _crew
+from rankspawn._group.start import start_ranks
 from rankspawn._start import engine as _engine
 
 told = {"mechanisms": len(_engine.mechanisms())}
@@ -25,7 +25,7 @@ with Popen([sys.argv[1]], binding=Binding({int(sys.argv[2])})) as process:
     told["bound"] = [process.wait(), process.mechanism]
 ranks = []
 bindings = [None, Binding({int(sys.argv[2])})] * 2
-_crew.start_ranks(
+start_ranks(
     ranks, [[sys.argv[1]]] * 4, env=None, rank_env=[{}] * 4, bindings=bindings, streams=[(None, None, None)] * 4
 )
 told["ranks"] = [[rank.wait(), rank.mechanism] for rank in ranks]

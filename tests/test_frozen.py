@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from rankspawn import AffinityMode, Binding, BindingReport, MemoryPolicy, NumaOptions
-from rankspawn._binding import MEMORY_MODES, RefusedStep
+from rankspawn._binding import MEMORY_MODES
 from rankspawn._frozen import Frozen
-from rankspawn._place.plan import Rank
+from rankspawn._place.plan import Placed
 from rankspawn._place.topology import Core
 from rankspawn._place.visible import Device
 from rankspawn._start import engine as _engine
+from rankspawn._start.outcome import RefusedStep
 
 
 class Place(Frozen):
@@ -135,7 +136,10 @@ BINDING = Binding(range(3), POLICY, False)
         (RefusedStep("set_mempolicy", 1), "RefusedStep(step='set_mempolicy', errno=1)"),
         (BindingReport(None, (), 7), "BindingReport(requested=None, refused=(), pid=7)"),
         (Core((0, 4)), "Core(cpus=(0, 4), kind='')"),
-        (Rank(Binding(None)), "Rank(binding=Binding(cpus=None, memory=None, required=True), device=None, node=None,"),
+        (
+            Placed(Binding(None)),
+            "Placed(binding=Binding(cpus=None, memory=None, required=True), device=None, node=None,",
+        ),
         (Device("0000:3b:00.0", 1), "Device(address='0000:3b:00.0', node=1, local_cpus=frozenset(),"),
     ],
 )

@@ -28,7 +28,7 @@ from tests.support.processes import PATIENCE, eventually, frozen_by_v1, has_ende
 from tests.support.state import fork
 
 if sys.platform.startswith("linux") and EXTENSION_ERROR is None:
-    from rankspawn._start.crew import start_ranks
+    from rankspawn._group.start import start_ranks
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the guard is Linux's"),

@@ -19,7 +19,7 @@ import pytest
 
 import rankspawn
 from rankspawn import AffinityMode, Binding, MemoryPolicy, NumaOptions
-from rankspawn._place.topology import PlacementError
+from rankspawn._binding import PlacementError
 from rankspawn._torch import handler as _handler
 
 # Here and not in the fixture: the import starts a thread that stays.

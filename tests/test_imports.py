@@ -19,79 +19,42 @@ from tests.support.sysfs_tree import Machine, write
 
 SOURCE = Path(__file__).parent.parent / "src" / "rankspawn"
 
-# Each module and what it may import of ours. A new module gets a row here, and with it a place in the picture in
-# CONTRIBUTING.md. `__init__` re-exports, so it may import all that are public through it.
-PLACES = {"_binding", "_devices", "_topology", "_placement"}
-ARROWS: dict[str, set[str]] = {
-    "__init__": {"_launch", "_group", "_handler", "_context", "_numa_options", "_popen", *PLACES},
-    "__main__": {"_cli"},
-    "_cli": {
-        "__init__",
-        "_run",
-        "_bind",
-        "torchrun",
-        "_options",
-        "_show",
-        "_doctor",
-        "_engine",
-        "_progress",
-        "_topology",
-    },
-    "_run": {"_attempt", "_launch", "_logs", "_report", "_progress", "_signals", "_step"}
-    | {"_options", "_openmp", "_engine", *PLACES},
-    "_attempt": {"_launch", "_group", "_logs", "_tee", "_failure", "_report", "_timeline", "_progress", "_signals"}
-    | {"_options", *PLACES},
-    "_bind": {"_step", "_options", "_openmp", "_engine", *PLACES},
-    "_progress": {"_group", "_binding"},
-    "_signals": {"_group"},
-    "torchrun": {"_elastic", "_numa_options", "_topology", "_binding"},
-    "_elastic": {"_crew", "_context", "_handler", "_watch", "_engine", "_popen", "_numa_options", "_binding"},
-    "_doctor": {"_popen", "_engine", "_spawn", *PLACES},
-    "_show": {"_options", "_openmp", "_svg", *PLACES},
-    "_options": PLACES,
-    "_svg": PLACES,
-    "_launch": {"_crew", "_group", "_ending", "_cgroup", "_guard", "_logs", "_tee", "_engine", "_popen", *PLACES}
-    | {"_arguments"},
-    "_group": {
-        *{"_watch", "_ending", "_cgroup", "_logs", "_failure", "_report", "_processes"},
-        *{"_popen", "_binding"},
-    },
-    "_watch": {"_popen"},
-    "_step": {"_sysfs", "_frozen", "_binding"},
-    "_ending": {"_sessions", "_watch", "_processes", "_popen"},
-    "_timeline": {"_report", "_svg", "_binding"},
-    "_report": {"_processes", "_popen", "_binding"},
-    "_processes": set(),
-    "_failure": {"_logs", "_binding", "_popen", "_frozen"},
-    "_tee": {"_logs"},
-    "_logs": {"_frozen"},
-    "_handler": {"_arguments", "_popen", "_engine", "_placement", "_topology", "_visible", "_numa_options", "_binding"},
-    "_crew": {"_ending", "_popen", "_engine", "_arguments", "_spawn", "_binding"},
-    "_context": {"_context_popen", "_binding"},
-    "_context_popen": {"_popen", "_engine", "_spawn", "_forked", "_binding"},
-    "_forked": {"_spawn"},
-    "_popen": {"_arguments", "_engine", "_spawn", "_binding"},
-    # The guard's own process loads these three, and nothing else of ours.
-    "_guard": {"_cgroup", "_popen", "_sessions"},
-    "_cgroup": set(),
-    "_sessions": set(),
-    "_arguments": set(),
-    "_engine": {"_spawn", "_binding"},
-    "_placement": {"_machine", "_devices", "_topology", "_openmp", "_binding", "_frozen"},
-    "_machine": {"_devices", "_topology", "_binding"},
-    "_openmp": {"_topology", "_binding"},
-    "_devices": {"_topology", "_visible", "_sysfs", "_binding"},
-    "_visible": {"_sysfs", "_binding", "_frozen"},
-    "_topology": {"_sysfs", "_binding", "_frozen"},
-    "_sysfs": {"_binding"},
-    "_numa_options": {"_binding"},
-    "_binding": {"_frozen"},
+# Each room, and the rooms that it may import: the picture in CONTRIBUTING.md. A module that lies beside the rooms
+# is a room of its own. `__init__` hands out what is public, so it may import all that is.
+BASE = {"_binding", "_frozen", "_ids", "_public"}
+ROOMS: dict[str, set[str]] = {
     "_frozen": set(),
+    "_ids": set(),
+    "_public": set(),
+    "_canvas": set(),
     "_spawn": set(),
+    "_binding": {"_frozen", "_ids", "_public"},
+    "_place": {"_canvas", *BASE},
+    "_start": {"_spawn", *BASE},
+    "_end": {"_start"},
+    "_output": {"_start", "_end", "_canvas", *BASE},
+    "_group": {"_place", "_start", "_end", "_output", *BASE},
+    "_multiprocessing": {"_start", "_spawn", *BASE},
+    "_torch": {"_place", "_start", "_end", "_group", "_multiprocessing", *BASE},
+    "torchrun": {"_torch", "_start", *BASE},
+    "_cli": {"torchrun", "_place", "_start", "_spawn", "_output", "_group", "__init__", *BASE},
+    "__main__": {"_cli"},
+    "__init__": {"_place", "_start", "_group", "_multiprocessing", "_torch", *BASE},
 }
 
+# What a module may import though it is less than its room may: module -> the modules of ours, and why.
+NEVERS: dict[str, tuple[set[str], str]] = {
+    "_end.guard": ({"_end.sessions"}, "the guard's process loads no more than it needs for as long as the job lasts"),
+    "_multiprocessing.forked": ({"_spawn"}, "every process that a fork server forks loads it"),
+}
+"""At import; what stands in a function or under TYPE_CHECKING is loaded when it is used, or never."""
+
+# The private names of another room's objects that may be used: what each is for stands above Popen's attributes.
+PRIVATE_NAMES_OF_POPEN = {"_born", "_child_created", "_executed_ns", "_handle_exitstatus", "_leads_group", "_pidfd"}
+PRIVATE_NAMES_OF_POPEN |= {"_refused", "_waitpid_lock"}
+
 # Nothing of these is needed to start a rank, and each would add to every launcher's start.
-HEAVY = {"asyncio", "numpy", "psutil", "pynvml", "rich", "torch"}
+HEAVY = {"asyncio", "numpy", "psutil", "pynvml", "torch"}
 
 # The time of `rankspawn plan` is that of its imports: these were the most expensive, and are not needed.
 SLOW = {"dataclasses", "importlib.metadata", "inspect", "shutil", "subprocess", "typing", "rankspawn._cli.run"}
@@ -119,49 +82,153 @@ PUBLIC = {
 }
 
 
-def imports_of_ours(source: str) -> set[str]:
-    """The modules of this package that ``source`` imports anywhere, inside functions and under TYPE_CHECKING too."""
+def name_of(path: Path) -> str:
+    """A module's name within the package: "_end.guard"; a room's door is "_end"."""
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+@functools.cache
+def modules() -> dict[str, Path]:
+    found = {name_of(path): path for path in sorted(SOURCE.rglob("*.py"))}
+    found["_spawn"] = SOURCE / "_spawn.pyi"
+    assert len(found) > 60, "the tests below must see every module"
+    return found
+
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def imports_of_ours(module: str, source: str, *, at_import: bool = False) -> set[str]:
+    """The modules of this package that ``source`` imports anywhere, inside functions and under TYPE_CHECKING too.
+
+    at_import: only what is imported when the module is.
+    """
+    tree = ast.parse(source)
+    later = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        ):
+            later |= set(ast.walk(node))
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
+        if at_import and node in later:
+            continue
         names: list[str] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "rankspawn"]
+            names = [alias.name.partition(".")[2] for alias in node.names if room(alias.name) == "rankspawn"]
         elif isinstance(node, ast.ImportFrom):
-            module = f"rankspawn.{node.module or ''}".rstrip(".") if node.level else node.module or ""
-            if module == "rankspawn":
-                names = [f"rankspawn.{alias.name}" for alias in node.names]
-            elif module.startswith("rankspawn."):
-                names = [module]
-        for name in names:
-            # `import rankspawn`, or a public name taken from the package, is an arrow to __init__.
-            module = f"{name}.".split(".")[1]
-            is_module = any((SOURCE / f"{module}{suffix}").exists() for suffix in (".py", ".pyx", ".pyi"))
-            found.add(module if is_module else "__init__")
+            base = node.module or ""
+            if node.level:
+                is_door = modules()[module].stem == "__init__" and module != "__init__"
+                within = module.split(".") if is_door else module.split(".")[:-1]
+                folder = within[: len(within) - node.level + 1]
+                base = ".".join(["rankspawn", *folder, *filter(None, [node.module])])
+            if room(base) == "rankspawn":
+                base = base.partition(".")[2]
+                # `from . import x` may name a module; a public name taken from the package is an arrow to __init__.
+                names = [f"{base}.{alias.name}".lstrip(".") for alias in node.names]
+                names = [name if name in modules() else base for name in names]
+        found |= {name or "__init__" for name in names}
     return found
 
 
 @functools.cache
 def graph() -> dict[str, set[str]]:
-    return {path.stem: imports_of_ours(path.read_text()) for path in sorted(SOURCE.glob("*.py"))}
+    return {module: imports_of_ours(module, path.read_text()) for module, path in modules().items()}
 
 
-def test_every_module_has_a_place_in_the_picture() -> None:
-    assert graph().keys() - ARROWS.keys() == set()
+def test_every_module_is_in_a_room_of_the_picture() -> None:
+    assert {room(module) for module in graph()} == ROOMS.keys()
 
 
 @pytest.mark.parametrize("module", sorted(graph()))
-def test_arrows(module: str) -> None:
-    assert graph()[module] - ARROWS.get(module, set()) == set(), f"{module} imports what it may not"
+def test_rooms_import_what_they_may(module: str) -> None:
+    others = {room(imported) for imported in graph()[module]} - {room(module)}
+    assert others - ROOMS[room(module)] == set(), f"{module} imports what its room may not"
 
 
-def test_the_picture_has_no_circle() -> None:
-    assert list(graphlib.TopologicalSorter(ARROWS).static_order())
+def test_no_room_may_import_what_none_of_its_modules_does() -> None:
+    used: dict[str, set[str]] = {name: set() for name in ROOMS}
+    for module, imported in graph().items():
+        used[room(module)] |= {room(one) for one in imported}
+    unused = {name: may - used[name] - BASE for name, may in ROOMS.items()}
+    assert {name: may for name, may in unused.items() if may} == {}
+
+
+def test_rooms_have_no_circle() -> None:
+    assert list(graphlib.TopologicalSorter(ROOMS).static_order())
+
+
+def test_modules_have_no_circle() -> None:
+    assert list(graphlib.TopologicalSorter(graph()).static_order())
+
+
+def test_place_imports_no_subprocess() -> None:
+    for module, path in modules().items():
+        if room(module) == "_place":
+            assert not re.search(r"^ *(?:import|from) (?:subprocess|multiprocessing)\b", path.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("module", sorted(NEVERS))
+def test_nevers(module: str) -> None:
+    allowed, why = NEVERS[module]
+    assert imports_of_ours(module, modules()[module].read_text(), at_import=True) - allowed == set(), why
+
+
+@pytest.mark.parametrize(
+    "door", sorted(module for module in graph() if "." not in module and modules()[module].stem == "__init__")
+)
+def test_a_rooms_door_is_a_docstring_that_names_its_files(door: str) -> None:
+    if door == "__init__":
+        return
+    tree = ast.parse(modules()[door].read_text())
+    text = ast.get_docstring(tree)
+    assert text and len(tree.body) == 1
+    files = {path.stem for path in modules()[door].parent.glob("[!_]*.py")}
+    assert files and {name for name in files if not re.search(rf"(?:^|  ){name}  +\S", text, re.MULTILINE)} == set()
+
+
+def private_names(tree: ast.Module) -> set[str]:
+    """Names with one underscore that are taken from objects other than ``self``, ``cls`` and what super() gives."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr):
+            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "_spawn")):
+                found.add(node.attr)
+    return found
+
+
+def defined_in(tree: ast.Module) -> set[str]:
+    """Private names that ``tree`` defines: its own classes' attributes and methods, its functions and variables."""
+    found = {
+        node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+            found.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return found
+
+
+def test_no_room_uses_private_names_of_another() -> None:
+    trees = {module: ast.parse(path.read_text()) for module, path in modules().items()}
+    own: dict[str, set[str]] = {}
+    for module, tree in trees.items():
+        own.setdefault(room(module), set()).update(defined_in(tree))
+    ours = set().union(*own.values())
+    for module, tree in trees.items():
+        reached = (private_names(tree) & ours) - own[room(module)] - PRIVATE_NAMES_OF_POPEN
+        assert reached == set(), f"{module} reaches into another room's object"
+    text = modules()["_start.popen"].read_text()
+    assert all(name in text for name in PRIVATE_NAMES_OF_POPEN)
 
 
 def test_the_extension_imports_nothing_of_ours() -> None:
     text = (SOURCE / "_spawn.pyx").read_text()
     assert re.findall(r"^\s*(?:from|c?import)\s+(?:rankspawn|\.).*", text, re.MULTILINE) == []
-    assert imports_of_ours((SOURCE / "_spawn.pyi").read_text()) == set()
+    assert graph()["_spawn"] == set()
 
 
 def test_import_is_light() -> None:
@@ -195,4 +262,4 @@ def test_all_is_what_we_mean_to_promise() -> None:
     assert sorted(rankspawn.__all__) == sorted(PUBLIC)
     assert len(set(rankspawn.__all__)) == len(rankspawn.__all__)
     for name in rankspawn.__all__:
-        assert getattr(rankspawn, name).__module__.startswith("rankspawn"), name
+        assert getattr(rankspawn, name).__module__ == "rankspawn", f"tracebacks and pickles show where {name} is hidden"

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from rankspawn import Binding, BindingError, Job, Popen, launch
-from rankspawn._group.launch import free_port
+from rankspawn._binding import PlacementError
+from rankspawn._group.job import free_port
 from rankspawn._output.logs import rank_files
-from rankspawn._place.plan import PlacementError
 from rankspawn._start.engine import EXTENSION_ERROR, mechanisms
 from tests.support.processes import PATIENCE, eventually, has_ended, new_cgroup, writable_cgroups
 from tests.support.state import NOBODY, become, in_child

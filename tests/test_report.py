@@ -22,8 +22,8 @@ import psutil
 import pytest
 
 from rankspawn import Binding, MemoryPolicy, Popen
-from rankspawn._binding import parse_ids
-from rankspawn._end.processes import ProcessTree, usage_now
+from rankspawn._end.processes import ProcessTree
+from rankspawn._ids import parse_ids
 from rankspawn._output.report import (
     Attempt,
     GroupReport,
@@ -33,6 +33,7 @@ from rankspawn._output.report import (
     write_report,
     write_text,
 )
+from rankspawn._output.usage import usage_now
 from tests.support.state import in_child
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from rankspawn._binding import PlacementError
 from rankspawn._cli.show import _table, add_plan_options, add_topology_options
 from rankspawn._place.devices import find_devices
 from rankspawn._place.drawing import drawing
 from rankspawn._place.plan import plan
-from rankspawn._place.topology import PlacementError, Topology
+from rankspawn._place.topology import Topology
 from tests.support.sysfs_tree import Gpu, Machine, address, write
 
 TWO_SOCKETS = Machine(
@@ -186,27 +187,14 @@ def test_a_capture_of_this_machine_holds_nothing_private(tmp_path: Path, capsys:
         assert after[key] == before[key]
 
 
-def test_a_terminal_gets_rich_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    rows = (("node", "CPUs"), [("0", "0-3")])
-    plain = Terminal()
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    _table(*rows, plain)
-    assert plain.getvalue() == "node  CPUs\n0     0-3\n"
-    monkeypatch.undo()
-    pytest.importorskip("rich", reason="rich is not installed")
-    monkeypatch.setenv("TERM", "xterm")
-    rich = Terminal()
-    _table(*rows, rich)
-    assert "\x1b[" in rich.getvalue()
-    assert "0-3" in rich.getvalue()
+def test_a_table_is_plain_columns() -> None:
+    out = io.StringIO()
+    _table(("node", "CPUs"), [("0", "0-3"), ("10", "4")], out)
+    assert out.getvalue() == "node  CPUs\n0     0-3\n10    4\n"
 
 
 def test_nothing_dear_is_imported_until_it_is_used() -> None:
-    modules = "rich json tarfile pynvml psutil asyncio pathlib rankspawn._place.drawing rankspawn._place.devices"
+    modules = "json tarfile pynvml psutil asyncio pathlib rankspawn._place.drawing rankspawn._place.devices"
     code = (
         "import sys, rankspawn._binding; before = set(sys.modules); import rankspawn._cli.show\n"
         f"print(*sorted(set({modules!r}.split()) & (set(sys.modules) - before)))"

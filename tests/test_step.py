@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankspawn._cli.step import Node, Step, StepError, first_host
+from rankspawn._cli.step import Step, StepError, StepNode, first_host
 
 # As srun 22.05, Open MPI 4.1 and MPICH 4.0 set them, with what is not looked at left out.
 SRUN = {
@@ -71,7 +71,7 @@ def test_srun() -> None:
         master_port=29500 + 47113 % 3001,
         run_id="4711.3",
     )
-    assert Step.read(SRUN).node() == Node(1, 2, "gpu002", 31598, "4711.3")
+    assert Step.read(SRUN).node() == StepNode(1, 2, "gpu002", 31598, "4711.3")
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_mpirun_with_one_process_on_each_node() -> None:
     with pytest.raises(StepError, match=r"mpirun started this on 8 nodes.*--master-addr HOST"):
         step.node()
     port = 29500 + int.from_bytes(b"1837826049", "big") % 3001
-    assert step.node("gpu001") == Node(5, 8, "gpu001", port, "1837826049")
-    assert step.node("gpu001", 1234) == Node(5, 8, "gpu001", 1234, "1837826049")
+    assert step.node("gpu001") == StepNode(5, 8, "gpu001", port, "1837826049")
+    assert step.node("gpu001", 1234) == StepNode(5, 8, "gpu001", 1234, "1837826049")
 
 
 @pytest.mark.parametrize(
@@ -123,13 +123,13 @@ def test_a_launcher_of_ranks_in_several_processes_of_a_node(environ: dict[str, s
 )
 def test_who_is_in_no_step_of_nodes_is_the_only_node(environ: dict[str, str]) -> None:
     step = Step.read(environ)
-    assert step.node() == Node(0, 1, None, None, None)
-    assert step.node("gpu001", 1234) == Node(0, 1, "gpu001", 1234, None)
+    assert step.node() == StepNode(0, 1, None, None, None)
+    assert step.node("gpu001", 1234) == StepNode(0, 1, "gpu001", 1234, None)
 
 
 def test_one_node_needs_no_address() -> None:
     alone = SRUN | {"SLURM_NODEID": "0", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
-    assert Step.read(alone).node() == Node(0, 1, None, None, "4711.3")
+    assert Step.read(alone).node() == StepNode(0, 1, None, None, "4711.3")
     assert Step.read(ONE_A_NODE | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}).node().nnodes == 1
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from rankspawn import Popen
-from rankspawn._output import tee as _tee
+from rankspawn._output import follow as _follow
 from rankspawn._output.logs import RankFiles, rank_files
 from rankspawn._output.tee import Source, Tee
 
@@ -343,7 +343,7 @@ def test_of_a_long_progress_bar_too(tmp_path: Path, states: int) -> None:
 
 
 def test_a_progress_bar_is_shown_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tee, "_STATE_SECONDS", 0.05)
+    monkeypatch.setattr(_follow, "_STATE_SECONDS", 0.05)
     out = Reader().start()
     go_on = tmp_path / "fifo"
     os.mkfifo(go_on)

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from rankspawn._place.sysfs import Tree, parse_mask
-from rankspawn._place.topology import PlacementError, Topology, TopologyError
+from rankspawn._binding import PlacementError
+from rankspawn._ids import parse_mask
+from rankspawn._place.sysfs import TopologyError, Tree
+from rankspawn._place.topology import Topology
 from tests.support.sysfs_tree import CPU, GIB, NODE, Machine, write
 
 CAPTURED = Path(__file__).resolve().parents[2] / "shared" / "topologies"

@@ -117,7 +117,7 @@ def _(_: Path) -> str:
 @provokes("local rank ... runs without ...")
 def _(_: Path) -> str:
     return python(
-        "import logging, rankspawn._torch.handler as handler; from rankspawn._binding import RefusedStep\n"
+        "import logging, rankspawn._torch.handler as handler; from rankspawn._start.outcome import RefusedStep\n"
         "logging.basicConfig(); handler.warn_of_refused(0, (RefusedStep('set_mempolicy', 1),))"
     )
 

@@ -6,12 +6,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     __version__: str
 
-    from ._binding import AffinityMode, Binding, BindingError, BindingReport, MemoryPolicy
+    from ._binding import AffinityMode, Binding, MemoryPolicy, PlacementError
     from ._group.group import RankGroup
-    from ._group.launch import Job, launch
+    from ._group.job import Job
+    from ._group.launch import launch
     from ._multiprocessing.context import get_context
-    from ._place.plan import PlacementError, place
+    from ._place.plan import place
     from ._place.topology import Topology
+    from ._start.outcome import BindingError, BindingReport
     from ._start.popen import Popen
     from ._torch.handler import SubprocessHandler, get_subprocess_handler
     from ._torch.numa_options import NumaOptions
@@ -36,19 +38,24 @@ __all__ = [
 ]
 
 _MODULES = {
-    "launch": "_group.launch",
-    "Job": "_group.launch",
-    "RankGroup": "_group.group",
-    "get_context": "_multiprocessing.context",
-    "Popen": "_start.popen",
-    "SubprocessHandler": "_torch.handler",
-    "get_subprocess_handler": "_torch.handler",
+    "AffinityMode": "_binding",
+    "Binding": "_binding",
+    "BindingError": "_start.outcome",
+    "BindingReport": "_start.outcome",
+    "Job": "_group.job",
+    "MemoryPolicy": "_binding",
     "NumaOptions": "_torch.numa_options",
+    "PlacementError": "_binding",
+    "Popen": "_start.popen",
+    "RankGroup": "_group.group",
+    "SubprocessHandler": "_torch.handler",
     "Topology": "_place.topology",
-    "PlacementError": "_place.plan",
+    "get_context": "_multiprocessing.context",
+    "get_subprocess_handler": "_torch.handler",
+    "launch": "_group.launch",
     "place": "_place.plan",
 }
-"""Where public names are that do not stand in ``_binding``."""
+"""Where each public name is."""
 
 if not TYPE_CHECKING:  # With it, a type checker would take any name for one of ours.
 
@@ -63,7 +70,7 @@ if not TYPE_CHECKING:  # With it, a type checker would take any name for one of 
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
 
-        value = getattr(import_module(f"{__name__}.{_MODULES.get(name, '_binding')}"), name)
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
         globals()[name] = value  # the next use finds it without us
         return value
 

@@ -95,10 +95,20 @@ cdef extern from "spawn.h" nogil:
     bint spawn_has_libnuma()
 
 
+cdef extern from "arena.h":
+    cdef struct arena:
+        pass
+
+    void *arena_take(arena *memory, size_t size)
+    void arena_free(arena *memory)
+
+
 cdef extern from "environ.h":
     cdef struct environment:
         char **variables
         size_t count
+
+    Py_ssize_t environment_index(char **variables, size_t count, const char *pair)
 
 
 cdef extern from *:
@@ -112,9 +122,9 @@ cdef extern from *:
         return 0; /* to the collector: no more objects */
     }
 
-    /* No other thread may run Python meanwhile: os.environ there moves the table, and in musl frees the strings too.
-     * The GIL sees to that. Without it the garbage collector's tour of all objects does, for whose time it stops the
-     * interpreter's other threads; ours is over at the first object. */
+    /* No other thread may run Python during the copy, because a change of os.environ moves the table, and in musl
+     * frees the strings, too. The GIL prevents that. Without the GIL the garbage collector's visit of all objects does:
+     * it stops the interpreter's other threads meanwhile. This visit ends at the first object. */
     static struct environment rankspawn_callers_environment(void)
     {
         struct environment copy = {NULL, 0};

@@ -1,3 +1,5 @@
+"""The types of _spawn.pyx, whose docstrings say what everything does."""
+
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 SAME_AS_STDOUT: int

@@ -1,14 +1,13 @@
 # cython: language_level=3, freethreading_compatible=True, boundscheck=False, wraparound=False
 """Marshals starts from Python to csrc/spawn.h and back. No policy, no module state.
 
-Everything is converted before the call and the call is made without the GIL: executing from a slow file system
-must not stop the program's other threads (cpython#104372).
+Everything is converted before the call. The call is made without the GIL, because execve(2) of a program on a slow
+file system must not stop the caller's other threads (cpython#104372).
 """
 
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.limits cimport CHAR_BIT, INT_MAX
 from libc.stdlib cimport free
-from libc.string cimport memchr, memcpy, strchr, strerror, strncmp
+from libc.string cimport memchr, memcpy, strerror
 from posix.types cimport gid_t
 from posix.unistd cimport close
 
@@ -17,7 +16,7 @@ CLONE = SPAWN_CLONE
 POSIX_SPAWN = SPAWN_POSIX
 HAVE_LIBNUMA = bool(spawn_has_libnuma())
 
-# By enum spawn_step: what an error message calls the step.
+# What error messages call the steps of enum spawn_step.
 STEP_NAMES = (
     "", "pthread_create", "clone", "cgroup.procs", "setsid", "setpgid", "guard", "sched_setaffinity", "set_mempolicy",
     "chdir", "close_range", "pass_fds", "stdin", "stdout", "stderr", "setgroups", "setregid", "setreuid", "prctl",
@@ -26,13 +25,13 @@ STEP_NAMES = (
 if len(STEP_NAMES) != STEP_COUNT:
     raise ImportError("STEP_NAMES does not match enum spawn_step: rebuild rankspawn")
 
-
+# What spawn() and Crew.run() say of a start of which no step was refused.
 ALL_DONE = (0, 0, 0, 0)
 
 
 cdef object _encoded(object part, const char **data, size_t *size):
     """The bytes of text, bytes or a path; they live as long as the object returned does."""
-    # Text in ASCII is its own file system encoding; all else goes through os.fsencode's converter, which raises
+    # ASCII text is its own file system encoding. Everything else goes through os.fsencode's converter, which raises
     # TypeError for a wrong type and ValueError for a NUL byte.
     cdef void *converted = NULL
     if PyUnicode_Check(part) and PyUnicode_IS_ASCII(part):
@@ -43,44 +42,26 @@ cdef object _encoded(object part, const char **data, size_t *size):
         return part
     PyUnicode_FSConverter(part, &converted)
     encoded = <object>converted
-    Py_DECREF(encoded)  # it came through a void *, which Cython does not count
+    Py_DECREF(encoded)  # the converter's reference, which Cython does not know of
     data[0] = <const char *><char *>encoded
     size[0] = len(<bytes>encoded)
     return encoded
 
 
 cdef class _Arena:
-    """What requests point to: memory that is taken piece by piece, never moves, and is freed as one."""
+    """The memory that requests point to."""
 
-    cdef char **block  # begins with a pointer to the block before it
-    cdef char *unused
-    cdef size_t left, block_size
+    cdef arena memory
     cdef char **callers  # the caller's environment, a block of its own
 
-    def __cinit__(self):
-        self.block_size = 4096
-
     def __dealloc__(self):
-        while self.block is not NULL:
-            before = <char **>self.block[0]
-            PyMem_Free(self.block)
-            self.block = before
+        arena_free(&self.memory)
         free(self.callers)
 
     cdef void *take(self, size_t size) except NULL:
-        cdef size_t whole = (size + sizeof(void *) - 1) & ~(sizeof(void *) - 1)
-        if whole > self.left:
-            self.block_size = max(2 * self.block_size, whole + sizeof(void *))
-            fresh = <char **>PyMem_Malloc(self.block_size)
-            if fresh is NULL:
-                raise MemoryError()
-            fresh[0] = <char *>self.block
-            self.block = fresh
-            self.unused = <char *>(fresh + 1)
-            self.left = self.block_size - sizeof(void *)
-        taken = self.unused
-        self.unused += whole
-        self.left -= whole
+        taken = arena_take(&self.memory, size)
+        if taken is NULL:
+            raise MemoryError()
         return taken
 
     cdef char *text(self, object part) except NULL:
@@ -118,7 +99,7 @@ cdef class _Arena:
         return taken
 
     cdef char **environment(self, env, size_t *count) except NULL:
-        """``env`` as execve(2) takes it, and how many variables it has; None is the caller's."""
+        """``env`` as execve(2) takes it, with the number of its variables in ``count``; None is the caller's."""
         cdef size_t room
         cdef char **taken
         count[0] = 0
@@ -143,7 +124,7 @@ cdef class _Arena:
         return self.callers
 
     cdef unsigned int *ints(self, values) except NULL:
-        """A C array of int (descriptors) or gid_t (groups): both are 32 bits wide. OverflowError for what is wider."""
+        """A C array of int (descriptors) or gid_t (groups), which are 32 bits wide. Raises OverflowError for more."""
         cdef size_t count = 0
         cdef tuple fixed = tuple(values)
         taken = <unsigned int *>self.take(len(fixed) * sizeof(unsigned int))
@@ -154,7 +135,11 @@ cdef class _Arena:
 
 
 cdef class Pidfd:
-    """A process file descriptor, closed with its last reference: a thread that waits on it keeps it open."""
+    """A process file descriptor (pidfd_open(2)). It is closed with its last reference, not while a thread waits on it.
+
+    Args:
+        fd: the descriptor, which this object owns from now on.
+    """
 
     cdef readonly int fd
 
@@ -168,17 +153,23 @@ cdef class Pidfd:
         return self.fd
 
     def send_signal(self, int sig, bint group=False):
-        """Signal the process, or with ``group`` the process group that it leads or led. Returns 0 or an errno.
+        """Send a signal by pidfd_send_signal(2).
 
-        pidfd_send_signal(2); for a group the flag is PIDFD_SIGNAL_PROCESS_GROUP of Linux 6.9.
+        Args:
+            sig: the signal's number.
+            group: signal the process group that the process leads or led (PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9).
+
+        Returns:
+            0 or an errno: EINVAL where the kernel does not know the flag, ENOSYS where there are no pidfds.
         """
         return spawn_pidfd_signal(self.fd, sig, group)
 
 
 def clone_is_honoured():
-    """Whether clone(CLONE_VM | CLONE_VFORK) does what it says here: tried on a child that ends at once.
+    """Try with a child, which ends at once, whether clone(CLONE_VM | CLONE_VFORK) does here what clone(2) says.
 
-    Raises OSError when no child could be made.
+    Raises:
+        OSError: no child could be made.
     """
     cdef int honoured
     with nogil:
@@ -189,7 +180,7 @@ def clone_is_honoured():
 
 
 def pack_ids(ids):
-    """The bit mask of ``ids`` as the kernel takes it: whole unsigned longs, lowest first."""
+    """The bit mask of ``ids``, numbers of CPUs or nodes, as the kernel takes it: unsigned longs, the lowest first."""
     cdef unsigned long bits = sizeof(unsigned long) * CHAR_BIT
     cdef unsigned long words = max(ids, default=0) // bits + 1
     packed = bytearray(words * sizeof(unsigned long))
@@ -200,7 +191,15 @@ def pack_ids(ids):
 
 
 def set_mempolicy(int mode, bytes node_mask):
-    """set_mempolicy(2) for the calling thread alone; node_mask is from pack_ids, or None. Returns 0 or an errno."""
+    """Set the memory policy of the calling thread by set_mempolicy(2).
+
+    Args:
+        mode: MPOL_* of <numaif.h>.
+        node_mask: of pack_ids(); None for a mode without nodes.
+
+    Returns:
+        0 or an errno: ENOSYS where the system has no memory policies.
+    """
     if node_mask is None:
         return spawn_set_mempolicy(mode, NULL, 0)
     return spawn_set_mempolicy(
@@ -209,7 +208,7 @@ def set_mempolicy(int mode, bytes node_mask):
 
 
 cdef int _set_stream(_Arena arena, spawn_stream *stream, object target) except -1:
-    # A descriptor, one of the two constants, or (path, open flags).
+    """``target`` is a descriptor, one of the constants STREAM_*, or (path, open flags)."""
     stream.path = NULL
     stream.fd = STREAM_INHERIT
     stream.open_flags = 0
@@ -222,7 +221,7 @@ cdef int _set_stream(_Arena arena, spawn_stream *stream, object target) except -
 
 
 cdef int _index(object number) except? -1:
-    # Cython's own conversion would cut 1.5 down to 1.
+    # Cython's own conversion would make 1.5 a 1.
     return PyNumber_Index(number)
 
 
@@ -239,7 +238,7 @@ cdef int _check_pass_fds(tuple fds) except -1:
 cdef int _set_common(
     _Arena arena, spawn_request *request, cwd, bint new_session, int death_signal, int cgroup_fd
 ) except -1:
-    """What the ranks of a crew share; what only a single start can have is set as if nobody had asked for it."""
+    """Set what the ranks of a crew share. What only a single start can ask for is set as not asked for."""
     request.cwd = NULL if cwd is None else arena.text(cwd)
     request.new_session = new_session
     request.death_signal = death_signal
@@ -278,7 +277,7 @@ cdef int _set_ids(_Arena arena, spawn_request *request, gid, groups, uid) except
 cdef int _set_own(
     _Arena arena, spawn_request *request, streams, bytes cpu_mask, int mem_mode, bytes node_mask, bint binding_required
 ) except -1:
-    """What each rank has of its own, beside its command and its environment. The masks must be kept by the caller."""
+    """Set what each rank has of its own beside its command and environment. The caller must keep the masks alive."""
     cdef int i
     for i in range(3):
         _set_stream(arena, &request.streams[i], streams[i])
@@ -298,7 +297,7 @@ cdef int _set_own(
 
 
 cdef object _told(object owner, spawn_result *result, int outcome):
-    """Give a started process to its owner; what there is to say of the start."""
+    """Give a started process to its owner. Returns what spawn() returns."""
     if outcome == SPAWN_DECLINED:
         return None
     if outcome == SPAWN_STARTED:
@@ -316,20 +315,29 @@ def spawn(
     bint new_session, process_group, gid, groups, uid, umask, bytes cpu_mask, int mem_mode, bytes node_mask,
     bint binding_required, int death_signal, int cgroup_fd, spawn_mechanism mechanism,
 ):
-    """Start one process for ``owner``; the other arguments are the fields of struct spawn_request.
+    """Start one process for ``owner``. The other arguments are fields of struct spawn_request in csrc/spawn.h.
 
-    A started process is given to its owner here, as pid, _pidfd (a Pidfd or None), _executed_ns (of CLOCK_MONOTONIC)
-    and _child_created: a signal handler that raises, such as Ctrl-C's, runs as soon as this call returns, and must find
-    an owner to clean up.
+    Args:
+        owner: has the attributes pid, _pidfd (a Pidfd or None), _executed_ns (of CLOCK_MONOTONIC) and _child_created,
+            which are set here when the process was started. A signal handler that raises, such as Ctrl-C's, runs as
+            soon as this call returns, and must find an owner to clean up.
+        argv, executables: iterables of what os.fsencode() takes; executables are tried in order.
+        env: a mapping of what os.fsencode() takes, or None for the caller's environment.
+        cwd: what os.fsencode() takes, or None for the caller's.
+        streams: three, each a descriptor, -1 to inherit, SAME_AS_STDOUT, or (path, flags of open(2)).
+        parent_ends: three descriptors, -1 for none.
+        pass_fds: descriptors in ascending order.
+        process_group, umask: -1 leaves them unchanged; so does None for gid, groups, uid, cpu_mask and node_mask.
+        cpu_mask, node_mask: of pack_ids().
+        mechanism: CLONE or POSIX_SPAWN.
 
-    argv, executables: text or bytes. cwd: the same, or None. env: a mapping or None for the caller's. streams: three of
-    what _set_stream takes. cpu_mask, node_mask: from pack_ids, or None.
+    Returns:
+        None when the mechanism cannot express the request. Else (step, errno of the step, errno of a refused affinity,
+        errno of a refused memory policy), where step is an index of STEP_NAMES, and 0 when the program was executed.
+        ALL_DONE itself stands for four zeros.
 
-    Returns None when the mechanism cannot express the request, else (step, errno of the step, errno of a refused
-    affinity, errno of a refused memory policy); step is an index into STEP_NAMES, 0 when the program was executed.
-    ALL_DONE itself stands for four zeros.
-
-    Raises TypeError and ValueError as subprocess does for arguments that cannot be passed on.
+    Raises:
+        TypeError, ValueError: an argument cannot be passed on; as subprocess raises them.
     """
     cdef spawn_request request
     cdef spawn_result result
@@ -359,10 +367,12 @@ def spawn(
 
 
 cdef class Crew:
-    """Ranks that are started in one call, by several threads. add() each, then run(); any thread may call started().
+    """Ranks that one call starts by several threads: add() each, then run(); any thread may call started().
 
-    count: how many there will be. env: the environment that they share, a mapping, or None for the caller's. The other
-    arguments are fields of struct spawn_request.
+    Args:
+        count: how many ranks add() will be called for, at most.
+        env: the environment that they share, a mapping, or None for the caller's.
+        cwd, new_session, death_signal, cgroup_fd, guard_fd: as spawn() takes them; -1 for no cgroup or no guard.
     """
 
     cdef _Arena arena
@@ -372,7 +382,7 @@ cdef class Crew:
     cdef size_t room, variables
     cdef dict places, masks
     cdef list owners
-    cdef object argv, executables  # the last that were encoded
+    cdef object argv, executables  # those that were encoded last
 
     def __cinit__(self, size_t count, env, cwd, bint new_session, int death_signal, int cgroup_fd, int guard_fd):
         self.arena = _Arena()
@@ -392,7 +402,15 @@ cdef class Crew:
         self, owner, argv, executables, env, streams, bytes cpu_mask, int mem_mode, bytes node_mask,
         bint binding_required,
     ):
-        """The next rank: as for spawn(); ``env`` is what it has beside or instead of the shared variables."""
+        """Add the next rank. The arguments are those of spawn(), but for ``env``.
+
+        Args:
+            env: the rank's own variables, a mapping of text. They come before the shared variables of the same names.
+
+        Raises:
+            IndexError: ``count`` ranks have been added.
+            TypeError, ValueError: an argument cannot be passed on.
+        """
         cdef size_t rank = self.crew.count
         cdef spawn_request *request = &self.requests[rank]
         if rank == self.room:
@@ -412,7 +430,7 @@ cdef class Crew:
         self.crew.count += 1
 
     cdef bytes kept(self, bytes mask):
-        """The first mask that was like ``mask``: ranks for the same CPUs have the same pointer."""
+        """The first mask that was equal to ``mask``, because crew.c compares the masks of ranks as pointers."""
         return None if mask is None else <bytes>self.masks.setdefault(mask, mask)
 
     cdef char **with_own(self, env) except NULL:
@@ -423,7 +441,7 @@ cdef class Crew:
             pair = self.arena.pair(name, value)
             place = self.places.get(name)
             if place is None:
-                place = self.places[name] = self.place_of(pair)
+                place = self.places[name] = environment_index(self.common.envp, self.variables, pair)
             if place >= 0:
                 taken[<size_t>place] = pair
             elif count == room:
@@ -434,20 +452,16 @@ cdef class Crew:
         taken[count] = NULL
         return taken
 
-    cdef Py_ssize_t place_of(self, const char *pair):
-        """Where the shared variable of the same name is, or -1."""
-        cdef size_t i, size = strchr(pair, c'=') - pair + 1
-        for i in range(self.variables):
-            if strncmp(self.common.envp[i], pair, size) == 0:
-                return i
-        return -1
-
     def run(self, spawn_mechanism mechanism, unsigned int workers):
-        """Start those that are not started yet, by ``workers`` threads, of which this one may be one.
+        """Start the ranks that are not started yet. Each started process is given to its owner, as by spawn().
 
-        Each started process is given to its owner, as by spawn(). Returns what there is to say of the others, and of
-        those with refused steps: a list of (rank, what spawn() returns), in rank order. After the first failure no
-        other start is begun, and those that are not are left out.
+        Args:
+            mechanism: CLONE or POSIX_SPAWN.
+            workers: how many threads start ranks; the calling thread may be one of them.
+
+        Returns:
+            (rank, what spawn() returns) of each that was tried and is not ALL_DONE, in the order of ranks. After the
+            first failure no other start is begun.
         """
         cdef size_t rank
         self.crew.mechanism = mechanism
@@ -467,5 +481,5 @@ cdef class Crew:
         return said
 
     def started(self):
-        """How many are started so far. Any thread may ask while run() is under way."""
+        """How many ranks are started so far. Any thread may ask during run()."""
         return spawn_many_started(&self.crew)

@@ -1,12 +1,12 @@
-"""CPython's own tests of multiprocessing, with our context in the place of the stock one of the same name.
+"""Runs CPython's own tests of multiprocessing with our context in place of the stock one of the same name.
 
     python tests/cpython/contexts.py spawn
     python tests/cpython/contexts.py forkserver --match '*TestProcess*'
     python tests/cpython/contexts.py --stock spawn
 
-It is run by hand, in an interpreter that has rankspawn: it takes minutes, and is of use when a context or a Python is
-new. The tests are those of `test._test_multiprocessing`, put together as `test.test_multiprocessing_spawn` does: in
-parts, each in an interpreter of its own, because some set the start method of the program and leave it.
+Run it by hand, in an interpreter that has rankspawn, when a context or a Python is new: it takes minutes. The tests are
+those of `test._test_multiprocessing`, put together as in `test.test_multiprocessing_spawn`. They run in parts, each in
+an interpreter of its own, because some of them set the start method of the program and leave it so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ parser.add_argument("--stock", action="store_true", help="leave the stock contex
 parser.add_argument("--match", action="append", help="run only the tests whose full name matches this pattern")
 parser.add_argument("--part", help=argparse.SUPPRESS)
 parser.add_argument("method", choices=["spawn", "forkserver"])
-# Processes of the tests run this module too, with the same arguments: what they unpickle stands here.
+# Processes of the tests run this module too, with the same arguments, because what they unpickle is defined here.
 options = parser.parse_args(sys.argv[1:])
 
 if options.part:
@@ -45,7 +45,7 @@ if options.part:
 
 
 def put_ours_in_place() -> list[int]:
-    """Returns the pids of the processes that our context starts from now on."""
+    """Put our context in place; return a list that gets the pids of the processes that it starts from now on."""
     from multiprocessing import context
 
     import rankspawn
@@ -65,7 +65,7 @@ def put_ours_in_place() -> list[int]:
 
 
 def run_part() -> bool:
-    # Started in the background of a shell, Python would leave SIGINT ignored, which the tests send.
+    # The tests send SIGINT. A shell ignores SIGINT for its background commands, and Python would leave it ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     started = [] if options.stock else put_ours_in_place()
     loader = unittest.TestLoader()
@@ -82,7 +82,7 @@ def main() -> int:
 
     parts = ["processes", "threads", "manager", "others"]
     if "only_type" not in inspect.signature(_test_multiprocessing.install_tests_in_module_dict).parameters:
-        parts = ["all"]  # Python 3.10 knows no parts
+        parts = ["all"]  # Python 3.10 does not know parts
     command = [sys.executable, __file__, *sys.argv[1:], "--part"]
     return sum(subprocess.run([*command, part]).returncode != 0 for part in parts)
 

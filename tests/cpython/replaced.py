@@ -1,12 +1,12 @@
 """Run one of CPython's own test modules with ``subprocess.Popen`` replaced, and say in JSON lines what happened.
 
-`run.py` starts this file inside each target interpreter, once with ``--popen`` (ours) and once without (the stock
-class): everything else is the same in the two runs, so that a difference in their results is one of the classes.
+`run.py` starts this file in each tested interpreter, once with ``--popen`` (ours) and once without (the stock class).
+Everything else is the same in the two runs, so that a difference in their results comes from the classes.
 
 The report is a file that is opened, appended to and closed for every line. It is never held open, because the tests of
 `subprocess` look at the file descriptors of this very process. Each line is an object with an ``event``:
 
-``start``    a test begins; the last one without an ``end`` is the one that a crash or a time-out interrupted
+``start``    a test begins; a crash or a time-out interrupted the last one that has no ``end``
 ``outcome``  one result (a test can have several: its sub-tests, its body, its tear-down)
 ``end``      the test is over; carries what it left in the interpreter's hooks
 ``done``     the module is over; carries the counts and what the whole run left behind
@@ -58,11 +58,11 @@ class Spawns:
     """Counts calls of ``_execute_child``: which class was asked, and by which mechanism the child was made."""
 
     def __init__(self) -> None:
-        # Our class, by the value of its attribute `mechanism` after the call ("none": it failed before choosing one).
+        # Calls of our class, by its attribute `mechanism` after the call ("none": it failed before it chose one).
         self.by_mechanism: collections.Counter[str] = collections.Counter()
-        # The stock method, entered through an object of our class: our class handed the call on.
+        # Calls of the stock method by an object of our class, which handed the call on.
         self.handed_on = 0
-        # The stock method, entered through an object that is not of our class: it escaped the replacement.
+        # Calls of the stock method by an object that is not of our class: it escaped the replacement.
         self.stock = 0
 
     def watch_stock(self, ours: type | None) -> None:
@@ -86,24 +86,24 @@ class Spawns:
             try:
                 return original(popen, *args, **kwargs)
             finally:
-                # A failed spawn counts too: that it fails as the stock class does is half of what the tests ask.
+                # A failed spawn counts too: half of the tests are about failing as the stock class does.
                 self.by_mechanism[str(getattr(popen, "mechanism", None) or "none")] += 1
 
         ours._execute_child = watched
 
 
 def replace_popen(where: str, spawns: Spawns) -> None:
-    """Put the class named by `where` (``module:attribute``) in the place of `subprocess.Popen`, everywhere.
+    """Put the class named by `where` (``module:attribute``) in place of `subprocess.Popen`, everywhere.
 
     `subprocess.run`, `call`, `check_output` and asyncio's transport look the class up in `subprocess` when they are
-    called. A module that did ``from subprocess import Popen`` before now has a name of its own for it, which is
-    replaced as well. The package of our class is left alone: it needs the stock class as its base.
+    called. In a module that has already done ``from subprocess import Popen``, that name is replaced as well. The
+    package of our class is left alone, because it needs the stock class as its base.
     """
     module_name, _, attribute = where.partition(":")
     ours = getattr(importlib.import_module(module_name), attribute)
     if ours is StockPopen or not issubclass(ours, StockPopen):
         raise SystemExit(f"{where} is not a subclass of subprocess.Popen")
-    # Some module of the package may have the class without being the module that was named.
+    # The class may be defined in another package than the one that was named.
     packages = {module_name.partition(".")[0], ours.__module__.partition(".")[0]}
     spawns.watch_stock(ours)
     spawns.watch_ours(ours)
@@ -117,7 +117,7 @@ def replace_popen(where: str, spawns: Spawns) -> None:
 
 
 class Result(unittest.TextTestResult):
-    """The usual text for a person, and the same in JSON lines for `run.py`."""
+    """Writes the usual text for people, and the same as JSON lines for `run.py`."""
 
     report: Report
 
@@ -129,8 +129,8 @@ class Result(unittest.TextTestResult):
 
     def startTestRun(self) -> None:
         super().startTestRun()
-        # What a `__del__` raises or warns about reaches no assertion, so it is collected here, test by test. Tests that
-        # expect such a thing put their own hook in the place of this one for as long.
+        # No assertion sees what a `__del__` raises or warns of, so it is collected here, test by test. Tests that expect
+        # it replace this hook with their own for that time.
         sys.unraisablehook = self._unraisable_raised
         self._show_warning = warnings.showwarning
         warnings.showwarning = self._warning_shown
@@ -157,8 +157,8 @@ class Result(unittest.TextTestResult):
 
     def stopTest(self, test: unittest.TestCase) -> None:
         super().stopTest(test)
-        # CPython's runner fails a test that left the environment altered (children not reaped, threads left); its flag
-        # lives in a module that only the tests import, and that an early failure may have left unimported.
+        # CPython's runner fails a test that leaves children or threads behind. Its flag is in a module that only the
+        # tests import; after an early failure the module may not have been imported.
         support = sys.modules.get("test.support")
         altered = bool(getattr(support, "environment_altered", False))
         if support is not None and altered:
@@ -202,12 +202,13 @@ class Result(unittest.TextTestResult):
 
 
 def open_fds() -> int:
-    """How many file descriptors this process has open (the one that lists them not counted)."""
+    """How many file descriptors this process has open, without the one that lists them."""
     return len(os.listdir("/dev/fd")) - 1
 
 
 def unreaped_children() -> int:
-    """How many children of this process nobody has waited for. Those that ended are reaped, one that runs counts 1."""
+    """How many children of this process nobody has waited for. This reaps those that have ended; those that still run
+    count as one."""
     count = 0
     while True:
         try:
@@ -228,7 +229,7 @@ def main() -> None:
     parser.add_argument("module", help="dotted name of the test module")
     options = parser.parse_args()
 
-    faulthandler.enable()  # run.py ends a run that takes too long with SIGABRT: the log then says where it hung.
+    faulthandler.enable()  # run.py ends a run that takes too long with SIGABRT: the log then shows where it hung.
     report = Report(options.report)
     Result.report = report
     spawns = Spawns()
@@ -238,7 +239,7 @@ def main() -> None:
     else:
         spawns.watch_stock(None)
 
-    # Imported by name after the replacement: the test modules derive their own classes from `subprocess.Popen`.
+    # Imported after the replacement, because the test modules derive their own classes from `subprocess.Popen`.
     loader = unittest.TestLoader()
     loader.testNamePatterns = options.match
     tests = loader.loadTestsFromName(options.module)
@@ -254,7 +255,7 @@ def main() -> None:
         mechanisms=dict(spawns.by_mechanism),
         handed_on=spawns.handed_on,
         stock=spawns.stock,
-        # What the whole module left behind. The stock class is measured alike: only more than it leaves is a fault.
+        # What the whole module left behind. It is a fault only if it is more than the stock class leaves.
         left={
             "file descriptors": open_fds() - fds,
             "children": unreaped_children(),

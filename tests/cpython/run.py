@@ -1,16 +1,16 @@
 """Run CPython's own tests of `subprocess` on `rankspawn.Popen`, and compare with the stock class on the same machine.
 
-For every CPython from 3.10 on that is installed (on PATH, or among pyenv's versions) this builds the project into a
-virtual environment under ``.venv-cpython/``, runs ``test.test_subprocess`` and ``test.test_asyncio.test_subprocess``
-once with the stock class and once with `subprocess.Popen` replaced, and fails where ours does worse in anything:
+For every installed CPython from 3.10 on (on PATH, or among pyenv's versions) this builds the project into a virtual
+environment under ``.venv-cpython/`` and runs ``test.test_subprocess`` and ``test.test_asyncio.test_subprocess``, once
+with the stock class and once with `subprocess.Popen` replaced. It fails where ours does worse in anything:
 
 * a failure or an error that the stock class does not have, unless ``excepted.txt`` names the test with a reason;
 * a test that the stock class runs, and ours skips or never reaches (a crash, a time-out);
 * children, threads or file descriptors left behind, exceptions in a ``__del__``, that the stock class does not leave;
-* a listed exception that passes or does not exist: the list must not outlive its reasons;
+* a test in ``excepted.txt`` that passes or does not exist: the list must not outlive its reasons;
 * a run that did not use our class, or in which an object of the stock class made a child after all.
 
-Standard library only, so that any Python can start it: ``python3 -m tests.cpython.run --help``.
+It uses the standard library only, so that any Python can start it: ``python3 -m tests.cpython.run --help``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ VENVS = ROOT / ".venv-cpython"
 MODULES = ("test.test_subprocess", "test.test_asyncio.test_subprocess")
 MECHANISMS = ("clone", "posix_spawn", "subprocess")
 
-# Products of a build in the checkout: they are neither part of what is hashed nor of what is built from.
+# Products of a build in the checkout: they are neither hashed nor copied for a build.
 BUILT = ("__pycache__", "*.so", "*.pyd", "*.egg-info", "_spawn.c")
 
 
@@ -104,7 +104,7 @@ class Row:
 
 
 def sources() -> list[Path]:
-    """The files that a build is made of, as far as a change in them must lead to a new build."""
+    """The files of which a change must lead to a new build."""
     files = [path for path in (ROOT / "setup.py", ROOT / "pyproject.toml") if path.exists()]
     for folder in (ROOT / "src", ROOT / "csrc"):
         for path in sorted(folder.rglob("*")):
@@ -132,10 +132,10 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def installed(interpreter: Interpreter, say: bool) -> list[str]:
-    """Build and install the project for `interpreter`, unless that is done; return the folders to import it from.
+    """Build and install the project for `interpreter`, if that is not done yet; return the folders to import it from.
 
-    The tests run in the interpreter itself with these folders added, not in the virtual environment: CPython skips
-    several tests of `subprocess` inside one.
+    The tests run in the interpreter itself, with these folders added, and not in the virtual environment, because in
+    one CPython skips several tests of `subprocess`.
     """
     venv = VENVS / interpreter.tag
     python = venv / "bin" / "python"
@@ -145,10 +145,10 @@ def installed(interpreter: Interpreter, say: bool) -> list[str]:
         if say:
             print(f"{interpreter.tag}: building and installing the project", flush=True)
         stamp.unlink(missing_ok=True)
-        # `--clear` only where the environment cannot be used: installing anew into a good one is much faster.
+        # `--clear` only where the environment cannot be used, because installing into a good one is much faster.
         if python.resolve() != Path(interpreter.executable) or not works([str(python), "-m", "pip", "--version"]):
             run_logged([interpreter.executable, "-m", "venv", "--clear", str(venv)])
-        # Built from a copy: builds leave files beside the sources, and several people may build in this checkout.
+        # Built from a copy, because a build leaves files beside the sources, and several may build in this checkout.
         with tempfile.TemporaryDirectory(prefix="rankspawn-build-") as folder:
             copy = Path(folder) / "rankspawn"
             copy.mkdir()
@@ -175,7 +175,7 @@ def works(command: list[str]) -> bool:
 
 def run_logged(command: list[str]) -> None:
     """Run a command of the set-up; show what it printed only if it fails."""
-    # An install that went on without the engine would test the standard library against itself.
+    # Without the engine, the tests would compare the standard library with itself.
     environment = {**os.environ, "RANKSPAWN_REQUIRE_EXTENSION": "1"}
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -198,7 +198,7 @@ def run_module(
 ) -> Run:
     """Run `module` in `interpreter`, with the class named by `popen` in place, or the stock one where it is None."""
     run = Run()
-    # Settings of the caller's Python are not settings of the interpreter under test.
+    # The settings of the caller's Python must not become settings of the tested interpreter.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "RANKSPAWN_"))}
     if popen and mechanism:
         environment["RANKSPAWN_MECHANISM"] = mechanism
@@ -224,7 +224,7 @@ def run_module(
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # A group of its own, so that whatever a test left running can be ended with it.
+                # A process group of its own, so that one signal ends whatever a test left running.
                 start_new_session=True,
             )
             try:
@@ -236,7 +236,7 @@ def run_module(
                         run.ending = f"exit status {status}"
                 except subprocess.TimeoutExpired:
                     run.ending = f"not done after {timeout:g} s"
-                    process.send_signal(signal.SIGABRT)  # faulthandler writes into the log where every thread is.
+                    process.send_signal(signal.SIGABRT)  # faulthandler then writes every thread's stack into the log.
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(10)
             finally:
@@ -306,10 +306,10 @@ def compare(
     whole: bool,
     again: Callable[[str], str],
 ) -> tuple[list[str], list[str], int]:
-    """What is wrong with `ours`, measured by `stock`; remarks; and how many tests were excepted.
+    """What is wrong with `ours`, compared with `stock`; remarks; and how many tests were excepted.
 
-    `whole`: all tests of the module ran, so that a listed exception that did not run does not exist. `again` runs one
-    test alone a few times and says how often it failed: a diagnosis for whoever reads the fault, not a second chance.
+    `whole`: all tests of the module ran, so that an excepted test that did not run does not exist. `again` runs one
+    test alone a few times and says how often it failed. That helps whoever reads the fault, and is no second chance.
     """
     faults: list[str] = []
     notes: list[str] = []
@@ -320,7 +320,7 @@ def compare(
         if new and name in excepted:
             used.add(name)
         elif new:
-            # A class that is broken altogether fails hundreds of tests: the first few say enough.
+            # A class that is broken altogether fails hundreds of tests: to run the first few again is enough.
             alone = again(name) if len(faults) < 5 else "not run again"
             for sub, texts in new.items():
                 text = indented("\n".join(texts))
@@ -332,12 +332,12 @@ def compare(
         news = Counter(record.unraisable) - Counter(reference.unraisable)
         if news:
             faults.append(f"{name}: raised where nobody can catch it, only with ours: {', '.join(news)}")
-    # Where the run broke off, that alone is said, below.
+    # Where the run broke off, only that is reported, below.
     for name in sorted(stock.tests.keys() - ours.tests.keys()) if ours.finished else ():
         faults.append(f"{name} ran with the stock class and not with ours")
     for name in sorted(excepted):
         if mechanism == "subprocess" or not whole or not ours.finished:
-            # On the standard library's own path the mocked internals are used, and nothing needs to be excepted.
+            # The standard library's own path uses the internals that tests mock, so no test needs to be excepted.
             continue
         if name not in ours.tests:
             faults.append(f"stale exception: {name} does not exist here")
@@ -362,7 +362,7 @@ def compare(
 
 
 def usage_faults(ours: Run, mechanism: str | None) -> list[str]:
-    """Reasons to think that the run did not use our class, or not as it says of itself."""
+    """Reasons to think that the run did not use our class, or that the class misreports its mechanism."""
     faults: list[str] = []
     if not ours.finished:
         return faults
@@ -382,7 +382,7 @@ def usage_faults(ours: Run, mechanism: str | None) -> list[str]:
 
 
 def test_interpreter(interpreter: Interpreter, options: argparse.Namespace, exceptions: list[Excepted]) -> list[Row]:
-    """All rows of one interpreter."""
+    """The rows of the table for one interpreter."""
     rows = []
     with locked(VENVS / f"{interpreter.tag}.lock"):
         paths = list(options.path) if options.path else installed(interpreter, say=True)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from rankspawn._binding import parse_ids
+from rankspawn._ids import parse_ids
 from rankspawn._place.devices import parse_devices
 
 TIMEOUT = 300.0  # torch's first start on a machine reads gigabytes

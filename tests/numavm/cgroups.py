@@ -14,13 +14,13 @@ from pathlib import Path
 V2 = Path("/sys/fs/cgroup")
 V1 = Path("/run/cpuset")
 
-# A group that was removed, or a hierarchy that was unmounted, holds its controller for a moment longer.
+# A cgroup that was removed, or a hierarchy that was unmounted, holds its controller for a moment longer.
 PATIENCE_SECONDS = 20.0
 _HELD = (errno.EBUSY, errno.ENOENT)
 
 
 def patiently(attempt: Callable[[], object]) -> None:
-    """Try for as long as the controller may be held."""
+    """Call ``attempt`` again and again for as long as the controller may be held."""
     until = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
@@ -54,7 +54,7 @@ class Group:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """This process, which has one thread, in the group."""
+        """Put this process, which has one thread, into the group for the block."""
         self["cgroup.procs"] = "0"
         try:
             yield
@@ -98,7 +98,7 @@ class Group:
 
 @contextmanager
 def mounted_v1() -> Iterator[None]:
-    """The cpuset controller as cgroup v1, which it can be when no group of v2 uses it.
+    """Mount the cpuset controller as cgroup v1, which is possible while no group of v2 uses it.
 
     Raises OSError (EINVAL) where the kernel is built without it, as Debian's is from 6.12 on.
     """
@@ -113,7 +113,7 @@ def mounted_v1() -> Iterator[None]:
         libc.umount2(os.fsencode(V1), 0)
         time.sleep(0.02)
         if "cpuset" not in V2.joinpath("cgroup.controllers").read_text():
-            # A hierarchy outlives its last mount where a group of it has been removed only just: then once more.
+            # A hierarchy outlives its last mount when one of its groups was just removed: mount and unmount it again.
             mount()
             raise OSError(errno.EBUSY, "umount")
 

@@ -1,4 +1,4 @@
-"""Cpusets of cgroup v2 and v1: a launcher inside one, a child born in one, and what lies outside."""
+"""Cpusets of cgroup v2 and v1: a launcher in a cpuset, a child born in one, and CPUs and nodes outside of it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from rankspawn import BindingError
+from rankspawn._binding import PlacementError
 from rankspawn._place.plan import place, plan
-from rankspawn._place.topology import PlacementError, Topology
+from rankspawn._place.topology import Topology
 from tests.numavm import machine
 from tests.numavm.cgroups import Group, group_of
 from tests.numavm.checks_memory import assert_only_on
@@ -19,7 +20,7 @@ from tests.numavm.kernel_says import ids, masks, own_cpus
 Start = Callable[..., Touched]
 Cpuset = Callable[[str, str], Group]
 
-# A socket's both nodes, one of them in part, and the memory of one node and of the node without CPUs.
+# CPUs of both nodes of a socket, and the memory of node 2 and of the node without CPUs.
 CPUS, MEMS = "8-12", "2,4"
 
 
@@ -28,7 +29,7 @@ def test_a_binding_within_the_cpuset(cpuset: Cpuset, touched: Start) -> None:
         child = touched(bound({9, 10}, "bind", {4}))
         assert masks(child.pid) == (ids("9,10"), ids(MEMS))
         assert_only_on(child, {4})
-        # Without a binding, what is inherited.
+        # Without a binding, the child inherits the launcher's.
         child = touched(None)
         assert masks(child.pid) == (ids(CPUS), ids(MEMS))
         assert_only_on(child, ids(MEMS))
@@ -66,7 +67,7 @@ def test_plans_stay_inside(cpuset: Cpuset, touched: Start) -> None:
     with cpuset(CPUS, MEMS).entered():
         topology = Topology.read()
         assert (topology.allowed_cpus, topology.allowed_nodes) == (ids(CPUS), ids(MEMS))
-        # In the cpuset node 2 has CPUs 8, 9 and 12, node 3 has 10 and 11 and no memory that may be used.
+        # In the cpuset node 2 has CPUs 8, 9 and 12; node 3 has CPUs 10 and 11, and its memory may not be used.
         ranks = plan(topology, "node", devices=[machine.device_of(3), machine.device_of(machine.MEMORY_ONLY)])
         assert [rank.binding.cpus for rank in ranks] == [{10, 11}, {8, 9, 12}]
         assert [rank.cpus for rank in place(topology, "exclusive", nprocs=3)] == [{8, 9}, {12}, {10, 11}]
@@ -93,7 +94,7 @@ def test_plans_stay_inside_the_inherited_mask(touched: Start) -> None:
 
 
 def test_a_child_is_born_in_a_cpuset_and_bound_within(touched: Start) -> None:
-    """The launcher is outside: what it may use is more than what its child may."""
+    """The launcher is outside of the cpuset, and may use more than its child."""
     with Group.cpuset("v2", CPUS, MEMS) as group:
         child = touched(bound({8, 11}, "bind", {4}), cgroup=group.folder)
         assert group_of(child.pid) == "/few"

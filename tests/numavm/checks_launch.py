@@ -1,4 +1,4 @@
-"""The command, the handler, cgroups at birth and signals to groups, on the whole machine."""
+"""The command, the handler, cgroups at birth, and signals to process groups."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from rankspawn import AffinityMode, MemoryPolicy, NumaOptions, Popen, SubprocessHandler
-from rankspawn._place.topology import PlacementError
+from rankspawn._binding import PlacementError
 from tests.numavm import machine
 from tests.numavm.cgroups import Group, group_of
 from tests.numavm.conftest import Touched, bound
@@ -25,7 +25,7 @@ from tests.numavm.kernel_says import in_thread, masks_in, policy_of, private_nod
 
 Start = Callable[..., Touched]
 
-# The shell becomes cat, so that it is the rank's own process that tells of itself.
+# The shell executes cat in its own process, so that the files are those of the rank's process.
 TELL = "echo threads $OMP_NUM_THREADS; exec cat /proc/self/status /proc/self/numa_maps"
 
 
@@ -42,7 +42,7 @@ class Told:
 
 
 def run_ranks(folder: Path, count: int, *options: str, **variables: str) -> tuple[list[Told], str]:
-    """`rankspawn run` with these options; what each rank told, and what the launcher said."""
+    """Run `rankspawn run` with these options; what each rank told, and the launcher's stderr."""
     command = [sys.executable, "-m", "rankspawn", "run", "--nproc-per-node", str(count), "--log-dir", str(folder)]
     command += [*options, "--no-python", "/bin/sh", "-c", TELL]
     said = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=120)
@@ -61,7 +61,7 @@ def test_run_node_gives_each_rank_its_node(tmp_path: Path) -> None:
 
 def test_run_exclusive_gives_each_rank_its_cores(tmp_path: Path) -> None:
     ranks, _ = run_ranks(tmp_path, 8, "--numa-binding", "exclusive")
-    # By node, and within it by core.
+    # Ranks are placed by node, and within a node by core.
     dies = sorted(machine.DIES, key=lambda cpus: (machine.DIES[cpus], cpus))
     assert [tuple(sorted(told.cpus)) for told in ranks] == dies
     for told, cpus in zip(ranks, dies, strict=True):
@@ -123,7 +123,7 @@ def test_handler_splits_a_node_over_all_its_gpus(tmp_path: Path, gpus: None) -> 
 def test_handler_with_a_policy_that_is_refused(
     fall_back: bool, tmp_path: Path, gpus: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With falling back, the memory alone is left as it was."""
+    """Where the handler may fall back, only the memory policy is left out, and the CPUs are bound."""
     options = NumaOptions(AffinityMode.NODE, fall_back, MemoryPolicy("bind", frozenset({7})))
     if not fall_back:
         with pytest.raises(PlacementError, match="nodes 7 are absent"):
@@ -138,7 +138,7 @@ def test_handler_with_a_policy_that_is_refused(
 
 
 def without_clone3() -> None:
-    """Make clone3 fail with ENOSYS for the calling thread and what it starts, as older kernels and containers do."""
+    """Make clone3 fail with ENOSYS for the calling thread and its children, as on older kernels and in containers."""
     load, jump_if_equal, give_back = 0x20, 0x15, 0x06  # BPF: A = number; if (A == K) skip; return K
     allow, fail, number_of_clone3 = 0x7FFF0000, 0x00050000 | errno.ENOSYS, 435
     steps = [
@@ -155,9 +155,9 @@ def without_clone3() -> None:
 
 
 def test_a_child_is_born_in_its_cgroup(touched: Start) -> None:
-    """clone3 charges the new process to the cgroup that it is born in, and a full one refuses it. A process that is
-    moved is counted and never refused (the kernel's Documentation/admin-guide/cgroup-v2.rst, "PID"): so this can only
-    be a birth."""
+    """clone3 charges the new process to the cgroup that it is born in, and a full cgroup refuses it. A process that is
+    moved into a full cgroup is counted and never refused (the kernel's Documentation/admin-guide/cgroup-v2.rst, "PID").
+    So a refusal shows that the child is born in the cgroup."""
     with Group.of("pids", "jobs") as group:
         child = touched(bound(machine.CPUS[2], "bind", {3}), cgroup=group.folder)
         assert group_of(child.pid) == "/jobs"
@@ -180,7 +180,7 @@ def test_without_clone3_a_child_moves_into_its_cgroup_before_it_runs(touched: St
 
 
 def test_a_cgroup_that_takes_nobody_is_an_error(touched: Start) -> None:
-    """A group that hands its controllers down has no processes of its own (cgroup-v2.rst, "No Internal Process")."""
+    """A cgroup that gives its controllers to its children has no processes (cgroup-v2.rst, "No Internal Process")."""
     with Group.of("memory", "jobs") as group:
         inner = Group(group.folder / "inner")
         group["cgroup.subtree_control"] = "+memory"
@@ -198,11 +198,12 @@ def test_a_cgroup_that_takes_nobody_is_an_error(touched: Start) -> None:
 
 KERNEL = tuple(map(int, os.uname().release.split(".")[:2]))
 ADDRESSES_GROUPS = (6, 9)
-"""The first kernel that signals a process group by a pidfd of its leader, whether that one is there or not."""
+"""The first kernel that signals a process group by a pidfd of its leader, even when the leader was waited for."""
 
 
 def leader_with_a_child(leader: str) -> tuple[Popen, int]:
-    """A leader of its own session that has started a sleeping process, and then does ``leader``; the sleeper's pid."""
+    """A session leader that has started a sleeping process and then runs the shell code ``leader``; the sleeper's
+    pid."""
     command = ["/bin/sh", "-c", f"sleep 1000 & echo $!; {leader}"]
     process = Popen(command, stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None
@@ -212,7 +213,7 @@ def leader_with_a_child(leader: str) -> tuple[Popen, int]:
 
 
 def remaining(pids: Iterable[int], seconds: float = 10) -> list[int]:
-    """Those that are still there after that time. Orphans are reaped by the machine's first process."""
+    """Those that are still there after ``seconds``. The machine's init reaps orphans."""
     until = time.monotonic() + seconds
     while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
         if time.monotonic() > until:
@@ -222,7 +223,7 @@ def remaining(pids: Iterable[int], seconds: float = 10) -> list[int]:
 
 
 def kill_all(pids: Iterable[int]) -> None:
-    """End those that are still there, so that a failed check leaves none to the next."""
+    """Kill those that are still there, so that a failed check leaves none to the next one."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -261,11 +262,11 @@ def test_a_group_whose_leader_was_waited_for_is_signalled_or_the_kernel_is_named
 
 @pytest.mark.parametrize("status", [0, 3])
 def test_run_leaves_nothing_that_its_ranks_started(status: int, tmp_path: Path) -> None:
-    """Also where the kernel cannot signal a group whose leader was waited for."""
+    """This holds also where the kernel cannot signal a group whose leader was waited for."""
     # mv gives a file its name when it is whole: a rank that fails ends the other, which may have just opened its file.
     rank = f"cd {tmp_path}; sleep 1000 & echo $! > new.$RANK; mv new.$RANK $RANK; exit {status}"
     command = [sys.executable, "-m", "rankspawn", "run", "--nproc-per-node", "2", "--no-python", "/bin/sh", "-c", rank]
-    # To a file: a pipe would be read until the last of them has ended.
+    # Into a file, because run() would read a pipe until the last of the processes has ended.
     with open(tmp_path / "said", "wb") as said:
         assert subprocess.run(command, stdout=said, stderr=said, check=False, timeout=120).returncode == status
     sleepers = [int(path.read_text()) for path in tmp_path.glob("[01]")]

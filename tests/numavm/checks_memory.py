@@ -1,4 +1,4 @@
-"""Where the pages of a bound child are: every one of them, from the first page of its stack on, by move_pages(2)."""
+"""Where the pages of a bound child are: move_pages(2) tells the node of every page, from the first of the stack on."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from tests.numavm.machine import CPU_COUNT, CPUS, MEMORY_ONLY, NODES
 
 Start = Callable[..., Touched]
 
-# The kernel counts a page for each that it hands out, page tables too: a spread is even but for those.
+# The kernel interleaves all pages that it allocates, page tables too, so the spread of the others is not quite even.
 ODD_PAGES = 8
 ABSENT = 7
 WEIGHTS = Path("/sys/kernel/mm/mempolicy/weighted_interleave")
 
 
 def all_nodes(child: Touched) -> Counter[int | None]:
-    """How many pages of the child's stack and of the memory that it touched are on each node."""
+    """How many pages of the child's stack, and of the memory that it has touched, are on each node."""
     touched = nodes_from(child.pid, child.address, child.pages)
     assert None not in touched
     return Counter([*stack_nodes(child.pid), *touched])
 
 
 def assert_only_on(child: Touched, nodes: Iterable[int]) -> None:
-    """Every page of the child's own lies on ``nodes``, by both of the kernel's ways to tell."""
+    """Assert that every page of the child's own is on ``nodes``, by move_pages(2) and by numa_maps."""
     assert set(all_nodes(child)) <= set(nodes)
     assert set(+private_nodes(child.numa_maps)) <= set(nodes)
 
 
 @pytest.mark.parametrize("node", NODES)
 def test_bind(node: int, touched: Start) -> None:
-    # On the CPUs of another node: it is the policy that puts the pages there, and not who touched them.
+    # The child runs on another node's CPUs: so it is the policy that puts the pages on the node, and not the CPU.
     elsewhere = CPUS[(node + 1) % len(CPUS)]
     child = touched(bound(elsewhere, "bind", {node}))
     assert_only_on(child, {node})
@@ -145,7 +145,7 @@ def test_the_mask_is_what_was_asked(cpus: set[int], touched: Start) -> None:
 
 
 def test_arguments_of_many_pages_are_on_the_node(touched: Start) -> None:
-    """execve(2) copies them to the new stack before the program runs: the earliest pages that there are."""
+    """execve(2) copies the arguments to the new stack before the program runs: they are the earliest of its pages."""
     child = touched(bound(CPUS[0], "bind", {2}), env={"LONG": "x" * 100_000})
     assert len(stack_nodes(child.pid)) > 24
     assert_only_on(child, {2})
@@ -159,7 +159,7 @@ def test_with_other_arguments(more: dict[str, object], touched: Start) -> None:
 
 
 def test_a_whole_python_is_on_its_node(touched: Start) -> None:
-    """With huge pages, as far as the kernel gives them. An address is what touch prints, and this has none."""
+    """It has huge pages, as far as the kernel gives them. It prints 0 where touch prints an address."""
     code = "import sys; memory = bytearray(8 << 20); print(0, flush=True); sys.stdin.read()"
     child = touched(bound(CPUS[1], "bind", {2}), command=[sys.executable, "-Sc", code])
     nodes = +private_nodes(child.numa_maps)

@@ -1,4 +1,4 @@
-"""Topology.read against what QEMU was told, and against numactl and lscpu in the machine; the devices' nodes."""
+"""Topology.read compared with QEMU's arguments, and with numactl and lscpu in the machine; the devices' nodes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from rankspawn._binding import PlacementError
 from rankspawn._place.devices import as_devices, find_devices, locate
 from rankspawn._place.plan import place, plan
-from rankspawn._place.topology import PlacementError, Topology
+from rankspawn._place.topology import Topology
 from tests.numavm import machine
 from tests.numavm.cgroups import Group
 from tests.numavm.conftest import nvidia_gpus
@@ -50,7 +51,7 @@ def test_nodes_are_those_of_numactl() -> None:
 
 def test_cores_sockets_and_caches_are_those_of_lscpu() -> None:
     lines = output("lscpu", "--parse=CPU,CORE,SOCKET,NODE,CACHE").splitlines()
-    # The caches' columns come last, with commas or, in later versions, colons between.
+    # The caches' columns come last. They are separated by commas or, in later versions, by colons.
     rows = [line.replace(":", ",").split(",") for line in lines if not line.startswith("#")]
     topology = Topology.read()
 
@@ -115,7 +116,7 @@ def test_gpus_are_found_in_the_order_of_addresses(gpus: None) -> None:
 
 @pytest.mark.parametrize("mode", ["node", "socket", "exclusive", "core-complex"])
 def test_ranks_follow_their_gpus(mode: str, gpus: None) -> None:
-    # On nodes 3, 0, 1, 1 and 4; the last one's ranks go to the nearest node that has CPUs.
+    # The devices are on nodes 3, 0, 1, 1 and 4. The rank of the last one goes to the nearest node that has CPUs.
     nearest = machine.NEAREST_TO_MEMORY_ONLY
     ranks = plan(Topology.read(), mode)
     assert [rank.node for rank in ranks] == [3, 0, 1, 1, nearest]
@@ -143,7 +144,7 @@ def test_no_rank_is_ever_sent_to_the_node_without_cpus(mode: str, nprocs: int) -
 
 
 def test_a_cpuset_is_read_from_the_files_of_its_cgroup(cpuset: Callable[[str, str], Group], tmp_path: Path) -> None:
-    """As in a captured tree, where the affinity of the process that reads says nothing: no status file is there."""
+    """A captured tree without a status file: the affinity of the process that reads it says nothing of the machine."""
     for name in ("sys", "proc"):
         (tmp_path / name).mkdir()
     for name in ("sys/devices", "sys/fs", "proc/mounts", "run"):

@@ -1,4 +1,4 @@
-"""What the checks share: a child that touches memory, cgroups, and a plain refusal to run on another machine."""
+"""What the checks share: a child that touches memory, cgroups, and the refusal to run outside the virtual machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def in_the_machine() -> None:
 
 
 class Touched:
-    """A child that has touched ``pages`` pages from ``address`` on, and lives."""
+    """A running child that has touched ``pages`` pages from ``address`` on."""
 
     def __init__(self, process: Popen, pages: int) -> None:
         assert process.stdout is not None
@@ -42,7 +42,7 @@ class Touched:
 
 @pytest.fixture
 def touched() -> Iterator[Callable[..., Touched]]:
-    """Starts a child with a binding, or with other arguments of Popen; ends it with the check."""
+    """A function that starts a child with a binding or other arguments of Popen; the child ends with the check."""
     with ExitStack() as stack:
 
         def start(
@@ -56,19 +56,19 @@ def touched() -> Iterator[Callable[..., Touched]]:
                 **more,
             )
             assert process.mechanism == "clone"
-            # Leaving the child's own context closes its input, at which it ends.
+            # When the stack leaves the child's context, it closes the child's stdin, and the child ends.
             return Touched(stack.enter_context(process), pages)
 
         yield start
 
 
 def bound(cpus: Any = None, mode: Any = None, nodes: Any = (), **more: Any) -> Binding:
-    """A Binding, in few words."""
+    """A Binding, for short."""
     memory = None if mode is None else MemoryPolicy(mode, frozenset(nodes))
     return Binding(None if cpus is None else frozenset(cpus), memory, **more)
 
 
-# For the whole session, so that pytest runs all checks with one kind, and then all with the other.
+# The scope is the session, so that pytest runs all checks with one kind, and then all with the other.
 @pytest.fixture(scope="session", params=["v2", "v1"])
 def kind(request: pytest.FixtureRequest) -> str:
     """The kind of cgroup."""
@@ -85,7 +85,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def cpuset(kind: str) -> Iterator[Callable[[str, str], Group]]:
-    """Makes a cpuset with these CPUs and nodes, of either kind of cgroup; removed with the check."""
+    """A function that makes a cpuset with these CPUs and nodes, of the kind ``kind``; it is removed after the check."""
     with ExitStack() as stack:
 
         def make(cpus: str, mems: str) -> Group:
@@ -96,7 +96,7 @@ def cpuset(kind: str) -> Iterator[Callable[[str, str], Group]]:
 
 @contextmanager
 def nvidia_gpus(*addresses: str) -> Iterator[None]:
-    """The driver's files for GPUs at these PCI addresses, where devices are, that are none of NVIDIA's."""
+    """Make the NVIDIA driver's files for these PCI addresses, where QEMU has put other devices."""
     subprocess.run(["mount", "-t", "tmpfs", "none", "/proc/driver"], check=True)
     try:
         for number, address in enumerate(addresses):
@@ -113,6 +113,6 @@ def nvidia_gpus(*addresses: str) -> Iterator[None]:
 
 @pytest.fixture
 def gpus() -> Iterator[None]:
-    """NVIDIA GPUs on all devices that belong to a node: in the order of addresses on nodes 3, 0, 1, 1 and 4."""
+    """All devices that belong to a node are NVIDIA GPUs: in the order of addresses, on nodes 3, 0, 1, 1 and 4."""
     with nvidia_gpus(*DEVICES):
         yield

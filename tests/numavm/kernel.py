@@ -1,4 +1,4 @@
-"""The distribution's kernel, downloaded and taken apart, never installed; and the initramfs that it boots with."""
+"""The distribution's kernel, downloaded and unpacked, never installed; and the initramfs that it boots with."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from pathlib import Path
 
 DEFAULT_PACKAGE = "linux-image-amd64"
 
-# What reaches the host's files. What they depend on comes with them, and what is built in is passed over.
+# The kernel modules that give access to the host's files. Modules that they depend on are added; a name that is built
+# into the kernel is passed over.
 MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
 
 
 class Unavailable(Exception):
-    """Something that this machine lacks; the message says what, and how to get it."""
+    """This machine lacks something; the message says what, and how to get it."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def kernel(wanted: str, cache: Path) -> Kernel:
     """The kernel of a package name, or of a package file (FILE.deb), from the cache or else downloaded into it."""
     folder = cache / f"kernel-{Path(wanted).stem}"
     if not folder.is_dir():
-        # Filled under another name, so that what is there is whole.
+        # The folder is filled under another name and then renamed, so that a folder of this name is whole.
         with tempfile.TemporaryDirectory(dir=cache) as temporary:
             made = Path(temporary, "made")
             made.mkdir()
@@ -53,14 +54,15 @@ def kernel(wanted: str, cache: Path) -> Kernel:
 
 
 def _download(name: str, folder: Path) -> Path:
-    """Download a package; of one that only depends on the newest kernel's (linux-image-amd64), that one."""
+    """Download a package. Where it only depends on the newest kernel's package (as linux-image-amd64 does), download
+    that one."""
     if shutil.which("apt-get") is None:
         raise Unavailable(
             "the virtual machine boots Debian's kernel, and there is no apt-get here to download it with. Where a"
             " package file is at hand: --kernel linux-image-VERSION-amd64.deb"
         )
     newest = re.search(r"Depends: (linux-image-\d\S*)", _run("apt-cache", "depends", name)[1])
-    # As root apt would go on as another user, who may not write to a temporary folder of ours, and warn of that.
+    # Started by root, apt becomes another user, who may not write to our temporary folder, and warns of that.
     command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", newest[1] if newest else name]
     status, said = _run(*command, cwd=folder)
     packages = list(folder.glob("*.deb"))
@@ -72,8 +74,8 @@ def _download(name: str, folder: Path) -> Path:
 
 
 def _run(*command: str, cwd: Path | None = None) -> tuple[int, str]:
-    """The status and the output of a command. At an interruption what it started ends with it (dpkg-deb starts tar),
-    so that the folder it writes to can be removed."""
+    """The status and the output of a command. An interruption also ends the processes that the command started
+    (dpkg-deb starts tar), so that the folder they write to can be removed."""
     process = subprocess.Popen(
         command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -83,12 +85,12 @@ def _run(*command: str, cwd: Path | None = None) -> tuple[int, str]:
             return process.returncode, said
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()  # To the end of the output, which is when all of them have ended.
+            process.communicate()  # The output ends when all of them have ended.
             raise
 
 
 def _take_apart(package: Path, unpacked: Path, made: Path) -> None:
-    """Keep the image and the few modules of a package that unpacks to half a gigabyte."""
+    """Keep the image and a few modules of the package, which unpacks to half a gigabyte."""
     status, said = _run("dpkg-deb", "-x", str(package), str(unpacked))
     if status:
         raise Unavailable(f"{package} cannot be unpacked: {said.strip()}")
@@ -102,10 +104,10 @@ def _take_apart(package: Path, unpacked: Path, made: Path) -> None:
 
 
 def _uncompressed(image: bytes) -> bytes | None:
-    """The ELF file inside a bzImage (the kernel's Documentation/arch/x86/boot.rst), which QEMU boots by its PVH entry.
+    """The ELF file inside a bzImage (the kernel's Documentation/arch/x86/boot.rst); QEMU boots it by its PVH entry.
 
-    Software emulation spends 3 seconds on the decompression. None for another kind of image, and where the compression
-    is one that only other programs know: the image as it is boots too.
+    The decompression takes 3 seconds under software emulation, so it is done here. None for another kind of image, and
+    for a compression that the standard library does not know: QEMU boots the image as it is, too.
     """
     if image[0x202:0x206] != b"HdrS":
         return None
@@ -115,15 +117,15 @@ def _uncompressed(image: bytes) -> bytes | None:
     payload = image[start : start + length]
     elf = b""
     if payload.startswith(b"\xfd7zXZ\0"):
-        elf = lzma.LZMADecompressor().decompress(payload)  # The image's size follows, and is no part of the stream.
+        elf = lzma.LZMADecompressor().decompress(payload)  # The image's size follows the stream, and is no part of it.
     elif payload.startswith(b"\x1f\x8b"):
         elf = gzip.decompress(payload[:-4])
     return elf if elf.startswith(b"\x7fELF") else None
 
 
 def _with_dependencies(unpacked: Path, names: Iterable[str]) -> list[tuple[str, bytes]]:
-    """Modules in the order in which they can be loaded. A package that was never installed has no modules.dep; each
-    module names what it needs. A name that is not there is built in."""
+    """The modules in the order in which they can be loaded. Each module names those that it needs; a package that was
+    never installed has no modules.dep. A name without a file is built into the kernel."""
     there = {path.name.partition(".")[0].replace("-", "_"): path for path in unpacked.rglob("*.ko*")}
     ordered: dict[str, bytes] = {}
 
@@ -148,7 +150,8 @@ def _with_dependencies(unpacked: Path, names: Iterable[str]) -> list[tuple[str, 
 def initramfs(
     init: Path, modules: Iterable[Path], job: str, programs: Iterable[Path] = (), tree: Path | None = None
 ) -> bytes:
-    """The archive with init, its modules and the job; programs, and what is in the folder ``tree``, lie in its root."""
+    """The archive with init, its modules and the job; ``programs``, and the content of the folder ``tree``, are put in
+    its root."""
     folders = ("dev", "proc", "sys", "lower", "upper", "root", "modules")
     entries = [(name, stat.S_IFDIR | 0o755, b"") for name in folders]
     entries += [("init", stat.S_IFREG | 0o755, init.read_bytes()), ("job", stat.S_IFREG | 0o644, job.encode())]
@@ -157,7 +160,8 @@ def initramfs(
     for path in sorted(tree.rglob("*")) if tree else ():
         content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes() if path.is_file() else b""
         entries.append((str(path.relative_to(tree)), path.lstat().st_mode, content))
-    # The kernel's Documentation/driver-api/early-userspace/buffer-format.rst: "newc", each part filled up to 4 bytes.
+    # The format is "newc" (the kernel's Documentation/driver-api/early-userspace/buffer-format.rst). Each part is padded
+    # to a multiple of 4 bytes.
     archive = bytearray()
     for number, (name, mode, content) in enumerate((*entries, ("TRAILER!!!", 0, b"")), start=1):
         fields = (number, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name) + 1, 0)

@@ -1,6 +1,6 @@
-"""What the kernel says of a process: its masks, and on which node each of its pages is.
+"""What the kernel says of a process: its masks, and the node of each of its pages.
 
-Read here by system calls and files of /proc, and by nothing of the package: the checks compare the two.
+This module uses system calls and files of /proc and nothing of the package, because the checks compare the two.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TypeVar
 
 Answer = TypeVar("Answer")
 
-# The machine is an x86-64 one (run.py).
+# The virtual machine is always x86-64 (run.py).
 _NR_SET_MEMPOLICY = 238
 _NR_MOVE_PAGES = 279
 _MPOL = {"default": 0, "bind": 2, "interleave": 3}
@@ -41,18 +41,18 @@ def ids(text: str) -> frozenset[int]:
 
 
 def masks(pid: int | str = "self") -> tuple[frozenset[int], frozenset[int]]:
-    """Allowed CPUs, and allowed memory nodes, of /proc/PID/status."""
+    """The allowed CPUs and the allowed memory nodes, from /proc/PID/status."""
     return masks_in(Path(f"/proc/{pid}/status").read_text())
 
 
 def masks_in(status: str) -> tuple[frozenset[int], frozenset[int]]:
-    """The same, of the text of such a file."""
+    """The same, from the text of such a file."""
     found = dict(re.findall(r"^(Cpus|Mems)_allowed_list:\s*(\S*)$", status, re.MULTILINE))
     return ids(found["Cpus"]), ids(found["Mems"])
 
 
 def page_nodes(pid: int, addresses: Sequence[int]) -> list[int | None]:
-    """The node of each page, by move_pages(2); None for one that was never touched."""
+    """The node of each page, by move_pages(2); None for a page that was never touched."""
     count = len(addresses)
     status = (ctypes.c_int * count)()
     pages = (ctypes.c_void_p * count)(*addresses)
@@ -62,13 +62,13 @@ def page_nodes(pid: int, addresses: Sequence[int]) -> list[int | None]:
 
 
 def nodes_from(pid: int, address: int, pages: int) -> list[int | None]:
-    """The nodes of ``pages`` pages from an address on."""
+    """The nodes of ``pages`` pages from ``address`` on."""
     return page_nodes(pid, range(address, address + pages * mmap.PAGESIZE, mmap.PAGESIZE))
 
 
 def stack_nodes(pid: int) -> list[int]:
-    """The nodes of the stack's pages, in the order in which they come into being: the first, which execve(2) fills
-    with the arguments before the program runs, is the highest."""
+    """The nodes of the stack's pages, in the order in which the pages are made. The first is the highest: execve(2)
+    fills it with the arguments before the program runs."""
     found = re.search(r"^([0-9a-f]+)-([0-9a-f]+) .*\[stack\]$", Path(f"/proc/{pid}/maps").read_text(), re.MULTILINE)
     assert found, f"process {pid} has no stack"
     low, high = int(found[1], 16), int(found[2], 16)
@@ -79,8 +79,8 @@ def stack_nodes(pid: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Mapping:
-    """A line of numa_maps. policy: as the kernel writes it. nodes: pages by node. private: how many of them are the
-    process's own; others are a file's, which may lie wherever the page cache had them."""
+    """A line of numa_maps. policy: as the kernel writes it. nodes: the number of pages by node. private: how many pages
+    are the process's own; the others are a file's, and lie where the page cache put them."""
 
     policy: str
     name: str
@@ -102,14 +102,14 @@ def mappings(numa_maps: str) -> Iterator[Mapping]:
 
 
 def policy_of(numa_maps: str) -> str:
-    """The process's policy as the kernel writes it: that of memory that has none of its own."""
+    """The process's policy as the kernel writes it for each mapping that has no policy of its own."""
     (policy,) = {mapping.policy for mapping in mappings(numa_maps)}
     return policy
 
 
 def private_nodes(numa_maps: str) -> Counter[int]:
-    """How many of the process's own pages are on each node, as far as numa_maps tells: in a mapping that mixes them
-    with a file's pages, as many as can only be its own."""
+    """How many of the process's own pages are on each node, as far as numa_maps tells. In a mapping that mixes them
+    with a file's pages, only those count that cannot be the file's."""
     total: Counter[int] = Counter()
     for mapping in mappings(numa_maps):
         others = mapping.nodes.total() - mapping.private
@@ -124,7 +124,8 @@ def set_own_policy(mode: str, nodes: Iterable[int] = ()) -> None:
 
 
 def in_thread(function: Callable[[], Answer]) -> Answer:
-    """The answer of ``function`` run by a thread of its own: a policy, a mask or a filter that it sets ends with it."""
+    """Run ``function`` in a thread of its own and return its answer. A policy, mask or filter that it sets ends with the
+    thread."""
     answers: list[Answer] = []
     errors: list[BaseException] = []
 
@@ -137,7 +138,7 @@ def in_thread(function: Callable[[], Answer]) -> Answer:
     thread = Thread(target=run)
     thread.start()
     thread.join()
-    # A thread that was joined leaves /proc a little later, where its absence would be a surprise to the next check.
+    # A joined thread leaves /proc a moment later. The next check must not find it there, and miss it afterwards.
     while thread.native_id and os.path.exists(f"/proc/self/task/{thread.native_id}"):
         time.sleep(0.001)
     if errors:
@@ -147,7 +148,7 @@ def in_thread(function: Callable[[], Answer]) -> Answer:
 
 @contextmanager
 def own_cpus(cpus: Iterable[int]) -> Iterator[None]:
-    """The calling thread on these CPUs only, as a launcher that inherited such a mask."""
+    """Restrict the calling thread to these CPUs, as if the launcher had inherited such a mask."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cpus)
     try:

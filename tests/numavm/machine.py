@@ -1,4 +1,4 @@
-"""The virtual machine: what QEMU is told, and by the same values what the checks expect to find inside.
+"""The virtual machine: QEMU's arguments, and from the same values what the checks expect to find inside.
 
     socket 0                     socket 1                     no socket
     node 0     node 1            node 2     node 3            node 4
@@ -39,7 +39,7 @@ CPUS = {node: frozenset(c for cpus, of in DIES.items() if of == node for c in cp
 NODES = (*CPUS, MEMORY_ONLY)
 SOCKET_CPUS = {0: CPUS[0] | CPUS[1], 1: CPUS[2] | CPUS[3]}
 
-# The memory-only node is nearest to node 2, which no tie-break and no "first node" would give.
+# The memory-only node is nearest to node 2, which neither a tie-break nor "the first node" would choose.
 DISTANCES = (
     (10, 12, 32, 32, 40),
     (12, 10, 32, 32, 40),
@@ -49,8 +49,9 @@ DISTANCES = (
 )
 NEAREST_TO_MEMORY_ONLY = 2
 
-# Root bus number of each node that has accelerators, and how many: in another order than the nodes', so that "the i-th
-# accelerator" and "node i" are not the same by chance. A device gets the bus after its root's, in order.
+# By node: the number of its root bus, and how many accelerators it has. The bus numbers are not in the order of the
+# nodes, so that "the i-th accelerator" and "node i" are not the same by chance. A device gets the bus after its root's,
+# in order.
 _ROOT_BUS = {3: (0x20, 1), 0: (0x40, 1), 1: (0x60, 2), MEMORY_ONLY: (0x80, 1)}
 
 DEVICES = {f"0000:{bus + 1 + i:02x}:00.0": node for node, (bus, count) in _ROOT_BUS.items() for i in range(count)}
@@ -68,7 +69,7 @@ def device_of(node: int) -> str:
 def qemu_arguments() -> list[str]:
     """CPUs, memory, nodes and devices, for qemu-system-x86_64 7.2 or later."""
     arguments = [
-        # Only Intel's models keep threads and caches under software emulation: AMD's lose them with topoext.
+        # Under software emulation only Intel's models show threads and caches: AMD's lose them with topoext.
         *("-cpu", "max,la57=off,vendor=GenuineIntel,family=6,model=106,stepping=6"),
         *("-smp", f"{CPU_COUNT},maxcpus={CPU_COUNT},sockets={SOCKETS},dies={_DIES},cores=1,threads={THREADS}"),
         *("-m", f"{len(NODES) * NODE_MIB}M"),
@@ -93,6 +94,6 @@ def qemu_arguments() -> list[str]:
 
 
 def _accelerator(name: str, bus: str, slot: int, chassis: int) -> list[str]:
-    """A display controller (class 0x0380) behind a root port: no device of QEMU has an accelerator's ids."""
+    """A display controller (class 0x0380) behind a root port, because QEMU has no device with an accelerator's ids."""
     port = f"pcie-root-port,id=port{name},bus={bus},addr={slot:#x},chassis={chassis}"
     return ["-device", port, "-device", f"bochs-display,bus=port{name}"]

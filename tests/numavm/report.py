@@ -1,4 +1,4 @@
-"""A pytest plugin for the machine's serial line: one line a check as it ends, and the counts as the last line."""
+"""A pytest plugin for the machine's serial line: it prints a line for each check as it ends, and the counts last."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ _skipped: dict[str, str] = {}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.tbstyle = "short"  # An option of the terminal plugin, which is not there.
+    config.option.tbstyle = "short"  # The terminal plugin has this option, and is not loaded.
 
 
 def pytest_sessionstart() -> None:
-    """Shortly before run.py ends the machine, what hangs says where. By a descriptor of its own: pytest captures 2."""
+    """Shortly before run.py ends the machine, a check that hangs prints where. It uses a copy of descriptor 2, because
+    pytest captures that one."""
     faulthandler.dump_traceback_later(float(os.environ["RANKSPAWN_NUMAVM_SECONDS"]), exit=True, file=os.dup(2))
     print(f"numavm: kernel {os.uname().release}, {os.cpu_count()} CPUs", flush=True)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Set-up and tear-down count with the check: the fixture that looks for leftovers fails there."""
+    """A check's set-up and tear-down count as the check, because the fixture that looks for leftovers fails there."""
     name = report.nodeid.rpartition("/")[2].replace(".py::test_", ": ").removeprefix("checks_")
     _seconds[name] = _seconds.get(name, 0.0) + report.duration
     if report.skipped:

@@ -2,14 +2,14 @@
 
     python -m tests.numavm.run [--kernel PACKAGE] [--show] [-k WORDS]
 
-One boot of the distribution's kernel (downloaded, never installed) with the machine that machine.py draws. Its root
-file system is this machine's own, shared read-only with a tmpfs on top: the same Python, the same built package, and
-what the checks write is lost with the machine. Neither privileges nor /dev/kvm are needed. Each check is printed with
-its result as it ends; the last line is "N passed, N failed". The exit status is 0 when none failed, 1 when one did, 2
-when the machine could not be made or did not finish.
+It boots the distribution's kernel (downloaded, never installed) once, in the machine that machine.py describes. The
+machine's root file system is that of this machine, shared read-only, with a tmpfs on top: it has the same Python and
+the same built package, and what the checks write is lost with it. Neither privileges nor /dev/kvm are needed. Each
+check is printed with its result as it ends; the last line is "N passed, N failed". The exit status is 0 when none
+failed, 1 when one did, 2 when the machine could not be made or did not finish.
 
-Nothing is left behind, also after an interruption: the initramfs and the console are in memory, and QEMU dies with this
-process. What is kept, for the next time, is build/numavm (the kernel, two small programs).
+Nothing is left behind, even after an interruption: the initramfs and the console are in memory, and QEMU dies with this
+process. Only build/numavm (the kernel, two small programs) is kept, for the next time.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "numavm"
 
 QEMU = "qemu-system-x86_64"
-# What provides each program that is needed. init is linked with libc.a, which libc6-dev has; numactl and lscpu are what
-# the checks of the topology compare with.
+# The Debian package of each program that is needed. init is linked with libc.a of libc6-dev; the checks of the topology
+# compare with numactl and lscpu.
 PROGRAMS = {
     QEMU: "qemu-system-x86",
     "gcc": "gcc",
@@ -46,24 +46,24 @@ PROGRAMS = {
     "lscpu": "util-linux",
 }
 
-# A boot takes 4 seconds on 2 idle CPUs. One that stalls is ended and tried again, once.
+# A boot takes 4 seconds on 2 idle CPUs. A boot that stalls is ended and tried once more.
 BOOT_SECONDS = 90
 BOOT_TRIES = 2
 
-# Before the machine is ended, for a check that hangs to say where.
+# The machine runs on for this long after the limit of the checks, at which a check that hangs prints where it hangs.
 LAST_WORDS_SECONDS = 20
 
 KERNEL_PARAMETERS = (
-    # A panic ends the machine (reboot, and QEMU runs with -no-reboot).
+    # A panic ends the machine: the kernel reboots, and QEMU runs with -no-reboot.
     "console=ttyS0 quiet panic=-1 rdinit=/init 8250.nr_uarts=2 "
-    # init starts the other CPUs; the rest leaves out self-tests, calibrations and hardenings that take seconds here.
+    # init starts the other CPUs. The other parameters skip self-tests, calibrations and hardenings, which take seconds.
     "maxcpus=1 lpj=1000000 tsc=reliable no_timer_check rcupdate.rcu_expedited=1 cryptomgr.notests=1 nowatchdog "
     "pcie_ports=compat mitigations=off rodata=off init_on_alloc=0 lsm= audit=0 zswap.enabled=0 random.trust_cpu=on "
     # Pages must stay where their policy put them.
     "numa_balancing=disable"
 )
 
-# What the job inherits from here: to find the interpreter, and the package where it is not installed.
+# The variables that the job inherits, to find the interpreter, and the package where it is not installed.
 INHERITED = ("PATH", "HOME", "LANG", "VIRTUAL_ENV", "PYTHONPATH", "RANKSPAWN_MECHANISM")
 
 CHECKS = sorted(HERE.glob("checks_*.py"))
@@ -108,7 +108,7 @@ def main() -> int:
 
 
 def provide_programs() -> None:
-    """Install what is missing where that is possible. Raises Unavailable."""
+    """Install the packages that are missing, where that is possible. Raises Unavailable."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise Unavailable("the checks share this machine's programs with an x86-64 machine: this must be one, on Linux")
     if shutil.which("apt-get") and os.geteuid() == 0:
@@ -139,7 +139,7 @@ def missing_packages() -> list[str]:
 
 
 def build(name: str) -> None:
-    """Compile one of the two small programs, where its source is newer."""
+    """Compile one of the two small programs, if its source is newer."""
     source, made = HERE / f"{name}.c", CACHE / name
     if made.exists() and made.stat().st_mtime >= source.stat().st_mtime:
         return
@@ -156,12 +156,12 @@ def job(words: str | None, seconds: float) -> str:
     variables |= {
         "RANKSPAWN_NUMAVM_SECONDS": f"{seconds:g}",
         "NO_COLOR": "1",
-        # Byte code would be written to be lost; plugins take seconds to load, at a tenth of the usual speed.
+        # Byte code would be lost with the machine; plugins take seconds to load, at a tenth of the usual speed.
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
     command = [sys.executable, "-u", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:terminal"]
-    # In place of the project's own options, which speak to the terminal plugin.
+    # These replace the project's own options, which are for the terminal plugin.
     command += ["-p", "tests.numavm.report", "-o", "addopts=--import-mode=importlib --strict-markers"]
     command += [*map(str, CHECKS), *(["-k", words] if words else [])]
     lines = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
@@ -177,7 +177,7 @@ def die_with_parent() -> None:
 
 
 class Machine:
-    """A running virtual machine: QEMU, what it prints on the console, and what the job prints on the other port."""
+    """A running virtual machine: QEMU, the kernel's console, and the job's output on the second serial port."""
 
     def __init__(self, image: Path, archive: bytes, show: bool) -> None:
         self.began = time.monotonic()
@@ -190,7 +190,7 @@ class Machine:
         command = [
             *(QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-nic", "none"),
             *("-machine", "q35,vmport=off,smm=off,i8042=off,sata=off,smbus=off"),
-            # One host thread for all CPUs: with one for each, a boot on 2 CPUs took half as long again.
+            # One host thread runs all CPUs: with a thread for each CPU, a boot on 2 CPUs took half as long again.
             *("-accel", "tcg,thread=single,tb-size=256"),
             *qemu_arguments(),
             *("-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"),
@@ -212,7 +212,7 @@ class Machine:
 
     @property
     def ended(self) -> bool:
-        """Whether QEMU has ended by itself: it refused its arguments, or the kernel or init gave up."""
+        """Whether QEMU has ended by itself, because it refused its arguments, or the kernel or init gave up."""
         return self._qemu.poll() is not None
 
     def close(self) -> None:
@@ -229,7 +229,7 @@ class Machine:
         return os.pread(self._console, size, 0).decode(errors="replace")
 
     def _line(self, until: float) -> str | None:
-        """The next line of the job, or of init about it; None at the end, and when ``until`` has come."""
+        """The next line that the job or init prints; None at the end, or when the time ``until`` has come."""
         assert self._qemu.stdout is not None
         fd = self._qemu.stdout.fileno()
         while b"\n" not in self._rest:
@@ -243,7 +243,7 @@ class Machine:
         return line.decode(errors="replace")
 
     def wait_for_start(self) -> bool:
-        """Whether the job has started within the limit; else why not is said, as far as it is known."""
+        """Whether the job has started within the limit; if not, the reason is printed, as far as it is known."""
         until = self.began + BOOT_SECONDS
         while (line := self._line(until)) is not None:
             if line == "numavm: start":
@@ -255,7 +255,7 @@ class Machine:
         return False
 
     def relay(self, limit: float) -> int:
-        """Print what the job prints; the counts come last of all. The exit status."""
+        """Print what the job prints, and the counts at the very end; return the exit status."""
         started = time.monotonic()
         counts = ""
         while (line := self._line(started + limit)) is not None:

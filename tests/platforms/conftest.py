@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Where children with other ids may go, too: pytest's own folders are closed to them."""
+    """A folder that children of other users may enter: pytest's own folders are closed to them."""
     with tempfile.TemporaryDirectory(prefix="rankspawn-") as name:
         Path(name).chmod(0o755)
         yield Path(name)

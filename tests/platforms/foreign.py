@@ -1,5 +1,5 @@
-"""Debian's packages for another processor, downloaded and never installed, with package lists of their own: this
-machine's apt is not told of a second architecture."""
+"""Debian's packages for another processor, downloaded and never installed. They have their own package lists, so that
+this machine's apt does not learn of a second architecture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CACHE = ROOT / "build" / "platforms"
 
 
 class Apt:
-    """apt-get and apt-cache for one architecture; the sources are this machine's."""
+    """apt-get and apt-cache for one architecture, with this machine's sources.list."""
 
     def __init__(self, architecture: str) -> None:
         self.folder = CACHE / architecture
@@ -27,7 +27,7 @@ class Apt:
             "Dir::State::lists": self.folder / "lists",
             "Dir::State::status": self.folder / "status",
             "Dir::Cache": self.folder / "cache",
-            # As root apt would go on as another user, who may not write to a folder of ours, and warn of that.
+            # Started by root, apt becomes another user, who may not write to our folder, and warns of that.
             "APT::Sandbox::User": "root",
         }
         self._updated = False
@@ -41,19 +41,19 @@ class Apt:
         return done.stdout
 
     def update(self) -> None:
-        """Have lists of packages, once."""
+        """Get the lists of packages, once."""
         if not self._updated:
             self._run("apt-get", "update")
             self._updated = True
 
     def depends(self, name: str) -> str:
-        """What apt-cache says of the package's dependencies, a line for each."""
+        """What apt-cache says of the package's dependencies, one line for each."""
         self.update()
         return self._run("apt-cache", "depends", name)
 
     def package(self, name: str) -> Path:
-        """The package's file, from the cache or else downloaded; of one that only depends on the newest kernel's
-        (linux-image-arm64), that one."""
+        """The package's file, from the cache or else downloaded. Where the package only depends on the newest kernel's
+        (as linux-image-arm64 does), that one's."""
         found = self._cached(name)
         if found is None:
             newest = re.search(r"Depends: (linux-image-\d\S*)", self.depends(name))
@@ -71,7 +71,7 @@ class Apt:
         return next(iter(sorted((self.folder / "packages").glob(pattern))), None)
 
     def unpacked(self, name: str) -> Path:
-        """The folder with a package's files."""
+        """A folder with the unpacked files of a package."""
         package = self.package(name)
         folder = self.folder / package.stem
         if not folder.is_dir():

@@ -1,4 +1,5 @@
-"""The package on an AArch64 kernel, with the nodes that test_aarch64.py's machine has: CPUs 0-1, CPUs 2-3, none."""
+"""The package on an AArch64 kernel, in the machine of test_aarch64.py: node 0 has CPUs 0-1, node 1 CPUs 2-3, node 2
+none."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ sys.path.insert(0, "/package")
 from rankspawn import Binding, MemoryPolicy, Popen, Topology, launch, place
 
 NODES = [frozenset({0, 1}), frozenset({2, 3}), frozenset()]
-# Python itself, as little of it as there can be.
+# The Python of the ranks, which imports as little as possible.
 PYTHON = [sys.executable, "-S", "-E", "-c"]
 
 
@@ -24,7 +25,7 @@ def popen() -> None:
         assert child.mechanism == "clone" and child.pidfd is not None
         assert os.sched_getaffinity(child.pid) == {3}
         assert not child.binding_report.refused
-        # The kernel wakes the parent a moment before it gives the child its new memory, whose pages are looked at.
+        # The line is awaited because execve(2) wakes the parent a moment before it gives the child its new memory.
         assert child.stdout.readline() == b"here\n"
         maps = open(f"/proc/{child.pid}/numa_maps").read()
         assert "bind:2" in maps and "N2=" in maps, maps

@@ -1,6 +1,6 @@
 """The engine for AArch64, compiled by Debian's cross compiler: its C test under QEMU's user mode, and on a kernel.
 
-The kernel is Debian's, in a machine that QEMU emulates with four CPUs on two NUMA nodes and memory on a third that has
+The kernel is Debian's. QEMU emulates a machine with four CPUs on two NUMA nodes, and a third node that has memory and
 no CPU, as a Grace has with its GPU. There the assembly of clone3.c runs.
 """
 
@@ -33,7 +33,8 @@ MACHINE = (
 )
 PARAMETERS = "console=ttyAMA0 quiet panic=-1 rdinit=/init mitigations=off numa_balancing=disable"
 
-# The machine's programs, and the modes of each. Compilers may sign return addresses and mark where jumps may land.
+# The builds of the C test, and the modes that each runs. With branch protection, the compiler signs return addresses
+# and marks the places that jumps may reach.
 VARIANTS = {
     "libnuma": MODES,
     "not-optimised": ("clone3",),
@@ -50,7 +51,8 @@ def build_static(folder: Path, *options: str, link: tuple[str, ...] = ()) -> Pat
 
 
 def test_user_mode_is_found_out(folder: Path) -> None:
-    """There clone with shared memory is a fork: the probe must say so, and the portable mechanism do the work."""
+    """QEMU's user mode makes a fork of clone with shared memory: the probe must find that out, and the portable
+    mechanism must do the work."""
     program = build_static(folder / "built")
     told = run_check(program, folder / "work", *MODES, through=[tool("qemu-aarch64")])
     assert not told.shares_memory
@@ -59,7 +61,7 @@ def test_user_mode_is_found_out(folder: Path) -> None:
 
 
 def boot(folder: Path, job: str, programs: Iterable[Path] = (), tree: Path | None = None) -> str:
-    """Run the programs of ``job``, one a line, in a machine; all that it printed."""
+    """Run the programs of ``job``, one on each line, in a machine; all that the machine printed."""
     init, archive = folder / "init", folder / "initramfs"
     run([*cross_compiler(), "-std=c11", "-Os", "-Wall", "-Wextra", "-Werror", "-static", HERE / "init.c", "-o", init])
     archive.write_bytes(initramfs(init, (), job, programs, tree))
@@ -82,7 +84,7 @@ def boot(folder: Path, job: str, programs: Iterable[Path] = (), tree: Path | Non
 
 @pytest.fixture(scope="module")
 def console(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What the machine printed of all the variants of the C test."""
+    """What the machine printed while it ran all variants of the C test."""
     built = tmp_path_factory.mktemp("aarch64")
     libnuma = Apt("arm64").unpacked("libnuma-dev") / "usr"
     variants = {
@@ -100,7 +102,7 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_on_a_kernel(console: str, variant: str) -> None:
-    """Nothing is skipped there: init is root, and has a cgroup v2 and all the memory policies."""
+    """Nothing is skipped there, because init is root and has a cgroup v2 and all the memory policies."""
     parts = dict(zip(VARIANTS, console.split("platforms: status "), strict=False))
     told = read(parts[variant])
     assert told.shares_memory, told.text
@@ -110,7 +112,7 @@ def test_on_a_kernel(console: str, variant: str) -> None:
 
 
 def test_python_on_a_kernel(folder: Path) -> None:
-    """Debian's Python for AArch64 with our extension, cross-compiled: python_checks.py says what is tried."""
+    """Debian's Python for AArch64 with our cross-compiled extension runs python_checks.py."""
     apt = Apt("arm64")
     found = re.search(r"Depends: (python3\.\d+)-minimal", apt.depends("python3-minimal"))
     assert found
@@ -126,7 +128,7 @@ def test_python_on_a_kernel(folder: Path) -> None:
     shutil.copy(HERE / "python_checks.py", tree)
     translated = folder / "_spawn.c"
     run([sys.executable, "-m", "cython", "-3", ROOT / "src" / "rankspawn" / "_spawn.pyx", "-o", translated])
-    extension = tree / "package" / "rankspawn" / "_spawn.abi3.so"  # a name that every CPython looks for
+    extension = tree / "package" / "rankspawn" / "_spawn.abi3.so"  # every CPython looks for this name
     options = ["-std=c11", "-O2", "-fPIC", "-shared", "-Wl,-z,now", "-DRANKSPAWN_HAVE_LIBNUMA=1"]
     folders = ["-iquote", ROOT / "csrc", "-I", headers / python, "-I", headers, "-isystem", numa]
     libnuma = tree / "usr" / "lib" / "aarch64-linux-gnu" / "libnuma.so.1"

@@ -34,7 +34,7 @@ def test_glibc(folder: Path, options: Sequence[str], link: Sequence[str]) -> Non
 
 
 def test_sanitizers(folder: Path) -> None:
-    """AddressSanitizer and UndefinedBehaviorSanitizer; setup.py says why the child's stack is left unmarked."""
+    """AddressSanitizer and UndefinedBehaviorSanitizer; setup.py says why child.c is compiled with asan-stack=0."""
     gcc = [tool("gcc")]
     child = [source for source in ENGINE if source.name == "child.c"]
     others = [source for source in (*ENGINE, *CHECK) if source not in child]
@@ -46,7 +46,7 @@ def test_sanitizers(folder: Path) -> None:
 
 
 def test_musl(folder: Path) -> None:
-    """With musl's headers alone for the engine. The test's seccomp filter needs the kernel's own."""
+    """The engine is compiled with musl's headers alone. The test's seccomp filter needs the kernel's headers too."""
     headers = folder / "kernel"
     headers.mkdir()
     (headers / "linux").symlink_to("/usr/include/linux")

@@ -1,7 +1,8 @@
 """The package on Windows' own CPython, under Wine: plain subprocess, and CPU affinity by psutil after the start.
 
-The interpreter is python.org's embeddable one, from a package of PyPI (build/platforms/windows, by the Makefile). Wine
-is no Windows: what is shown is that the code takes its way there without what POSIX has, not how Windows' kernel does.
+The interpreter is python.org's embeddable one, from a package of PyPI (the Makefile puts it into
+build/platforms/windows). Wine is no Windows: the tests show that the code works without POSIX, and nothing of Windows'
+kernel.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(scope="module")
 def python() -> Iterator[Run]:
-    """Runs the Windows Python, from a drive on which nothing of this machine's file system is to be seen."""
+    """A function that runs the Windows Python, on a drive from which it cannot see this machine's file system."""
     wine, server = tool("wine64"), tool("wineserver")
     with tempfile.TemporaryDirectory(prefix="rankspawn-wine-") as prefix:
         env = {
             "PATH": os.environ["PATH"],
-            "HOME": prefix,  # Wine adds to a desktop's menus
+            "HOME": prefix,  # Wine adds entries to the menus of the desktop in HOME
             "WINEPREFIX": prefix,
             "WINEDEBUG": "-all",
             "WINEDLLOVERRIDES": "winedbg.exe,mscoree,mshtml=",
@@ -52,15 +53,15 @@ def python() -> Iterator[Run]:
             )
 
         try:
-            # What it starts stays, and would keep a pipe open.
+            # The server and what wineboot starts run on, and would keep a pipe open.
             quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             subprocess.run([server, "-p"], env=env, check=True, **quiet)
             subprocess.run([wine, "wineboot", "-i"], env=env, check=True, timeout=120, **quiet)
-            # Without _wmi.pyd, by which platform.platform() asks what Wine 8 does not have, and Python with it.
+            # _wmi.pyd is left out: with it, platform.platform() asks Wine 8 for something that Wine 8 does not have.
             shutil.copytree(PACKAGES / "python", drive / "python", ignore=shutil.ignore_patterns("_wmi.pyd"))
             (drive / "python" / "python313._pth").write_text("python313.zip\n.\nC:\\packages\nC:\\source\n")
             shutil.copytree(PACKAGES / "packages", drive / "packages")
-            # Not the engine of this machine, which is built into the same folder.
+            # The engine of this machine is left out; it is built into the same folder.
             shutil.copytree(ROOT / "src", drive / "source", ignore=shutil.ignore_patterns("*.so", "*.egg-info"))
             (drive / "work").mkdir()
             shutil.copy(HERE / "windows_checks.py", drive / "work")

@@ -1,4 +1,4 @@
-"""What a Windows Python can do with the package: a function for each check. Run there by test_windows.py.
+"""What a Windows Python can do with the package: one function for each check. test_windows.py runs them there.
 
 python windows_checks.py CHECK
 """
@@ -24,7 +24,7 @@ NOT_FOR_WINDOWS = {"rankspawn._multiprocessing.methods", "rankspawn._torch.elast
 
 
 def raised(kind: type[BaseException], *args: object, **kwargs: object) -> str:
-    """The text of the exception that a start ends with."""
+    """The text of the exception that the start raises."""
     try:
         Popen(*args, **kwargs)
     except kind as error:
@@ -96,7 +96,7 @@ def group() -> None:
 
 
 def alive_below(ending: str) -> int:
-    """Launch a rank that starts a process and then does what ``ending`` says; that process's number, after all."""
+    """Launch a rank that starts a process and then runs the code ``ending``, and close the group; the process's pid."""
     code = f"import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', {SLEEP!r}]).pid, flush=True)"
     folder = Path(ending.partition("(")[0])
     with launch([sys.executable, "-c", f"{code}; {ending}"], 1, log_dir=folder) as ranks:
@@ -113,7 +113,7 @@ def alive_below(ending: str) -> int:
 
 
 def tree() -> None:
-    """What a rank has started ends with the group, whether the rank runs or has ended before."""
+    """A process that a rank has started ends with the group, whether the rank still runs or has ended before."""
     for ending in ("time.sleep(60)", "sys.exit()"):
         child, until = alive_below(ending), time.monotonic() + 30
         while psutil.pid_exists(child):

@@ -7,7 +7,8 @@ import re
 import subprocess
 from pathlib import Path
 
-# What a function begins with that an indirect call may reach: endbr64; on aarch64 bti c, or paciasp, which is one too.
+# A function that an indirect call may reach begins with one of these: endbr64; on aarch64 bti c, or paciasp, which does
+# the same.
 LANDINGS = {
     "x86_64": (bytes.fromhex("f30f1efa"),),
     "aarch64": (bytes.fromhex("5f2403d5"), bytes.fromhex("3f2303d5")),
@@ -24,7 +25,7 @@ def dynamic(path: str | Path, tag: str) -> list[str]:
 
 
 def memory_weaknesses(path: str | Path) -> list[str]:
-    """What could be written to or executed and need not be."""
+    """The parts of memory that can be written to or executed, and need not be."""
     segments, entries = readelf("-l", path), readelf("-d", path)
     rows = re.findall(r"^ +(\w+) +(?:0x\w+ +){5}([RWE ]{3}) ", segments, re.MULTILINE)
     flags = {kind: flag for kind, flag in rows if kind != "LOAD"}
@@ -38,7 +39,7 @@ def memory_weaknesses(path: str | Path) -> list[str]:
 
 
 def weaknesses(path: str | Path, entry: str) -> list[str]:
-    """The same, and what a compiler and a linker could have added to an object of ours whose function ``entry`` is."""
+    """memory_weaknesses(), and the protections that an object of ours lacks; ``entry`` is one of its functions."""
     found = memory_weaknesses(path)
     if not re.search(r"\(FLAGS\).*\bBIND_NOW\b|\(BIND_NOW\)|\(FLAGS_1\).*\bNOW\b", readelf("-d", path)):
         found.append("symbols are bound when first called")
@@ -48,7 +49,7 @@ def weaknesses(path: str | Path, entry: str) -> list[str]:
     landings = LANDINGS.get(platform.machine())
     at = re.search(rf"([0-9a-f]+) +\d+ FUNC .* {entry}$", symbols, re.MULTILINE)
     assert at, f"{path} has no function {entry}"
-    # In the first executable segment of a shared object a byte's address is its place in the file.
+    # In the first executable segment of a shared object, a byte's address is its offset in the file.
     if landings and not Path(path).read_bytes()[int(at[1], 16) :].startswith(landings):
         found.append("branches may go anywhere")
     return found

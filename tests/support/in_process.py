@@ -1,4 +1,5 @@
-"""What the tests of contexts run in their processes: it imports little, because each process imports it."""
+"""The functions that the tests of contexts run in processes. The module imports little, because each process does
+import it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ def send(pipe: Any, function: Callable[[], object]) -> None:
 
 
 def wait_for(pipe: Any) -> None:
-    """Says that it runs, and runs until it is told, or left alone."""
+    """Send this process's pid, then run until a message comes or the other end of the pipe is closed."""
     pipe.send(os.getpid())
     try:
         pipe.recv()
@@ -39,7 +40,7 @@ def double(number: int) -> int:
 
 
 def double_and_stay(number: int) -> tuple[int, list[int]]:
-    time.sleep(0.02)  # long enough for the others to take the next
+    time.sleep(0.02)  # so that the other processes take the next tasks
     return 2 * number, mask()
 
 

@@ -1,4 +1,5 @@
-"""What the tests of ``rankspawn run`` share: launchers as a user starts them, and ranks that say things."""
+"""What the tests of ``rankspawn run`` share: launchers started as a user starts them, and ranks that tell of
+themselves."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 LAUNCHER = [sys.executable, "-m", "rankspawn"]
-TIMEOUT = 60.0  # a test that needs as long has failed
+TIMEOUT = 60.0  # a test that takes longer has failed
 
 # What ranks do, as programs for `python -c`. A rank writes each line by one system call, so that lines of several ranks
 # on one pipe stay whole.
@@ -32,7 +33,7 @@ def in_ranks(code: str, *options: str) -> list[str]:
 
 
 def completed(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """``command``, run to its end. Its output ends when no process has the pipes open: ranks, and what they started."""
+    """``command``, run until no process has its output open: neither the ranks nor what they started."""
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, **options)
 
 
@@ -42,7 +43,7 @@ def said(output: str) -> dict[int, Any]:
 
 
 class Launched:
-    """A launcher that runs beside the test."""
+    """A launcher that runs while the test goes on."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -57,14 +58,15 @@ class Launched:
         return said("".join(lines))
 
     def end(self) -> int:
-        """Wait for it; its status."""
+        """Wait for the launcher's end; its status."""
         return self.process.wait(TIMEOUT)
 
 
 @contextmanager
 def launched(command: list[str], *, seconds: float = TIMEOUT, **options: Any) -> Iterator[Launched]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
-        # A test that reads would wait for ever where something hangs: an ended launcher, and so ended ranks, end that.
+        # Where something hangs, a test that reads would wait for ever. The end of the launcher ends the ranks, and the
+        # end of the ranks ends the output.
         watchdog = threading.Timer(seconds, process.kill)
         watchdog.start()
         try:
@@ -76,13 +78,13 @@ def launched(command: list[str], *, seconds: float = TIMEOUT, **options: Any) ->
 
 
 def after(preparation: str, command: list[str]) -> list[str]:
-    """``command``, run by a process that has done ``preparation`` to itself."""
+    """``command``, preceded in the same process by the Python code ``preparation``."""
     code = f"import os, signal, sys\n{preparation}\nos.execv(sys.argv[1], sys.argv[1:])"
     return [sys.executable, "-c", code, *command]
 
 
 def with_grace(seconds: float, command: list[str]) -> list[str]:
-    """``command`` (one of ours), that gives ranks only ``seconds`` between SIGTERM and SIGKILL."""
+    """``command`` (one of ours) with ``--grace``: ranks get only ``seconds`` between SIGTERM and SIGKILL."""
     at = command.index("run") + 1
     return [*command[:at], "--grace", str(seconds), *command[at:]]
 
@@ -98,12 +100,12 @@ TOLD = {
     "TORCHELASTIC_RESTART_COUNT": "0",
     "TORCHELASTIC_MAX_RESTARTS": "0",
     "TORCHELASTIC_RUN_ID": "none",
-    # torchrun's "True" would send rank 0 to a store that torchrun's agent keeps.
+    # torchrun sets "True", with which rank 0 would look for the store of torchrun's agent.
     "TORCHELASTIC_USE_AGENT_STORE": "False",
 }
 
 
 def environment_here(**changes: str) -> dict[str, str]:
-    """This process's environment, without what a launcher around the tests may have set."""
+    """This process's environment without the variables that a launcher of the tests may have set."""
     theirs = {"OMP_NUM_THREADS", "MASTER_PORT", "RANK", "LOCAL_RANK", "ROLE_RANK", *TOLD}
     return {**{name: value for name, value in os.environ.items() if name not in theirs}, **changes}

@@ -1,4 +1,4 @@
-"""Two machines on one: network namespaces with an address each and a cable between them. Needs root, and iproute2."""
+"""Two machines in one: two network namespaces, each with an address, joined by a veth pair. Needs root and iproute2."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import pytest
 
 
 class Machine:
-    """address: its own, on ``interface``."""
+    """address: the machine's address, on ``interface``."""
 
     def __init__(self, name: str, interface: str, address: str) -> None:
         self.name, self.interface, self.address = name, interface, address
 
     def runs(self, command: list[str]) -> list[str]:
-        """The command line that runs ``command`` there. `ip` becomes it: its pid is the command's."""
+        """The command line that runs ``command`` there. `ip` calls execve(2), so its pid becomes the command's."""
         return ["ip", "netns", "exec", self.name, *command]
 
     def unplug(self) -> None:
-        """Its packets are lost from now on, without a word to anybody."""
+        """Drop the machine's packets from now on, without an error to anybody."""
         _ip("-n", self.name, "link", "set", self.interface, "down")
 
 
 @contextmanager
 def two_machines() -> Iterator[tuple[Machine, Machine]]:
-    """Skips where there can be none."""
+    """Skips the test where they cannot be made."""
     if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need Linux, root and ip(8)")
     pid = os.getpid()

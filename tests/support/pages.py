@@ -1,15 +1,15 @@
 """The code blocks of README.md and docs/, run as they stand.
 
-A ``python`` block is a program. One that begins with the comment ``# NAME.py`` is a file, which the later blocks of its
-page find. What a program prints is in the ``text`` block right behind it, where there is one. The lines of a
-``console`` block that begin with ``$`` are given to one bash, and what they print, errors too, is below them, where
-something is. Ranks write in any order, and so lines may come in any; ``...`` stands for any text, and alone on a line
-for any lines.
+A ``python`` block is a program. A ``python`` block that begins with the comment ``# NAME.py`` is a file, which the
+later blocks of its page can use. Where a ``text`` block comes right after a program, it shows what the program prints.
+One bash runs those lines of a ``console`` block that begin with ``$``; the lines below a command, if any, show what it
+prints, errors included. Lines may be printed in any order, because ranks write in any order. ``...`` stands for any
+text, and alone on a line for any lines.
 
-Only these are put under a page's feet: a script and a program for commands whose page shows none, and, for ``rankspawn
-plan`` and ``topology``, a machine that is the same everywhere.
+The tests add only this: a script and two programs, for commands whose page shows none, and, for ``rankspawn plan`` and
+``topology``, a machine that is the same everywhere.
 
-``<!-- not run: WHY -->`` in the line above a block keeps it from being run.
+The comment ``<!-- not run: WHY -->`` in the line above a block keeps the block from being run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ SECONDS = 120
 _FENCE = re.compile(r"^( *)```(\S*)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 _MARK = re.compile(r"<!-- not run: (.*) -->\n\Z")
 
-# What a block needs, by a word of a command or by what it imports. Torch, Slurm and MPI have make targets of their own.
+# What a block needs, by a word of its commands or by a module that it imports. Torch, Slurm and MPI have their own make
+# targets.
 _NEEDS = {
     "make": "make, which runs these tests",
     "torchrun": "torch",
@@ -67,8 +68,8 @@ rankspawn() {
 
 @dataclass(frozen=True)
 class Block:
-    """page: of the folder. line: of its fence. mark: why it is not run, or "". output: what it prints, None for
-    anything."""
+    """page: the file that it is in. line: the line of its fence. mark: why it is not run, or "". output: what it
+    prints; None where that is not checked."""
 
     page: Path
     line: int
@@ -82,12 +83,12 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """The name that it is saved under; None for a program."""
+        """The name that the block is saved under; None for a program."""
         named = re.match(r"# (\w+\.py)\n", self.text)
         return named[1] if named and self.language == "python" else None
 
     def needs(self) -> set[str]:
-        """What must be there beside rankspawn, in words."""
+        """What the block needs beside rankspawn, in words."""
         if self.language == "python":
             return {_NEEDS.get(name, name) for name in imported(self.text)}
         commands = [word for command, _ in commands_of(self.text) for word in shlex.split(command, comments=True)]
@@ -99,7 +100,8 @@ class Block:
 
 
 def imported(code: str) -> set[str]:
-    """The packages that a program imports, but for the standard library and ours; "rankspawn.torchrun" is torch's."""
+    """The packages that a program imports, without the standard library and rankspawn; "rankspawn.torchrun" is kept,
+    because it needs torch."""
     names = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
@@ -111,7 +113,7 @@ def imported(code: str) -> set[str]:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    """Its blocks of code, in order; what else stands between fences is no code: ``text``, drawings, directives."""
+    """The page's blocks of code, in order. Other fences (``text``, drawings, directives) hold no code."""
     text = page.read_text(encoding="utf-8")
     found = []
     fences = list(_FENCE.finditer(text))
@@ -134,7 +136,7 @@ PROGRAMS = [block for block in BLOCKS if not block.mark and not block.file]
 
 
 def commands_of(console: str) -> list[tuple[str, str]]:
-    """The commands of a block, and what stands below each."""
+    """The commands of a block, and the lines below each."""
     found: list[tuple[str, str]] = []
     for part in re.split(r"^\$ ", console, flags=re.MULTILINE)[1:]:
         lines = part.splitlines(keepends=True)
@@ -144,13 +146,13 @@ def commands_of(console: str) -> list[tuple[str, str]]:
 
 
 def missing(block: Block, *have: str) -> set[str]:
-    """What the block needs, and neither this interpreter nor ``have`` has."""
+    """What the block needs that neither this interpreter nor ``have`` has."""
     modules = {need for need in block.needs() if need not in _NOT_MODULES and find_spec(need)}
     return block.needs() - modules - {*have}
 
 
 def run(block: Block, folder: Path, environ: Mapping[str, str] = os.environ) -> None:
-    """Run the block in ``folder``, an empty one. AssertionError tells what was otherwise than the page says."""
+    """Run the block in ``folder``, which is empty. Raises AssertionError with what differs from the page."""
     machine = folder / "machine"
     if "plan" in block.text or "topology" in block.text:
         write(machine, MACHINE)
@@ -197,7 +199,7 @@ def _run(command: list[str], folder: Path, environ: Mapping[str, str]) -> tuple[
 
 
 def compare(expected: str, output: str) -> None:
-    """That each expected line was printed, and no other but empty ones."""
+    """Assert that each expected line was printed, and no other lines except empty ones."""
     left = [line for line in output.splitlines() if line.strip()]
     for line in filter(str.strip, expected.splitlines()):
         if line == "...":

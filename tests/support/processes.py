@@ -1,4 +1,4 @@
-"""What the tests of sessions, cgroups and the guard share: processes looked at from outside, and a cgroup to use."""
+"""What the tests of sessions, cgroups and the guard share: the state of other processes, and cgroups to use."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-# For what must come to be, on a machine that does much else.
+# The longest that a test waits for something that must happen, on a busy machine.
 PATIENCE = 30.0
 
 
 def eventually(what: Callable[[], object]) -> None:
-    """Wait until ``what`` says something true."""
+    """Wait until ``what`` returns something true."""
     until = time.monotonic() + PATIENCE
     while not what():
         assert time.monotonic() < until, "it did not come to be"
@@ -23,7 +23,7 @@ def eventually(what: Callable[[], object]) -> None:
 
 
 def state(pid: int) -> str:
-    """Its letter in proc(5); "" when it has gone."""
+    """The letter of the process's state in proc(5); "" when the process has gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -35,7 +35,7 @@ def has_ended(pid: int) -> bool:
 
 
 def writable_cgroups(kind: str, controller: str = "") -> list[Path]:
-    """Where cgroups of this kind ("cgroup", "cgroup2"), and of this controller, are mounted and may be made."""
+    """The mounts of this kind ("cgroup", "cgroup2") with this controller in which we may make cgroups."""
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     found = [Path(mount) for _, mount, its, options, *_ in mounts if its == kind and controller in options]
     return [path for path in found if os.access(path, os.W_OK)]
@@ -43,9 +43,9 @@ def writable_cgroups(kind: str, controller: str = "") -> list[Path]:
 
 @contextmanager
 def frozen_by_v1(pid: int) -> Iterator[None]:
-    """A process in uninterruptible sleep: a freezer of cgroup v1 does not let go of it for SIGKILL either.
+    """Hold the process in the freezer of cgroup v1, where even SIGKILL does not end it.
 
-    It must have been killed when the block ends. Skips where there is no such freezer.
+    The process must have been killed when the block ends. Skips the test where there is no such freezer.
     """
     roots = writable_cgroups("cgroup", "freezer")
     folder = roots[0] / f"rankspawn-tests-{os.getpid()}" if roots else Path("/none")
@@ -66,7 +66,10 @@ def frozen_by_v1(pid: int) -> Iterator[None]:
 
 @contextmanager
 def new_cgroup() -> Iterator[Path]:
-    """A new cgroup v2, as one that was delegated to us; removed with what is left in it. Skips where there is none."""
+    """A new cgroup v2, as if it were delegated to us; the end of the block kills what is left in it, and removes it.
+
+    Skips the test where none can be made.
+    """
     roots = writable_cgroups("cgroup2")
     if not roots:
         pytest.skip("no cgroup v2 is mounted that we may write to")

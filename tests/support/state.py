@@ -1,4 +1,4 @@
-"""What the failure tests share: processes of their own to break things in, and what such a process has changed."""
+"""What the failure tests share: forked processes in which they break things, and a list of what was changed there."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 
 Answer = TypeVar("Answer")
 
-# A user that no system has processes of: RLIMIT_NPROC counts them, and a kill by it reaches nobody else.
+# A user who has no processes on any system: RLIMIT_NPROC counts the test's alone, and its kill(-1) reaches them alone.
 NOBODY = 54321
 
 
 def become(uid: int) -> None:
-    """Give up root, if we are root, for good: all ids, all groups, all capabilities."""
+    """If we are root, become the user ``uid`` for good: without root's ids, groups and capabilities."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
@@ -28,10 +28,10 @@ def become(uid: int) -> None:
 def fork(function: Callable[[], object]) -> int:
     """Run ``function`` in a forked process, which ends with status 0, or 1 after an exception; returns its pid.
 
-    A fork and not a new interpreter: another user may not be able to read this one's files.
+    It is a fork and not a new interpreter, because another user may be unable to read the interpreter's files.
     """
     with warnings.catch_warnings():
-        # Python 3.12 warns of a fork beside threads. A test that has some is careful by itself.
+        # Python 3.12 warns when a process with threads forks. Tests with threads take care of that themselves.
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid:
@@ -41,15 +41,16 @@ def fork(function: Callable[[], object]) -> int:
         function()
         status = 0
     except BaseException:
-        # By descriptor: what pytest keeps of sys.stderr in memory ends with this copy of it.
+        # To the descriptor: pytest's sys.stderr may be in memory, and the fork's copy of that is lost.
         traceback.print_exc(file=sys.__stderr__)
     finally:
-        # pytest's own cleaning up belongs to the parent alone.
+        # pytest's cleaning up must run in the parent only.
         os._exit(status)
 
 
 def in_child(function: Callable[[], Answer]) -> Answer:
-    """The answer of ``function`` run in a forked process; what it changes (limits, ids, descriptors) ends with it."""
+    """Run ``function`` in a forked process and return its answer; the changes that it makes (limits, ids, descriptors)
+    end with that process."""
     reading, writing = os.pipe()
 
     def answer() -> None:
@@ -68,7 +69,7 @@ def in_child(function: Callable[[], Answer]) -> Answer:
 
 
 def snapshot() -> dict[str, object]:
-    """What conftest.py compares around every test, of this process, for launchers that pytest does not run in."""
+    """What conftest.py compares around every test, for launchers in processes without pytest."""
     from tests.conftest import _snapshot
 
     while True:
@@ -80,7 +81,7 @@ def snapshot() -> dict[str, object]:
 
 
 def changed_since(before: dict[str, object]) -> dict[str, str]:
-    """What is not as it was, in words, once what was told to end had its time."""
+    """The differences from ``before``, in words, after a time for threads and processes to end."""
     from tests.conftest import GRACE_SECONDS, _difference
 
     deadline = time.monotonic() + GRACE_SECONDS

@@ -1,4 +1,4 @@
-"""Builds a sysfs tree below a folder from a compact description, for tests that need a machine they do not have."""
+"""Builds a sysfs tree in a folder from a short description, for tests of machines that are not at hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rankspawn._binding import format_ids
+from rankspawn._ids import format_ids
 
 CPU = "sys/devices/system/cpu"
 NODE = "sys/devices/system/node"
@@ -33,11 +33,12 @@ class Machine:
     """A machine of equal nodes: sockets x nodes (per socket) x caches (per node) x cores (per cache) x threads.
 
     siblings: "split" numbers all first threads and then all second ones, as x86 firmware does; "adjacent" core by core.
-    memory_only: nodes without CPUs after the others. cpu_stride, cpu_base: make ids sparse. node_ids: ids of the nodes.
-    offline: CPUs that are present only. allowed, mems: what /proc/self/status says; None writes no status.
-    masks: masks and no lists, as old kernels wrote. nul: a NUL byte at the end of each file. node_dir: False leaves the
-    node folder out. big: cores of the performance kind, per cache, on a hybrid machine; by "pmu" or by "capacity".
-    caches_written: False leaves the cache folders out. no_memory: nodes without memory.
+    memory_only: how many nodes without CPUs come after the others. cpu_stride, cpu_base: make ids sparse. node_ids: the
+    nodes' ids. offline: CPUs that are present and not online. allowed, mems: what /proc/self/status says; None for both
+    writes no status. masks: masks instead of lists, as old kernels wrote. nul: a NUL byte ends each file. node_dir:
+    False leaves the node folder out. big: how many cores of each cache are of the performance kind, on a hybrid
+    machine; kinds: whether "pmu" or "capacity" tells so. caches_written: False leaves the cache folders out.
+    no_memory: nodes without memory. extra: more files, by path.
     """
 
     sockets: int = 1
@@ -64,7 +65,7 @@ class Machine:
     extra: dict[str, str] = field(default_factory=dict, hash=False)
 
     def cores_of(self) -> list[tuple[int, int, int, tuple[int, ...]]]:
-        """(socket, node position, cache number, threads) of each core, in order, offline CPUs included."""
+        """(socket, node position, cache number, threads) of each core, in order, with offline CPUs."""
         per_node = self.caches * self.cores
         total = self.sockets * self.nodes * per_node
         found = []
@@ -83,7 +84,7 @@ class Machine:
         return self.node_ids[position] if self.node_ids else position
 
     def node_cpus(self) -> dict[int, frozenset[int]]:
-        """Online CPUs by node id, memory-only nodes included."""
+        """The online CPUs of each node, by its id; memory-only nodes have none."""
         found: dict[int, set[int]] = {self.id_of(i): set() for i in range(self.sockets * self.nodes + self.memory_only)}
         for _, node, _, threads in self.cores_of():
             found[self.id_of(node)].update(cpu for cpu in threads if cpu not in self.offline)
@@ -111,7 +112,7 @@ class _Writer:
         self.made: set[str] = set()
 
     def text(self, path: str, text: str) -> None:
-        # Plain calls: a machine of 1,024 CPUs is 17,000 files.
+        # Plain calls are quicker than pathlib's, and a machine of 1,024 CPUs has 17,000 files.
         folder = path.rpartition("/")[0]
         if folder not in self.made:
             os.makedirs(self.root + folder, exist_ok=True)

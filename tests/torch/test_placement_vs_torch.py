@@ -14,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rankspawn._binding import PlacementError
 from rankspawn._place.devices import as_devices
-from rankspawn._place.plan import PlacementError, place, plan
+from rankspawn._place.plan import place, plan
 from rankspawn._place.topology import Topology
 from tests.support.sysfs_tree import Gpu, Machine, address, write
 from tests.test_placement import machines

@@ -18,7 +18,8 @@ import pytest
 pytest.importorskip("torch.distributed.run", reason="torch is not installed")
 
 from rankspawn import AffinityMode, NumaOptions
-from rankspawn.torchrun import _REPLACED, SEAMS, Seam, install, installed, uninstall
+from rankspawn._torch.seams import SEAMS, Seam
+from rankspawn.torchrun import _REPLACED, install, installed, uninstall
 
 
 def replaced() -> list[Any]:

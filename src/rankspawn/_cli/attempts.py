@@ -1,64 +1,67 @@
-"""One start of all ranks by ``rankspawn run``: watched, shown, ended, and told of."""
+"""``rankspawn run``'s attempts: all ranks started, watched, shown and ended; and again after a failure."""
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import signal
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from .._binding import BindingError
 from .._group.launch import launch
 from .._output.failure import describe, pass_on
 from .._output.logs import rank_files
+from .._start.outcome import BindingError
 from .options import CommandError
 from .progress import Progress, say
+from .reports import Reports
+from .settings import usable_port
 from .signals import asks_for_suspension, read_signals, suspend
 
 if TYPE_CHECKING:
     import socket
 
     from .._group.group import RankGroup
-    from .._group.launch import Job
+    from .._group.job import Job
     from .._output.logs import LogFolder, RankFiles
-    from .._output.report import Attempt
-    from .._place.plan import Rank
+    from .._place.plan import Placed
+    from .settings import RunSettings
 
 _TOO_MANY = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
-def run_attempt(
-    args: argparse.Namespace,
-    job: Job,
-    ranks: Sequence[Rank | None],
-    folder: LogFolder,
-    signals: socket.socket,
-    attempts: list[Attempt],
+def run_attempts(settings: RunSettings, folder: LogFolder, signals: socket.socket) -> int:
+    """Start the ranks, and after a failure start them again, as often as the job allows; the exit status."""
+    reports = Reports(settings)
+    job = settings.job
+    try:
+        while True:
+            status, final = _run_attempt(settings, job, folder, signals, reports)
+            if final:
+                return status
+            for sig in read_signals(signals):  # that came when there was no rank to hand them to
+                if not asks_for_suspension(sig):
+                    return 128 + sig
+            # Another port: the last attempt's ranks may have left theirs in a state that refuses a listener.
+            port = usable_port(job.master_addr) if settings.new_port else job.master_port
+            job = job._replace(restart_count=job.restart_count + 1, master_port=port)
+            say(f"restart {job.restart_count} of {job.max_restarts}")
+    finally:
+        reports.write_last()
+
+
+def _run_attempt(
+    settings: RunSettings, job: Job, folder: LogFolder, signals: socket.socket, reports: Reports
 ) -> tuple[int, bool]:
     """One start of all ranks: the exit status, and whether it is the last word."""
-    files = rank_files(folder.path, job.nprocs, job.restart_count, streams=args.log_dir is not None or args.tee)
+    logged = settings.log_dir is not None
+    files = rank_files(folder.path, job.nprocs, job.restart_count, streams=logged or settings.tee)
     # A rank that writes to the terminal itself, or by --tee, would do so behind a line that is to be wiped out.
-    progress = Progress(args.log_dir is not None and not args.tee, job.first_rank)
-    with _tee(args, job, files, folder):
+    progress = Progress(logged and not settings.tee, job.first_rank)
+    with _shown(settings, job, files, folder):
         try:
-            with progress.starting(job.nprocs) as follow:
-                group = launch(
-                    _command(args),
-                    job.nprocs,
-                    job=job,
-                    bindings=[None if rank is None else rank.binding for rank in ranks],
-                    rank_env=[_threads(rank, job.nprocs) for rank in ranks],
-                    files=files,
-                    guard=args.guard,
-                    cgroup=args.cgroup,
-                    keep_going=args.keep_going,
-                    grace=args.grace,
-                    progress=follow,
-                )
+            group = _launch(settings, job, files, progress)
         except OSError as error:
             if not hasattr(error, "rank") or isinstance(error, BindingError):
                 raise
@@ -67,14 +70,30 @@ def run_attempt(
             return 1 if error.errno in _TOO_MANY else 127 if isinstance(error, FileNotFoundError) else 126, True
         try:
             with group:
-                _first_reports(args, job, attempts, group)
+                reports.write_first(group)
                 asked, signalled = _supervise(group, job, signals, progress)
         finally:
-            if args.report or args.timeline:
-                attempts.append(group.attempt())
+            reports.add(group)
     # A job that somebody wanted to end is not started again, whatever it was that ended it.
     last = signalled or job.restart_count == job.max_restarts
     return _tell_end(group, job, asked, last=last, kept=folder.keep)
+
+
+def _launch(settings: RunSettings, job: Job, files: Sequence[RankFiles], progress: Progress) -> RankGroup:
+    with progress.starting(job.nprocs) as follow:
+        return launch(
+            list(settings.command),
+            job.nprocs,
+            job=job,
+            bindings=[None if rank is None else rank.binding for rank in settings.placed],
+            rank_env=[_threads(rank, job.nprocs) for rank in settings.placed],
+            files=files,
+            guard=settings.guard,
+            cgroup=settings.cgroup,
+            keep_going=settings.keep_going,
+            grace=settings.grace,
+            progress=follow,
+        )
 
 
 def _supervise(group: RankGroup, job: Job, signals: socket.socket, progress: Progress) -> tuple[int | None, bool]:
@@ -118,25 +137,19 @@ def _supervise(group: RankGroup, job: Job, signals: socket.socket, progress: Pro
 
 
 @contextmanager
-def _tee(args: argparse.Namespace, job: Job, files: Sequence[RankFiles], folder: LogFolder) -> Iterator[None]:
+def _shown(settings: RunSettings, job: Job, files: Sequence[RankFiles], folder: LogFolder) -> Iterator[None]:
     """Show what the ranks write, for --tee."""
-    if not args.tee:
+    if not settings.tee:
         yield
         return
-    from .._output.tee import Tee, sources
+    from .._output.tee import show
 
-    local = args.local_ranks_filter
-    shown = None if local is None else {job.first_rank + rank for rank in local}
-    tee = Tee(sources(files, job.first_rank), ranks=shown)
-    try:
-        tee.start()
-    except RuntimeError as error:
-        raise CommandError(f"--tee: {error}") from error
-    try:
+    with ExitStack() as showing:
+        try:
+            showing.enter_context(show(files, job.first_rank, settings.shown_ranks, folder))
+        except RuntimeError as error:
+            raise CommandError(f"--tee: {error}") from error
         yield
-    finally:
-        if tee.finish():
-            folder.keep = True
 
 
 def _tell_end(group: RankGroup, job: Job, asked: int | None, *, last: bool, kept: bool) -> tuple[int, bool]:
@@ -161,54 +174,10 @@ def _tell_end(group: RankGroup, job: Job, asked: int | None, *, last: bool, kept
     return (failed if failed > 0 else 128 - failed), last
 
 
-def _threads(rank: Rank | None, nprocs: int) -> dict[str, str]:
+def _threads(rank: Placed | None, nprocs: int) -> dict[str, str]:
     """OMP_NUM_THREADS, unless the user set it: the cores of the rank's mask; unbound, 1 for several, as torchrun."""
     if "OMP_NUM_THREADS" in os.environ:
         return {}
     if rank is not None:
         return {"OMP_NUM_THREADS": str(rank.omp_threads)}
     return {"OMP_NUM_THREADS": "1"} if nprocs > 1 else {}
-
-
-def _command(args: argparse.Namespace) -> list[str]:
-    if args.no_python:
-        return list(args.command)
-    # PYTHON_EXEC as torchrun: another interpreter for the ranks.
-    python = os.environ.get("PYTHON_EXEC", sys.executable)
-    return [python, "-u", *(["-m"] if args.module else []), *args.command]
-
-
-def _first_reports(args: argparse.Namespace, job: Job, attempts: Sequence[Attempt], group: RankGroup) -> None:
-    """Write the reports as soon as the ranks run: what cannot be written is to be known before their work is done."""
-    if not (args.report or args.timeline):
-        return
-    try:
-        _write_reports(args, job, [*attempts, group.attempt()], first=True)
-    except OSError as error:
-        args.report = args.timeline = None  # nor is it tried at the end
-        raise CommandError(f"{error.filename}: {error.strerror}") from error
-
-
-def write_reports_at_end(args: argparse.Namespace, job: Job, attempts: Sequence[Attempt]) -> None:
-    if not attempts:
-        return
-    try:
-        _write_reports(args, job, attempts)
-    except OSError as error:
-        say(f"{error.filename}: {error.strerror}")
-
-
-def _write_reports(args: argparse.Namespace, job: Job, attempts: Sequence[Attempt], *, first: bool = False) -> None:
-    """first: not to pipes and the like, of which a reader would have two."""
-    from .._output.report import group_report, write_report, write_text
-    from .._output.timeline import timeline_svg
-
-    report = group_report(attempts, command=_command(args), nprocs=job.nprocs, run_id=job.run_id)
-    if args.report and not (first and _is_special(args.report)):
-        write_report(report, args.report)
-    if args.timeline and not (first and _is_special(args.timeline)):
-        write_text(timeline_svg(report), args.timeline)
-
-
-def _is_special(path: str) -> bool:
-    return os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)) and not os.path.isdir(path)

@@ -7,15 +7,16 @@ import os
 import signal
 import sys
 
-from .._binding import AffinityMode, format_ids
+from .._binding import AffinityMode, PlacementError
+from .._ids import format_ids
 from .._place.openmp import affinity_warnings, omp_num_threads
-from .._place.topology import PlacementError, Topology
-from .options import add_placement_options, placement
+from .._place.topology import Topology
+from .options import PlacementOptions, add_placement_options, placement
 from .step import Step, StepError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .._place.plan import Rank
+    from .._place.plan import Placed
 
 
 def add_bind_options(bind: argparse.ArgumentParser) -> None:
@@ -47,15 +48,14 @@ def _bind(args: argparse.Namespace) -> int:
     from .._start.engine import bind_thread
 
     parser: argparse.ArgumentParser = args.parser
-    if args.command[:1] == ["--"]:
-        del args.command[0]
-    if not args.command:
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
         parser.error("PROGRAM is missing")
     if os.name != "posix":
         parser.error("a process can become another program on POSIX systems alone")
     step = Step.read(os.environ)
-    local_rank, local_size = _position(args, step)
-    rank = _placed(args, local_rank, local_size, step)
+    local_rank, local_size = _position(step, args.local_rank, args.nproc_per_node)
+    rank = _placed(PlacementOptions.read(args), local_rank, local_size, step)
     refused = bind_thread(rank.binding)
     # The environment, and how a launcher binds, is the same for all: one of them speaks of it.
     warnings = affinity_warnings(os.environ) if local_rank == 0 else ()
@@ -63,12 +63,14 @@ def _bind(args: argparse.Namespace) -> int:
     for note in (*rank.notes, *warnings, *(f"refused, {one}" for one in refused), *said):
         print(f"rankspawn: local rank {local_rank}: {note}", file=sys.stderr)
     os.environ.setdefault("OMP_NUM_THREADS", str(rank.omp_threads))
-    return _become(args.command)
+    return _become(command)
 
 
-def _position(args: argparse.Namespace, step: Step) -> tuple[int, int]:
-    """The local rank, and of how many. Raises StepError where it is not told, or told twice and not alike."""
-    local_rank: int | None = args.local_rank
+def _position(step: Step, local_rank: int | None, local_size: int | None) -> tuple[int, int]:
+    """The local rank, and of how many: as given, else as the step says.
+
+    Raises StepError where nothing says it, or two variables say different things.
+    """
     if local_rank is None:
         local_rank = step.local_rank
         if local_rank is None:
@@ -79,7 +81,8 @@ def _position(args: argparse.Namespace, step: Step) -> tuple[int, int]:
             raise StepError(
                 f"LOCAL_RANK={torchs} and {step.variable}={local_rank} say different things: give --local-rank"
             )
-    local_size: int | None = step.local_size if args.nproc_per_node is None else args.nproc_per_node
+    if local_size is None:
+        local_size = step.local_size
     if local_size is None:
         raise StepError("nothing tells how many ranks this node has: give --nproc-per-node")
     if local_rank >= local_size:
@@ -87,7 +90,7 @@ def _position(args: argparse.Namespace, step: Step) -> tuple[int, int]:
     return local_rank, local_size
 
 
-def _placed(args: argparse.Namespace, local_rank: int, local_size: int, step: Step) -> Rank:
+def _placed(options: PlacementOptions, local_rank: int, local_size: int, step: Step) -> Placed:
     """The place of this rank among those of the node, within the mask that it inherited.
 
     A mask that the launcher gave to this rank alone is not shared out a second time: no part of it is for the others.
@@ -101,12 +104,12 @@ def _placed(args: argparse.Namespace, local_rank: int, local_size: int, step: St
             f"{step.launcher} bound this rank by itself to CPUs {inherited}, and it stays within these;"
             f" {step.unbound} leaves the choice to rankspawn"
         )
-        if args.numa_binding == AffinityMode.EXCLUSIVE:
-            if not args.numa_binding_optional:
+        if options.numa_binding == AffinityMode.EXCLUSIVE:
+            if not options.numa_binding_optional:
                 raise PlacementError(f"exclusive: {note}")
-            args.numa_binding = AffinityMode.NODE
+            options = options.replace(numa_binding=AffinityMode.NODE)
     try:
-        rank = placement(args, topology, local_size)[local_rank]
+        rank = placement(options, topology, local_size)[local_rank]
     except PlacementError as error:
         raise PlacementError(f"{error} ({note})" if note else str(error)) from None
     if own:
@@ -165,6 +168,3 @@ def _become(command: list[str]) -> int:
     except OSError as error:
         print(f"rankspawn: {command[0]}: {error.strerror}", file=sys.stderr)
         return 127 if isinstance(error, FileNotFoundError) else 126
-
-
-__all__ = ["add_bind_options"]

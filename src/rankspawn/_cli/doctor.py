@@ -7,9 +7,11 @@ import platform
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .._binding import MEMORY_MODES, Binding, BindingError, MemoryPolicy, format_ids
-from .._place.topology import PlacementError, Topology
+from .._binding import MEMORY_MODES, Binding, MemoryPolicy, PlacementError
+from .._ids import format_ids
+from .._place.topology import Topology
 from .._start.engine import EXTENSION_ERROR, mechanisms
+from .._start.outcome import BindingError
 from .._start.popen import Popen
 
 if TYPE_CHECKING:

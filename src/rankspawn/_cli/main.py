@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from .._place.topology import PlacementError
+from .._binding import PlacementError
 from .options import CommandError
 
 TYPE_CHECKING = False

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from .._binding import MEMORY_MODES, AffinityMode
-from .._place.topology import PlacementError, Topology
+from .._binding import MEMORY_MODES, AffinityMode, PlacementError
+from .._frozen import Frozen
+from .._place.topology import Topology
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .._binding import MemoryMode
-    from .._place.plan import Rank
+    from .._place.plan import Placed
 
 
 class CommandError(Exception):
@@ -43,36 +44,59 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def placement(args: argparse.Namespace, topology: Topology, nprocs: int | None) -> tuple[Rank, ...]:
+class PlacementOptions(Frozen):
+    """What the options of add_placement_options() ask for, as they were given; None or 0 where one was not."""
+
+    numa_binding: str | None
+    memory_policy: MemoryMode | None
+    devices: str | None
+    reserve_cores: int
+    threads_per_core: int | None
+    cpus: str | None
+    mems: str | None
+    numa_binding_optional: bool
+
+    @classmethod
+    def read(cls, args: argparse.Namespace) -> PlacementOptions:
+        """Those of the command line's arguments."""
+        return cls(**{name: getattr(args, name) for name in cls.__match_args__})
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether they say where ranks go, by a mode or by hand."""
+        return bool(self.numa_binding or self.cpus or self.mems)
+
+
+def placement(options: PlacementOptions, topology: Topology, nprocs: int | None) -> tuple[Placed, ...]:
     """The ranks as the options ask; mode node where none does. Raises PlacementError."""
     from .._place.plan import plan, plan_lists
 
-    required = not args.numa_binding_optional
-    if args.cpus is not None or args.mems is not None:
+    required = not options.numa_binding_optional
+    if options.cpus is not None or options.mems is not None:
         for flag, given in (
-            ("--numa-binding", args.numa_binding),
-            ("--devices", args.devices),
-            ("--reserve-cores", args.reserve_cores),
-            ("--threads-per-core", args.threads_per_core),
+            ("--numa-binding", options.numa_binding),
+            ("--devices", options.devices),
+            ("--reserve-cores", options.reserve_cores),
+            ("--threads-per-core", options.threads_per_core),
         ):
             if given:
                 raise PlacementError(f"{flag} {given} does not go with --cpus and --mems, which say all by themselves")
         if nprocs is None:
             raise PlacementError("--cpus and --mems need the number of ranks: --nproc-per-node")
-        memory: MemoryMode = args.memory_policy or "bind"
-        return plan_lists(topology, nprocs, cpus=args.cpus, mems=args.mems, memory=memory, required=required)
+        memory: MemoryMode = options.memory_policy or "bind"
+        return plan_lists(topology, nprocs, cpus=options.cpus, mems=options.mems, memory=memory, required=required)
     devices = None
-    if args.devices is not None:
+    if options.devices is not None:
         from .._place.devices import parse_devices
 
-        devices = parse_devices(args.devices)
+        devices = parse_devices(options.devices)
     return plan(
         topology,
-        args.numa_binding or AffinityMode.NODE,
+        options.numa_binding or AffinityMode.NODE,
         nprocs=nprocs,
         devices=devices,
-        reserve_cores=args.reserve_cores,
-        threads_per_core=args.threads_per_core,
-        memory=args.memory_policy,
+        reserve_cores=options.reserve_cores,
+        threads_per_core=options.threads_per_core,
+        memory=options.memory_policy,
         required=required,
     )

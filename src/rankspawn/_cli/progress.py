@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from .._binding import format_ids
+from .._ids import format_ids
 
 if TYPE_CHECKING:
     from .._group.group import RankGroup

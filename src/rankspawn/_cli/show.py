@@ -7,16 +7,18 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 
-from .._binding import format_ids
-from .._place.topology import PlacementError, Topology, Tree
-from .options import add_placement_options, placement
+from .._binding import PlacementError
+from .._ids import format_ids
+from .._place.sysfs import Tree
+from .._place.topology import Topology
+from .options import PlacementOptions, add_placement_options, placement
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import IO, Any
 
-    from .._place.devices import Device
-    from .._place.plan import Rank
+    from .._place.plan import Placed
+    from .._place.visible import Device
 
 _GIB = 1 << 30
 # What a process may use stands in two of the lines of its status; the others are nobody's business.
@@ -68,7 +70,7 @@ def _plan(args: argparse.Namespace) -> int:
     from .._place.openmp import affinity_warnings
 
     topology = Topology.read(args.sysfs)
-    ranks = placement(args, topology, args.nproc_per_node)
+    ranks = placement(PlacementOptions.read(args), topology, args.nproc_per_node)
     live = is_live(topology.root)
     notes = list(dict.fromkeys(note for rank in ranks for note in rank.notes))
     notes += affinity_warnings(os.environ) if live else ()
@@ -115,7 +117,7 @@ def device_json(device: Device) -> dict[str, Any]:
     }
 
 
-def rank_json(index: int, rank: Rank) -> dict[str, Any]:
+def rank_json(index: int, rank: Placed) -> dict[str, Any]:
     """One rank of a plan as plain data; cpus and memory are None where they are left as inherited."""
     cpus, memory = rank.binding.cpus, rank.binding.memory
     return {
@@ -136,7 +138,7 @@ def _print_json(data: dict[str, Any]) -> None:
     print(json.dumps(data, indent=2))
 
 
-def _draw(path: str, topology: Topology, devices: Sequence[Device], ranks: Sequence[Rank]) -> None:
+def _draw(path: str, topology: Topology, devices: Sequence[Device], ranks: Sequence[Placed]) -> None:
     from .._place.drawing import drawing
 
     try:
@@ -186,7 +188,7 @@ def _node_rows(topology: Topology) -> list[tuple[str, ...]]:
     return rows
 
 
-def _print_plan(topology: Topology, ranks: Sequence[Rank], notes: Sequence[str], out: IO[str]) -> None:
+def _print_plan(topology: Topology, ranks: Sequence[Placed], notes: Sequence[str], out: IO[str]) -> None:
     rows = []
     for index, rank in enumerate(ranks):
         cpus, memory = rank.binding.cpus, rank.binding.memory
@@ -211,19 +213,7 @@ def _notes(notes: Sequence[str], out: IO[str]) -> None:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], out: IO[str]) -> None:
-    """By rich on a terminal, where it is installed; else in plain columns, one line a row, for other programs."""
-    if out.isatty():
-        try:
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:
-            pass
-        else:
-            table = Table(*head, box=None, header_style="bold", pad_edge=False)
-            for row in rows:
-                table.add_row(*row)
-            Console(file=out, highlight=False).print(table)
-            return
+    """In plain columns, one line a row: for people and for other programs."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     for row in (head, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=out)
@@ -253,6 +243,3 @@ def capture(tree: Tree, path: str) -> None:
                 tar.addfile(header(file, len(data), tarfile.REGTYPE), io.BytesIO(data))
     except OSError as error:
         raise PlacementError(f"--capture {path}: {error.strerror}") from error
-
-
-__all__ = ["add_plan_options", "add_topology_options", "capture", "device_json", "rank_json", "topology_json"]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 
-from .._binding import format_ids
+from .._binding import PlacementError
 from .._frozen import Frozen
-from .._place.sysfs import PlacementError
+from .._ids import format_ids
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ _UNBOUND = {
 _MORE_CPUS = {**_UNBOUND, "srun": "--cpus-per-task=N"}
 
 
-class Node(Frozen):
+class StepNode(Frozen):
     """Which of a job's nodes this is, and where its rank 0 listens: address and port are None where there is one node,
     and nobody said otherwise. run_id: a name for the job, None where it has none."""
 
@@ -134,14 +134,14 @@ class Step(Frozen):
                 return _mpi(told, environ)
         return cls()
 
-    def node(self, master_addr: str | None = None, master_port: int | None = None) -> Node:
+    def node(self, master_addr: str | None = None, master_port: int | None = None) -> StepNode:
         """This node among the step's, for a launcher of which one runs on each; the arguments are what the user said.
 
         A process that no launcher of nodes has started is the only node. Raises StepError where several processes of
         the step run on this node, and where nothing says what is needed to meet.
         """
         if self.launcher in ("", "torchrun"):
-            return Node(0, 1, master_addr, master_port, None)
+            return StepNode(0, 1, master_addr, master_port, None)
         if self.local_size != 1:
             if self.local_size is None:
                 raise StepError(
@@ -155,14 +155,14 @@ class Step(Frozen):
         if self.nnodes is None or self.node_rank is None:
             raise StepError(f"{self.launcher} does not say how many nodes there are: give --nnodes and --node-rank")
         if self.nnodes == 1:
-            return Node(0, 1, master_addr, master_port, self.run_id)
+            return StepNode(0, 1, master_addr, master_port, self.run_id)
         address = master_addr or self.master_addr
         if address is None:
             raise StepError(
                 f"{self.launcher} started this on {self.nnodes} nodes, and does not say which host the first is: give"
                 " --master-addr HOST, the host of its rank 0"
             )
-        return Node(self.node_rank, self.nnodes, address, master_port or self.master_port, self.run_id)
+        return StepNode(self.node_rank, self.nnodes, address, master_port or self.master_port, self.run_id)
 
     def crowding(self, nprocs: int, inherited: Set[int], online: Set[int]) -> str | None:
         """In words, that ``nprocs`` ranks inherit too few CPUs, of those that are ``online``, from the launcher; None
@@ -277,6 +277,3 @@ def _tasks_per_node(text: str) -> list[int]:
             raise StepError(f"SLURM_STEP_TASKS_PER_NODE={text!r} is not a list of counts like 4(x2),3")
         counts += [int(run[1])] * int(run[2] or 1)
     return counts
-
-
-__all__ = ["Node", "Step", "StepError", "first_host"]

@@ -1,6 +1,7 @@
 """How ranks end, and nothing is left.
 
-watch      sees that a rank has ended, without reaping it   ranks      signalled, killed, reaped; who is stuck, and why
+watch      sees that a rank has ended, without reaping it   reap       one rank: how it ended, collected
+ranks      all of them: signalled, killed; who is stuck     deadline   moments until which something is waited for
 sessions   everybody in a session, looked for and killed    cgroup     everybody in a cgroup, in one write
 processes  who started whom, by psutil                      guard      when the launcher itself is killed
 

@@ -103,6 +103,17 @@ class Guard:
                 os.close(fd)
         return cls(process, writing)
 
+    def warn_of_its_end(self) -> None:
+        """Issue a RuntimeWarning: the guard has ended before close()."""
+        import warnings
+
+        warnings.warn(
+            f"the guard (process {self.process.pid}) has ended: what the ranks have started stays behind if this"
+            " process is killed now",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
     def close(self) -> None:
         """End the guard, after the group has ended: there is nothing left for it to do. Closing again is harmless.
 

@@ -3,37 +3,10 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import psutil
-
-
-class Usage(TypedDict):
-    """What one process uses at the moment of asking, itself alone.
-
-    user, system: CPU seconds since it was started. rss: resident bytes. threads: how many it has.
-    """
-
-    user: float
-    system: float
-    rss: int
-    threads: int
-
-
-def usage_now(pid: int) -> Usage | None:
-    """What process ``pid`` uses; None when it has ended, reaped or not, or may not be looked at."""
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        with process.oneshot():
-            if process.status() == psutil.STATUS_ZOMBIE:
-                return None
-            cpu, memory, threads = process.cpu_times(), process.memory_info(), process.num_threads()
-    except psutil.Error:
-        return None
-    return {"user": cpu.user, "system": cpu.system, "rss": memory.rss, "threads": threads}
 
 
 class ProcessTree:

@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .deadline import left, passed, until
 from .processes import ProcessTree
+from .reap import is_unreaped, reap, status
 from .sessions import describe_stuck, kill_members, members
-from .watch import left, passed, status, until, wait_without_reaping
 
 if TYPE_CHECKING:
     from .._start.popen import Popen
@@ -95,48 +96,6 @@ def kill_sessions(
     zombies = {pid for pid, number in unreaped.items() if number in ended}
     stuck = kill_members(unreaped.keys(), seconds, zombies, found) if unreaped else {}
     return {pid: f"rank {unreaped[session]}" for pid, session in stuck.items()}
-
-
-def is_unreaped(rank: Popen) -> bool:
-    """Whether a rank's number is still its own: it runs, or is a zombie that nobody has waited for."""
-    if rank.returncode is not None:
-        return False
-    if hasattr(os, "waitid"):
-        try:
-            wait_without_reaping(rank)
-        except ChildProcessError:
-            return False
-    return True
-
-
-def reap(rank: Popen, returncode: int | None) -> tuple[Any, bool] | None:
-    """Collect a rank if it has ended: what it used (resource.struct_rusage), and whether it dumped core.
-
-    None where somebody else has collected it, or where wait4(2) cannot be called.
-    returncode: what it was seen to end with.
-    """
-    # At the end of the interpreter wait4 reaps, and then fails to import the type of what it returns. A group is looked
-    # at so late by its finalizer, in a free-threaded build.
-    if not hasattr(os, "wait4") or sys.is_finalizing():
-        rank.poll()
-        return None
-    lock = rank._waitpid_lock  # type: ignore[attr-defined]
-    # Whoever waits for it in another thread holds the lock, and is about to collect it if it has ended.
-    if rank.returncode is not None or not lock.acquire(timeout=0.1):
-        return None
-    try:
-        if rank.returncode is None:
-            if rank.pidfd is not None:
-                wait_without_reaping(rank)  # which raises where its number is another child's by now
-            pid, status, usage = os.wait4(rank.pid, os.WNOHANG)
-            if pid:
-                rank._handle_exitstatus(status)
-                return usage, os.WCOREDUMP(status)
-    except ChildProcessError:
-        rank.returncode = returncode or 0
-    finally:
-        lock.release()
-    return None
 
 
 def end_ranks(ranks: list[Popen]) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import selectors
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
+
+from .deadline import left
+from .reap import status
 
 if TYPE_CHECKING:
     import asyncio
@@ -22,12 +23,6 @@ POLL_SECONDS = 0.02
 
 _LONGEST = 86400.0
 """Seconds that are slept in one piece: epoll_wait(2) counts milliseconds in an int, and a timeout may be infinite."""
-
-
-# The kernel's include/uapi/linux/pidfd.h: the fields "mask" and "exit_code" of struct pidfd_info, and how to ask.
-_PIDFD_INFO = struct.Struct("=Q52xi")
-_PIDFD_INFO_EXIT = 1 << 3
-_PIDFD_GET_INFO = 3 << 30 | _PIDFD_INFO.size << 16 | 0xFF << 8 | 11  # _IOWR(0xFF, 11, struct pidfd_info)
 
 
 class Watch:
@@ -219,75 +214,6 @@ class Watch:
                 woken.get_loop().call_soon_threadsafe(_wake, woken)
 
 
-def status(rank: Popen) -> int | None:
-    """How a rank has ended, as a returncode, without reaping it; None while it runs."""
-    if rank.returncode is not None or not hasattr(os, "waitid"):
-        return rank.poll()
-    try:
-        ended = wait_without_reaping(rank)
-    except ChildProcessError:
-        # Reaped behind our back. Not poll(): it would wait for whoever has the number now.
-        lock = rank._waitpid_lock  # type: ignore[attr-defined]
-        if lock.acquire(blocking=False):
-            if rank.returncode is None:
-                rank._handle_exitstatus(0 if rank.pidfd is None else _status_of_reaped(rank.pidfd))
-            lock.release()
-        return rank.returncode
-    if ended is None:
-        return None
-    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
-
-
-def wait_without_reaping(rank: Popen) -> os.waitid_result | None:
-    """How a rank has ended; None while it runs. Raises ChildProcessError when somebody has reaped it.
-
-    By its pidfd where that can be: a number may be another child's by now.
-    """
-    flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-    pidfd = rank.pidfd
-    if pidfd is not None and hasattr(os, "P_PIDFD"):
-        try:
-            return os.waitid(os.P_PIDFD, pidfd, flags)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # before Linux 5.4
-                raise
-    return os.waitid(os.P_PID, rank.pid, flags)
-
-
-def _status_of_reaped(pidfd: int) -> int:
-    """The status of a process that somebody has waited for, as from waitpid(2).
-
-    Before Linux 6.15 nobody can know: 0 then, as in the standard class.
-    """
-    import fcntl
-
-    info = bytearray(_PIDFD_INFO.size)
-    _PIDFD_INFO.pack_into(info, 0, _PIDFD_INFO_EXIT, 0)
-    try:
-        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
-    except OSError:
-        return 0
-    known, status = _PIDFD_INFO.unpack(info)
-    return int(status) if known & _PIDFD_INFO_EXIT else 0
-
-
 def _wake(woken: asyncio.Future[None]) -> None:
     if not woken.done():
         woken.set_result(None)
-
-
-def until(timeout: float | None) -> float | None:
-    """The end of a timeout, in seconds of time.monotonic(); None is never, here and in the three below."""
-    return None if timeout is None else time.monotonic() + timeout
-
-
-def left(end: float | None) -> float | None:
-    return None if end is None else max(0.0, end - time.monotonic())
-
-
-def passed(end: float | None) -> bool:
-    return end is not None and time.monotonic() >= end
-
-
-def sooner(one: float | None, other: float | None) -> float | None:
-    return other if one is None else one if other is None else min(one, other)

@@ -1,7 +1,7 @@
 """The ranks of one job on this machine: watched at once, ended together, none left behind.
 
-``launch`` in _launch.py makes a group. Whoever waits, here or in asyncio, does two things in turn: look who has ended
-(_watch.py), and do what is due: a failure ends the others, and what was told to end and does not is killed.
+``launch`` makes a group. Whoever waits, here or in asyncio, does two things in turn: look who has ended
+(``_end.watch``), and do what is due: a failure ends the others, and what was told to end and does not is killed.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
-from .._end.ranks import KILL_SECONDS, SIGKILL, kill_sessions, living, name_running, name_stuck, reap, signal_groups
-from .._end.watch import POLL_SECONDS, Watch, left, passed, sooner, until
+from .._end.deadline import left, passed, sooner, until
+from .._end.ranks import KILL_SECONDS, SIGKILL, kill_sessions, living, name_running, name_stuck, signal_groups
+from .._end.reap import reap
+from .._end.watch import POLL_SECONDS, Watch
+from .._public import public
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from .._binding import Binding
     from .._end.cgroup import GroupCgroup
+    from .._end.guard import Guard
     from .._output.failure import Failure
     from .._output.logs import RankFiles
     from .._output.report import Attempt, GroupReport
@@ -34,6 +38,7 @@ GRACE_SECONDS = 30.0
 _CONTINUE = (signal.SIGCONT,) if hasattr(signal, "SIGCONT") else ()
 
 
+@public
 class RankGroup:
     """Ranks that live and die together. Leaving the ``with`` block ends those that still run, and what they started.
 
@@ -56,6 +61,7 @@ class RankGroup:
         grace: float,
         files: Sequence[RankFiles] | None,
         cgroup: GroupCgroup | None,
+        guard: Guard | None,
         called_ns: int,
         run_id: str,
     ) -> None:
@@ -68,6 +74,8 @@ class RankGroup:
         self._called_ns = called_ns
         self._run_id = run_id
         self._watch = Watch(self.ranks)
+        if guard is not None and guard.process.pidfd is not None:
+            self._watch.once(guard.process.pidfd, guard.warn_of_its_end)
         self._collected: dict[int, tuple[Any, bool]] = {}
         self._effective: dict[int, Binding | None] = {}
         self._kill_at: float | None = None
@@ -337,29 +345,17 @@ class RankGroup:
 
     def attempt(self) -> Attempt:
         """The same, as one of several attempts that a report is made of."""
-        from .._end.processes import ProcessTree
-        from .._output.report import Attempt, rank_report
+        from .._output.report import attempt
 
         self.note_effective()
-        tree = ProcessTree()
-        told = []
-        for number, rank in enumerate(self.ranks):
-            usage, core = self._collected.get(number, (None, None))
-            told.append(
-                rank_report(
-                    number,
-                    rank,
-                    called_ns=self._called_ns,
-                    exited_ns=self._watch.exited_ns.get(number),
-                    returncode=self._watch.returncodes.get(number),
-                    effective=self._effective.get(number),
-                    usage=usage,
-                    core=core,
-                    tree=tree,
-                )
-            )
-        called_at = time.time() - (time.monotonic_ns() - self._called_ns) / 1e9
-        return Attempt(self._called_ns, called_at, told)
+        return attempt(
+            self.ranks,
+            called_ns=self._called_ns,
+            exited_ns=self._watch.exited_ns,
+            returncodes=self._watch.returncodes,
+            effective=self._effective,
+            collected=self._collected,
+        )
 
     def note_effective(self) -> None:
         """Read from the kernel what each running rank is bound to, for ``report``."""

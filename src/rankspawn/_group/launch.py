@@ -4,87 +4,30 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from .._end.ranks import end_ranks
+from .._public import public
 from .._start.arguments import callers_environment
-from .._start.crew import start_ranks
 from .._start.engine import mechanisms
 from .group import GRACE_SECONDS, RankGroup
+from .job import Job, free_port
+from .start import start_ranks
 
 if TYPE_CHECKING:
     from .._binding import AffinityMode, Binding, MemoryMode, MemoryPolicy
     from .._end.cgroup import GroupCgroup
     from .._end.guard import Guard
     from .._output.logs import LogFolder, RankFiles
-    from .._output.tee import Tee
-    from .._place.plan import Rank
     from .._start.popen import Popen
 
 
-class Job(NamedTuple):
-    """What the ranks are told of the job, by the names that torchrun gives it.
-
-    nprocs: ranks on this machine. run_id: a name for the job. master_addr, master_port: where rank 0 listens.
-    nnodes, node_rank: how many machines, and which this is, from 0. restart_count: which start of the group this is,
-    from 0. max_restarts: how many may follow the first.
-    """
-
-    nprocs: int
-    master_port: int
-    master_addr: str = "127.0.0.1"
-    run_id: str = "none"
-    nnodes: int = 1
-    node_rank: int = 0
-    restart_count: int = 0
-    max_restarts: int = 0
-
-    @property
-    def first_rank(self) -> int:
-        """The RANK of this machine's local rank 0."""
-        return self.node_rank * self.nprocs
-
-    def environment(self) -> dict[str, str]:
-        """What all ranks of this machine are told (torch.distributed.run has the names)."""
-        local, world = str(self.nprocs), str(self.nprocs * self.nnodes)
-        return {
-            "WORLD_SIZE": world,
-            "LOCAL_WORLD_SIZE": local,
-            "GROUP_RANK": str(self.node_rank),
-            "GROUP_WORLD_SIZE": str(self.nnodes),
-            "ROLE_NAME": "default",
-            "ROLE_WORLD_SIZE": world,
-            "MASTER_ADDR": self.master_addr,
-            "MASTER_PORT": str(self.master_port),
-            "TORCHELASTIC_RESTART_COUNT": str(self.restart_count),
-            "TORCHELASTIC_MAX_RESTARTS": str(self.max_restarts),
-            "TORCHELASTIC_RUN_ID": self.run_id,
-            # Rank 0 makes the store at MASTER_PORT itself: there is no agent that holds one.
-            "TORCHELASTIC_USE_AGENT_STORE": "False",
-            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
-        }
-
-    def environment_of(self, local_rank: int) -> dict[str, str]:
-        """What one rank is told beside that."""
-        rank = str(self.first_rank + local_rank)
-        return {"RANK": rank, "LOCAL_RANK": str(local_rank), "ROLE_RANK": rank}
-
-
-def free_port(address: str = "127.0.0.1") -> int:
-    """A TCP port that is free on ``address`` now. Raises OSError when the address is not this machine's."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
-
-
+@public
 def launch(
     args: Sequence[str] | Callable[[int], Sequence[str]],
     nprocs: int,
@@ -132,63 +75,30 @@ def launch(
     OSError (EMFILE) when there is not a free descriptor for each rank: this process's limit is not raised here.
     """
     called_ns = time.monotonic_ns()
-    _check_arguments(nprocs, bindings=bindings, rank_env=rank_env, files=files)
-    job = Job(nprocs, free_port()) if job is None else job
-    if job.nprocs != nprocs:
-        raise ValueError(f"nprocs is {nprocs}, and {job.nprocs} in job")
-    if grace is not None and not grace >= 0:
-        raise ValueError(f"grace is {grace}: it is a number of seconds from 0 on")
-    if files is not None and log_dir is not None:
-        raise ValueError("give log_dir or files")
-    if tee_ranks is not None and not tee:
-        raise ValueError("tee_ranks needs tee")
-    own = [job.environment_of(rank) for rank in range(nprocs)]
-    shared = {**(callers_environment() if env is None else env), **job.environment()}
-    shared["RANKSPAWN_CALL_NS"] = str(called_ns)
+    job = _checked(nprocs, job, bindings, rank_env, files, log_dir, tee, tee_ranks, grace)
+    shared, own = _environments(job, env, called_ns)
     if numa is not None or memory is not None:
         if bindings is not None or numa is None:
             raise ValueError("give numa, with or without memory, or bindings")
-        placed = _place(nprocs, numa, memory)
-        bindings = [rank.binding for rank in placed]
-        if "OMP_NUM_THREADS" not in shared:
-            for variables, rank in zip(own, placed, strict=True):
-                variables["OMP_NUM_THREADS"] = str(rank.omp_threads)
+        bindings = _placed(numa, memory, shared, own)
     _check_descriptors(nprocs)
     ranks: list[Popen] = []
-    guarding: Guard | None = None
-    temporary: LogFolder | None = None
     # Not a with block: there is no moment at which what was opened is neither this function's to close nor the group's.
     resources = ExitStack()
     try:
         if files is None and (tee or log_dir is not None):
-            from .._output.logs import LogFolder, rank_files
-
-            if log_dir is None:
-                temporary = resources.enter_context(LogFolder())
-                log_dir = temporary.path
-            files = rank_files(os.fspath(log_dir), nprocs, job.restart_count)
+            files, temporary = _open_files(resources, log_dir, job)
+        else:
+            temporary = None
         for number, of_rank in enumerate(files or ()):
             own[number]["TORCHELASTIC_ERROR_FILE"] = of_rank.error
         for variables, more in zip(own, rank_env or (), strict=False):
             variables.update(more)
         if tee:
-            from .._output.tee import Tee, sources
+            from .._output.tee import show
 
-            shown = None if tee_ranks is None else {job.first_rank + rank for rank in tee_ranks}
-            resources.callback(_finish, Tee(sources(files or (), job.first_rank), ranks=shown).start(), temporary)
-        name, own_cgroup = "", None
-        if cgroup is not None:
-            from .._end.cgroup import new_name
-
-            name = new_name()
-        if guard or cgroup is not None:
-            from .._end.guard import Guard
-
-            # Before its cgroup is made, and closed after that has gone: no death in between leaves the directory.
-            path = None if cgroup is None else os.path.join(os.path.abspath(cgroup), name)
-            guarding = resources.enter_context(closing(Guard.start(path)))
-        if cgroup is not None:
-            own_cgroup = _make_cgroup(resources, cgroup, name)
+            resources.enter_context(show(files or (), job.first_rank, tee_ranks, temporary))
+        guarding, own_cgroup = _hold(resources, guard, cgroup)
         start_ranks(
             ranks,
             [args(rank) for rank in range(nprocs)] if callable(args) else [args] * nprocs,
@@ -203,19 +113,17 @@ def launch(
             progress=progress,
         )
         with _enough_descriptors(ranks):
-            group = RankGroup(
+            return RankGroup(
                 ranks,
                 resources=resources,
                 keep_going=keep_going,
                 grace=GRACE_SECONDS if grace is None else grace,
                 files=files,
                 cgroup=own_cgroup,
+                guard=guarding,
                 called_ns=called_ns,
                 run_id=job.run_id,
             )
-        if guarding is not None and guarding.process.pidfd is not None:
-            group._watch.once(guarding.process.pidfd, partial(_warn_of_death, guarding))
-        return group
     except BaseException:
         try:
             end_ranks(ranks)
@@ -224,12 +132,92 @@ def launch(
         raise
 
 
-def _check_arguments(nprocs: int, **by_rank: Sequence[object] | None) -> None:
+def _checked(
+    nprocs: int,
+    job: Job | None,
+    bindings: Sequence[object] | None,
+    rank_env: Sequence[object] | None,
+    files: Sequence[object] | None,
+    log_dir: object,
+    tee: bool,
+    tee_ranks: object,
+    grace: float | None,
+) -> Job:
+    """The job, made where none was given. Raises ValueError for arguments of launch() that do not fit each other."""
     if nprocs < 1:
         raise ValueError(f"nprocs is {nprocs}: a job has at least one rank")
-    for name, given in by_rank.items():
+    for name, given in (("bindings", bindings), ("rank_env", rank_env), ("files", files)):
         if given is not None and len(given) != nprocs:
             raise ValueError(f"{name} has {len(given)} items for {nprocs} ranks")
+    job = Job(nprocs, free_port()) if job is None else job
+    if job.nprocs != nprocs:
+        raise ValueError(f"nprocs is {nprocs}, and {job.nprocs} in job")
+    if grace is not None and not grace >= 0:
+        raise ValueError(f"grace is {grace}: it is a number of seconds from 0 on")
+    if files is not None and log_dir is not None:
+        raise ValueError("give log_dir or files")
+    if tee_ranks is not None and not tee:
+        raise ValueError("tee_ranks needs tee")
+    return job
+
+
+def _environments(
+    job: Job, env: Mapping[str, str] | None, called_ns: int
+) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """The variables that all ranks share, and by local rank those that each has beside them."""
+    shared = {**(callers_environment() if env is None else env), **job.environment()}
+    shared["RANKSPAWN_CALL_NS"] = str(called_ns)
+    return shared, [job.environment_of(rank) for rank in range(job.nprocs)]
+
+
+def _placed(
+    numa: AffinityMode | str,
+    memory: MemoryMode | MemoryPolicy | None,
+    shared: Mapping[str, str],
+    own: Sequence[dict[str, str]],
+) -> list[Binding]:
+    """A binding for each rank on this machine; OMP_NUM_THREADS goes to ``own`` unless ``shared`` has it."""
+    from .._place.plan import plan
+    from .._place.topology import Topology
+
+    ranks = plan(Topology.read(), numa, nprocs=len(own), memory=memory)
+    for note in dict.fromkeys(note for rank in ranks for note in rank.notes):
+        warnings.warn(note, RuntimeWarning, stacklevel=3)
+    if "OMP_NUM_THREADS" not in shared:
+        for variables, rank in zip(own, ranks, strict=True):
+            variables["OMP_NUM_THREADS"] = str(rank.omp_threads)
+    return [rank.binding for rank in ranks]
+
+
+def _open_files(
+    resources: ExitStack, log_dir: str | os.PathLike[str] | None, job: Job
+) -> tuple[list[RankFiles], LogFolder | None]:
+    """Where each rank writes: in ``log_dir``, or in a temporary folder, which goes with ``resources``."""
+    from .._output.logs import LogFolder, rank_files
+
+    temporary = None
+    if log_dir is None:
+        temporary = resources.enter_context(LogFolder())
+        log_dir = temporary.path
+    return rank_files(os.fspath(log_dir), job.nprocs, job.restart_count), temporary
+
+
+def _hold(
+    resources: ExitStack, guard: bool, cgroup: str | os.PathLike[str] | None
+) -> tuple[Guard | None, GroupCgroup | None]:
+    """The guard and the cgroup that hold what the ranks will start, until ``resources`` are closed."""
+    if cgroup is None and not guard:
+        return None, None
+    from .._end.guard import Guard
+
+    if cgroup is None:
+        return resources.enter_context(closing(Guard.start())), None
+    from .._end.cgroup import new_name
+
+    # The guard starts before its cgroup is made and ends after it has gone: no death in between leaves the directory.
+    name = new_name()
+    guarding = resources.enter_context(closing(Guard.start(os.path.join(os.path.abspath(cgroup), name))))
+    return guarding, _make_cgroup(resources, cgroup, name)
 
 
 def _check_descriptors(nprocs: int) -> None:
@@ -272,16 +260,6 @@ def _too_few_descriptors(nprocs: int) -> OSError:
     )
 
 
-def _place(nprocs: int, numa: AffinityMode | str, memory: MemoryMode | MemoryPolicy | None) -> Sequence[Rank]:
-    from .._place.plan import plan
-    from .._place.topology import Topology
-
-    ranks = plan(Topology.read(), numa, nprocs=nprocs, memory=memory)
-    for note in dict.fromkeys(note for rank in ranks for note in rank.notes):
-        warnings.warn(note, RuntimeWarning, stacklevel=3)
-    return ranks
-
-
 def _make_cgroup(resources: ExitStack, parent: str | os.PathLike[str], name: str) -> GroupCgroup:
     """A cgroup for the ranks, which ends, with all that is in it, when ``resources`` are closed."""
     from .._end.cgroup import GroupCgroup
@@ -299,21 +277,6 @@ def _make_cgroup(resources: ExitStack, parent: str | os.PathLike[str], name: str
     return made
 
 
-def _warn_of_death(guard: Guard) -> None:
-    warnings.warn(
-        f"the guard (process {guard.process.pid}) has ended: what the ranks have started stays behind if this process"
-        " is killed now",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-
-
 def _can_die_with_parent() -> bool:
     """Whether the kernel can be asked to kill the ranks with this process: by the engine, on Linux."""
     return sys.platform == "linux" and bool(mechanisms())
-
-
-def _finish(tee: Tee, temporary: LogFolder | None) -> None:
-    """Show the rest of what the ranks wrote; what could not be shown must not be lost."""
-    if tee.finish() and temporary is not None:
-        temporary.keep = True

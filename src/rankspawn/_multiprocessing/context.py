@@ -15,7 +15,9 @@ import weakref
 from multiprocessing import context
 from typing import TYPE_CHECKING, Any
 
-from .._binding import Binding, BindingReport
+from .._binding import Binding
+from .._public import public
+from .._start.outcome import BindingReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     Bindings = Sequence[Binding | None] | Callable[[BaseProcess], Binding | None]
 
 
+@public
 def get_context(method: str = "spawn", bindings: Bindings = (), *, die_with_parent: bool = False) -> Context:
     """A context of multiprocessing whose processes are bound, to be used wherever a context is taken.
 

@@ -23,8 +23,9 @@ from multiprocessing.connection import wait
 from multiprocessing.context import reduction, set_spawning_popen  # type: ignore[attr-defined]
 from typing import Any
 
-from .._binding import Binding, BindingError, RefusedStep
+from .._binding import Binding
 from .._start.engine import EXTENSION_ERROR, masks
+from .._start.outcome import BindingError, RefusedStep
 from .._start.popen import Popen
 from . import forked
 

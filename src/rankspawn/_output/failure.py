@@ -8,8 +8,8 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from .._binding import format_ids
 from .._frozen import Frozen
+from .._ids import format_ids
 from .logs import last_lines, printable, read_regular
 
 _MOST_BYTES = 1 << 20

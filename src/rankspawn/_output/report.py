@@ -12,16 +12,18 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from .._binding import format_ids
-from .._end.processes import ProcessTree, Usage, usage_now
+from .._end.processes import ProcessTree
+from .._ids import format_ids
+from .usage import Usage, usage_now
 
 if TYPE_CHECKING:
     import resource
     from collections.abc import Mapping, Sequence
 
-    from .._binding import Binding, RefusedStep
+    from .._binding import Binding
+    from .._start.outcome import RefusedStep
     from .._start.popen import Popen
 
 VERSION = 1
@@ -216,6 +218,38 @@ def rank_report(
         "rusage": None if usage is None else _rusage(usage),
         "now": _now(rank.pid, tree) if returncode is None and rank.returncode is None else None,
     }
+
+
+def attempt(
+    ranks: Sequence[Popen],
+    *,
+    called_ns: int,
+    exited_ns: Mapping[int, int],
+    returncodes: Mapping[int, int],
+    effective: Mapping[int, Binding | None],
+    collected: Mapping[int, tuple[Any, bool]],
+) -> Attempt:
+    """One start of all ``ranks``. By rank, as in rank_report(): what each was bound to, when and how it ended; and
+    collected: what it used, and whether it dumped core."""
+    tree = ProcessTree()
+    told = []
+    for number, rank in enumerate(ranks):
+        usage, core = collected.get(number, (None, None))
+        told.append(
+            rank_report(
+                number,
+                rank,
+                called_ns=called_ns,
+                exited_ns=exited_ns.get(number),
+                returncode=returncodes.get(number),
+                effective=effective.get(number),
+                usage=usage,
+                core=core,
+                tree=tree,
+            )
+        )
+    called_at = time.time() - (time.monotonic_ns() - called_ns) / 1e9
+    return Attempt(called_ns, called_at, told)
 
 
 def group_report(

@@ -16,23 +16,19 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, NamedTuple
 
-from .logs import READ_FLAGS, last_state
+from .follow import SOONEST, Followed, Sink
+from .logs import READ_FLAGS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
     from types import TracebackType
 
-    from .logs import RankFiles
+    from .logs import LogFolder, RankFiles
 
-_CHUNK = 1 << 16
-"""Bytes read of one file before it is another's turn, and the longest line that is shown in one piece."""
-_SOONEST, _LATEST = 0.01, 0.1  # seconds between two looks: after one that found something, after many that did not
-_STATE_SECONDS = 10.0
-_PIPE_BUF = getattr(select, "PIPE_BUF", 512)
+_LATEST = 0.1  # seconds between two looks, after many that found nothing
 
 
 class Source(NamedTuple):
@@ -49,6 +45,33 @@ def sources(files: Iterable[RankFiles], first_rank: int = 0) -> Iterator[Source]
         for path, is_stderr in ((of_rank.stdout, False), (of_rank.stderr, True)):
             if path is not None:
                 yield Source(number, path, is_stderr)
+
+
+@contextmanager
+def show(
+    files: Iterable[RankFiles],
+    first_rank: int = 0,
+    local_ranks: Collection[int] | None = None,
+    folder: LogFolder | None = None,
+) -> Iterator[None]:
+    """Show what the ranks write for as long as the block runs, and the rest when it ends.
+
+    Args:
+        files: where the ranks write, by local rank.
+        first_rank: the RANK of local rank 0.
+        local_ranks: show these alone; None shows all.
+        folder: is kept when something in it could not be shown.
+
+    Raises:
+        RuntimeError, OSError: as ``Tee.start``.
+    """
+    ranks = None if local_ranks is None else {first_rank + rank for rank in local_ranks}
+    tee = Tee(sources(files, first_rank), ranks=ranks).start()
+    try:
+        yield
+    finally:
+        if tee.finish() and folder is not None:
+            folder.keep = True
 
 
 class Tee:
@@ -77,14 +100,14 @@ class Tee:
         out: int | IO[str] | None = None,
         err: int | IO[str] | None = None,
     ) -> None:
-        self._out = _Sink(sys.stdout if out is None else out)
-        self._err = _Sink(sys.stderr if err is None else err)
+        self._out = Sink(sys.stdout if out is None else out)
+        self._err = Sink(sys.stderr if err is None else err)
         self._followed = [
-            _Followed(os.fspath(path), prefix.format(rank=rank).encode(), self._err if is_stderr else self._out)
+            Followed(os.fspath(path), prefix.format(rank=rank).encode(), self._err if is_stderr else self._out)
             for rank, path, is_stderr in sources
             if ranks is None or rank in ranks
         ]
-        self._absent, self._open = list(self._followed), list[_Followed]()
+        self._absent, self._open = list(self._followed), list[Followed]()
         self._finishing = self._stopped = self._complete = False
         self._thread: threading.Thread | None = None
         self._bell: IO[bytes] | None = None
@@ -144,7 +167,7 @@ class Tee:
         if hasattr(signal, "pthread_sigmask"):
             # Signals are for the program's own threads; and SIGPIPE is an errno here, whatever it is set to there.
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        pause, look_at = _SOONEST, 0.0
+        pause, look_at = SOONEST, 0.0
         last = False
         try:
             while not self._stopped:
@@ -152,7 +175,7 @@ class Tee:
                     last = True
                     self._look(last)
                 elif not last and time.monotonic() >= look_at:
-                    pause = _SOONEST if self._look(last) else min(pause * 1.5, _LATEST)
+                    pause = SOONEST if self._look(last) else min(pause * 1.5, _LATEST)
                     look_at = time.monotonic() + pause
                 self._fill(self._out, last)
                 self._fill(self._err, last)
@@ -179,7 +202,7 @@ class Tee:
                 followed.sink.unread.append(followed)
         return bool(grown)
 
-    def _is_absent(self, followed: _Followed) -> bool:
+    def _is_absent(self, followed: Followed) -> bool:
         if followed.sink.dead:
             return False
         try:
@@ -192,7 +215,7 @@ class Tee:
             self._open.append(followed)
         return False
 
-    def _fill(self, sink: _Sink, last: bool) -> None:
+    def _fill(self, sink: Sink, last: bool) -> None:
         """Give ``sink`` the next lines to write, if it has none: a chunk of each file in turn."""
         while not sink.pending and sink.unread:
             followed = sink.unread.popleft()
@@ -224,7 +247,7 @@ class Tee:
                 heard.read(64)
             busy = [sink for sink in busy if sink.fd is None or sink.fd in events]
         elif not busy:
-            time.sleep(min(max(0.0, seconds), _SOONEST))
+            time.sleep(min(max(0.0, seconds), SOONEST))
         for sink in busy:
             try:
                 sink.write()
@@ -235,155 +258,10 @@ class Tee:
                     reason = getattr(error, "strerror", None) or error
                     self._say(f"stdout: {reason}; what ranks write there is no longer shown")
 
-    def _drop(self, followed: _Followed, error: OSError) -> None:
+    def _drop(self, followed: Followed, error: OSError) -> None:
         self._open = [one for one in self._open if one is not followed]
         followed.dropped = True
         self._say(f"what is written to {followed.path} cannot be shown: {error.strerror}")
 
     def _say(self, note: str) -> None:
         self._err.append(f"rankspawn: {note}\n".encode(errors="backslashreplace"))
-
-
-class _Sink:
-    """Where lines go: a descriptor, which is written to when it takes something, or a text stream, which may block."""
-
-    def __init__(self, target: int | IO[str] | None) -> None:
-        self.fd = target if isinstance(target, int) else None
-        self.stream = None if isinstance(target, int) else target
-        self.dead = target is None
-        self.pending = b""  # whole lines
-        self._written = 0  # bytes of them
-        self.source: _Followed | None = None  # where they are from
-        self.unread: deque[_Followed] = deque()
-        if self.stream is not None:
-            with suppress(OSError, ValueError, AttributeError):  # in memory, closed
-                number = self.stream.fileno()
-                self.fd = number if number in (1, 2) else None
-
-    def append(self, text: bytes) -> None:
-        if not self.dead:
-            self.pending += text
-
-    def is_ready(self) -> bool:
-        """Whether a write will not wait, as far as can be known."""
-        if self.fd is None or not hasattr(select, "poll"):
-            return True
-        poller = select.poll()
-        poller.register(self.fd, select.POLLOUT)
-        return bool(poller.poll(0))
-
-    def write(self) -> None:
-        """Write a piece of what is pending: whole lines, as many as a pipe takes at once."""
-        if self.fd is not None:
-            most = self._written + _PIPE_BUF
-            end = self.pending.rfind(b"\n", self._written, most) + 1 or most
-            try:
-                self._written += os.write(self.fd, memoryview(self.pending)[self._written : end])
-            except BlockingIOError:  # somebody's O_NONBLOCK, and poll(2) did not know
-                time.sleep(_SOONEST)
-        elif self.stream is not None:
-            self.stream.write(self.pending.decode(errors="replace"))
-            self.stream.flush()
-            self._written = len(self.pending)
-        if self._written == len(self.pending):
-            self.pending, self._written = b"", 0
-            if self.source is not None:
-                self.source.shown = self.source.position
-                self.source = None
-
-    def close(self) -> None:
-        self.dead = True
-        self.pending = b""
-        self.unread.clear()
-
-
-class _Followed:
-    """A log file, and how far it has been shown."""
-
-    def __init__(self, path: str, prefix: bytes, sink: _Sink) -> None:
-        self.path, self.sink = path, sink
-        self.queued = self.dropped = False
-        self.position = 0  # of the first line that was not handed on
-        self.shown = 0  # up to here it was written
-        self._prefix = prefix
-        self.fd = -1
-        self.seen = 0  # how far it was read
-        self._end = sys.maxsize  # what is behind that is not shown
-        self._rewritten = False
-        self._next_state = 0.0
-
-    def text(self, last: bool) -> bytes:
-        """The next whole lines, as they are to be shown; empty when there are none.
-
-        From the first ``last`` call on the file is as long as it is then: what a process of the rank that was left
-        behind goes on to write has no end.
-        """
-        if last and self._end == sys.maxsize:
-            self._end = os.lseek(self.fd, 0, os.SEEK_END)
-        while data := self._read():
-            if end := data.rfind(b"\n") + 1:
-                self.position += end
-                return self._lines(data[: end - 1])
-            state = last_state(data)
-            if len(data) == _CHUNK:
-                # Earlier states of a line are passed over; a line that has none is cut.
-                end = state or _whole_characters(data)
-                self.position += end
-                if not state:
-                    return self._lines(data[:end])
-            elif last:
-                self.position += len(data)
-                return self._lines(data)
-            else:
-                if not state or time.monotonic() < self._next_state:
-                    break
-                self._next_state = time.monotonic() + _STATE_SECONDS
-                self.position += state  # not past it: it is shown once more when the line ends
-                return self._lines(data)
-        return b""
-
-    def has_more(self) -> bool:
-        """Whether the file has something that was not shown and could have been."""
-        if self.dropped or self.sink.dead:
-            return False
-        with suppress(OSError):
-            return os.stat(self.path).st_size > self.shown
-        return False
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def _read(self) -> bytes:
-        if os.lseek(self.fd, 0, os.SEEK_END) < self.position:
-            self.position, self._rewritten = 0, True
-        if self._rewritten and hasattr(os, "SEEK_DATA"):
-            # A writer without O_APPEND goes on where it was: what was cut away before it is a hole.
-            with suppress(OSError):
-                self.position = os.lseek(self.fd, self.position, os.SEEK_DATA)
-        os.lseek(self.fd, self.position, os.SEEK_SET)
-        data = os.read(self.fd, max(0, min(_CHUNK, self._end - self.position)))
-        self.seen = self.position + len(data)
-        if self._rewritten:
-            text = data.lstrip(b"\0")
-            self.position += len(data) - len(text)
-            return text
-        return data
-
-    def _lines(self, text: bytes) -> bytes:
-        """``text``, which is lines but for the last newline, each with the prefix."""
-        if b"\r" in text:
-            text = b"\n".join([line[last_state(line) :].rstrip(b"\r") for line in text.split(b"\n")])
-        return self._prefix + text.replace(b"\n", b"\n" + self._prefix) + b"\n"
-
-
-def _whole_characters(data: bytes) -> int:
-    """The length of ``data`` without the beginning of a character of UTF-8 at its end."""
-    for back in (1, 2, 3):
-        byte = data[-back]
-        if byte >= 0xC0:
-            return len(data) - (back if back < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4) else 0)
-        if byte < 0x80:
-            break
-    return len(data)

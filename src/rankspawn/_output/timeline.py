@@ -6,7 +6,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple
 
-from .._place.drawing import Canvas, escaped
+from .._canvas import Canvas, escaped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -250,15 +250,3 @@ def _intel_tiles(tree: Tree, address: str, drm: list[str]) -> tuple[str, ...]:
         card = next((name for name in drm if name.startswith("card")), "")
         tiles = [name.removeprefix("gt") for name in tree.names(f"{_PCI}/{address}/drm/{card}/gt")]
     return tuple(tiles)
-
-
-__all__ = [
-    "Device",
-    "DeviceError",
-    "as_devices",
-    "find_devices",
-    "is_live",
-    "locate",
-    "parse_devices",
-    "read_device_files",
-]

@@ -10,10 +10,12 @@ from colorsys import hls_to_rgb
 from dataclasses import dataclass, field
 from math import ceil, sqrt
 
-from .._binding import format_ids
-from .devices import Device, locate
-from .plan import Rank
+from .._canvas import Canvas, escaped
+from .._ids import format_ids
+from .devices import locate
+from .plan import Placed
 from .topology import Cache, Node, Topology
+from .visible import Device
 
 _PAD, _GAP, _TITLE = 8, 6, 16
 _CELL_W, _CELL_H = 26, 15
@@ -55,36 +57,10 @@ class _Box:
         return max(width, 6.6 * len(self.title)) + 2 * pad, height + 2 * pad + title
 
 
-class Canvas:
-    """Collects the elements of a drawing, a line each. Positions and sizes are in pixels; ``kind`` is a class."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def rect(self, x: float, y: float, w: float, h: float, kind: str) -> None:
-        self.lines.append(f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="2"/>')
-
-    def fill(self, x: float, y: float, w: float, h: float, colour: str) -> None:
-        self.lines.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" fill="{colour}"/>')
-
-    def text(self, x: float, y: float, text: str, kind: str = "") -> None:
-        attribute = f' class="{kind}"' if kind else ""
-        self.lines.append(f'<text{attribute} x="{x:.1f}" y="{y:.1f}">{escaped(text)}</text>')
-
-    def document(self, width: float, height: float, style: str) -> str:
-        """The whole SVG text."""
-        head = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}"'
-            f' viewBox="0 0 {width:.0f} {height:.0f}"><style>{style}</style>'
-            f'<rect class="paper" width="100%" height="100%" fill="#ffffff"/>'
-        )
-        return "\n".join([head, *self.lines, "</svg>", ""])
-
-
 class _Artist(Canvas):
     """Knows which ranks may use which CPU."""
 
-    def __init__(self, topology: Topology, ranks: Sequence[Rank]) -> None:
+    def __init__(self, topology: Topology, ranks: Sequence[Placed]) -> None:
         super().__init__()
         self.allowed = topology.allowed_cpus
         self.users: dict[int, list[int]] = {}
@@ -137,7 +113,7 @@ class _Artist(Canvas):
         self.lines.append("</g>")
 
 
-def drawing(topology: Topology, devices: Sequence[Device], ranks: Sequence[Rank]) -> str:
+def drawing(topology: Topology, devices: Sequence[Device], ranks: Sequence[Placed]) -> str:
     """The SVG text. Devices whose node is unknown stand by themselves; a legend names the ranks."""
     by_node: dict[int | None, list[_Box]] = {}
     for number, device in enumerate(devices):
@@ -160,7 +136,7 @@ def drawing(topology: Topology, devices: Sequence[Device], ranks: Sequence[Rank]
     return artist.document(width, height, _STYLE)
 
 
-def _legend(artist: _Artist, ranks: Sequence[Rank], width: float, y: float) -> tuple[float, float]:
+def _legend(artist: _Artist, ranks: Sequence[Placed], width: float, y: float) -> tuple[float, float]:
     for index, rank in enumerate(ranks):
         artist.fill(_PAD, y, 14, 12, _colour(index))
         artist.rect(_PAD, y, 14, 12, "core")
@@ -237,7 +213,3 @@ def _columns(count: int) -> int:
     """How many in a row: the nearest to a square that leaves no gap, unless that is far from it."""
     side = max(1, ceil(sqrt(count)))
     return next((columns for columns in range(side, 2 * side) if count % columns == 0), side)
-
-
-def escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -11,19 +11,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 
-from .._binding import MEMORY_MODES, AffinityMode, Binding, MemoryPolicy, format_ids, parse_ids
+from .._binding import MEMORY_MODES, AffinityMode, Binding, MemoryPolicy, PlacementError
 from .._frozen import Frozen
-from .devices import Device, as_devices, find_devices, locate
+from .._ids import format_ids, parse_ids
+from .._public import public
+from .devices import as_devices, find_devices, locate
 from .openmp import omp_num_threads
-from .topology import Node, PlacementError, Topology
+from .topology import Node, Topology
 from .usable import Home, Machine, Threads, usable_machine
+from .visible import Device
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .._binding import MemoryMode
 
 
-class Rank(Frozen):
+class Placed(Frozen):
     """The place of one rank, and why.
 
     device: the accelerator that it follows, None without. node: the NUMA node that it was put on, None where that is
@@ -38,6 +41,7 @@ class Rank(Frozen):
     notes: tuple[str, ...] = ()
 
 
+@public
 def place(
     topology: Topology,
     mode: AffinityMode | str,
@@ -56,7 +60,7 @@ def place(
 
     topology: the machine.
     mode: how CPUs follow from a rank's device.
-    nprocs: how many ranks are launched; as many as devices if left out. Rank i follows device i, or i modulo the
+    nprocs: how many ranks are launched; as many as devices if left out. Placed i follows device i, or i modulo the
         number of devices. Splits are made over these ranks, not over the devices that no rank follows.
     gpu_index: as torch counts: the one rank that follows the visible device of this index, with splits over all
         devices; the answer has one element. Where ``nprocs`` ranks share fewer devices, or there are none, and torch
@@ -95,14 +99,14 @@ def plan(
     threads_per_core: int | None = None,
     memory: MemoryMode | MemoryPolicy | None = None,
     required: bool = True,
-) -> tuple[Rank, ...]:
+) -> tuple[Placed, ...]:
     """As ``place``, with what else there is to say of each rank; its notes are there, and nobody is warned."""
     mode = _mode(mode)
     machine = usable_machine(topology, allowed_cpus, reserve_cores, threads_per_core)
     placed = _placed(machine, mode, nprocs, gpu_index, devices, memory, required)
     threads = _threads(topology, machine.allowed, [binding.cpus for _, binding in placed])
     return tuple(
-        Rank(binding, home.device, home.node, count, tuple(home.notes))
+        Placed(binding, home.device, home.node, count, tuple(home.notes))
         for (home, binding), count in zip(placed, threads, strict=True)
     )
 
@@ -134,7 +138,7 @@ def plan_lists(
     memory: MemoryMode = "bind",
     allowed_cpus: Iterable[int] | None = None,
     required: bool = True,
-) -> tuple[Rank, ...]:
+) -> tuple[Placed, ...]:
     """Ranks placed by hand: ``--cpus`` and ``--mems`` give one list for each rank, with colons between
     ("0-3:4-7"), or one for all. ``memory`` is the mode that is applied over the nodes of ``mems``.
 
@@ -151,7 +155,7 @@ def plan_lists(
         except ValueError as error:
             raise PlacementError(f"--mems {mems!r}, rank {rank}: {error}") from None
         on = [node.id for node in topology.nodes if ids is not None and node.cpus & ids]
-        ranks.append(Rank(Binding(ids, policy, required), None, on[0] if len(on) == 1 else None, threads[rank]))
+        ranks.append(Placed(Binding(ids, policy, required), None, on[0] if len(on) == 1 else None, threads[rank]))
     return tuple(ranks)
 
 
@@ -390,6 +394,3 @@ def _memory_nodes(
 def _threads(topology: Topology, allowed: frozenset[int], masks: Iterable[frozenset[int] | None]) -> tuple[int, ...]:
     """OMP_NUM_THREADS of each rank; one that is left unbound may use all that is allowed."""
     return omp_num_threads(topology, [allowed if mask is None else mask for mask in masks])
-
-
-__all__ = ["PlacementError", "Rank", "place", "plan", "plan_lists"]

@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import re
 
-from .._binding import parse_ids
+from .._binding import PlacementError
+from .._ids import parse_ids, parse_mask
 
 _PAIR = re.compile(r"[0-9]{1,6}(?:,[0-9]{1,6})?")  # a core's threads, in most machines
-
-
-class PlacementError(ValueError):
-    """No placement can be made. The message names the file or option, its value, and what to do."""
 
 
 class TopologyError(PlacementError):
@@ -107,16 +104,3 @@ class Tree:
         except ValueError:
             what = "a mask like ff,00000003" if mask else "a list like 0-3,8"
             raise TopologyError(f"{self._prefix}{path} should be {what}: {text[:60]!r}") from None
-
-
-def parse_mask(text: str) -> frozenset[int]:
-    """The ids of a kernel mask: hexadecimal, in words of 32 bits, the highest first ("1,00000003" is 0, 1 and 32)."""
-    bits = 0
-    for word in text.split(","):
-        value = int(word, 16)
-        if not 0 <= value < 1 << 32 and "," in text:
-            raise ValueError(f"not a word of 32 bits: {word!r}")
-        bits = bits << 32 | value
-    if bits < 0:
-        raise ValueError(f"not a mask: {text!r}")
-    return frozenset(i for i, bit in enumerate(reversed(f"{bits:b}")) if bit == "1")

@@ -12,9 +12,10 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-from .._binding import format_ids, parse_ids
 from .._frozen import Frozen
-from .sysfs import PlacementError, TopologyError, Tree
+from .._ids import format_ids, parse_ids
+from .._public import public
+from .sysfs import TopologyError, Tree
 
 _CPU = "sys/devices/system/cpu"
 _NODE = "sys/devices/system/node"
@@ -86,6 +87,7 @@ class Cache(Frozen):
     cpus: frozenset[int]
 
 
+@public
 class Topology(Frozen):
     """One machine, read once. All ids are the kernel's logical ones; every tuple is in ascending order.
 
@@ -376,6 +378,3 @@ def _cpuset_mounts(tree: Tree) -> Iterator[tuple[str, str, str]]:
     for words in mounts:
         if len(words) > 3 and words[2] == "cgroup2":
             yield words[1], "cpuset.", paths.get("", old or "/")
-
-
-__all__ = ["Cache", "Core", "Die", "Node", "PlacementError", "Socket", "Topology", "TopologyError", "Tree"]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .._binding import format_ids
-from .devices import Device
-from .topology import PlacementError, Topology
+from .._binding import PlacementError
+from .._ids import format_ids
+from .topology import Topology
+from .visible import Device
 
 Threads = tuple[int, ...]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from .._binding import PlacementError
 from .._frozen import Frozen
-from .sysfs import PlacementError
 
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",

@@ -1,20 +1,17 @@
-"""Many ranks in one call of the engine: all of them, or none."""
+"""Many processes started in one call of the engine, by as many threads as are worth it."""
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import subprocess
 import sys
-from collections import ChainMap
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from .._end.ranks import end_ranks
 from .arguments import candidates, command_and_program
 from .engine import EXTENSION_ERROR, masks, mechanisms
-from .popen import _SEAM, Popen, _Stock, _why_no_engine
+from .popen import _SEAM, Popen, _Stock
 
 if EXTENSION_ERROR is None:
     from .. import _spawn
@@ -26,12 +23,11 @@ if TYPE_CHECKING:
 
 # A bound for large machines: a thread takes 10 to 20 us to make, and the kernel's list of processes has one lock.
 _MOST_WORKERS = 16
-END_SECONDS = 10.0
 _NO_STREAMS = (None, None, None)
 _child_ends = itemgetter(*(_SEAM.index(name) - 1 for name in ("p2cread", "c2pwrite", "errwrite")))
 
 
-class Rank(Popen):
+class RankProcess(Popen):
     """A Popen that is made first, and started later, beside others."""
 
     _seam: tuple[Any, ...] = ()
@@ -43,11 +39,18 @@ class Rank(Popen):
         cwd: Any,
         env: Mapping[str, str] | None,
         binding: Binding | None,
+        *,
+        die_with_parent: bool = False,
+        cgroup: int | None = None,
     ) -> None:
         if streams != _NO_STREAMS and subprocess.PIPE in streams:
             raise ValueError("a rank's stream cannot be PIPE: give it the end of a pipe")
         if binding is not None:
             self._binding = binding
+        if die_with_parent:
+            self._die_with_parent = True
+        if cgroup is not None:
+            self._cgroup = cgroup
         # Popen's own would close, when it returns, what the rank needs open until it has started.
         try:
             _Stock.__init__(
@@ -65,7 +68,7 @@ class Rank(Popen):
             raise
 
     def _execute_child(self, *seam: Any) -> None:
-        """What the standard class calls when all is ready for the start, which is start_ranks' to make."""
+        """The standard class calls this when all is ready for the start; the start itself is made later."""
         self._seam = seam
         self._leads_group = os.name == "posix"
 
@@ -80,79 +83,27 @@ class Rank(Popen):
         self._opened_here = ()
 
 
-def start_ranks(
-    ranks: list[Popen],
-    commands: Sequence[Sequence[str]],
+def start_by_engine(
+    ranks: list[RankProcess],
     *,
     env: Mapping[str, str] | None,
     rank_env: Sequence[Mapping[str, str]],
-    bindings: Sequence[Binding | None],
-    streams: Sequence[tuple[Any, Any, Any]],
-    cwd: str | os.PathLike[str] | None = None,
-    die_with_parent: bool = False,
-    cgroup: int | None = None,
-    guard: int = -1,
-    progress: Callable[[Callable[[], int]], object] | None = None,
+    cwd: str | os.PathLike[str] | None,
+    die_with_parent: bool,
+    cgroup: int | None,
+    guard: int,
+    progress: Callable[[Callable[[], int]], object] | None,
 ) -> None:
-    """Start a rank for each of ``commands``, each in a session of its own, by as many threads as are worth it.
-
-    ranks: an empty list. It holds all the Popen objects before the first of them is started, so that whoever catches an
-        exception finds the owners there.
-    rank_env, bindings, streams: by rank. A rank's own variables win over ``env``, which all share; None is the caller's
-        environment. streams: stdin, stdout and stderr as Popen takes them, but for PIPE.
-    cgroup: a descriptor of a cgroup v2's directory. guard: a pipe that each rank writes its pid to (a pid_t, 4 bytes)
-        once it leads its session, before its program runs; -1 for none.
-    progress: called once, before the first start, with a function that any thread may call to ask how many ranks have
-        been started so far.
-
-    Raises what Popen raises when one cannot be started, with the rank in front of its text and as its attribute
-    ``rank``. Those that were started have been killed then, with their sessions, and reaped; ``ranks`` is empty, but
-    for what did not end: this process may not kill it (a set-user-ID program), or it cannot be killed.
-    """
-    made: list[Rank] = []
-    try:
-        for command, own, three, binding in zip(commands, rank_env, streams, bindings, strict=True):
-            whole = env if not own else ChainMap(own, os.environ if env is None else env)  # type: ignore[arg-type]
-            try:
-                rank = Rank(command, three, cwd, whole, binding)
-            except Exception as error:
-                _tell_rank(error, len(made))
-                raise
-            if die_with_parent:
-                rank._die_with_parent = True
-            if cgroup is not None:
-                rank._cgroup = cgroup
-            made.append(rank)
-        ranks += made
-        if mechanisms():
-            crew = _spawn.Crew(
-                len(made), env, cwd, True, signal.SIGKILL if die_with_parent else 0,
-                -1 if cgroup is None else cgroup, guard,
-            )  # fmt: skip
-            _enlist(crew, made, rank_env)
-            if progress is not None:
-                progress(crew.started)
-            _run(crew, made)
-        elif progress is not None:
-            progress(lambda: sum(rank._child_created for rank in made))
-        for number, rank in enumerate(made):
-            if not rank._child_created:
-                try:
-                    if guard >= 0:
-                        raise OSError(errno.ENOTSUP, f"guard needs rankspawn's engine: {_why_no_engine()}")
-                    rank.start_alone()
-                except Exception as error:
-                    _tell_rank(error, number)
-                    raise
-    except BaseException:
-        end_ranks(ranks)
-        raise
-    finally:
-        for rank in made:
-            rank.let_go()
+    """Start those of ``ranks`` that the engine can start; the others are left as they are. See start_ranks()."""
+    death_signal = signal.SIGKILL if die_with_parent else 0
+    crew = _spawn.Crew(len(ranks), env, cwd, True, death_signal, -1 if cgroup is None else cgroup, guard)
+    _enlist(crew, ranks, rank_env)
+    if progress is not None:
+        progress(crew.started)
+    _run(crew, ranks)
 
 
-def _enlist(crew: _spawn.Crew, ranks: list[Rank], rank_env: Sequence[Mapping[str, str]]) -> None:
+def _enlist(crew: _spawn.Crew, ranks: list[RankProcess], rank_env: Sequence[Mapping[str, str]]) -> None:
     known: dict[Any, tuple[str | bytes, ...]] = {}
     for number, (rank, own) in enumerate(zip(ranks, rank_env, strict=True)):
         seam, binding = rank._seam, rank._binding
@@ -171,12 +122,12 @@ def _enlist(crew: _spawn.Crew, ranks: list[Rank], rank_env: Sequence[Mapping[str
                 cpu_mask, mem_mode, node_mask, binding is None or binding.required,
             )  # fmt: skip
         except Exception as error:
-            _tell_rank(error, number)
+            name_rank(error, number)
             raise
 
 
-def _run(crew: _spawn.Crew, ranks: list[Rank]) -> None:
-    """Start what each mechanism can start. Ranks that all of them decline are left."""
+def _run(crew: _spawn.Crew, ranks: list[RankProcess]) -> None:
+    """Start what each mechanism can start. Ranks that every mechanism declines are left as they are."""
     for mechanism in mechanisms():
         said = crew.run(mechanism, _workers(len(ranks)))
         name = "clone" if mechanism == _spawn.CLONE else "posix_spawn"
@@ -193,7 +144,7 @@ def _run(crew: _spawn.Crew, ranks: list[Rank]) -> None:
             try:
                 rank._check(*outcome, rank._seam[0][0], rank._seam[5])
             except OSError as error:
-                _tell_rank(error, number)
+                name_rank(error, number)
                 raise
         if not left:
             return
@@ -209,7 +160,7 @@ def _workers(count: int) -> int:
     return min(count, 2 * cpus if cpus > 1 else 1, _MOST_WORKERS)
 
 
-def _tell_rank(error: Exception, number: int) -> None:
+def name_rank(error: Exception, number: int) -> None:
     """Put the rank in front of the error's text."""
     error.rank = number  # type: ignore[attr-defined]
     if isinstance(error, OSError) and error.strerror is not None:

@@ -7,7 +7,8 @@ import os
 import sys
 from functools import cache
 
-from .._binding import Binding, BindingError, RefusedStep
+from .._binding import Binding
+from .outcome import BindingError, RefusedStep
 
 EXTENSION_ERROR: str | None = None
 """Why there is no engine in this installation; None where there is one."""
@@ -47,6 +48,12 @@ def mechanisms() -> tuple[int, ...]:
     # QEMU's user mode and WSL1 run the call as a fork, in which the child's report would never arrive.
     clone = (_spawn.CLONE,) if _spawn.clone_is_honoured() else ()
     return clone if wanted == "clone" else (_spawn.POSIX_SPAWN, *clone)
+
+
+def why_no_engine() -> str:
+    if EXTENSION_ERROR is not None:
+        return f"the extension is not in this installation ({EXTENSION_ERROR})"
+    return "RANKSPAWN_MECHANISM, preexec_fn or this system (no clone with shared memory) sends this start past it"
 
 
 def masks(binding: Binding) -> tuple[bytes | None, int, bytes | None]:

@@ -17,8 +17,8 @@ import torch.distributed.elastic.multiprocessing.api as contexts
 
 from .._binding import AffinityMode
 from .._end.watch import Watch
+from .._group.start import start_ranks
 from .._multiprocessing.context import get_context
-from .._start.crew import start_ranks
 from .._start.engine import bind_thread, mechanisms
 from .handler import SubprocessHandler, binding_for, warn_of_refused
 

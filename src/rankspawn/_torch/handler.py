@@ -9,16 +9,19 @@ import threading
 from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any
 
-from .._binding import AffinityMode, BindingError
+from .._binding import AffinityMode
+from .._public import public
 from .._start.arguments import callers_environment
 from .._start.engine import bind_process, bind_thread
+from .._start.outcome import BindingError
 from .._start.popen import Popen
 
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Mapping
 
-    from .._binding import Binding, MemoryMode, MemoryPolicy, RefusedStep
+    from .._binding import Binding, MemoryMode, MemoryPolicy
+    from .._start.outcome import RefusedStep
     from .numa_options import NumaOptions
 
 _ON_WINDOWS = sys.platform == "win32"
@@ -39,6 +42,7 @@ def _default_signal() -> signal.Signals:
     return signal.CTRL_C_EVENT if _ON_WINDOWS else signal.SIGTERM  # type: ignore[attr-defined, no-any-return, unused-ignore]
 
 
+@public
 class SubprocessHandler:
     """One rank: its process, its log files, its binding.
 
@@ -157,6 +161,7 @@ class SubprocessHandler:
             self._close_logs()
 
 
+@public
 def get_subprocess_handler(
     entrypoint: str,
     args: tuple[Any, ...],
@@ -186,7 +191,7 @@ def binding_for(local_rank: int, options: NumaOptions | None, env: Mapping[str, 
     told = env.get("LOCAL_WORLD_SIZE", "")
     nprocs = int(told) if told.isdecimal() and int(told) > local_rank else None
     # Not at import: programs that only start processes need none of it.
-    from .._place.topology import PlacementError
+    from .._binding import PlacementError
     from .._place.visible import VARIABLES
 
     fall_back = options.should_fall_back_if_binding_fails

@@ -8,11 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .._public import public
+
 if TYPE_CHECKING:
     from .._binding import AffinityMode, MemoryMode, MemoryPolicy
 
 
 @dataclass(frozen=True)
+@public
 class NumaOptions:
     """How ranks are placed: torch's ``NumaOptions`` and a memory policy.
 

@@ -1,0 +1,163 @@
+"""What ``rankspawn run`` was asked to do: argparse's Namespace, checked, and turned into plain frozen data."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+
+from .._frozen import Frozen
+from .._place.openmp import affinity_warnings
+from .._place.topology import Topology
+from .options import CommandError, PlacementOptions, placement
+from .progress import say
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .._group.job import Job
+    from .._place.plan import Placed
+
+
+class RunSettings(Frozen):
+    """Everything that the command line, the environment and the machine say of a run. Nothing behind it sees argparse.
+
+    Attributes:
+        command: what each rank executes.
+        job: what the ranks of the first attempt are told.
+        placed: where each rank goes, by local rank; None for a rank that stays unbound.
+        new_port: whether each restart takes another port, because none was given.
+        engine: whether the engine starts the ranks, and the kernel can end them with the launcher.
+        log_dir, tee, shown_ranks, report, timeline, keep_going, grace, guard, cgroup: the options of these names;
+            shown_ranks are the local ranks of --local-ranks-filter, None for all.
+    """
+
+    command: tuple[str, ...]
+    job: Job
+    placed: tuple[Placed | None, ...]
+    new_port: bool
+    engine: bool
+    log_dir: str | None
+    tee: bool
+    shown_ranks: frozenset[int] | None
+    report: str | None
+    timeline: str | None
+    keep_going: bool
+    grace: float | None
+    guard: bool
+    cgroup: str | None
+
+
+def read_settings(args: argparse.Namespace) -> RunSettings:
+    """The settings; usage errors end the process with status 2.
+
+    Raises CommandError, PlacementError and OSError.
+    """
+    from .._start.engine import mechanisms
+
+    script = _checked_script(args)
+    placed = _placed(args)
+    try:
+        engine = bool(mechanisms()) and sys.platform == "linux"
+    except ValueError as error:
+        args.parser.error(str(error))
+    return RunSettings(
+        command=_command(script, module=args.module, no_python=args.no_python),
+        job=_job(args),
+        placed=tuple(placed),
+        new_port=args.master_port is None,
+        engine=engine,
+        log_dir=args.log_dir,
+        tee=args.tee,
+        shown_ranks=args.local_ranks_filter,
+        report=args.report,
+        timeline=args.timeline,
+        keep_going=args.keep_going,
+        grace=args.grace,
+        guard=args.guard,
+        cgroup=args.cgroup,
+    )
+
+
+def _checked_script(args: argparse.Namespace) -> list[str]:
+    """SCRIPT and its arguments; usage errors end the process with status 2."""
+    script: list[str] = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not script:
+        args.parser.error("SCRIPT is missing")
+    if args.tee and re.fullmatch(r"[0-3](,?\d+:[0-3])*|(\d+:[0-3],?)+", script[0]):
+        args.parser.error(f"--tee takes no value (here: {script[0]}): all that is logged is shown")
+    if args.module and args.no_python:
+        args.parser.error("--module and --no-python exclude each other")
+    if args.local_ranks_filter is not None and not args.tee:
+        args.parser.error("--local-ranks-filter needs --tee")
+    return script
+
+
+def _command(script: Sequence[str], *, module: bool, no_python: bool) -> tuple[str, ...]:
+    if no_python:
+        return tuple(script)
+    # PYTHON_EXEC as torchrun: another interpreter for the ranks.
+    python = os.environ.get("PYTHON_EXEC", sys.executable)
+    return (python, "-u", *(["-m"] if module else []), *script)
+
+
+def _placed(args: argparse.Namespace) -> Sequence[Placed | None]:
+    """The place of each rank, None for ranks that stay unbound; usage errors end the process with status 2."""
+    options = PlacementOptions.read(args)
+    details = ("memory_policy", "devices", "reserve_cores", "threads_per_core", "numa_binding_optional")
+    for detail in details:
+        if getattr(options, detail) and not options.is_asked:
+            args.parser.error(f"--{detail.replace('_', '-')} needs --numa-binding, or --cpus or --mems")
+    if not options.is_asked:
+        return [None] * args.nproc_per_node
+    ranks = placement(options, Topology.read(), args.nproc_per_node)
+    for note in dict.fromkeys([*(note for rank in ranks for note in rank.notes), *affinity_warnings(os.environ)]):
+        say(note)
+    return ranks
+
+
+def _job(args: argparse.Namespace) -> Job:
+    """What the options say of the job, and, where they do not, what the step that we run in says."""
+    from .._group.job import Job
+    from .step import Step
+
+    nnodes, node_rank = args.nnodes, args.node_rank
+    if nnodes is None and node_rank is None:
+        step = Step.read(os.environ)
+        node = step.node(args.master_addr, args.master_port)
+        if step.launcher and hasattr(os, "sched_getaffinity"):
+            if crowded := step.crowding(args.nproc_per_node, os.sched_getaffinity(0), set(range(os.cpu_count() or 1))):
+                say(crowded)
+        address, port, run_id = node.master_addr, node.master_port, node.run_id
+        nnodes, node_rank = node.nnodes, node.node_rank
+    else:
+        address, port, run_id = args.master_addr, args.master_port, None
+        nnodes = 1 if nnodes is None else nnodes
+        if node_rank is None and nnodes > 1:
+            args.parser.error("--nnodes needs --node-rank: which of the machines this is")
+        node_rank = node_rank or 0
+        if node_rank >= nnodes:
+            args.parser.error(f"--node-rank {node_rank} of --nnodes {nnodes}: they are counted from 0")
+        if nnodes > 1 and not (address and port):
+            args.parser.error("--nnodes needs --master-addr and --master-port: where rank 0 listens")
+    if nnodes > 1 and args.max_restarts:
+        # The ranks of one machine would meet those that another has not ended yet.
+        args.parser.error("--max-restarts is for one machine: several are restarted together by rankspawn torchrun")
+    address = address or "127.0.0.1"
+    port = port or usable_port(address)
+    return Job(args.nproc_per_node, port, address, run_id or "none", nnodes, node_rank, 0, args.max_restarts)
+
+
+def usable_port(address: str) -> int:
+    """A free port at the master's address. Raises CommandError where the address is not this machine's."""
+    from .._group.job import free_port
+
+    try:
+        return free_port(address)
+    except OSError as error:
+        raise CommandError(
+            f"--master-addr {address}: no port can be found there ({error.strerror}); if it is another machine's, give"
+            " --master-port too"
+        ) from error

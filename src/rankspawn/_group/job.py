@@ -1,0 +1,66 @@
+"""What the ranks of a job are told: torchrun's variables."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import NamedTuple
+
+from .._public import public
+
+
+@public
+class Job(NamedTuple):
+    """What the ranks are told of the job, by the names that torchrun gives it.
+
+    nprocs: ranks on this machine. run_id: a name for the job. master_addr, master_port: where rank 0 listens.
+    nnodes, node_rank: how many machines, and which this is, from 0. restart_count: which start of the group this is,
+    from 0. max_restarts: how many may follow the first.
+    """
+
+    nprocs: int
+    master_port: int
+    master_addr: str = "127.0.0.1"
+    run_id: str = "none"
+    nnodes: int = 1
+    node_rank: int = 0
+    restart_count: int = 0
+    max_restarts: int = 0
+
+    @property
+    def first_rank(self) -> int:
+        """The RANK of this machine's local rank 0."""
+        return self.node_rank * self.nprocs
+
+    def environment(self) -> dict[str, str]:
+        """What all ranks of this machine are told (torch.distributed.run has the names)."""
+        local, world = str(self.nprocs), str(self.nprocs * self.nnodes)
+        return {
+            "WORLD_SIZE": world,
+            "LOCAL_WORLD_SIZE": local,
+            "GROUP_RANK": str(self.node_rank),
+            "GROUP_WORLD_SIZE": str(self.nnodes),
+            "ROLE_NAME": "default",
+            "ROLE_WORLD_SIZE": world,
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+            "TORCHELASTIC_RESTART_COUNT": str(self.restart_count),
+            "TORCHELASTIC_MAX_RESTARTS": str(self.max_restarts),
+            "TORCHELASTIC_RUN_ID": self.run_id,
+            # Rank 0 makes the store at MASTER_PORT itself: there is no agent that holds one.
+            "TORCHELASTIC_USE_AGENT_STORE": "False",
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+        }
+
+    def environment_of(self, local_rank: int) -> dict[str, str]:
+        """What one rank is told beside that."""
+        rank = str(self.first_rank + local_rank)
+        return {"RANK": rank, "LOCAL_RANK": str(local_rank), "ROLE_RANK": rank}
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """A TCP port that is free on ``address`` now. Raises OSError when the address is not this machine's."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])

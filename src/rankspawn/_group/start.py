@@ -1,0 +1,84 @@
+"""All the ranks of a job, or none: many starts in one call of the engine."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import ChainMap
+from typing import TYPE_CHECKING
+
+from .._end.ranks import end_ranks
+from .._start.crew import RankProcess, name_rank, start_by_engine
+from .._start.engine import mechanisms, why_no_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any
+
+    from .._binding import Binding
+    from .._start.popen import Popen
+
+
+def start_ranks(
+    ranks: list[Popen],
+    commands: Sequence[Sequence[str]],
+    *,
+    env: Mapping[str, str] | None,
+    rank_env: Sequence[Mapping[str, str]],
+    bindings: Sequence[Binding | None],
+    streams: Sequence[tuple[Any, Any, Any]],
+    cwd: str | os.PathLike[str] | None = None,
+    die_with_parent: bool = False,
+    cgroup: int | None = None,
+    guard: int = -1,
+    progress: Callable[[Callable[[], int]], object] | None = None,
+) -> None:
+    """Start a rank for each of ``commands``, each in a session of its own, by as many threads as are worth it.
+
+    ranks: an empty list. It holds all the Popen objects before the first of them is started, so that whoever catches an
+        exception finds the owners there.
+    rank_env, bindings, streams: by rank. A rank's own variables win over ``env``, which all share; None is the caller's
+        environment. streams: stdin, stdout and stderr as Popen takes them, but for PIPE.
+    cgroup: a descriptor of a cgroup v2's directory. guard: a pipe that each rank writes its pid to (a pid_t, 4 bytes)
+        once it leads its session, before its program runs; -1 for none.
+    progress: called once, before the first start, with a function that any thread may call to ask how many ranks have
+        been started so far.
+
+    Raises what Popen raises when one cannot be started, with the rank in front of its text and as its attribute
+    ``rank``. Those that were started have been killed then, with their sessions, and reaped; ``ranks`` is empty, but
+    for what did not end: this process may not kill it (a set-user-ID program), or it cannot be killed.
+    """
+    made: list[RankProcess] = []
+    try:
+        for command, own, three, binding in zip(commands, rank_env, streams, bindings, strict=True):
+            whole = env if not own else ChainMap(own, os.environ if env is None else env)  # type: ignore[arg-type]
+            try:
+                made.append(
+                    RankProcess(command, three, cwd, whole, binding, die_with_parent=die_with_parent, cgroup=cgroup)
+                )
+            except Exception as error:
+                name_rank(error, len(made))
+                raise
+        ranks += made
+        if mechanisms():
+            start_by_engine(
+                made, env=env, rank_env=rank_env, cwd=cwd, die_with_parent=die_with_parent, cgroup=cgroup,
+                guard=guard, progress=progress,
+            )  # fmt: skip
+        elif progress is not None:
+            progress(lambda: sum(rank._child_created for rank in made))
+        for number, rank in enumerate(made):
+            if not rank._child_created:
+                try:
+                    if guard >= 0:
+                        raise OSError(errno.ENOTSUP, f"guard needs rankspawn's engine: {why_no_engine()}")
+                    rank.start_alone()
+                except Exception as error:
+                    name_rank(error, number)
+                    raise
+    except BaseException:
+        end_ranks(ranks)
+        raise
+    finally:
+        for rank in made:
+            rank.let_go()

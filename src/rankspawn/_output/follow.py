@@ -1,0 +1,165 @@
+"""A log file, followed as it grows, and the stream on which its lines are shown."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import time
+from collections import deque
+from contextlib import suppress
+from typing import IO
+
+from .logs import last_state
+
+CHUNK = 1 << 16
+"""Bytes read of one file before it is another's turn, and the longest line that is shown in one piece."""
+SOONEST = 0.01  # seconds between two looks at files that grow
+
+_STATE_SECONDS = 10.0
+_PIPE_BUF = getattr(select, "PIPE_BUF", 512)
+
+
+class Sink:
+    """Where lines go: a descriptor, which is written to when it takes something, or a text stream, which may block."""
+
+    def __init__(self, target: int | IO[str] | None) -> None:
+        self.fd = target if isinstance(target, int) else None
+        self.stream = None if isinstance(target, int) else target
+        self.dead = target is None
+        self.pending = b""  # whole lines
+        self._written = 0  # bytes of them
+        self.source: Followed | None = None  # where they are from
+        self.unread: deque[Followed] = deque()
+        if self.stream is not None:
+            with suppress(OSError, ValueError, AttributeError):  # in memory, closed
+                number = self.stream.fileno()
+                self.fd = number if number in (1, 2) else None
+
+    def append(self, text: bytes) -> None:
+        if not self.dead:
+            self.pending += text
+
+    def is_ready(self) -> bool:
+        """Whether a write will not wait, as far as can be known."""
+        if self.fd is None or not hasattr(select, "poll"):
+            return True
+        poller = select.poll()
+        poller.register(self.fd, select.POLLOUT)
+        return bool(poller.poll(0))
+
+    def write(self) -> None:
+        """Write a piece of what is pending: whole lines, as many as a pipe takes at once."""
+        if self.fd is not None:
+            most = self._written + _PIPE_BUF
+            end = self.pending.rfind(b"\n", self._written, most) + 1 or most
+            try:
+                self._written += os.write(self.fd, memoryview(self.pending)[self._written : end])
+            except BlockingIOError:  # somebody's O_NONBLOCK, and poll(2) did not know
+                time.sleep(SOONEST)
+        elif self.stream is not None:
+            self.stream.write(self.pending.decode(errors="replace"))
+            self.stream.flush()
+            self._written = len(self.pending)
+        if self._written == len(self.pending):
+            self.pending, self._written = b"", 0
+            if self.source is not None:
+                self.source.shown = self.source.position
+                self.source = None
+
+    def close(self) -> None:
+        self.dead = True
+        self.pending = b""
+        self.unread.clear()
+
+
+class Followed:
+    """A log file, and how far it has been shown."""
+
+    def __init__(self, path: str, prefix: bytes, sink: Sink) -> None:
+        self.path, self.sink = path, sink
+        self.queued = self.dropped = False
+        self.position = 0  # of the first line that was not handed on
+        self.shown = 0  # up to here it was written
+        self._prefix = prefix
+        self.fd = -1
+        self.seen = 0  # how far it was read
+        self._end = sys.maxsize  # what is behind that is not shown
+        self._rewritten = False
+        self._next_state = 0.0
+
+    def text(self, last: bool) -> bytes:
+        """The next whole lines, as they are to be shown; empty when there are none.
+
+        From the first ``last`` call on the file is as long as it is then: what a process of the rank that was left
+        behind goes on to write has no end.
+        """
+        if last and self._end == sys.maxsize:
+            self._end = os.lseek(self.fd, 0, os.SEEK_END)
+        while data := self._read():
+            if end := data.rfind(b"\n") + 1:
+                self.position += end
+                return self._lines(data[: end - 1])
+            state = last_state(data)
+            if len(data) == CHUNK:
+                # Earlier states of a line are passed over; a line that has none is cut.
+                end = state or _whole_characters(data)
+                self.position += end
+                if not state:
+                    return self._lines(data[:end])
+            elif last:
+                self.position += len(data)
+                return self._lines(data)
+            else:
+                if not state or time.monotonic() < self._next_state:
+                    break
+                self._next_state = time.monotonic() + _STATE_SECONDS
+                self.position += state  # not past it: it is shown once more when the line ends
+                return self._lines(data)
+        return b""
+
+    def has_more(self) -> bool:
+        """Whether the file has something that was not shown and could have been."""
+        if self.dropped or self.sink.dead:
+            return False
+        with suppress(OSError):
+            return os.stat(self.path).st_size > self.shown
+        return False
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def _read(self) -> bytes:
+        if os.lseek(self.fd, 0, os.SEEK_END) < self.position:
+            self.position, self._rewritten = 0, True
+        if self._rewritten and hasattr(os, "SEEK_DATA"):
+            # A writer without O_APPEND goes on where it was: what was cut away before it is a hole.
+            with suppress(OSError):
+                self.position = os.lseek(self.fd, self.position, os.SEEK_DATA)
+        os.lseek(self.fd, self.position, os.SEEK_SET)
+        data = os.read(self.fd, max(0, min(CHUNK, self._end - self.position)))
+        self.seen = self.position + len(data)
+        if self._rewritten:
+            text = data.lstrip(b"\0")
+            self.position += len(data) - len(text)
+            return text
+        return data
+
+    def _lines(self, text: bytes) -> bytes:
+        """``text``, which is lines but for the last newline, each with the prefix."""
+        if b"\r" in text:
+            text = b"\n".join([line[last_state(line) :].rstrip(b"\r") for line in text.split(b"\n")])
+        return self._prefix + text.replace(b"\n", b"\n" + self._prefix) + b"\n"
+
+
+def _whole_characters(data: bytes) -> int:
+    """The length of ``data`` without the beginning of a character of UTF-8 at its end."""
+    for back in (1, 2, 3):
+        byte = data[-back]
+        if byte >= 0xC0:
+            return len(data) - (back if back < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4) else 0)
+        if byte < 0x80:
+            break
+    return len(data)

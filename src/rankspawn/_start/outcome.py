@@ -1,0 +1,119 @@
+"""What became of a binding: the steps that the system refused, and what the kernel has for a running process."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+
+from .._binding import Binding, MemoryPolicy
+from .._frozen import Frozen
+from .._ids import format_ids, parse_ids
+from .._public import public
+
+
+class RefusedStep(Frozen):
+    """One step that the system refused: its name, the errno and what the errno says."""
+
+    step: str
+    errno: int
+
+    def __str__(self) -> str:
+        return f"{self.step}: {os.strerror(self.errno)}"
+
+
+@public
+class BindingReport(Frozen):
+    """What was asked for one process, and what was refused.
+
+    requested: the binding given to Popen; None where none was.
+    refused: the optional steps that the system refused, in order.
+    pid: the process that ``effective`` reads.
+    """
+
+    requested: Binding | None
+    refused: tuple[RefusedStep, ...]
+    pid: int
+
+    @property
+    def effective(self) -> Binding | None:
+        """The mask and policy that the process has now, from the kernel; None when it has ended.
+
+        The policy is the one that /proc/PID/numa_maps shows for memory without a policy of its own
+        (proc(5)); it is None where the kernel has no NUMA support or the file may not be read.
+        """
+        if not hasattr(os, "sched_getaffinity"):
+            return _effective_by_psutil(self.pid)
+        try:
+            cpus = frozenset(os.sched_getaffinity(self.pid))
+        except ProcessLookupError:
+            return None
+        return Binding(cpus, _policy_of(self.pid))
+
+
+@public
+class BindingError(OSError):
+    """The system refused to bind a process. ``step`` names the refused call; ``binding`` is what was asked."""
+
+    step: str
+    binding: Binding
+
+    @classmethod
+    def refused(cls, step: str, code: int, binding: Binding) -> BindingError:
+        """The error for ``step`` refused with errno ``code``: why it may be so, and what to do."""
+        asked = f"cpus {format_ids(binding.cpus or ())}" if step == "sched_setaffinity" else f"{binding.memory}"
+        why = _WHY.get((step, code), "")
+        error = cls(code, f"{step}: {os.strerror(code)} (asked: {asked}){why and ': '}{why}")
+        error.step, error.binding = step, binding
+        return error
+
+
+_WHY = {
+    ("sched_setaffinity", errno.EINVAL): (
+        "none of these CPUs is both online and in the cpuset that this process may use; see Cpus_allowed_list in"
+        " /proc/self/status, or `rankspawn doctor`"
+    ),
+    ("sched_setaffinity", errno.EPERM): "a seccomp profile may gate it; allow it, or use required=False",
+    ("set_mempolicy", errno.EPERM): (
+        "a container's seccomp profile gates it on CAP_SYS_NICE; add --cap-add SYS_NICE, or memory=None"
+    ),
+    ("set_mempolicy", errno.EINVAL): (
+        "a node is absent, has no memory, is outside this process's cpuset (Mems_allowed_list in /proc/self/status),"
+        " or the kernel is too old for this mode"
+    ),
+    ("set_mempolicy", errno.ENOSYS): "this kernel is built without NUMA support; use memory=None",
+}
+
+
+def _effective_by_psutil(pid: int) -> Binding | None:
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        # psutil has no cpu_affinity on macOS, where there is none.
+        return Binding(frozenset(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else None)
+    except psutil.NoSuchProcess:
+        return None
+
+
+# How the kernel writes a policy (mpol_to_str in mm/mempolicy.c): a name, which may hold a space, then nodes.
+_POLICY = re.compile(r"^[0-9a-f]+ (prefer \(many\)|weighted interleave|[a-z]+)(?:=[a-z|]+)?(?::([0-9,-]+))?(?: |$)")
+
+
+_POLICY_MODES = {
+    "prefer": "preferred",
+    "prefer (many)": "preferred-many",
+    "weighted interleave": "weighted-interleave",
+}
+
+
+def _policy_of(pid: int) -> MemoryPolicy | None:
+    try:
+        with open(f"/proc/{pid}/numa_maps", encoding="ascii", errors="replace") as maps:
+            shown = _POLICY.match(maps.readline())
+    except OSError:
+        return None
+    if shown is None:
+        return None
+    mode = _POLICY_MODES.get(shown[1], shown[1])
+    return MemoryPolicy(mode, parse_ids(shown[2] or ""))  # type: ignore[arg-type]
