@@ -129,8 +129,8 @@ class Result(unittest.TextTestResult):
 
     def startTestRun(self) -> None:
         super().startTestRun()
-        # No assertion sees what a `__del__` raises or warns of, so it is collected here, test by test. Tests that expect
-        # it replace this hook with their own for that time.
+        # No assertion sees what a `__del__` raises or warns of, so it is collected here, test by test. Tests that
+        # expect it replace this hook with their own for that time.
         sys.unraisablehook = self._unraisable_raised
         self._show_warning = warnings.showwarning
         warnings.showwarning = self._warning_shown

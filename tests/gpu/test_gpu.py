@@ -1,9 +1,10 @@
-"""Our devices beside those of torch.cuda and nvidia-smi, on a machine with NVIDIA GPUs: `make test-gpu`.
+"""Our devices compared with those of torch.cuda and nvidia-smi, on a machine with NVIDIA GPUs: `make test-gpu`.
 
-Seen to pass on a machine with one H100 (driver 580.159, torch 2.11), where every list of one GPU is the same list.
-Several GPUs, and MIG instances, it has not met yet.
+These tests have passed on a machine with one H100 (driver 580.159, torch 2.11), where many lists of GPUs are the same
+list. They have not run yet with several GPUs, or with MIG instances.
 
-Every look is taken in a fresh process, since a runtime reads its variables once, and what a process holds open counts.
+Every question is asked in a fresh process, because a runtime reads its variables once, and because the tests look at
+what a process holds open.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Gpu(NamedTuple):
 
 
 def smi(*arguments: str) -> str:
-    """What nvidia-smi says; "" where it is not there, or reaches no driver."""
+    """What nvidia-smi prints; "" where there is no nvidia-smi, or it finds no driver."""
     try:
         done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except FileNotFoundError:
@@ -60,12 +61,12 @@ def smi_gpus() -> tuple[Gpu, ...]:
 GPUS = smi_gpus()
 if not GPUS:
     pytest.skip("nvidia-smi lists no NVIDIA GPU: nothing is tested here", allow_module_level=True)
-# Where GPUs are cut into instances, CUDA counts instances, and one at most in a process.
+# Where GPUs are divided into instances, CUDA counts instances, and a process has at most one.
 MIG = tuple(re.findall(r"UUID: (MIG-[^)\s]+)", smi("-L")))
 
 # ---- what is asked, each in a process of its own --------------------------------------------------------------------
 
-# What the process holds of the driver: open device files, and CUDA's library.
+# What the process holds of the driver: the device files that it has open, and whether it has loaded CUDA's library.
 HELD = """
 def held():
     links = []
@@ -79,16 +80,16 @@ def held():
     return {"files": files, "libcuda": "libcuda.so" in maps}
 """
 
-# A launcher: it finds the devices, plans, and starts a bound rank. It stays until its stdin ends.
+# A launcher that finds the devices and starts a bound rank, and runs until its stdin ends.
 OURS = (
     HELD
     + """
 import json, os, sys, time
 if sys.argv[1] == "proc":
-    sys.modules["pynvml"] = None  # an import of it fails, as where it is not installed
+    sys.modules["pynvml"] = None  # its import fails, as if it were not installed
 else:
     import pynvml
-    pynvml.nvmlInit()  # fails here where we would go on with the driver's proc files
+    pynvml.nvmlInit()  # so that a failure of NVML is seen, where rankspawn would use the driver's proc files
     pynvml.nvmlShutdown()
 began = time.perf_counter()
 from rankspawn import Binding, Popen, Topology
@@ -115,7 +116,7 @@ sys.stdin.read()
 """
 )
 
-# CUDA's own count: torch.cuda.device_count() reads the variables by itself, through NVML.
+# It asks CUDA itself for the count, because torch.cuda.device_count() asks NVML and reads the variables itself.
 TORCH = (
     HELD
     + """
@@ -145,7 +146,7 @@ sys.stdin.read()
 )
 
 
-# A launcher's fork that uses CUDA: multiprocessing's start method "fork", where devices were found before.
+# A launcher that finds devices, and then forks, as multiprocessing's start method "fork" does. The fork uses CUDA.
 FORKED = """
 import json, os, sys
 if sys.argv[1] == "proc":
@@ -164,7 +165,7 @@ sys.stdin.read()
 
 @contextmanager
 def asked(code: str, *arguments: str, variables: tuple[tuple[str, str], ...] = ()) -> Iterator[tuple[int, Any]]:
-    """The pid of a process that runs ``code``, and what it said; it is there until the end of the block."""
+    """Run ``code`` in a process until the end of the block; the process's pid, and what it said."""
     env = {name: value for name, value in os.environ.items() if name not in VARIABLES} | dict(variables)
     command = [sys.executable, "-c", code, *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
@@ -178,7 +179,7 @@ def asked(code: str, *arguments: str, variables: tuple[tuple[str, str], ...] = (
 
 @functools.cache
 def torch_says(variables: tuple[tuple[str, str], ...] = ()) -> Any:
-    """torch's answer, or a skipped test where there is no torch that knows CUDA."""
+    """torch's answer; skips the test where torch is not installed."""
     if importlib.util.find_spec("torch") is None:
         pytest.skip("torch is not installed")
     with asked(TORCH, variables=variables) as (_, said):
@@ -193,7 +194,7 @@ def with_cuda(said: Any) -> Any:
 
 @pytest.fixture(params=["nvml", "proc"])
 def source(request: pytest.FixtureRequest) -> str:
-    """Where our devices come from: NVML, or the driver's proc files."""
+    """The source of our devices: NVML, or the driver's proc files."""
     if request.param == "nvml" and importlib.util.find_spec("pynvml") is None:
         pytest.skip("nvidia-ml-py is not installed")
     if request.param == "proc" and not PROC.is_dir():
@@ -204,7 +205,7 @@ def source(request: pytest.FixtureRequest) -> str:
 
 
 def known(uuid: str) -> bool:
-    """The driver's proc files hold question marks until the GPU was used."""
+    """Whether this is a UUID: the driver's proc files have question marks there until the GPU was used."""
     return bool(uuid) and "?" not in uuid
 
 
@@ -220,10 +221,10 @@ def test_the_gpus_that_nvidia_smi_lists(source: str) -> None:
 
 
 def smi_affinity() -> dict[int, tuple[frozenset[int], frozenset[int]]]:
-    """CPUs and nodes of each GPU, from the matrix of `nvidia-smi topo -m`.
+    """The CPUs and nodes of each GPU, from the matrix of `nvidia-smi topo -m`.
 
-    Columns stand between tabs, several where a heading is wide, and the heading is underlined by escape sequences. A
-    GPU with an empty or unknown cell ("N/A", in many virtual machines) is left out.
+    One or more tabs separate the columns, and escape sequences underline the heading. A GPU with an empty or unknown
+    cell ("N/A", in many virtual machines) is left out.
     """
     lines = re.sub(r"\x1b\[[0-9;]*m", "", smi("topo", "-m")).splitlines()
     rows = [[cell.strip() for cell in line.split("\t") if cell.strip()] for line in lines]
@@ -248,7 +249,7 @@ def test_the_nodes_that_nvidia_smi_topo_gives(source: str) -> None:
         if gpu.number in affinity:
             cpus, nodes = affinity[gpu.number]
             assert by_address[gpu.address]["node"] in nodes, gpu
-            # Not equal to it: a container's cpuset may cut what nvidia-smi shows.
+            # A subset, because a container's cpuset may reduce what nvidia-smi shows.
             assert cpus <= frozenset(by_address[gpu.address]["local_cpus"]), gpu
 
 
@@ -256,13 +257,13 @@ def test_the_nodes_that_nvidia_smi_topo_gives(source: str) -> None:
 
 
 def beginnings(words: list[str]) -> list[str]:
-    """The shortest unique beginnings, of one length, "GPU-" and four digits at least."""
+    """The shortest beginnings of one length that are unique; at least "GPU-" and four digits."""
     length = next(n for n in range(8, 64) if len({word[:n] for word in words}) == len(words))
     return [word[:length] for word in words]
 
 
 def lists() -> dict[str, str | None]:
-    """Values of CUDA_VISIBLE_DEVICES; on a machine with one GPU, several are the same."""
+    """Values of CUDA_VISIBLE_DEVICES, by name; on a machine with one GPU, several are the same."""
     if MIG:
         return {f"instance {number}": uuid for number, uuid in enumerate(MIG)}
     numbers, uuids = [str(gpu.number) for gpu in GPUS], [gpu.uuid for gpu in GPUS]
@@ -301,9 +302,9 @@ def test_the_devices_that_torch_counts(name: str, order: str | None, source: str
         if not MIG and known(mine["uuid"]) and other["uuid"]:
             assert mine["uuid"].removeprefix("GPU-") == other["uuid"].removeprefix("GPU-")
         if other["node"] is not None:
-            assert max(mine["numa_node"], 0) == other["node"]  # torch takes node 0 for -1
+            assert max(mine["numa_node"], 0) == other["node"]  # torch replaces node -1 by 0
     if name in ("unset", "reversed"):
-        assert len(ours) == len(GPUS)  # so that two empty lists do not pass for the same
+        assert len(ours) == len(GPUS)  # so that two empty lists do not pass as equal
 
 
 # ---- no CUDA context ------------------------------------------------------------------------------------------------
@@ -319,7 +320,7 @@ def test_no_cuda_context_in_the_launcher(source: str) -> None:
         assert pid not in compute_pids()
     assert len(said["devices"]) == len(GPUS) or MIG
     assert said["files"] == []
-    # NVML loads CUDA's library by itself (driver 580), and makes no context.
+    # NVML itself loads CUDA's library (driver 580), and makes no context.
     assert source == "nvml" or not said["libcuda"]
 
 
@@ -332,7 +333,7 @@ def test_what_the_launcher_forks_can_use_cuda(source: str) -> None:
 
 
 def test_a_cuda_context_would_have_been_seen() -> None:
-    """The other side of the test above: each sign that it looks for is there in a process that has a context."""
+    """A process with a context shows each sign that test_no_cuda_context_in_the_launcher looks for."""
     if importlib.util.find_spec("torch") is None:
         pytest.skip("torch is not installed")
     with asked(TORCH, "context") as (pid, said):
@@ -351,7 +352,7 @@ def test_a_cuda_context_would_have_been_seen() -> None:
 
 
 def test_the_time_beside_torch(source: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Printed, and not judged: fresh processes, files that were read before."""
+    """The times are printed and not judged. The processes are fresh, and their files are in the page cache."""
     milliseconds: dict[str, dict[str, float]] = {}
     for name, code, arguments in ((f"rankspawn ({source})", OURS, (source,)), ("torch", TORCH, ())):
         if name == "torch" and not with_cuda(torch_says())["devices"]:

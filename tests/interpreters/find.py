@@ -1,6 +1,6 @@
 """Finds the CPythons of this machine.
 
-Standard library only, and no newer than the oldest of them: any Python can run what imports this.
+This module needs only the standard library of the oldest of them, so that any of them can run it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 OLDEST = (3, 10)
 
-# What an interpreter is asked about itself. `executable` unmasks a virtual environment and pyenv's shims.
+# What an interpreter is asked about itself. `executable` shows what is behind a virtual environment or a shim of pyenv.
 ASK = """
 import importlib.util, json, os, sys, sysconfig
 header = os.path.join(sysconfig.get_path("include"), "Python.h")
@@ -50,9 +50,9 @@ class Interpreter:
 def find_interpreters(named: list[str], *, with_tests: bool) -> tuple[list[Interpreter], list[str]]:
     """The interpreters to test with, oldest first, and a message for each one that is passed over.
 
-    named: these and no others. Else those on PATH and among pyenv's versions.
-    with_tests: CPython's tests must be there. Of several installations of one version the first that has all that is
-        needed is taken: distributions often package tests and headers apart.
+    named: these and no others; without them, those on PATH and among pyenv's versions.
+    with_tests: CPython's tests are needed. Of several installations of one version, the first that has all that is
+        needed is taken, because distributions often package tests and headers separately.
     """
     candidates: list[Path] = [Path(name) for name in named]
     if not named:
@@ -66,7 +66,7 @@ def find_interpreters(named: list[str], *, with_tests: bool) -> tuple[list[Inter
     passed_over: dict[str, str] = {}
     for candidate in candidates:
         try:
-            # -I: what is asked must not depend on the folder or the environment that this runs in.
+            # -I: the answer must not depend on the folder or the environment that this runs in.
             answer = subprocess.run(
                 [str(candidate), "-I", "-c", ASK], capture_output=True, text=True, timeout=60, check=True
             )
@@ -74,7 +74,7 @@ def find_interpreters(named: list[str], *, with_tests: bool) -> tuple[list[Inter
         except (OSError, subprocess.SubprocessError, ValueError) as error:
             if named:
                 raise SystemExit(f"{candidate}: not a usable interpreter: {error}") from error
-            continue  # A shim of a version manager for a version that is not installed, for example.
+            continue  # For example a version manager's shim for a version that is not installed.
         tag, executable = facts["full"] + facts["flags"], facts["executable"]
         version = (facts["version"][0], facts["version"][1])
         lacks = [what for what, lacking in facts["lacks"].items() if lacking and (with_tests or "tests" not in what)]

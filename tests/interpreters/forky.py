@@ -2,13 +2,14 @@
 
     python -m tests.interpreters.forky [COMMAND [ARGUMENT ...]]
 
-Makes it, once, in ``.cache/forky`` (a gigabyte; Debian's mirror is the one in apt's own sources, or the environment
-variable DEBIAN_MIRROR), lays a copy of the checkout into it, and runs COMMAND there, in the copy. What COMMAND builds
-in the copy is there the next time.
+This makes the system once, in ``.cache/forky`` (a gigabyte), copies the checkout into it, and runs COMMAND there, in
+the copy. Debian's mirror is the one in apt's own sources, or in the environment variable DEBIAN_MIRROR. What COMMAND
+builds in the copy stays for the next time.
 
-It needs root, and debootstrap. The command has mounts and processes of its own (unshare(1)): both are gone when it has
-ended, however that was. pip there asks the index that pip here asks: settings and certificates are mounted into the
-folder. Local folders of packages that the settings name are not, and pip warns of each.
+It needs root, and debootstrap. COMMAND has its own mount and PID namespaces (unshare(1)): its mounts and processes are
+gone when it has ended, in whatever way. pip there asks the same index as pip here, because pip's settings and the
+certificates are mounted into the system. Local folders of packages that the settings name are not mounted, and pip
+warns of each.
 """
 
 from __future__ import annotations
@@ -30,20 +31,21 @@ OF_EACH = ("python{}-dev", "python{}-venv", "libpython{}-testsuite")
 PACKAGES = (
     *(package.format(version) for version in PYTHONS for package in OF_EACH),
     "gcc", "libc6-dev", "libnuma-dev", "make",
-    # Programs that tests run, as in the Makefile's build/.test-tools.
+    # The programs that tests run, as in the Makefile's build/.test-tools.
     "strace", "numactl", "hwloc-nox", "qemu-user", "procps", "iproute2",
 )  # fmt: skip
 
-# Not part of a copy, and left alone where the copy has them: what is built, and what environments and caches hold.
+# Folders that are not copied, and not removed from the copy: what is built, and caches.
 BUILT = {"build", "dist", "__pycache__"}
 
-# Mounted into the system where they are here: how to reach the network, pip's settings, and what variables say of both.
+# Files and folders that are mounted into the system, where this machine has them: those for the network, pip's
+# settings, and those that these variables name.
 NETWORK = ("/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs")
 PIPS = ("/etc/pip.conf", "/etc/xdg/pip", "~/.config/pip", "~/.pip")
 NAMED_BY = ("PIP_CONFIG_FILE", "PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 
-# The shell is process 1 of the command's namespace, and reaps what the command leaves there. The system is mounted onto
-# itself because some programs (ip netns exec) want their root to be a mount.
+# The shell is process 1 of the command's PID namespace, and reaps the processes that the command leaves there. The
+# system is mounted onto itself, because some programs (ip netns exec) need a root that is a mount.
 ENTER = """
 set -e
 system=$1; folder=$2; shift 2
@@ -63,7 +65,7 @@ class Unavailable(Exception):
 
 
 def prepare() -> None:
-    """Make the system if it is not there, and bring its copy of the checkout up to date."""
+    """Make the system if there is none, and bring its copy of the checkout up to date."""
     SYSTEM.parent.mkdir(exist_ok=True)
     with Path(f"{SYSTEM}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -80,16 +82,16 @@ def _make() -> None:
         raise Unavailable("only root can make and enter a system in a folder")
     if shutil.which("debootstrap") is None:
         raise Unavailable("debootstrap is not here: apt-get install debootstrap")
-    # Not the finished place: what an interrupted run leaves must not pass for a system.
+    # The system is made under another name and then renamed: what an interrupted run leaves must not be taken for it.
     half = Path(f"{SYSTEM}.half")
     for old in (half, SYSTEM):
         shutil.rmtree(old, ignore_errors=True)
     mirror = _mirror()
     print(f"making {SYSTEM.relative_to(ROOT)}: Debian forky with Python {' and '.join(PYTHONS)}", flush=True)
-    # "sid": debootstrap's script for suites that it does not know the name of.
+    # "sid" names debootstrap's script for suites whose name it does not know.
     packages = f"--include={','.join(PACKAGES)}"
     command = ["debootstrap", "--variant=minbase", packages, "forky", str(half), mirror, "sid"]
-    # Its dpkg need not see each package safe on the disk: what does not become whole is made anew.
+    # dpkg need not wait until each package is on the disk, because a system that is not finished is made anew.
     quick = {**os.environ, "DPKG_FORCE": "unsafe-io"}
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=quick)
     if done.returncode:
@@ -119,7 +121,7 @@ def _mirror() -> str:
 
 
 def _copy() -> None:
-    """Lay the checkout's sources into the system, with their times, and take away what is no longer among them."""
+    """Copy the checkout's sources into the system, with their times, and remove files that are no longer among them."""
     sources = set(_sources(ROOT))
     for relative in _sources(COPY):
         if relative not in sources:
@@ -133,7 +135,7 @@ def _copy() -> None:
 
 def _sources(folder: Path) -> Iterator[Path]:
     for where, folders, files in os.walk(folder):
-        # Hidden folders are git's, environments and caches; none of them is a source.
+        # Hidden folders are git's, or environments and caches; none of them holds sources.
         folders[:] = [
             name for name in folders if name not in BUILT and name[0] != "." and not name.endswith(".egg-info")
         ]
@@ -143,7 +145,7 @@ def _sources(folder: Path) -> Iterator[Path]:
 
 
 def command(words: Sequence[str]) -> list[str]:
-    """What runs ``words`` in the system's copy of the checkout."""
+    """The command that runs ``words`` in the system's copy of the checkout."""
     named = [os.environ[name] for name in NAMED_BY if name in os.environ]
     shared: list[str] = []
     for path in map(os.path.expanduser, (*NETWORK, *PIPS, *named)):
@@ -154,7 +156,7 @@ def command(words: Sequence[str]) -> list[str]:
             there.mkdir(parents=True, exist_ok=True)
         elif not there.is_file() or there.is_symlink():
             there.parent.mkdir(parents=True, exist_ok=True)
-            there.unlink(missing_ok=True)  # a link would lead out of the system
+            there.unlink(missing_ok=True)  # a symbolic link would lead out of the system
             there.touch()
         shared.append(path)
     own = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
@@ -163,7 +165,7 @@ def command(words: Sequence[str]) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The caller's, without what speaks of this machine's folders."""
+    """The caller's environment without the variables that name folders of this machine."""
     theirs = {k: v for k, v in os.environ.items() if k not in ("PYENV_ROOT", "TMPDIR", "VIRTUAL_ENV")}
     return {**theirs, "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 

@@ -1,9 +1,9 @@
-"""The default tests, on every CPython that can be had: ``make test`` for each, in an environment of its own.
+"""Runs the default tests on every CPython that can be had: ``make test`` for each, in its own virtual environment.
 
     python -m tests.interpreters.run [--only 3.12] [--only 3.14t] [PYTEST_ARGUMENT ...]
 
-The interpreters are those on PATH and among pyenv's versions, one of each version from 3.10 on, free-threaded builds
-among them; and for the versions that this machine lacks, those of Debian's suite forky (see forky.py).
+The interpreters are those on PATH and among pyenv's versions: one of each version from 3.10 on, free-threaded builds
+included. The versions that this machine lacks come from Debian's suite forky (see forky.py).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> int:
                 ended.append((name, f"NOT TESTED: {why}", 0.0))
                 continue
             make, environment = forky.command(make), forky.environment()
-        # Not this make's: -j and its job server would reach the other.
+        # MAKEFLAGS would give the options and the job server of the outer make to the inner one.
         environment.pop("MAKEFLAGS", None)
         status = subprocess.run(make, stdin=subprocess.DEVNULL, env=environment).returncode
         ended.append((name, f"FAILED (status {status})" if status else "ok", time.monotonic() - began))

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.pages import PROGRAMS, Block, missing, run
 
-# By these names Debian has each, whichever of them `mpirun` is; as root, and with more ranks than CPUs.
+# Debian's names of the two; `mpirun` may be either. The variables allow root, and more ranks than CPUs.
 LAUNCHERS = {"mpirun": "mpirun.openmpi", "mpiexec": "mpiexec.hydra"}
 ENVIRONMENT = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",

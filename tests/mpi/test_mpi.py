@@ -24,7 +24,7 @@ from tests.support.processes import eventually
 
 TIMEOUT = 60.0
 
-# By these names Debian has each, whichever of them `mpirun` is.
+# Debian's names of the two; `mpirun` may be either.
 OPEN_MPI = ["mpirun.openmpi", "--oversubscribe"]
 HYDRA = ["mpiexec.hydra"]
 UNBOUND = {"Open MPI": [*OPEN_MPI, "--bind-to", "none"], "Hydra": HYDRA}
@@ -32,14 +32,14 @@ UNBOUND = {"Open MPI": [*OPEN_MPI, "--bind-to", "none"], "Hydra": HYDRA}
 RANKSPAWN = [sys.executable, "-m", "rankspawn"]
 BIND = [*RANKSPAWN, "bind"]
 
-# Open MPI has words of its own for root.
+# Open MPI refuses to run as root unless these two variables are set.
 ENVIRONMENT = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 MARK = "RANKSPAWN_TEST_MARK"
 
 CPUS = sorted(os.sched_getaffinity(0))
 two_cpus = pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs")
 
-# Short: mpirun passes on what it reads, and breaks a long line by another rank's.
+# The line is short because mpirun passes on what it reads, and would break a long line by another rank's.
 PLACE = """
 import json, os, sys
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
@@ -64,7 +64,7 @@ def ran(command: list[str], **environ: str) -> subprocess.CompletedProcess[str]:
 
 
 def places(command: list[str], rank: str) -> dict[int, dict[str, Any]]:
-    """What each rank finds, by the number in the variable ``rank``. Nobody says anything."""
+    """What each rank finds, by the number in the variable ``rank``. Asserts that stderr is empty."""
     done = ran(command)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return {int(place[rank]): place for place in map(json.loads, done.stdout.splitlines())}
@@ -95,7 +95,7 @@ def test_an_exclusive_split(launcher: str) -> None:
 
 @two_cpus
 def test_mpirun_s_own_binding_is_kept_and_said() -> None:
-    """It binds each of two ranks to a core, unless it is told otherwise."""
+    """mpirun binds each of two ranks to a core, unless it is told otherwise."""
     done = ran([*OPEN_MPI, "-np", "2", "--bind-to", "core", *BIND, "-v", *IN_PLACE])
     assert done.returncode == 0, done.stderr
     found = {int(one["OMPI_COMM_WORLD_RANK"]): one["cpus"] for one in map(json.loads, done.stdout.splitlines())}
@@ -109,7 +109,7 @@ def test_mpirun_s_own_binding_is_kept_and_said() -> None:
 
 
 def test_mpi_finds_itself_behind_bind() -> None:
-    """The program is the launcher's own process, and what Hydra speaks through (PMI_FD) is open in it."""
+    """The program runs in the process that Hydra started, and Hydra's descriptor (PMI_FD) is open in it."""
     code = (
         "import os; fd = int(os.environ['PMI_FD']); os.write(fd, b'cmd=init pmi_version=1 pmi_subversion=1\\n');"
         " os.write(1, os.read(fd, 100))"
@@ -128,8 +128,9 @@ def test_a_program_that_is_not_there() -> None:
 
 RUN = [*RANKSPAWN, "run", "--nproc-per-node", "2"]
 
-# In place of ssh: [-x] HOST COMMAND ... runs the launcher's daemon here, with temporary files of its own: two of Open
-# MPI's daemons write their job's shared files anew under each other otherwise, and one of them ends with SIGSEGV.
+# It replaces ssh: [-x] HOST COMMAND ... runs the launcher's daemon on this machine. Each daemon has its own folder for
+# temporary files, because otherwise two daemons of Open MPI overwrite each other's shared files, and one of them ends
+# with SIGSEGV.
 REMOTE_SHELL = """#!/bin/sh
 [ "$1" = -x ] && shift
 TMPDIR="$0-$1"
@@ -145,7 +146,7 @@ def one_a_node(launcher: str) -> list[str]:
 
 @pytest.fixture(params=["Open MPI", "Hydra"])
 def on_two_nodes(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
-    """A launcher with one process on each of two nodes, which are two daemons of its on this machine."""
+    """A launcher with one process on each of two nodes; the nodes are two of its daemons on this machine."""
     shell = tmp_path / "ssh"
     shell.write_text(REMOTE_SHELL)
     shell.chmod(0o755)
@@ -187,7 +188,7 @@ def test_where_rank_0_is_has_to_be_said(on_two_nodes: list[str]) -> None:
     assert re.search("rankspawn: mpi(run|exec) started this on 2 nodes.*give --master-addr HOST", done.stderr)
 
 
-# Hydra does so for processes that a signal ended, and not for an exit status.
+# Hydra ends the job when a signal has ended a process, and not when a process exits with a status.
 @pytest.mark.parametrize("on_two_nodes", ["Open MPI"], indirect=True)
 def test_a_failed_rank_ends_the_job_on_both_nodes(on_two_nodes: list[str]) -> None:
     code = "import os, sys, time; os.environ['RANK'] == '3' and sys.exit(7); time.sleep(120)"
@@ -219,7 +220,7 @@ os.write(1, b"here\\n")
 time.sleep(120)
 """
 IN_RUN = [*RUN, "--no-python", sys.executable, "-c", FAMILY]
-# A rank of bind is the launcher's own process, and its children's end is the launcher's affair.
+# `bind` becomes the rank in the launcher's own process, so the launcher has to end the rank's children.
 IN_BIND = [*BIND, sys.executable, "-c", "import os, time; os.write(1, b'here\\n'); time.sleep(120)"]
 
 
@@ -230,15 +231,15 @@ def marked(mark: str) -> dict[int, str]:
         try:
             if process.environ().get(MARK) == mark:
                 found[process.pid] = " ".join(process.cmdline())
-        except (psutil.NoSuchProcess, psutil.AccessDenied):  # ended, or a zombie; another user's
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, is a zombie, or another user's
             continue
     return found
 
 
 @contextmanager
 def job(command: list[str], ranks: int) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A launcher whose ranks have all said that they are here, and the mark of all that belongs to it: nothing of it
-    may be left after the block."""
+    """A launcher whose ranks have all said that they are here, and the mark that all its processes carry. No process
+    with the mark may be left after the block."""
     mark = uuid.uuid4().hex
     with subprocess.Popen(
         command, env={**ENVIRONMENT, MARK: mark}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -284,7 +285,7 @@ def test_a_signal_to_the_launcher_leaves_nothing(name: str, sig: signal.Signals)
 
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_a_killed_rank_ends_all(name: str) -> None:
-    """As MPI_Abort does: the launcher ends the others."""
+    """The launcher ends the others, as after MPI_Abort."""
     with job(LAUNCHED[name], 2) as (process, mark):
         ranks = [pid for pid, line in marked(mark).items() if line.startswith(f"{sys.executable} -c")]
         assert len(ranks) == 2
@@ -294,7 +295,8 @@ def test_a_killed_rank_ends_all(name: str) -> None:
 
 
 def test_a_killed_rankspawn_run_leaves_nothing() -> None:
-    """mpirun kills what does not end in time: the ranks die with their launcher, and what they started by the guard."""
+    """mpirun kills what does not end in time. The ranks die with their launcher, and the guard ends what the ranks have
+    started."""
     guarded = [*RUN, "--guard", *IN_RUN[len(RUN) :]]
     with job([*one_a_node("Open MPI"), *guarded], 2) as (_, mark):
         (launcher,) = (

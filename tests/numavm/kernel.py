@@ -160,8 +160,8 @@ def initramfs(
     for path in sorted(tree.rglob("*")) if tree else ():
         content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes() if path.is_file() else b""
         entries.append((str(path.relative_to(tree)), path.lstat().st_mode, content))
-    # The format is "newc" (the kernel's Documentation/driver-api/early-userspace/buffer-format.rst). Each part is padded
-    # to a multiple of 4 bytes.
+    # The format is "newc" (the kernel's Documentation/driver-api/early-userspace/buffer-format.rst). Each part is
+    # padded to a multiple of 4 bytes.
     archive = bytearray()
     for number, (name, mode, content) in enumerate((*entries, ("TRAILER!!!", 0, b"")), start=1):
         fields = (number, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name) + 1, 0)

@@ -124,8 +124,8 @@ def set_own_policy(mode: str, nodes: Iterable[int] = ()) -> None:
 
 
 def in_thread(function: Callable[[], Answer]) -> Answer:
-    """Run ``function`` in a thread of its own and return its answer. A policy, mask or filter that it sets ends with the
-    thread."""
+    """Run ``function`` in a thread of its own and return its answer. A policy, mask or filter that it sets ends with
+    the thread."""
     answers: list[Answer] = []
     errors: list[BaseException] = []
 

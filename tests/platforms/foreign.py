@@ -14,7 +14,7 @@ CACHE = ROOT / "build" / "platforms"
 
 
 class Apt:
-    """apt-get and apt-cache for one architecture, with this machine's sources.list."""
+    """apt-get and apt-cache for one architecture, with the sources of this machine's apt."""
 
     def __init__(self, architecture: str) -> None:
         self.folder = CACHE / architecture
