@@ -33,3 +33,15 @@ environment_copy(void)
     copy.variables[count] = NULL;
     return copy;
 }
+
+ptrdiff_t
+environment_index(char *const *variables, size_t count, const char *pair)
+{
+    size_t size = (size_t)(strchr(pair, '=') - pair) + 1;
+    for (size_t i = 0; i < count; i++) {
+        if (strncmp(variables[i], pair, size) == 0) {
+            return (ptrdiff_t)i;
+        }
+    }
+    return -1;
+}

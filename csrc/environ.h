@@ -1,4 +1,4 @@
-/* A copy of the caller's environment. */
+/* A copy of the caller's environment, and where a variable is in it. */
 #ifndef RANKSPAWN_ENVIRON_H
 #define RANKSPAWN_ENVIRON_H
 
@@ -11,5 +11,8 @@ struct environment {
 
 /* Copy environ(7). No other thread may change the environment meanwhile. The caller frees `variables`. */
 struct environment environment_copy(void);
+
+/* Which of `count` variables has the name of `pair`, a "NAME=value". Returns its index, or -1. */
+ptrdiff_t environment_index(char *const *variables, size_t count, const char *pair);
 
 #endif

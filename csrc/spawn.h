@@ -11,6 +11,7 @@
  *   clone3.c     its system call
  *   child.c      what its child does until execve
  *   posix.c      the portable mechanism, posix_spawn(3)
+ *   arena.c      memory for requests
  *   environ.c    a copy of the caller's environment
  *   numa_shim.h  libnuma, or the two calls of it that are needed
  */

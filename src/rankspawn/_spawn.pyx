@@ -405,7 +405,7 @@ cdef class Crew:
         """Add the next rank. The arguments are those of spawn(), but for ``env``.
 
         Args:
-            env: the rank's own variables, a mapping of text. They come before the shared variables of the same names.
+            env: the rank's own variables, a mapping of text. They replace shared variables of the same names.
 
         Raises:
             IndexError: ``count`` ranks have been added.
