@@ -1,4 +1,4 @@
-"""``rankspawn bind``, as launchers run it: a process that binds itself and becomes the program."""
+"""``rankspawn bind``, as launchers run it: a process that binds itself and then executes the program."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ TIMEOUT = 60.0
 CPUS = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
 two_cpus = pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs")
 
-# What launchers set, and what `bind` sets.
+# The variables that launchers set, and those that `bind` sets.
 THEIRS = re.compile("(OMPI|PMI|PMIX|PALS|MPI|SLURM|TORCHELASTIC|GROUP|OMP|KMP|GOMP)_|(LOCAL_)?(RANK|WORLD_SIZE)$")
 
-# The program: what it finds itself to be.
+# The program prints how it was started.
 PROGRAM = """
 import json, os, signal, sys
 maps = "/proc/self/numa_maps"
@@ -45,7 +45,7 @@ PLACE = [sys.executable, "-c", PROGRAM]
 
 
 def launchers(local_rank: int, local_size: int) -> dict[str, dict[str, str]]:
-    """The variables by which each launcher would tell so."""
+    """The variables by which each launcher tells these two numbers."""
     r, n = str(local_rank), str(local_size)
     return {
         "Open MPI": {
@@ -73,7 +73,7 @@ def launchers(local_rank: int, local_size: int) -> dict[str, dict[str, str]]:
 
 
 def environment(told: dict[str, str]) -> dict[str, str]:
-    """This process's environment as if a launcher had started it that tells ``told``."""
+    """This process's environment, as if a launcher had started it with the variables ``told``."""
     return {**{name: value for name, value in os.environ.items() if not THEIRS.match(name)}, **told}
 
 
@@ -85,7 +85,7 @@ def ran(command: Sequence[str], env: dict[str, str] = RANK_1_OF_2, **options: An
 
 
 def found(command: Sequence[str], env: dict[str, str] = RANK_1_OF_2, said: str = "") -> dict[str, Any]:
-    """What the program finds; ``said`` is all that `bind` says, as a pattern."""
+    """What the program finds. Asserts that the pattern ``said`` matches all that `bind` says."""
     done = ran(command, env)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(said, done.stderr.strip(), re.DOTALL), done.stderr
@@ -94,7 +94,8 @@ def found(command: Sequence[str], env: dict[str, str] = RANK_1_OF_2, said: str =
 
 
 def from_a_bound_launcher(cpus: Sequence[int], told: dict[str, str], command: Sequence[str]) -> list[str]:
-    """``command`` with the variables ``told``, started by a process without them that is bound to ``cpus``."""
+    """``command`` with the variables ``told``, started by a process that has no such variables and is bound to
+    ``cpus``."""
     code = (
         f"import os, subprocess, sys; os.sched_setaffinity(0, {list(cpus)})\n"
         f"sys.exit(subprocess.run(sys.argv[1:], env={{**os.environ, **{told}}}).returncode)"
@@ -103,7 +104,7 @@ def from_a_bound_launcher(cpus: Sequence[int], told: dict[str, str], command: Se
 
 
 def bound_to(cpus: Sequence[int], command: Sequence[str]) -> list[str]:
-    """``command``, in a process that a launcher has bound to ``cpus`` before."""
+    """``command``, in a process that a launcher has already bound to ``cpus``."""
     code = f"import os, sys; os.sched_setaffinity(0, {list(cpus)}); os.execvp(sys.argv[1], sys.argv[1:])"
     return [sys.executable, "-c", code, *command]
 
@@ -129,16 +130,16 @@ def test_the_default_is_the_node() -> None:
 def test_a_memory_policy() -> None:
     done = ran([*BIND, "--memory-policy", "bind", "--verbose", "--", *PLACE])
     if done.returncode and "set_mempolicy: " in done.stderr:
-        pytest.skip(done.stderr.strip())  # a kernel without NUMA, or a container that gates the call
+        pytest.skip(done.stderr.strip())  # the kernel has no NUMA, or the container forbids the call
     assert re.match("bind:[0-9,-]+$", json.loads(done.stdout)["memory"])
     assert re.fullmatch(r"rankspawn: local rank 1: cpus [\d,-]+, memory bind:[\d,-]+\n", done.stderr)
 
 
 @two_cpus
 def test_threads() -> None:
-    """OMP_NUM_THREADS is what `run` would set, unless it is set; nothing else is added, changed or lost."""
+    """`bind` sets OMP_NUM_THREADS as `run` does, unless it is set; it adds, changes and removes no other variable."""
     command = [*BIND, "--numa-binding", "exclusive", *PLACE]
-    # An interpreter adds LC_CTYPE to a C locale (PEP 538), as this one may have done.
+    # In a C locale an interpreter sets LC_CTYPE (PEP 538).
     env = RANK_1_OF_2 | {"LC_ALL": "C.UTF-8"}
     place = found(command, env)
     threads = place["environment"].pop("OMP_NUM_THREADS")
@@ -166,7 +167,7 @@ def test_the_rest_of_the_line_is_the_program_s() -> None:
 
 
 def test_it_is_the_same_process_with_its_descriptors() -> None:
-    """A launcher's process number stays, and so does what Hydra speaks through (PMI_FD)."""
+    """The program keeps the pid that the launcher knows, and the descriptor by which Hydra talks to it (PMI_FD)."""
     read, write = os.pipe()
     try:
         command = [*BIND, sys.executable, "-c", f"import os; os.write({write}, str(os.getpid()).encode())"]
@@ -181,7 +182,7 @@ def test_it_is_the_same_process_with_its_descriptors() -> None:
 
 
 def test_what_comes_before_each_rank_is_light() -> None:
-    # -I -S: what a site's own files import is not ours. The interpreter says what it imports, and for how long.
+    # -I -S: the imports of the site's own files are not ours. With importtime the interpreter prints what it imports.
     code = "import sys; sys.path.append(sys.argv.pop(1)); from rankspawn._cli.main import main; main()"
     python = [sys.executable, "-I", "-S", "-X", "importtime", "-c", code, str(Path(rankspawn.__file__).parents[1])]
     done = ran([*python, "bind", "--memory-policy", "local", "--numa-binding-optional", "true"])
@@ -191,13 +192,13 @@ def test_what_comes_before_each_rank_is_light() -> None:
 
 
 def test_signals_are_as_they_were() -> None:
-    """The interpreter ignores two; what a user ignores (nohup) stays ignored."""
+    """The interpreter ignores two signals that the program does not; what a user ignores (nohup) stays ignored."""
     status = [*BIND, "cat", "/proc/self/status"]
 
     def masks(command: list[str]) -> dict[str, int]:
         lines = re.findall(r"^Sig(Ign|Blk|Cgt):\s*(\w+)$", ran(command).stdout, re.M)
         found = {name: int(mask, 16) for name, mask in lines}
-        # glibc's posix_spawn, by which make starts what it starts, ignores the two signals that are glibc's own.
+        # make starts programs by glibc's posix_spawn, in which glibc's own two signals are ignored.
         return {**found, "Ign": found["Ign"] & ~(3 << 31)}
 
     assert masks(status) == {"Ign": 0, "Blk": 0, "Cgt": 0}
@@ -235,7 +236,7 @@ def test_what_one_rank_was_given_is_not_split_among_all() -> None:
 
 @two_cpus
 def test_a_mask_that_all_ranks_share_is_split() -> None:
-    """As with `taskset -c 0-1 mpirun`: the launcher has no more itself."""
+    """As with `taskset -c 0-1 mpirun`: the launcher itself may use no other CPUs."""
     places = []
     for local_rank in (0, 1):
         told = launchers(local_rank, 2)["Open MPI"]
@@ -252,7 +253,8 @@ def test_a_mask_that_is_left_alone_is_as_it_was() -> None:
 
 @two_cpus
 def test_what_a_cpuset_withholds_is_not_the_launcher_s_doing() -> None:
-    """The launcher is outside of it, as Slurm's daemon is outside of its job's; the ranks inside share all of it."""
+    """The launcher is outside of the cpuset, as Slurm's daemon is outside of a job's; the ranks inside share all of
+    it."""
     cpuset = Path(f"/sys/fs/cgroup/cpuset/rankspawn-test-{os.getpid()}")
     try:
         cpuset.mkdir()
@@ -262,7 +264,7 @@ def test_what_a_cpuset_withholds_is_not_the_launcher_s_doing() -> None:
         for name, value in (("cpus", str(CPUS[0])), ("mems", Path(cpuset.parent, "cpuset.mems").read_text())):
             (cpuset / f"cpuset.{name}").write_text(value)
         code = f"import os, sys; open('{cpuset}/tasks', 'w').write('0'); os.execvp(sys.argv[1], sys.argv[1:])"
-        # An exclusive place is refused where a launcher bound the rank by itself.
+        # `bind` refuses "exclusive" where it finds that the launcher itself has bound the rank.
         alone = environment(launchers(0, 1)["Open MPI"])
         command = [sys.executable, "-c", code, *BIND, "--numa-binding", "exclusive", *PLACE]
         assert found(command, alone)["cpus"] == CPUS[:1]

@@ -1,4 +1,5 @@
-"""A cgroup of the group's own: made, filled, emptied in one write, removed; and what is said where it cannot be."""
+"""The group's own cgroup: it is made, filled, emptied by one write and removed; and the errors where it cannot be
+made."""
 
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ def group(parent: Path) -> Iterator[GroupCgroup]:
     made.close()
 
 
-# Three processes that no session holds together: the rank, which ignores what can be ignored; its child, in a cgroup
-# below, which the rank has made; and one that has forked twice and leads a session of its own.
+# Three processes that are not in one session: the rank, which ignores SIGTERM, SIGINT and SIGHUP; its child, in a
+# cgroup that the rank has made below; and a grandchild whose parent had called setsid before the second fork.
 ESCAPING = """
 import os, signal, sys
 for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -64,7 +65,7 @@ told()
 
 
 def escaping(group: GroupCgroup) -> tuple[subprocess.Popen[str], list[int]]:
-    """A rank with ESCAPING, born in the group's cgroup, and the pids of the three."""
+    """A rank that runs ESCAPING and is born in the group's cgroup, and the pids of the three processes."""
     rank = Popen(
         [sys.executable, "-I", "-S", "-c", ESCAPING, os.path.dirname(group.path)],
         cgroup=group.fd, stdout=subprocess.PIPE, text=True, start_new_session=True,
@@ -74,7 +75,7 @@ def escaping(group: GroupCgroup) -> tuple[subprocess.Popen[str], list[int]]:
 
 
 def test_made_with_a_name_of_its_own(parent: Path) -> None:
-    """Two groups of one launcher; in two PID namespaces launchers have the same number."""
+    """One launcher may have two groups, and two launchers in two PID namespaces may have the same pid."""
     groups = [GroupCgroup.make(parent), GroupCgroup.make(str(parent)), GroupCgroup.make(parent, "named")]
     assert {os.path.dirname(group.path) for group in groups} == {str(parent)}
     names = {os.path.basename(group.path) for group in groups}
@@ -91,7 +92,7 @@ def test_made_with_a_name_of_its_own(parent: Path) -> None:
 @needs_engine
 @pytest.mark.parametrize("lacking", ["", "cgroup.kill", "cgroup.kill cgroup.freeze"])
 def test_everybody_in_it_is_ended(group: GroupCgroup, lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one write; one by one, as before Linux 5.14; and without the freezer, as before 5.2."""
+    """By one write to cgroup.kill; one by one, as before Linux 5.14; and without the freezer, as before Linux 5.2."""
     write = _cgroup._write
 
     def write_unless_lacking(path: str, name: str, text: str) -> None:
@@ -106,7 +107,7 @@ def test_everybody_in_it_is_ended(group: GroupCgroup, lacking: str, monkeypatch:
     group.kill()
     assert group.wait_empty(PATIENCE)
     assert all(map(has_ended, pids))
-    # The rank is a zombie now, and that does not count.
+    # The rank is a zombie now; zombies do not keep a cgroup from being removed.
     group.remove()
     assert not os.path.exists(group.path)
     assert rank.communicate()[0] == "" and rank.returncode == -signal.SIGKILL
@@ -126,7 +127,7 @@ def test_it_is_not_removed_while_somebody_is_in_it(group: GroupCgroup) -> None:
 
 @needs_engine
 def test_the_end_of_the_last_wakes_who_waits(group: GroupCgroup) -> None:
-    """And the wait itself takes nothing: the kernel is asked once at its begin, and once after each change."""
+    """The wait uses almost no CPU time, because it asks the kernel once when it begins, and once after each change."""
     rank, _ = escaping(group)
     waiting = threading.Thread(target=lambda: answers.append((group.wait_empty(PATIENCE), time.thread_time())))
     answers: list[tuple[bool, float]] = []
@@ -188,7 +189,7 @@ def test_in_one_that_was_not_delegated(parent: Path) -> None:
 @needs_engine
 @needs_root
 def test_in_one_that_was_delegated(parent: Path) -> None:
-    """As systemd does it: the directory and the three files are the user's, and the user's launcher runs below it."""
+    """As systemd delegates it: the user owns the directory and the three files, and the user's launcher runs in it."""
     for name in ("", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control"):
         os.chown(parent / name, NOBODY, NOBODY)
 
@@ -207,7 +208,7 @@ def test_in_one_that_was_delegated(parent: Path) -> None:
 
 
 def test_in_a_threaded_one(parent: Path) -> None:
-    """A cgroup made in it is of type "domain invalid", in which no process can be."""
+    """A cgroup made in a threaded one is of type "domain invalid", which can hold no process."""
     threaded = parent / "threaded"
     threaded.mkdir()
     (threaded / "cgroup.type").write_text("threaded")

@@ -1,4 +1,4 @@
-"""The ``rankspawn`` command, as a user runs it: real launchers, real ranks, real signals."""
+"""The ``rankspawn`` command as a user runs it, with real launchers, ranks and signals."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_each_rank_has_torchruns_variables() -> None:
     for rank, environment in ranks.items():
         of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank), "ROLE_RANK": str(rank)}
         assert {**environment, **TOLD, **of_rank} == environment
-        # The rest is the launcher's own: nothing else is added, and nothing is lost.
+        # The rest is the launcher's environment: no other variable is added, and none is lost.
         ours = {
             *TOLD,
             *of_rank,
@@ -63,7 +63,7 @@ def test_each_rank_has_torchruns_variables() -> None:
         }
         rest = {name: value for name, value in environment.items() if name not in ours}
         if "LC_CTYPE" not in os.environ:
-            rest.pop("LC_CTYPE", None)  # an interpreter sets it for itself, where the locale is C (PEP 538)
+            rest.pop("LC_CTYPE", None)  # an interpreter sets it where the locale is C (PEP 538)
         assert rest == environment_here()
     ports = {environment["MASTER_PORT"] for environment in ranks.values()}
     assert len(ports) == 1 and 1024 <= int(ports.pop()) <= 65535
@@ -81,7 +81,7 @@ def test_each_rank_is_told_when_it_was_called() -> None:
 
 def test_omp_num_threads_is_the_users_where_set() -> None:
     for ranks, environment, expected in (
-        ("2", environment_here(), "1"),  # as torchrun: not every rank takes every core
+        ("2", environment_here(), "1"),  # as torchrun does, so that not every rank uses all cores
         ("1", environment_here(), None),
         ("2", environment_here(OMP_NUM_THREADS="5"), "5"),
     ):
@@ -164,8 +164,8 @@ def test_a_rank_starts_with_no_signal_blocked_or_ignored() -> None:
     code = SAY + "say([line.split()[1] for line in open('/proc/self/status') if line[:7] in ('SigBlk:', 'SigIgn:')])\n"
     blocked, ignored = said(completed(in_ranks(code)).stdout)[0]
     assert int(blocked, 16) == 0
-    # 32 and 33 are libc's own; a posix_spawn of glibc, such as make's, leaves them ignored in what it starts. Python
-    # itself ignores the two that are left.
+    # Signals 32 and 33 are libc's own. make starts programs by glibc's posix_spawn, which leaves them ignored. Python
+    # itself ignores the two others.
     assert int(ignored, 16) & ~(1 << 31 | 1 << 32) == 1 << (signal.SIGPIPE - 1) | 1 << (signal.SIGXFSZ - 1)
 
 
@@ -183,7 +183,7 @@ def test_a_rank_starts_with_no_signal_blocked_or_ignored() -> None:
     ],
 )
 def test_status_of_the_failed_rank(end: str, status: int, words: str) -> None:
-    # No core file: the working directory would be left with one.
+    # RLIMIT_CORE is 0 because a core file would stay in the working directory.
     code = (
         SAY + f"import resource\nresource.setrlimit(resource.RLIMIT_CORE, (0, 0))\nif os.environ['RANK'] == '1': {end}"
     )
@@ -206,9 +206,9 @@ def test_the_others_are_told_to_end() -> None:
     with launched(in_ranks(code, "--nproc-per-node", "3"), stdin=subprocess.PIPE) as job:
         assert job.hear(3) == dict.fromkeys(range(3), "ready")
         assert job.process.stdin is not None
-        job.process.stdin.close()  # and rank 1 fails
+        job.process.stdin.close()  # at which rank 1 fails
         assert job.hear(2) == {0: "told by SIGTERM", 2: "told by SIGTERM"}
-        assert job.end() == 4  # not 5: the first failure is the job's
+        assert job.end() == 4  # not 5: the job ends with the status of the first failure
         told = job.stderr.read()
         assert "rankspawn: rank 1 has failed: ending the others\n" in told
         assert re.search(
@@ -237,7 +237,7 @@ GRANDCHILD = "import subprocess\nsubprocess.Popen(['sleep', '120'])\n"
 
 @pytest.mark.parametrize(("end", "status"), [("pass", 0), ("sys.exit(9)", 9), ("os.kill(os.getpid(), 9)", 137)])
 def test_what_an_ended_rank_started_is_ended(end: str, status: int) -> None:
-    # It has our end of the pipe: completed() would wait for it.
+    # The grandchild holds the output pipe open, so completed() returns only when the grandchild has ended.
     done = completed(in_ranks(SAY + GRANDCHILD + end, "--nproc-per-node", "2"))
     assert done.returncode == status
 
@@ -259,7 +259,7 @@ def test_a_killed_launcher_leaves_no_rank() -> None:
                 os.close(rank)
 
 
-# Where a launcher inherits an ignored SIGCHLD (some daemons leave it so), the kernel reaps its children unasked.
+# Where a launcher inherits an ignored SIGCHLD (some daemons leave it so), the kernel itself reaps its children.
 def test_the_status_is_known_also_where_sigchld_is_ignored() -> None:
     command = after("signal.signal(signal.SIGCHLD, signal.SIG_IGN)", in_ranks("raise SystemExit(3)"))
     assert completed(command).returncode == 3
@@ -284,7 +284,7 @@ def test_a_signal_reaches_every_rank(name: str) -> None:
         job.hear(2)
         job.process.send_signal(number)
         assert job.hear(2) == {0: name, 1: name}
-        # Also where the ranks end well: who asked for the end must see that the job was not done.
+        # Even though the ranks end with status 0: whoever sent the signal must see that the job was not done.
         assert job.end() == 128 + number
 
 
@@ -335,7 +335,7 @@ def test_a_repeated_sigterm_does_not_lengthen_the_grace() -> None:
         while job.process.poll() is None and time.monotonic() < until:
             job.process.send_signal(signal.SIGTERM)
             time.sleep(0.1)
-        # One that arrives when the command has done its work ends the command itself: the same status to a shell.
+        # A signal that comes when the command has done its work ends the command itself. A shell sees the same status.
         assert job.process.poll() in (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
@@ -379,7 +379,7 @@ PLACE = SAY + (
 
 
 def skip_where_memory_is_refused(done: subprocess.CompletedProcess[str]) -> None:
-    """A kernel without NUMA, one too old for a mode, a container that gates the call: each is said, and no failure."""
+    """Skip the test where the kernel has no NUMA or is too old for a mode, or a container forbids the call."""
     if done.returncode and "set_mempolicy: " in done.stderr:
         pytest.skip(done.stderr.strip())
 
@@ -479,7 +479,7 @@ def test_what_cannot_be_placed_starts_unbound_where_that_is_allowed() -> None:
     ],
 )
 def test_wrong_usage(arguments: str, words: str, capfd: pytest.CaptureFixture[str]) -> None:
-    # In this process, for speed: nothing is started.
+    # main() runs in this process, which is quicker, and starts nothing.
     try:
         status: object = main(arguments.split())
     except SystemExit as ended:
@@ -546,7 +546,7 @@ def test_a_program_that_cannot_be_executed(tmp_path: Path) -> None:
 
 def test_a_script_that_is_not_there() -> None:
     done = completed([*LAUNCHER, "run", "--nproc-per-node", "2", "no_such_script.py"])
-    assert done.returncode == 2  # the interpreter's own
+    assert done.returncode == 2  # the interpreter's own status
     assert "no_such_script.py" in done.stderr and "exited with status 2" in done.stderr
 
 
@@ -563,7 +563,7 @@ def test_posix_spawn_gives_the_same() -> None:
 def test_run_without_the_engine() -> None:
     environment = environment_here(RANKSPAWN_MECHANISM="subprocess")
     code = SAY + "say(os.getpid() == os.getsid(0))\nif os.environ['RANK'] == '1': sys.exit(3)\n"
-    # The failure of one ends the other, which may not have said anything by then.
+    # Without --keep-going, the failure of one rank could end the other before it has said anything.
     done = completed(in_ranks(code, "--nproc-per-node", "2", "--keep-going"), env=environment)
     assert (done.returncode, said(done.stdout)) == (3, {0: True, 1: True})
 
@@ -601,7 +601,7 @@ LINES = {
 
 
 def doctor(**environment: str) -> tuple[int, dict[str, str]]:
-    """Its status, and its lines by name."""
+    """The status of `rankspawn doctor`, and its lines by name."""
     done = completed([*LAUNCHER, "doctor"], env=environment_here(**environment))
     assert done.stderr == ""
     lines = (re.split(r"\s{2,}", line, maxsplit=1) for line in done.stdout.splitlines())

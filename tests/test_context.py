@@ -1,4 +1,4 @@
-"""Contexts: the same tests on multiprocessing's own and on ours, then what is ours alone."""
+"""Contexts: tests that run on multiprocessing's own and on ours, then tests of what only ours do."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ METHODS = ["spawn", "forkserver"]
 SOURCE = Path(rankspawn.__file__).parents[1]
 PATIENCE = 60.0
 
-# Ids that no machine has, within what Binding takes.
+# Ids that no machine has, and that Binding accepts.
 NO_CPU, NO_NODE = 60_000, 1_000
 
 CPUS = sorted(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else [0]
@@ -71,13 +71,14 @@ needs_the_engine = pytest.mark.skipif(EXTENSION_ERROR is not None, reason="this 
 
 @pytest.fixture(scope="module", autouse=True)
 def servers_of_multiprocessing() -> Iterator[None]:
-    """multiprocessing starts them once for a program, and keeps them: they are there before and after each test."""
+    """multiprocessing starts its servers once and keeps them. Here they run before the first test and after the last,
+    so that no test seems to leave one behind."""
     resource_tracker.ensure_running()
     forkserver.ensure_running()
-    multiprocessing.RawValue("i")  # its heap
+    multiprocessing.RawValue("i")  # makes multiprocessing's heap
     tracker, server = resource_tracker._resource_tracker, forkserver._forkserver  # type: ignore[attr-defined]
     for pid in (tracker._pid, server._forkserver_pid):
-        while not Path("/proc", str(pid), "cmdline").read_text():  # it has not got its name yet
+        while not Path("/proc", str(pid), "cmdline").read_text():  # empty in the middle of execve(2)
             time.sleep(0.01)
     yield
     server._stop()
@@ -86,7 +87,7 @@ def servers_of_multiprocessing() -> Iterator[None]:
 
 @pytest.fixture(params=[f"{whose} {method}" for method in METHODS for whose in ("stock", "our")])
 def context(request: pytest.FixtureRequest) -> Any:
-    """A context of multiprocessing's, and one of ours that binds to what is inherited."""
+    """A context of multiprocessing's, or one of ours that binds to the inherited CPUs."""
     whose, method = request.param.split()
     return multiprocessing.get_context(method) if whose == "stock" else get_context(method, [Binding(set(CPUS))])
 
@@ -103,7 +104,7 @@ def script(folder: Path, text: str) -> str:
 
 
 def run(*arguments: str, **kwargs: Any) -> Any:
-    """What a Python program, in an interpreter of its own, wrote to its stdout as JSON."""
+    """Run a Python program in its own interpreter; the JSON that it wrote to its stdout."""
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), **kwargs.pop("env", {})}
     done = subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=PATIENCE, **kwargs
@@ -113,7 +114,7 @@ def run(*arguments: str, **kwargs: Any) -> Any:
 
 
 def answer_of(ctx: Any, function: Callable[[], object]) -> Any:
-    """What ``function`` gives in a process of the context."""
+    """What ``function`` returns in a process of the context."""
     ours, childs = ctx.Pipe()
     with ours, childs:
         process = ctx.Process(target=send, args=(childs, function))
@@ -167,7 +168,7 @@ def test_signals(context: Any, how: str) -> None:
         getattr(waiting.process, how)()
         waiting.process.join()
         assert waiting.process.exitcode == -(signal.SIGTERM if how == "terminate" else signal.SIGKILL)
-        getattr(waiting.process, how)()  # nobody is there
+        getattr(waiting.process, how)()  # the process has gone: this does nothing
 
 
 def test_sentinel(context: Any) -> None:
@@ -202,13 +203,14 @@ def test_close(context: Any) -> None:
         waiting.process.close()
         with pytest.raises(ValueError, match="closed"):
             waiting.process.start()
-        waiting.process = context.Process(target=int)  # what the block may join
+        waiting.process = context.Process(target=int)  # the end of the block joins it
         waiting.process.start()
 
 
 @pytest.mark.parametrize("ctx", [multiprocessing.get_context("spawn"), get_context("spawn")], ids=["stock", "our"])
 def test_many_wait_at_once(ctx: Any) -> None:
-    """Not with "forkserver": there, of several threads that read the status, one reads the end and says 255."""
+    """Not with "forkserver": of several threads that read the status from its pipe, one reads the end of the file and
+    takes 255 for the status."""
     with Waiting(ctx) as waiting:
         threads = [threading.Thread(target=waiting.process.join, args=(PATIENCE,)) for _ in range(4)]
         for thread in threads:
@@ -223,7 +225,7 @@ def test_queues(context: Any) -> None:
     inbox, outbox = context.Queue(), context.SimpleQueue()
     process = context.Process(target=echo, args=(inbox, outbox))
     process.start()
-    large = bytes(1 << 18)  # no pipe holds it
+    large = bytes(1 << 18)  # larger than a pipe's buffer
     for item in (1, "two", large, None):
         inbox.put(item)
     assert [outbox.get() for _ in range(3)] == [1, "two", large]
@@ -357,7 +359,8 @@ def test_the_end_of_the_parent(context: Any, tmp_path: Path) -> None:
 
 
 def test_a_fork_knows_no_exit_code(context: Any) -> None:
-    """A process that was forked beside another is not its parent: it cannot know how it ended, and does not guess."""
+    """A fork of the parent is not the parent of the process: it cannot know how the process ended, and does not
+    guess."""
 
     def look() -> tuple[object, list[str]]:
         unraisable: list[str] = []
@@ -378,7 +381,7 @@ def test_the_parents_settings_stay(context: Any) -> None:
     before = (mask(), spawn.get_executable(), multiprocessing.get_start_method(allow_none=True))
     assert answer_of(context, mask) == CPUS
     assert (mask(), spawn.get_executable(), multiprocessing.get_start_method(allow_none=True)) == before
-    # What was not asked for in the child is as in any other: its own start method is the default of the program.
+    # In the child, as in any other, the start method is the program's default.
     default = multiprocessing.get_context().get_start_method()
     assert answer_of(context, multiprocessing.get_start_method) == default
 
@@ -399,7 +402,7 @@ def test_each_process_has_its_place(method: str) -> None:
 
 
 def test_the_order_is_of_the_starts(method: str) -> None:
-    """Whether a process has ended by the time that the next one starts does not move the others."""
+    """Places are given in the order of the starts, even when each process ends before the next one starts."""
     places = [Binding(set(CPUS)), Binding({CPUS[0]}), Binding({CPUS[-1]})]
     ctx = get_context(method, places)
     found = []
@@ -414,7 +417,7 @@ def test_a_replacement_takes_the_place(method: str) -> None:
     ctx = get_context(method, places)
     with Waiting(ctx), Waiting(ctx) as second, Waiting(ctx):
         second.process.kill()
-        # It has ended, and nobody has asked for it.
+        # The process has ended, and nobody has waited for it.
         assert connection.wait([second.process.sentinel], PATIENCE)
         if method == "spawn":
             os.waitid(os.P_PID, second.pid, os.WEXITED | os.WNOWAIT)
@@ -463,19 +466,20 @@ def test_many_threads_start(method: str) -> None:
 
 
 def test_a_refused_binding(method: str) -> None:
-    """The leak fixture asserts that nothing of the start is left here."""
+    """The fixture leaves_nothing_behind asserts that nothing is left of the start."""
     ctx = get_context(method, [Binding({NO_CPU}), Binding(set(CPUS))])
     server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     children = Path(f"/proc/{server}/task/{server}/children")
     kept = []
-    for _ in range(2):  # the process that did not start has left its place
+    for _ in range(2):  # a process that did not start frees its place, so the next one gets the same
         process = ctx.Process(target=int)
         with pytest.raises(BindingError, match=f"asked: cpus {NO_CPU}") as caught:
             process.start()
-        # Needs CONFIG_PROC_CHILDREN. To ask all processes for their parents takes longer than one takes to end.
+        # The file needs CONFIG_PROC_CHILDREN. To ask every process for its parent would take longer than a process
+        # takes to end.
         assert not (children.exists() and children.read_text())
         assert (caught.value.step, caught.value.errno) == ("sched_setaffinity", errno.EINVAL)
-        kept.append(caught.value)  # with all that its traceback holds
+        kept.append(caught.value)  # keeps all that its traceback refers to
         assert process.pid is None and process.exitcode is None and process.binding_report is None
         assert multiprocessing.active_children() == []
 
@@ -559,7 +563,8 @@ if __name__ == "__main__":
 
 
 def looks_of(folder: Path, method: str, libraries: list[str]) -> Iterator[tuple[int, list[Any]]]:
-    """Of a process bound to each of two CPUs: what it has in site, when its main module is imported, and in the end."""
+    """Start a process bound to each of two CPUs; its threads' CPUs and its policy in site, when its main module is
+    imported, and at its end."""
     (folder / "look.py").write_text(LOOK)
     (folder / "sitecustomize.py").write_text("import builtins, look; builtins.born = look.threads(), look.policy()\n")
     path = os.pathsep.join([str(folder), str(SOURCE)])
@@ -567,14 +572,14 @@ def looks_of(folder: Path, method: str, libraries: list[str]) -> Iterator[tuple[
     for looks in found:
         for look in looks:
             if refused or not look[1]:
-                look[1] = "bind:0"  # policies are refused here (a container), or not there at all
+                look[1] = "bind:0"  # a container refuses policies, or the kernel has none
     return zip(CPUS, found, strict=False)
 
 
 @needs_the_engine
 @needs_two_cpus
 def test_born_bound(tmp_path: Path) -> None:
-    """As early as code of ours can look: in site, before anything of the program is imported."""
+    """It is bound as early as a test can look: in site, before anything of the program is imported."""
     for cpu, looks in looks_of(tmp_path, "spawn", []):
         assert looks == [[[str(cpu)], "bind:0"]] * 3
 
@@ -587,8 +592,9 @@ def test_bound_before_the_main_module(tmp_path: Path) -> None:
 
 @needs_two_cpus
 def test_every_thread_is_bound(method: str, tmp_path: Path) -> None:
-    """BLAS makes its threads at import or at the first product, in the child also where the server has imported it."""
-    if find_spec("numpy") is None:  # not imported here: its threads would stay
+    """BLAS makes its threads at import or at the first product; it does so in the child even when the server has
+    imported it."""
+    if find_spec("numpy") is None:  # not imported here, because its threads would stay
         pytest.skip("numpy, whose BLAS makes threads, is not installed")
     for cpu, looks in looks_of(tmp_path, method, ["numpy"]):
         assert looks[2] == [[str(cpu)], "bind:0"]
@@ -603,7 +609,7 @@ def report(pipe):
 
 if __name__ == "__main__":
     first, second = json.loads(sys.argv[1])
-    # As a launcher does that binds itself around each start (pytorch#160006): the server is started here.
+    # Some launchers bind themselves around each start (pytorch#160006): the server starts within the first of them.
     os.sched_setaffinity(0, {first})
     forkserver.ensure_running()
     os.sched_setaffinity(0, {second})
@@ -621,7 +627,7 @@ if __name__ == "__main__":
 
 @needs_two_cpus
 def test_a_server_that_was_started_elsewhere(tmp_path: Path) -> None:
-    """pytorch#166026: by the stock context every process has the mask of whoever started the server."""
+    """With the stock context every process has the mask of whoever started the server (pytorch#166026)."""
     found = run(script(tmp_path, SERVER_ELSEWHERE), json.dumps(CPUS[:2]))
     assert found == [[CPUS[0]], [CPUS[1]]]
 
@@ -645,7 +651,8 @@ if __name__ == "__main__":
 
 
 def test_a_path_that_only_the_program_knows(method: str, tmp_path: Path) -> None:
-    """The server of Python before 3.14 has not got the program's sys.path, and imports what binds its forks from it."""
+    """Before Python 3.14 the fork server does not have the program's sys.path, and yet it must import the module that
+    binds its forks."""
     program = script(tmp_path, HIDDEN)
     assert run("-I", program, str(SOURCE), method, str(CPUS[-1]), env={"PYTHONPATH": ""}) == [CPUS[-1]]
 
@@ -695,7 +702,8 @@ def test_without_the_engine(method: str, tmp_path: Path) -> None:
 
 @needs_the_engine
 def test_a_grandchild_does_not_hide_the_end() -> None:
-    """The stock sentinel is a pipe: a fork of the process that outlives it holds the other end, and nobody is told."""
+    """The stock sentinel is a pipe. A grandchild that outlives the process holds the pipe's other end, so the end of
+    the process is not seen."""
     found = {}
     for whose, ctx in (("stock", multiprocessing.get_context("spawn")), ("our", get_context("spawn"))):
         ours, childs = ctx.Pipe()
@@ -703,7 +711,7 @@ def test_a_grandchild_does_not_hide_the_end() -> None:
             process = ctx.Process(target=leave_a_grandchild, args=(childs,))
             process.start()
             grandchild = ours.recv()
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # waits for the process's end
         found[whose] = bool(connection.wait([process.sentinel], 0.1)), process.join(0.1), process.exitcode
         os.kill(grandchild, signal.SIGKILL)
         process.join()
@@ -711,7 +719,7 @@ def test_a_grandchild_does_not_hide_the_end() -> None:
 
 
 def test_descriptors_of_a_process() -> None:
-    """As many are open here for one that runs as by the stock context: its sentinel, and the pipe to it."""
+    """A running process needs as many descriptors as with the stock context: its sentinel, and the pipe to it."""
     found = []
     for ctx in (multiprocessing.get_context("spawn"), get_context("spawn", [Binding(set(CPUS))])):
         before = len(os.listdir("/proc/self/fd"))
@@ -722,7 +730,7 @@ def test_descriptors_of_a_process() -> None:
 
 @needs_the_engine
 def test_signals_go_by_pidfd(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By number a signal can reach a stranger: of a server's fork nobody here holds the number."""
+    """A signal to a pid can reach a stranger: a fork of the server is not our child, so its pid may be reused."""
 
     def by_number(pid: int, sig: int) -> None:
         raise AssertionError("a signal was sent by number")
@@ -738,11 +746,11 @@ def test_signals_go_by_pidfd(method: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_the_interpreter_inherits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program in its place writes down what it is started with: the same as by the stock context."""
+    """A program in place of the interpreter writes down how it is started: as with the stock context."""
     found = []
     for ctx in (multiprocessing.get_context("spawn"), get_context("spawn", [Binding(set(CPUS))])):
         written = tmp_path / "inherited"
-        # grep's own status: a shell may block signals for as long as it waits.
+        # /proc/self is grep here: the shell may block signals while it waits.
         look = (
             "grep -E 'Sig(Blk|Ign)|Umask|Groups|list' /proc/self/status; ls /proc/$$/fd | wc -l; env; pwd;"
             " ps -o sid,pgid $$"
@@ -781,7 +789,7 @@ if __name__ == "__main__":
     found, held, connect = [], [], forkserver.connect_to_new_process
 
     def held_by_another(fds):
-        "As where another thread forks while the pipe is open here: its child holds the pipe, too."
+        "As if another thread had forked while the pipe was open: that fork holds the pipe, too."
         if sys.argv[1] == "held":
             held.extend(map(os.dup, fds))
         return connect(fds)
@@ -820,7 +828,7 @@ def test_die_with_parent(tmp_path: Path) -> None:
             context = rankspawn.get_context("spawn", die_with_parent=True)
             processes = [context.Process(target=outlive) for _ in range(2)]
             processes[0].start()
-            thread = threading.Thread(target=processes[1].start)  # whose end is not the parent's
+            thread = threading.Thread(target=processes[1].start)  # the thread's end is not the parent's end
             thread.start()
             thread.join()
             time.sleep(0.1)
@@ -868,7 +876,7 @@ def test_a_context_can_be_sent(method: str) -> None:
 
 
 def test_the_default_context_may_be_ours(tmp_path: Path) -> None:
-    """multiprocessing.Process asks the default context, which a program may have set to one of ours."""
+    """multiprocessing.Process uses the default context, and a program may set that to one of ours."""
     program = script(
         tmp_path,
         """
@@ -904,7 +912,7 @@ def test_an_unknown_multiprocessing_is_named() -> None:
     assert "does not know this multiprocessing" in text and "get_preparation_data takes 'name more'" in text
 
 
-# What the standard library's own start and the child's beginning name, in every Python from 3.10 to 3.15.
+# The names that the standard library's own start, and the first function of the child, use in Python 3.10 to 3.15.
 KNOWN = {
     popen_spawn_posix.Popen._launch: """
         resource_tracker getfd _fds append spawn get_preparation_data _name io BytesIO set_spawning_popen reduction dump
@@ -921,5 +929,6 @@ KNOWN = {
 
 @pytest.mark.parametrize("stock", KNOWN, ids=["spawn", "forkserver", "the child"])
 def test_what_the_stock_start_does_is_known(stock: Any) -> None:
-    """Ours does the same in its own order: a Python that does more, or less, is one to read before it is supported."""
+    """Our start does the same in its own order. A Python whose start does more, or less, must be read before it is
+    supported."""
     assert {name for name in stock.__code__.co_names if name} == set(KNOWN[stock].split())

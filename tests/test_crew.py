@@ -1,4 +1,5 @@
-"""Many ranks in one call: each gets its own, all start or none does, and the threads that start them come and go."""
+"""Many ranks started by one call: each gets its own settings, all start or none, and the starting threads come and
+go."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ ROOT = Path(__file__).parent.parent
 PATIENCE = 60.0
 FOREVER = ["/bin/sleep", "1000"]
 NO_STREAMS = (None, None, None)
-NO_CPU = 60_000  # no machine has it
+NO_CPU = 60_000  # no machine has this CPU
 CPUS = sorted(os.sched_getaffinity(0))
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -51,7 +52,7 @@ first_middle_last = pytest.mark.parametrize("broken", [0, 7, 15])
 
 @pytest.fixture(params=["clone", "posix_spawn", "subprocess"])
 def mechanism(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each of them tried first."""
+    """Each mechanism in turn, as the one that is tried first."""
     monkeypatch.setenv("RANKSPAWN_MECHANISM", request.param)
     mechanisms.cache_clear()
     yield request.param
@@ -60,7 +61,7 @@ def mechanism(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def start(commands: list[list[str]], ranks: list[Popen] | None = None, **keywords: Any) -> list[Popen]:
-    """The ranks of ``commands``; what is not in ``keywords`` is as if nobody had asked for it."""
+    """Start ``commands`` as ranks, with the settings in ``keywords`` and no others."""
     count = len(commands)
     settings = {
         "env": None,
@@ -93,7 +94,7 @@ def no_children() -> bool:
 
 
 def refused(kind: type[OSError], commands: list[list[str]], **keywords: Any) -> Any:
-    """The error of a start that fails, after which there are no ranks and no children."""
+    """The error of a start that must fail. Asserts that no rank and no child is left."""
     ranks: list[Popen] = []
     with pytest.raises(kind) as caught:
         start(commands, ranks, **keywords)
@@ -103,26 +104,26 @@ def refused(kind: type[OSError], commands: list[list[str]], **keywords: Any) -> 
 
 
 class Guard:
-    """The pipe that ranks tell their pids. A rank that finds it full waits in mid-start."""
+    """The pipe into which ranks write their pids. A rank that finds it full waits in the middle of its start."""
 
     def __init__(self) -> None:
         self.reading, self.writing = os.pipe2(os.O_CLOEXEC)
         self.filled = 0
 
     def hold_after(self, ranks: int) -> None:
-        """Let ``ranks`` ranks pass, whichever come first."""
+        """Let the first ``ranks`` ranks write, whichever they are, and hold the others."""
         self.filled = fcntl.fcntl(self.writing, fcntl.F_SETPIPE_SZ, 1) - 4 * ranks
         os.write(self.writing, bytes(self.filled))
 
     def let_go(self) -> None:
-        """Let all ranks pass."""
+        """Let all ranks write."""
         while self.filled:
             self.filled -= len(os.read(self.reading, self.filled))
-        # A page of which a part is read has no room before the rest is.
+        # A page of the pipe that is partly read gives room only when it is wholly read.
         fcntl.fcntl(self.writing, fcntl.F_SETPIPE_SZ, 65536)
 
     def pids(self) -> list[int]:
-        """What it was told, once nobody can write any more."""
+        """The pids that ranks have written, when nobody can write any more."""
         self.close(self.writing)
         sent = b""
         while more := os.read(self.reading, 4096):
@@ -132,7 +133,7 @@ class Guard:
     @staticmethod
     def close(*fds: int) -> None:
         for fd in fds:
-            with suppress(OSError):  # a test has
+            with suppress(OSError):  # a test may have closed it
                 os.close(fd)
 
 
@@ -147,9 +148,9 @@ def guard() -> Iterator[Guard]:
 
 
 def test_each_rank_is_its_own(tmp_path: Path, mechanism: str) -> None:
-    """Command, variables, binding, streams and session of each of many, in rank order."""
+    """Each of many ranks has its own command, variables, binding, streams and session, in rank order."""
     count = 24
-    bound = mechanism != "subprocess"  # which binds after the start: the program may be quicker to look
+    bound = mechanism != "subprocess"
     code = "import json, os, sys; json.dump([sys.argv[1], os.environ['RANK'], os.getsid(0), os.getpid(), "
     code += "sorted(os.sched_getaffinity(0)), sys.stdin.read()], sys.stdout); sys.stderr.write(sys.argv[1])"
     for number in range(count):
@@ -158,7 +159,7 @@ def test_each_rank_is_its_own(tmp_path: Path, mechanism: str) -> None:
     ranks = start(
         [[sys.executable, "-S", "-c", code, f"argument {number}"] for number in range(count)],
         rank_env=[{"RANK": str(number)} for number in range(count)],
-        # The standard library's path binds after the start, which the program may be quicker to look at.
+        # The mechanism "subprocess" binds after the start, so the program may still see the old mask.
         bindings=[
             Binding({CPUS[number % len(CPUS)]}) if mechanism != "subprocess" else None for number in range(count)
         ],
@@ -177,7 +178,7 @@ def test_each_rank_is_its_own(tmp_path: Path, mechanism: str) -> None:
 
 
 def test_what_a_mechanism_declines_the_next_one_starts(mechanism: str) -> None:
-    """posix_spawn cannot bind: those ranks go to clone."""
+    """posix_spawn cannot bind, so clone starts the ranks with a binding."""
     bindings = [Binding({CPUS[0]}) if number % 2 else None for number in range(8)]
     ranks = start([["/bin/true"]] * 8, bindings=bindings)
     assert ended(ranks) == [0] * 8
@@ -193,7 +194,7 @@ def test_a_rank_is_a_popen(tmp_path: Path) -> None:
     assert rank.binding_report.requested is None
     assert rank.communicate(timeout=PATIENCE) == (None, None)
     assert (rank.returncode, rank.poll(), rank.wait(0)) == (3, 3, 3)
-    rank.send_signal_group(signal.SIGTERM)  # nobody is left in it
+    rank.send_signal_group(signal.SIGTERM)  # nobody is left in the group: this does nothing
     with start([FOREVER])[0] as rank:
         rank.send_signal_group(signal.SIGTERM)
         assert rank.wait(PATIENCE) == -signal.SIGTERM
@@ -223,13 +224,13 @@ OWN: list[dict[str, str]] = [
 
 @pytest.mark.parametrize("shared", [None, {"RS_SHAREDX": "1", "RS_SHARED": "all", "RS_Ü": "a", "PATH": "/bin"}, {}])
 def test_environment(tmp_path: Path, shared: dict[str, str] | None, mechanism: str) -> None:
-    """What all share, and instead or beside it what is a rank's own."""
+    """A rank gets the shared variables, and its own in addition to them or in place of them."""
     logs = [(None, tmp_path / str(number), None) for number in range(len(OWN))]
     assert ended(start([["/usr/bin/env", "-0"]] * len(OWN), env=shared, rank_env=OWN, streams=logs)) == [0] * len(OWN)
     for number, own in enumerate(OWN):
         expected = {os.fsencode(name): os.fsencode(value) for name, value in (shared or {}).items()}
         if shared is None:
-            # readline, which pytest imports, tells C alone of the terminal's size.
+            # readline, which pytest imports, sets LINES and COLUMNS in C's environment, and not in os.environ.
             expected = {**os.environb}
         expected |= {os.fsencode(name): os.fsencode(value) for name, value in own.items()}
         lines = (tmp_path / str(number)).read_bytes().removesuffix(b"\0").split(b"\0") if expected else []
@@ -265,7 +266,7 @@ def test_environment_that_cannot_be(own: dict[str, str], text: str) -> None:
 
 @needs_two_cpus
 def test_unbound_and_refused_ranks_have_the_callers_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The threads that start them have been elsewhere by then: there are fewer of them than places."""
+    """There are fewer starting threads than places, so a thread has bound itself elsewhere before it starts them."""
     monkeypatch.setattr(_crew, "_workers", lambda count: 2)
     kinds: list[tuple[Binding | None, list[int]]] = [
         (Binding({CPUS[0]}), [CPUS[0]]),
@@ -285,7 +286,7 @@ def test_unbound_and_refused_ranks_have_the_callers_cpus(monkeypatch: pytest.Mon
 
 @needs_two_cpus
 def test_bound_caller_and_its_memory_policy() -> None:
-    """What a rank is not given it inherits from the thread that asked, through the one that makes it."""
+    """What a rank is not given, it inherits from the thread that called, and not from the thread that starts it."""
     found: list[Any] = []
 
     def ask() -> None:
@@ -304,7 +305,7 @@ def test_bound_caller_and_its_memory_policy() -> None:
 
 
 def limit_descriptors(room: int) -> None:
-    """Have ``room`` descriptors left."""
+    """Limit this process to ``room`` more descriptors."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     highest = max(int(fd) for fd in os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + room, hard))
@@ -377,7 +378,7 @@ def test_after_a_failure_no_other_is_begun() -> None:
 
 
 def test_a_failure_ends_what_ranks_have_started(guard: Guard, tmp_path: Path) -> None:
-    """The first rank has a child by the time that another fails."""
+    """The first rank has started a child by the time that another rank fails."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     held: list[int] = []
@@ -401,12 +402,12 @@ def test_a_failure_ends_what_ranks_have_started(guard: Guard, tmp_path: Path) ->
 
 
 def test_descriptors_run_out_for_what_is_opened_here(tmp_path: Path) -> None:
-    """A FIFO is opened by the caller: at some rank there is no number left, and nothing has been started."""
+    """The caller opens FIFOs before it starts any rank: at some rank no descriptor is left, and no rank has started."""
 
     def launch() -> list[Any]:
         fifo = tmp_path / "fifo"
         os.mkfifo(fifo)
-        os.open(fifo, os.O_RDWR)  # so that opening it does not wait
+        os.open(fifo, os.O_RDWR)  # so that later opens do not wait
         limit_descriptors(5)
         error = refused(OSError, [["/bin/true"]] * 12, streams=[(fifo, None, None)] * 12)
         return [error.errno, error.rank, str(error), error.filename, len([os.dup(0) for _ in range(5)])]
@@ -416,7 +417,7 @@ def test_descriptors_run_out_for_what_is_opened_here(tmp_path: Path) -> None:
 
 
 def test_descriptors_run_out_for_pidfds() -> None:
-    """Ranks start without, as a Popen does, and are waited for all the same."""
+    """Ranks then start without a pidfd, as a Popen does, and can be waited for all the same."""
 
     def launch() -> list[Any]:
         limit_descriptors(5)
@@ -428,7 +429,7 @@ def test_descriptors_run_out_for_pidfds() -> None:
 
 @needs_root
 def test_processes_run_out() -> None:
-    """RLIMIT_NPROC counts the ranks of a user, and the threads that start them."""
+    """RLIMIT_NPROC counts the user's ranks, and the threads that start them."""
 
     def launch() -> list[Any]:
         become(NOBODY)
@@ -439,7 +440,7 @@ def test_processes_run_out() -> None:
         resource.setrlimit(resource.RLIMIT_NPROC, (hard, hard))
         again = ended(start([["/bin/true"]] * 40))
         found = [error.errno, error.rank, str(error), again]
-        del error  # whose traceback holds the ranks
+        del error  # its traceback refers to the ranks
         gc.collect()
         return [*found, changed_since(before)]
 
@@ -458,7 +459,8 @@ int main(void) { return setresuid(0, 0, 0) || write(1, ".", 1) != 1 || sleep(2);
 
 @needs_root
 def test_kill_that_is_not_allowed(tmp_path: Path) -> None:
-    """A rank that has become another user cannot be ended by this one: whoever catches the error keeps its owner."""
+    """We may not kill a rank that has become another user. Its Popen stays in the list, for whoever catches the
+    error."""
     compiler = shutil.which("cc")
     if compiler is None or os.statvfs(tmp_path).f_flag & os.ST_NOSUID:
         pytest.skip("needs a C compiler, and a folder for set-user-ID programs")
@@ -473,7 +475,7 @@ def test_kill_that_is_not_allowed(tmp_path: Path) -> None:
         reading, writing = os.pipe()
         ranks = start([FOREVER, [str(program)], FOREVER], streams=[(None, writing, None)] * 3)
         assert os.read(reading, 1) == b"."
-        _ending.KILL_SECONDS = 0.1  # in this process, which ends with the test
+        _ending.KILL_SECONDS = 0.1  # only in this process, which ends with the test
         _ending.end_ranks(ranks)
         return [[rank.args for rank in ranks], ended(ranks), no_children()]
 
@@ -488,7 +490,7 @@ class Struck(Exception):
 
 
 def test_handler_that_raises_right_after_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C most often strikes as soon as the engine's call returns: nobody may stay."""
+    """Python most often raises KeyboardInterrupt as soon as the engine's call returns: no rank may be left."""
 
     class Crew(_spawn.Crew):  # type: ignore[misc]
         def run(self, *args: Any) -> Any:
@@ -504,7 +506,7 @@ def test_handler_that_raises_right_after_the_start(monkeypatch: pytest.MonkeyPat
 
 
 def test_handler_that_raises_while_they_start(guard: Guard) -> None:
-    """The signal comes in mid-start; its handler runs when the engine's call returns."""
+    """The signal comes in the middle of the start; its handler runs when the engine's call returns."""
 
     def strike(*_: object) -> None:
         raise Struck
@@ -533,7 +535,7 @@ def test_handler_that_raises_while_they_start(guard: Guard) -> None:
 
 
 def test_handler_that_raises_at_any_moment() -> None:
-    """Whoever catches the exception has the owners of all that runs, or nothing runs."""
+    """Whoever catches the exception has the Popen of every rank that runs."""
 
     def strike(*_: object) -> None:
         raise Struck
@@ -567,7 +569,7 @@ def test_signals_of_a_rank_are_as_with_popen(tmp_path: Path, mechanism: str, die
         signal.signal(signal.SIGUSR1, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2, signal.SIGCHLD])
         command = ["grep", "^Sig[BIC]", "/proc/self/status"]
-        # Open files, which posix_spawn can place too.
+        # The logs are open files, because posix_spawn can pass those too.
         alone, *logs = [os.open(tmp_path / str(number), os.O_WRONLY | os.O_CREAT) for number in range(13)]
         ranks = start([command] * 12, streams=[(None, log, None) for log in logs], die_with_parent=die_with_parent)
         ranks.append(Popen(command, stdout=alone, die_with_parent=die_with_parent))
@@ -582,7 +584,7 @@ def test_signals_of_a_rank_are_as_with_popen(tmp_path: Path, mechanism: str, die
 
 @pytest.mark.parametrize("die_with_parent", [False, True])
 def test_ends_are_told_as_with_popen(die_with_parent: bool) -> None:
-    """SIGCHLD of a rank goes to a launcher that has blocked it, to be waited for, or that catches it."""
+    """A rank's SIGCHLD stays pending in a launcher that blocks it, and reaches the handler of one that catches it."""
 
     def launch() -> list[Any]:
         caught: list[int] = []
@@ -603,7 +605,7 @@ def test_ends_are_told_as_with_popen(die_with_parent: bool) -> None:
 
 
 def in_thread(function: Callable[[], object]) -> None:
-    """Run it in a thread that is gone when this returns, from the kernel's list, too."""
+    """Run ``function`` in a thread, and return when the thread has also left the kernel's list."""
     tids: list[int] = []
 
     def run() -> None:
@@ -619,7 +621,7 @@ def in_thread(function: Callable[[], object]) -> None:
 @pytest.mark.parametrize("how", ["main thread", "thread that ended"])
 @pytest.mark.parametrize("bound", [False, True], ids=["unbound", "bound"])
 def test_ranks_outlive_threads_and_die_with_the_launcher(how: str, bound: bool) -> None:
-    """In a launcher that os.fork() made, of a process that has threads: what it had of them is not there."""
+    """The launcher is a fork of a process with keepers of its own, and a fork has no threads but one."""
     held, holding = os.pipe()
     told, telling = os.pipe()
     ours = start([FOREVER] * 3, die_with_parent=True)
@@ -638,14 +640,14 @@ def test_ranks_outlive_threads_and_die_with_the_launcher(how: str, bound: bool) 
 
         start_all() if how == "main thread" else in_thread(start_all)
         os.close(holding)
-        time.sleep(0.05)  # for a death signal that should not come
+        time.sleep(0.05)  # time for a death signal, which must not come
         os.write(telling, struct.pack("i", sum(rank.poll() is None for rank in ranks)))
         time.sleep(PATIENCE)
 
     launcher = fork(launch)
     os.close(holding)
     assert struct.unpack("i", os.read(told, 4)) == (12,)
-    # From here on the ranks alone hold the pipe: its end is theirs.
+    # From here on only the ranks hold the pipe open, so the pipe ends when they have ended.
     assert select.select([held], [], [], 0) == ([], [], [])
     os.kill(launcher, signal.SIGKILL)
     os.waitpid(launcher, 0)
@@ -696,17 +698,17 @@ def test_threads_stay_for_a_death_signal_alone(monkeypatch: pytest.MonkeyPatch) 
         rank.wait()
     assert keepers() > 0 and ranks[0].poll() is None
     ranks[0].kill()
-    eventually(lambda: keepers() == 0)  # not reaped yet: it is the end that counts
+    eventually(lambda: keepers() == 0)  # the rank is not reaped yet: its end counts
     ranks[0].wait()
 
 
 def test_ids_can_be_changed_while_threads_stay() -> None:
-    """setresuid(3) asks every thread to take part, and waits for all."""
+    """setresuid(3) signals every thread to change its ids, and waits for all of them."""
 
     def launch() -> list[int]:
         ranks: list[Popen] = []
         in_thread(lambda: start([FOREVER] * 4, ranks, die_with_parent=True))
-        signal.alarm(20)  # ends this process
+        signal.alarm(20)  # ends this process where setresuid hangs
         os.setresuid(*os.getresuid())
         signal.alarm(0)
         end(ranks)
@@ -715,7 +717,7 @@ def test_ids_can_be_changed_while_threads_stay() -> None:
     assert in_child(launch) == [-signal.SIGKILL] * 4
 
 
-# Threads of 1 GiB each, in an address space that has room for as many as are said.
+# Threads with stacks of 1 GiB, in an address space that has ``room`` GiB left.
 FEW_THREADS = """
 import json, os, resource, sys, threading
 sys.path[:0] = json.loads(sys.argv[1])
@@ -768,7 +770,8 @@ print(json.dumps(found[0]))
     ids=["one thread", "one thread, no death signal", "none, main thread", "none, no death signal", "none"],
 )
 def test_threads_run_out(room: float, die_with_parent: bool, main: bool, expected: list[Any], tmp_path: Path) -> None:
-    """Fewer threads start the ranks; the caller starts them itself where that is sound."""
+    """Then fewer threads start the ranks. With no thread at all the caller starts them, unless death signals would then
+    depend on a thread that may end."""
     hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
     if hard != resource.RLIM_INFINITY and hard < 1 << 30:
         pytest.skip("the stack limit cannot be raised to 1 GiB")
@@ -794,14 +797,14 @@ def test_guard_is_told_of_every_rank(guard: Guard, mechanism: str) -> None:
 
 
 def test_guard_is_told_before_the_program_runs(guard: Guard) -> None:
-    """Also of a rank that never executes it."""
+    """The guard is told even of a rank whose program cannot be executed."""
     refused(FileNotFoundError, [["/no/such/program"]], guard=guard.writing)
     (pid,) = guard.pids()
     assert has_ended(pid)
 
 
 def test_guard_is_told_by_leaders(guard: Guard) -> None:
-    """A rank that is about to tell its pid has its session by then."""
+    """A rank has its own session before it tells its pid."""
     sessions: list[bool] = []
 
     def children() -> list[int]:
@@ -831,7 +834,7 @@ def test_guard_that_has_gone(guard: Guard) -> None:
 
 
 def test_progress(guard: Guard) -> None:
-    """Another thread sees the number while the call lasts."""
+    """Another thread can see how many ranks have started while the call lasts."""
     seen: list[int] = []
     watchers: list[threading.Thread] = []
 
@@ -930,7 +933,7 @@ def test_many_threads_at_once_while_others_fork() -> None:
 
 
 def test_hundreds_of_ranks(tmp_path: Path) -> None:
-    """With a pidfd each, a log each, and no more descriptors allowed than that takes."""
+    """Each has a pidfd and a log, under a limit that allows few descriptors more than the pidfds."""
 
     def launch() -> list[Any]:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -954,7 +957,7 @@ def test_hundreds_of_ranks(tmp_path: Path) -> None:
 
 
 def test_no_data_race(tmp_path: Path) -> None:
-    """crew_races.c under ThreadSanitizer, with the child half left out."""
+    """crew_races.c under ThreadSanitizer, without the child half of the engine."""
     compiler = shutil.which("gcc")
     if compiler is None:
         pytest.skip("needs gcc")
@@ -1066,7 +1069,7 @@ print(json.dumps([wrong[:5], len(done), min(done) > 3, changed_since(before), *r
 
 @pytest.mark.parametrize("without", ["", "clone3"], ids=["clone3", "clone"])
 def test_storm_of_signals(tmp_path: Path, without: str) -> None:
-    """The program's handlers run in no rank and in no thread of a crew."""
+    """No rank and no thread of a crew runs a handler of the program."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("needs a C compiler")

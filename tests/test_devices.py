@@ -1,4 +1,4 @@
-"""Accelerators from captured trees, a stand-in for NVML, and the environment variables of the three vendors."""
+"""Accelerators from written trees, from a stand-in for NVML, and by the environment variables of the three vendors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ UUIDS = [f"GPU-{letter}{letter}{i}00000-0000-0000-0000-00000000000{i}" for i, le
 
 
 def four_gpus(tmp_path: Path, *, uuids: list[str] = UUIDS, models: str = "HHHH") -> Topology:
-    """Two nodes, two NVIDIA GPUs each, as the driver's proc files tell them, and a management controller's adapter."""
+    """A machine of two nodes, each with two NVIDIA GPUs, which the driver's proc files list, and the display adapter of
+    a management controller."""
     gpus = (Gpu(0), Gpu(0), Gpu(1), Gpu(1), Gpu(0, "0000:03:00.0", vendor=0x1A03, driver="ast"))
     extra = {
         f"proc/driver/nvidia/gpus/{address(i)}/information": (
@@ -106,7 +107,7 @@ def test_a_tree_without_the_drivers_proc_files(tmp_path: Path) -> None:
 
 
 class FakeNvml(ModuleType):
-    """The calls of nvidia-ml-py that we make, over two GPUs, of which the second has two MIG instances."""
+    """The functions of nvidia-ml-py that we call, for two GPUs, of which the second has two MIG instances."""
 
     class NVMLError(Exception):
         pass
@@ -162,7 +163,7 @@ def test_nvml_where_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     devices = find_devices(topology, {})
     assert nvml.open == 0
     assert [(device.address, device.uuid) for device in devices] == [(address(0), UUIDS[0]), (address(1), UUIDS[1])]
-    # numa_node is -1, local_cpulist has all CPUs, NVML knows: as on the machines of cuCascade#119.
+    # As on the machines of cuCascade#119: numa_node is -1, local_cpulist has all CPUs, and only NVML knows the node.
     node, notes = locate(topology, devices[1])
     assert (node, notes) == (1, (f"device {address(1)}: numa_node is -1; by NVML it is on node 1",))
     assert locate(topology, devices[0]) == (0, ())
@@ -239,7 +240,7 @@ KFD = "sys/class/kfd/kfd/topology/nodes"
 
 
 def amd(tmp_path: Path) -> Topology:
-    """A CPU node, a card of two partitions, of which PCI knows one, and another card."""
+    """A CPU node of KFD, a card of two partitions, of which PCI has one, and another card."""
     gpus = (Gpu(0, "0000:c1:00.0", driver="amdgpu"), Gpu(1, "0001:c6:00.0", driver="amdgpu"))
     extra = {f"{KFD}/0/properties": "cpu_cores_count 8\nsimd_count 0\nlocation_id 0", f"{KFD}/0/gpu_id": "0"}
     for number, (domain, location, unique) in enumerate([(0, 0xC100, 7), (0, 0xC101, 8), (1, 0xC600, 9)], start=1):
@@ -271,7 +272,7 @@ def test_amd_by_kfd(environ: dict[str, str], buses: list[str], tmp_path: Path) -
 
 
 def intel(tmp_path: Path) -> Topology:
-    """An integrated GPU, two cards of two tiles each, and a display adapter that is no accelerator."""
+    """A machine with an integrated GPU, two cards of two tiles each, and a display adapter, which is no accelerator."""
     gpus = tuple(
         Gpu(node, at, vendor=0x8086, device=0x0BD5, driver="xe")
         for node, at in ((0, "0000:00:02.0"), (1, "0000:4d:00.0"), (0, "0000:29:00.0"), (0, "0000:03:00.0"))

@@ -1,4 +1,4 @@
-"""The documentation: its blocks run, its messages are real, and the reference leaves nothing out. See pages.py."""
+"""The documentation: its blocks run, each page is in the contents, and the reference is complete. See pages.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_block(block: Block, tmp_path: Path) -> None:
 
 
 def test_blocks_that_are_never_run() -> None:
-    """Each has its reason in the page; a new one is a decision, made here."""
+    """The page gives the reason of each. A new one has to be added to this list."""
     assert {(block.page.name, block.mark) for block in MARKED} == {
         ("cleanup.md", "needs systemd and a user's session"),
         ("containers.md", "needs a container engine"),
@@ -58,7 +58,7 @@ def test_reference_has(name: str) -> None:
     assert ".. automodule:: rankspawn.torchrun" in REFERENCE
 
 
-# What speaks for itself, or is spoken of in a sentence; and a class that others make has no parameters for anyone.
+# Names that need no entry, or that a sentence describes; and the parameters of classes that users do not make.
 SAID_OTHERWISE = {
     "BindingError": {"step", "binding"},
     "RankGroup": {"resources", "keep_going", "grace", "cgroup", "guard", "called_ns", "run_id"},
@@ -69,7 +69,7 @@ SAID_OTHERWISE = {
 
 @pytest.mark.parametrize("name", sorted({*rankspawn.__all__} - {"AffinityMode"}))
 def test_docstring_speaks_of_each_parameter(name: str) -> None:
-    """And of each attribute."""
+    """The docstring also speaks of each attribute."""
     described = getattr(rankspawn, name)
     text = inspect.getdoc(described)
     assert text

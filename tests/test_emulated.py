@@ -1,4 +1,4 @@
-"""Where clone does not share memory a probe finds it out: run for real under QEMU user mode, which makes it a fork."""
+"""A probe finds out where clone does not share memory, as under QEMU's user mode, which makes it a fork."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples, run as their first lines say."""
+"""The examples, run as their docstrings say."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def launch(ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def table(output: str) -> list[dict[str, str]]:
-    """The rows of the table that ends at the first empty line. Only single spaces are inside names and cells."""
+    """The rows of the table that ends at the first empty line. Names and cells contain single spaces only."""
     lines = output.partition("\n\n")[0].splitlines()
     header, *rows = [re.split(r" {2,}", line.strip()) for line in lines]
     return [dict(zip(header, row, strict=True)) for row in rows]
@@ -80,7 +80,7 @@ def test_ring_whose_ranks_are_missing_says_which() -> None:
 
 def test_ring_whose_rank_0_is_missing_says_so() -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and does not listen, so that nobody else can
+        taken.bind(("127.0.0.1", 0))  # without listen(), so that nothing listens at this port
         port = str(taken.getsockname()[1])
         done = completed([sys.executable, RING, "--timeout", "0.2"], RANK="1", WORLD_SIZE="2", MASTER_PORT=port)
     assert (done.returncode, done.stdout) == (1, "")
@@ -96,7 +96,7 @@ def test_ring_whose_port_is_taken_says_so() -> None:
 
 
 def test_ring_that_loses_a_rank_ends() -> None:
-    # Rank 1 ends by itself before it meets the others: the launcher stops these, long before their own time is up.
+    # Rank 1 ends before it meets the others, and the launcher stops these, long before their own timeout.
     code = "import os, runpy, sys\nif os.environ['RANK'] == '1': sys.exit(7)\n"
     code += f"runpy.run_path({RING!r}, run_name='__main__')"
     done = launch(3, "--no-python", sys.executable, "-c", code)
@@ -105,7 +105,7 @@ def test_ring_that_loses_a_rank_ends() -> None:
 
 
 def test_ddp_digits_says_what_it_needs() -> None:
-    # -S: an interpreter without any packages.
+    # -S: the interpreter has no packages.
     done = completed([sys.executable, "-I", "-S", str(EXAMPLES / "ddp_digits.py")])
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("\n") == 1 and "pip install torch scikit-learn" in done.stderr

@@ -1,4 +1,4 @@
-"""Why a job failed: error files of every shape that torch writes, and of none, and how it is told."""
+"""Why a job failed: error files in every shape that torch writes, and in none, and the text that tells of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TRACEBACK = 'Traceback (most recent call last):\n  File "train.py", line 1, in m
 
 
 def recorded(message: str = "RuntimeError: boom", callstack: str = TRACEBACK, timestamp: object = "1700000000") -> str:
-    """As torch's ErrorHandler.record_exception writes it."""
+    """An error file as torch's ErrorHandler.record_exception writes it."""
     extra = {"py_callstack": callstack, "timestamp": timestamp}
     return json.dumps({"message": {"message": message, "extraInfo": extra}})
 
@@ -88,7 +88,7 @@ def test_bytes_that_are_no_utf_8(tmp_path: Path) -> None:
     (tmp_path / "error.json").write_bytes(b'{"message": "caf\xe9"}')
     error = read_error_file(tmp_path / "error.json")
     assert error is not None
-    assert error.problem.startswith("is no JSON: ")  # a bare \xe9 is no escape of JSON's
+    assert error.problem.startswith("is no JSON: ")  # it is read as \xe9, which is no escape of JSON's
 
 
 def test_no_file_and_no_regular_file(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_no_file_and_no_regular_file(tmp_path: Path) -> None:
 
 
 def test_the_first_is_who_recorded_first() -> None:
-    """Rank 2 raised, and took its time to end; rank 0 was cut off by that, and was seen first."""
+    """Rank 2 raised first and took long to end. Rank 0 lost its connection to it, failed, and was seen to end first."""
     early = RecordedError("m", "", 100.0, "")
     late = RecordedError("m", "", 103.0, "")
     failures = [Failure(0, 1, 102.5), Failure(1, 1, 104.0, error=late), Failure(2, 1, 105.0, error=early)]
@@ -109,7 +109,7 @@ def test_the_first_is_who_recorded_first() -> None:
 
 
 def test_within_a_second_the_first_is_who_was_seen_first() -> None:
-    """torch's times are whole seconds: 100 may have been 100.9."""
+    """torch records whole seconds: 100 may mean 100.9."""
     error = RecordedError("m", "", 100.0, "")
     assert first_failure([Failure(0, 1, 100.7, error=error), Failure(1, -9, 100.2)]).rank == 1
     assert first_failure([Failure(0, 1, 100.1, error=error), Failure(1, -9, 100.2)]).rank == 0
@@ -146,7 +146,7 @@ def test_words_for_a_real_shell() -> None:
 
 
 def ran(folder: Path, script: str, error: str | None = None) -> Failure:
-    """A rank that ran for real, and failed."""
+    """Run ``script`` as a rank, with ``error`` as its error file; its failure."""
     (files,) = rank_files(str(folder), 1)
     with Popen(["/bin/sh", "-c", script], stdout=files.stdout, stderr=files.stderr) as rank:
         rank.wait(60)
@@ -194,7 +194,7 @@ def test_told_without_files() -> None:
 
 
 def test_what_was_recorded_is_told_once(tmp_path: Path) -> None:
-    """The traceback that the interpreter printed too is left out of the log's end; what came after it is not."""
+    """The interpreter prints the recorded traceback, too: it is left out of the log's end, and later lines are not."""
     script = "cat >&2 <<'END'\nwarning\n" + TRACEBACK + "later\nEND\nexit 1"
     told = describe(ran(tmp_path, script, recorded()))
     assert told.splitlines()[2:-1] == [

@@ -1,4 +1,4 @@
-"""``Frozen`` beside a frozen dataclass of the same fields; our data; bindings are checked when made."""
+"""``Frozen`` compared with a frozen dataclass of the same fields; our data; bindings are checked when made."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rankspawn._start.outcome import RefusedStep
 
 
 class Place(Frozen):
-    """Two fields with a default, one of them in its own type."""
+    """Two fields that have defaults, one of them of the class's own type."""
 
     name: str
     cpus: frozenset[int] = frozenset()
@@ -34,7 +34,7 @@ class Place(Frozen):
 
 
 class Far(Place):
-    """Fields of its own after those of its base."""
+    """It has its own fields after those of its base."""
 
     distance: int = 20
 

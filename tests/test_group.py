@@ -1,6 +1,6 @@
-"""The rank group: its ranks seen to end at once, whoever waits, and ended together, whatever comes in between.
+"""The rank group: whoever waits sees at once that a rank has ended, and the ranks end together, whatever happens.
 
-conftest's fixture asserts after each test that nobody is left.
+The fixture of conftest.py asserts after each test that no process is left.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ pytestmark = [
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may trace any process, or become another user")
 
 SLEEPING = ["/bin/sleep", "1000"]
-# It says in a file that it is there, and that it will not listen.
+# It makes a file when it runs and ignores SIGTERM.
 STUBBORN = ["/bin/sh", "-c", "trap '' TERM; : > ready.$RANK; while :; do sleep 0.05; done"]
 KILLED, TERMINATED = -signal.SIGKILL, -signal.SIGTERM
 
@@ -56,7 +56,7 @@ def python(code: str) -> list[str]:
 
 @contextmanager
 def stubborn(folder: Path, nprocs: int = 2, **options: Any) -> Iterator[RankGroup]:
-    """Ranks that ignore SIGTERM already."""
+    """A group of ranks that already ignore SIGTERM."""
     with launch(STUBBORN, nprocs, cwd=folder, **options) as group:
         eventually(lambda: len(list(folder.glob("ready.*"))) == nprocs)
         yield group
@@ -99,7 +99,7 @@ def test_an_error_names_some_of_many() -> None:
 
 @pytest.mark.parametrize("timeout", [float("inf"), 1e300, 1e7, None])
 def test_a_timeout_may_be_as_long_as_it_likes(timeout: float | None) -> None:
-    """epoll_wait(2) takes 24 days at most."""
+    """epoll_wait(2) takes 24 days at most, and the group any timeout."""
     with launch(shell("sleep 0.1"), 2, grace=float("inf")) as group:
         group.wait_any(timeout)
         assert group.wait(timeout) == (0, 0)
@@ -109,7 +109,7 @@ def test_a_timeout_may_be_as_long_as_it_likes(timeout: float | None) -> None:
 
 
 def test_waiting_costs_nothing() -> None:
-    """Whoever waits sleeps in one system call: the kernel switches to it when there is something to see."""
+    """Whoever waits sleeps in one system call, and the kernel wakes it only when something has happened."""
 
     def switches() -> int:
         lines = Path("/proc/thread-self/status").read_text().splitlines()
@@ -119,7 +119,7 @@ def test_waiting_costs_nothing() -> None:
         group.poll()
         before = switches()
         assert group.wait_any(1) == []
-        # Polling would be 50.
+        # Polling would switch 50 times.
         assert switches() - before < 5
 
 
@@ -165,7 +165,7 @@ def test_a_rank_may_be_waited_for_by_itself() -> None:
 
 
 def test_a_thread_that_waits_for_a_rank_that_does_not_end(tmp_path: Path) -> None:
-    """It is inside waitpid, and holds the lock of its Popen."""
+    """The thread is in waitpid(2), and holds the lock of the rank's Popen."""
     with stubborn(tmp_path) as group:
         thread = threading.Thread(target=group.ranks[1].wait)
         thread.start()
@@ -175,7 +175,7 @@ def test_a_thread_that_waits_for_a_rank_that_does_not_end(tmp_path: Path) -> Non
 
 
 def kernel_remembers() -> bool:
-    """Whether a status can be had when somebody else has taken it (Linux 6.15)."""
+    """Whether the kernel still tells a status that somebody else has waited for (Linux 6.15)."""
     return tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) >= (6, 15)
 
 
@@ -205,10 +205,10 @@ def test_a_launcher_that_ignores_its_childrens_end() -> None:
 
 @pytest.mark.parametrize("seen", [False, True], ids=["before it was seen to end", "after"])
 def test_nobody_else_is_signalled_for_a_rank_that_was_reaped(seen: bool) -> None:
-    """Its number may be another process's by then: here it is another child's, and its session's and its group's."""
+    """The rank's pid may be another process's by then. Here another child has it, as its pid, session and group."""
 
     def run() -> list[str]:
-        # The other user of the number: the kernel gives it to the next that is started (ns_last_pid).
+        # ns_last_pid makes the kernel give the rank's pid to the next process.
         with launch(shell("exit 0"), 1) as group:
             if seen:
                 assert group.wait_any(PATIENCE) == [0]
@@ -237,7 +237,7 @@ def test_nobody_else_is_signalled_for_a_rank_that_was_reaped(seen: bool) -> None
 
 @contextmanager
 def debugger(pid: int) -> Iterator[None]:
-    """A process that traces ``pid``, and does not care for its end."""
+    """A process that traces ``pid``, and does not wait for its end."""
     told, telling = os.pipe()
     staying, leave = os.pipe()
 
@@ -262,7 +262,7 @@ def debugger(pid: int) -> Iterator[None]:
 
 @needs_root
 def test_a_rank_that_a_debugger_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its pidfd says that it has ended, and waitid(2) that it has not, until the debugger has waited for it."""
+    """The rank's pidfd says that it has ended, and waitid(2) that it has not, until the debugger has waited for it."""
     from rankspawn._end import watch as _watch
     from rankspawn._group import group as _group
 
@@ -293,7 +293,7 @@ def test_a_rank_that_cannot_be_killed_keeps_nobody_else_alive(monkeypatch: pytes
     from rankspawn._group import group as _group
 
     monkeypatch.setattr(_group, "KILL_SECONDS", 0.2)
-    # A child in a process group of its own, in the session of the rank.
+    # Each rank has a child in a process group of its own, in the rank's session.
     child = "import os; os.fork() or os.setpgid(0, 0); open(f'ready.{os.getpid()}', 'w'); os.kill(os.getpid(), 19)"
     group = launch(python(child), 2, cwd=tmp_path, grace=0.1)
     eventually(lambda: len(list(tmp_path.glob("ready.*"))) == 4)
@@ -309,7 +309,7 @@ def test_a_rank_that_cannot_be_killed_keeps_nobody_else_alive(monkeypatch: pytes
 
 @needs_root
 def test_ranks_of_another_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """They can neither be told to end nor be killed: that is said, and holds nobody up."""
+    """We may send them neither SIGTERM nor SIGKILL: the errors say so, and no call hangs."""
     from rankspawn._group import group as _group
 
     monkeypatch.setattr(_group, "KILL_SECONDS", 0.2)
@@ -328,7 +328,7 @@ def test_ranks_of_another_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
     *told, one, other = in_child(run)
     for pid in (one, other):
-        os.kill(int(pid), signal.SIGKILL)  # nor has the death of their launcher ended them
+        os.kill(int(pid), signal.SIGKILL)  # the death of their launcher has not ended them either
     assert [text.partition(":")[0] for text in told] == [
         "PermissionError", "PermissionError", "TimeoutError", "TimeoutError",
     ]  # fmt: skip
@@ -341,14 +341,14 @@ def test_ranks_of_another_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_what_a_rank_started_ends_with_the_group(tmp_path: Path) -> None:
-    """Also when the rank itself ended long before, and well."""
+    """This holds even when the rank itself has ended long before, with status 0."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     with launch(shell(f"sleep 60 > {fifo} &"), 1) as group:
         with fifo.open() as held:
             assert group.wait_any(PATIENCE) == [0]
             group.close()
-            assert held.read() == ""  # the end of the file: nobody has it open to write any more
+            assert held.read() == ""  # the end of the file: no process has it open to write any more
 
 
 def test_ranks_that_ignore_sigterm_are_killed(tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ SAVING = (
 
 @pytest.mark.parametrize("end", ["terminate", "wait", "close"])
 def test_what_a_shell_runs_has_its_time_to_end(end: str, tmp_path: Path) -> None:
-    """The shell is the rank, and ends at once when the group is told to; the program that it runs saves its state."""
+    """The shell is the rank, and SIGTERM ends it at once; the program that it runs needs time to save its state."""
     script = f'[ $RANK = 1 ] && {{ read -r _ < fifo; exit 1; }}; {sys.executable} -I -S -c "{SAVING}"; exit 0'
     os.mkfifo(tmp_path / "fifo")
     with launch(shell(script), 2, cwd=tmp_path) as group:
@@ -429,7 +429,7 @@ def test_ranks_that_end_while_they_are_told_to() -> None:
 
 
 def test_grandchildren_in_groups_of_their_own(tmp_path: Path) -> None:
-    """They are in the session of a rank that is long dead, each in a process group that nobody signals."""
+    """They are in the session of a rank that is long dead, each in a process group that gets no signal."""
     code = """
 import os, signal
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -463,7 +463,7 @@ os.wait()
 
 
 def test_what_leaves_its_session_lives_on(tmp_path: Path) -> None:
-    """A process that calls setsid itself is not found again: the README says so."""
+    """A process that calls setsid itself is not found again, as the README says."""
     with launch(python(LEAVING), 1, cwd=tmp_path) as group:
         group.wait(PATIENCE)
         eventually((tmp_path / "left").exists)
@@ -487,7 +487,7 @@ def test_closing_again_does_nothing() -> None:
     before = snapshot()
     group = launch(SLEEPING, 4)
     group.close()
-    # Also while the group is held on to.
+    # Even while the group is still referred to.
     assert changed_since(before) == {}
     group.close()
     assert group.wait() == group.poll() == (TERMINATED,) * 4
@@ -507,7 +507,7 @@ def test_a_group_that_nobody_holds_is_killed() -> None:
 
 
 def test_a_group_that_is_open_when_the_interpreter_ends(tmp_path: Path) -> None:
-    """With the children of its ranks, which no death signal reaches, and without a word but the warning."""
+    """The children of its ranks end too, though no death signal reaches them, and only the warning is printed."""
     script = (
         "import sys, time; from pathlib import Path; from rankspawn import launch\n"
         "group = launch(['/bin/sh', '-c', 'sleep 1000 & echo $! > new; mv new pid; wait'], 1, cwd=sys.argv[1])\n"
@@ -537,7 +537,7 @@ def alarm(handler: Callable[..., object], seconds: float = 0.1) -> Iterator[None
 @pytest.mark.parametrize("call", ["stop", "terminate", "kill", "close", "poll"])
 @pytest.mark.parametrize("waiting", ["wait", "wait_any", "advance"])
 def test_a_handler_may_use_the_group_that_is_waited_for(waiting: str, call: str, tmp_path: Path) -> None:
-    """It runs inside of the wait, which then has other things to wait for."""
+    """The handler runs during the wait, which must then wait for something else."""
     with stubborn(tmp_path, 3, grace=0.1) as group:
         if call == "poll":
             os.kill(group.pids()[0], signal.SIGKILL)
@@ -559,7 +559,7 @@ def test_a_handler_may_use_the_group_that_is_waited_for(waiting: str, call: str,
 
 
 def test_an_exception_of_a_handler_loses_nothing(tmp_path: Path) -> None:
-    """Wherever it comes: the wait that follows knows who has ended, and who failed first."""
+    """Wherever the exception comes, the next wait knows which ranks have ended, and which failed first."""
 
     class Alarm(Exception):
         pass
@@ -579,7 +579,7 @@ def test_an_exception_of_a_handler_loses_nothing(tmp_path: Path) -> None:
 def test_a_second_interrupt_kills(tmp_path: Path) -> None:
     with stubborn(tmp_path) as group:
         with pytest.raises(KeyboardInterrupt), alarm(signal.default_int_handler):
-            group.terminate()  # which has 30 seconds
+            group.terminate()  # its grace is 30 seconds
         assert group.returncodes == {0: KILLED, 1: KILLED} and state(group.pids()[0]) == ""
 
 
@@ -594,7 +594,7 @@ def test_leaving_the_block_by_an_interrupt(tmp_path: Path) -> None:
 
 
 class Waiter(threading.Thread):
-    """Waits for a group in a thread of its own; what came of it."""
+    """A thread that waits for a group, and keeps the answer or the exception."""
 
     def __init__(self, wait: Callable[[], object]) -> None:
         super().__init__(daemon=True)
@@ -681,14 +681,14 @@ def test_a_forked_copy_that_closes_its_group_ends_nobody(guard: bool) -> None:
         assert told == [f"[Errno {errno.ECHILD}] {copy}"] * 5
         files = group.files
         assert files is not None and all(path.stdout is not None and path.stdout.exists() for path in files)
-        # What the copy did to its epoll is not done to ours.
+        # The copy shares our epoll descriptor's file, and must not have changed it.
         os.kill(group.pids()[1], signal.SIGKILL)
         assert group.wait(PATIENCE) == (TERMINATED, KILLED)
     assert not Path(files[0].error).parent.exists()
 
 
 def guard_of(group: RankGroup) -> int:
-    """The pid of a group's guard: the one child of this process that is no rank."""
+    """The pid of a group's guard: the only child of this process that is no rank."""
     (guard,) = {child.pid for child in psutil.Process().children()} - set(group.pids())
     return guard
 
@@ -713,7 +713,7 @@ def test_the_death_of_the_guard_is_said_at_once_and_once(waiting: str) -> None:
 
 
 def test_a_forked_copy_that_ends_as_python_ends() -> None:
-    """Its atexit and finalizers run: they are not for the ranks, or for the folder of their logs."""
+    """The copy's atexit functions and finalizers run, and must touch neither the ranks nor the folder of their logs."""
     script = (
         "import os, sys; from rankspawn import launch\n"
         "with launch(['/bin/sleep', '1000'], 2, tee=True) as group:\n"
@@ -721,7 +721,7 @@ def test_a_forked_copy_that_ends_as_python_ends() -> None:
         "    if (pid := os.fork()) == 0: sys.exit(3)\n"
         "    print(os.waitpid(pid, 0)[1] >> 8, group.poll(), os.path.exists(os.path.dirname(group.files[1].error)))\n"
     )
-    # From 3.12 on os.fork() warns of threads; tee has one.
+    # From Python 3.12 on os.fork() warns of threads, and tee has one.
     python = [sys.executable, "-W", "ignore:This process:DeprecationWarning"]
     done = subprocess.run([*python, "-c", script], capture_output=True, text=True)
     assert (done.stdout, done.stderr, done.returncode) == ("3 (None, None) True\n", "", 0)
@@ -730,7 +730,7 @@ def test_a_forked_copy_that_ends_as_python_ends() -> None:
 # ---- asyncio ---------------------------------------------------------------------------------------------------------
 
 if uvloop is not None:
-    # Its library makes a pipe for its first loop, and keeps that.
+    # libuv makes a pipe for its first loop, and keeps it.
     with contextlib.closing(uvloop.new_event_loop()) as first:
         first.run_until_complete(asyncio.sleep(0))
 
@@ -739,7 +739,7 @@ RUNNERS: dict[str, Any] = {"asyncio": asyncio.new_event_loop, "uvloop": getattr(
 
 @pytest.fixture(params=sorted(RUNNERS))
 def run(request: pytest.FixtureRequest) -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
-    """Runs a coroutine in a loop of each kind."""
+    """A function that runs a coroutine in a loop, for each kind of loop."""
     make = RUNNERS[request.param]
     if make is None:
         pytest.skip("uvloop is not installed")
@@ -797,7 +797,7 @@ def test_async_with_ends_what_runs(run: Any) -> None:
 
 
 def test_async_with_that_is_cancelled_kills(run: Any, tmp_path: Path) -> None:
-    """Also while it gives the ranks their time, in which the loop goes on."""
+    """The cancellation comes while the group gives the ranks their grace; the loop goes on meanwhile."""
 
     async def hold(groups: list[RankGroup]) -> None:
         async with launch(STUBBORN, 2, cwd=tmp_path) as group:
@@ -845,7 +845,7 @@ def test_tasks_that_await_while_another_ends_the_group(call: str, run: Any, tmp_
             tasks = [asyncio.create_task(wait(group)) for _ in range(3)]
             await asyncio.sleep(0.05)
             getattr(group, call)()
-            # The number of the closed group's epoll is this one's, most likely.
+            # The new group's epoll most likely has the same number as the closed group's.
             with launch(shell("sleep 0.3"), 2) as another:
                 assert await another == (0, 0)
             return await asyncio.gather(*tasks)
@@ -877,7 +877,7 @@ def test_await_in_a_thread_while_another_stops_the_group(run: Any, tmp_path: Pat
 
 
 def test_awaiting_costs_nothing(run: Any) -> None:
-    """The loop sleeps: nothing of ours is called until there is something to see."""
+    """The loop sleeps, and calls nothing of ours until something has happened."""
 
     async def main() -> int:
         with launch(SLEEPING, 16) as group:

@@ -1,4 +1,4 @@
-"""The guard: whatever the launcher was doing when it was killed, nobody of its ranks' sessions is left."""
+"""The guard: whatever the launcher was doing when it was killed, no process of its ranks' sessions is left."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = [
 
 TAG = "RANKSPAWN_TEST_GUARD"
 
-# A rank with a child in a process group of its own and one that nobody waits for, each of which tells when it is there.
+# A rank with two children in process groups of their own, each with a child; each of the five says when it runs.
 FAMILY = """
 import os, signal
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -56,7 +56,7 @@ SLEEPING = ["/bin/sleep", "1000"]
 
 
 def running(where: str, what: str) -> set[int]:
-    """The processes that have ``what`` in the file ``where`` of their /proc directory, and have not ended."""
+    """The running processes that have ``what`` in the file ``where`` of their /proc directory."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -68,7 +68,7 @@ def running(where: str, what: str) -> set[int]:
 
 
 class Launcher:
-    """A launcher in a process of its own, for the test to kill; it runs ``body(launcher)``, then waits."""
+    """A launcher in a process of its own, which the test kills; it runs ``body(launcher)``, then waits."""
 
     def __init__(self, tag: str) -> None:
         self.tag = tag
@@ -84,7 +84,7 @@ class Launcher:
         self.pid = fork(run)
 
     def start(self, nprocs: int, command: list[str] = RANK, **settings: Any) -> list[Any]:
-        """In the launcher: ranks, registered with its guard."""
+        """Called in the launcher: start ranks, which register with its guard."""
         ranks: list[Any] = []
         settings = {"streams": [(None, None, None)] * nprocs, **settings}
         start_ranks(
@@ -94,7 +94,7 @@ class Launcher:
         return ranks
 
     def start_families(self, nprocs: int = 2, **settings: Any) -> list[Any]:
-        """In the launcher: ranks of which every process is up."""
+        """Called in the launcher: start ranks with FAMILY, and wait until all their processes run."""
         reading, writing = os.pipe()
         ranks = self.start(nprocs, streams=[(None, writing, None)] * nprocs, **settings)
         os.close(writing)
@@ -114,7 +114,7 @@ class Launcher:
         return json.loads(line)
 
     def kill(self) -> None:
-        """SIGKILL, and a wait for the launcher's end, which is when its ranks lose their parent."""
+        """Send SIGKILL, and wait for the launcher's end, at which its ranks lose their parent."""
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         self.pid = 0
@@ -143,7 +143,7 @@ def launcher(body: Callable[[Launcher], object]) -> Iterator[Launcher]:
 
 
 def guarded(nprocs: int = 2, **settings: Any) -> Callable[[Launcher], None]:
-    """A launcher's body: a guard, and ranks with all their children; it tells the guard's pid."""
+    """A launcher's body: it starts a guard and ranks with children, and tells the guard's pid."""
 
     def body(self: Launcher) -> None:
         self.guard = Guard.start()
@@ -160,7 +160,7 @@ def parent() -> Iterator[Path]:
 
 
 def test_nothing_is_left_of_it_when_closed() -> None:
-    """conftest.py looks: no descriptor, no child."""
+    """The fixture of conftest.py asserts that no descriptor and no child is left."""
     guard = Guard.start()
     assert not os.get_inheritable(guard.fd)
     assert guard.process.returncode is None
@@ -190,7 +190,7 @@ def test_launcher_that_ends_by_itself() -> None:
 
 
 def test_launcher_killed_before_the_guard_is_up() -> None:
-    """The guard is stopped from its first moments to after the launcher's death."""
+    """SIGSTOP holds the guard from its first moments until the launcher is dead."""
 
     def body(self: Launcher) -> None:
         self.guard = Guard.start()
@@ -208,7 +208,7 @@ def test_launcher_killed_before_the_guard_is_up() -> None:
 
 
 def test_launcher_killed_between_clone_and_registration(parent: Path) -> None:
-    """The child is born into a frozen cgroup: it has not run one instruction."""
+    """The child is born into a frozen cgroup, so it has not run one instruction."""
 
     def body(self: Launcher) -> None:
         self.guard = Guard.start()
@@ -231,7 +231,8 @@ def test_launcher_killed_between_clone_and_registration(parent: Path) -> None:
 
 @contextmanager
 def slow_to_open(path: Path) -> Iterator[None]:
-    """Whoever opens the file to write waits, for as long as /proc/sys/fs/lease-break-time says: it is leased."""
+    """Whoever opens the file to write waits for the time in /proc/sys/fs/lease-break-time, because the file is leased
+    (fcntl(2), F_SETLEASE)."""
     reading, writing = os.pipe()
 
     def hold() -> None:
@@ -257,7 +258,7 @@ def slow_to_open(path: Path) -> Iterator[None]:
 
 
 def test_launcher_killed_between_registration_and_exec(tmp_path: Path) -> None:
-    """The child waits for its log file to open; it has a session, and is no program yet."""
+    """The child waits in open(2) of its log file: it has its session, and has not called execve yet."""
     log = tmp_path / "log"
 
     def body(self: Launcher) -> None:
@@ -279,7 +280,7 @@ def test_launcher_killed_between_registration_and_exec(tmp_path: Path) -> None:
 
 
 def test_launcher_killed_at_random_moments() -> None:
-    """Of the start and the end of eight ranks with children; with and without death signals."""
+    """The launcher starts and ends eight ranks with children, with or without death signals."""
 
     def body(self: Launcher) -> None:
         self.tell("here")
@@ -297,7 +298,7 @@ def test_launcher_killed_at_random_moments() -> None:
             killed.hear()
             moment = random.random() * 0.1
             time.sleep(moment)
-            guards = f"\0{killed.pid}\0{_guard.PATIENCE_SECONDS}"  # two of its arguments
+            guards = f"\0{killed.pid}\0{_guard.PATIENCE_SECONDS}"  # two arguments of the guard's command line
             killed.kill()
             until = time.monotonic() + PATIENCE
             while left := killed.ranks | running("cmdline", guards):
@@ -309,7 +310,7 @@ def test_launcher_killed_at_random_moments() -> None:
 
 @pytest.mark.parametrize("closes", [False, True])
 def test_forked_copy_of_the_launcher_lives_on(closes: bool) -> None:
-    """It may hold the pipe for registrations: the ranks are ended at once, and the guard ends when it has waited."""
+    """The copy may hold the pipe for registrations open. The guard ends the ranks at once, and itself after a wait."""
 
     def body(self: Launcher) -> None:
         self.guard = Guard.start(patience=1.0)
@@ -337,7 +338,8 @@ def test_forked_copy_of_the_launcher_lives_on(closes: bool) -> None:
 
 @pytest.mark.parametrize("copied", [False, True])
 def test_without_a_pidfd_of_the_launcher(copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before Linux 5.3, or in a Python built on an older one: by the pipe's end, or by the parent's number."""
+    """As before Linux 5.3, or in a Python built on an older one: the guard sees the launcher's end by the end of the
+    pipe, or by its own parent's pid."""
     monkeypatch.setattr(_guard, "_own_pidfd", list)
 
     def body(self: Launcher) -> None:
@@ -362,7 +364,7 @@ def test_without_a_pidfd_of_the_launcher(copied: bool, monkeypatch: pytest.Monke
 
 
 def test_launcher_that_closes_every_descriptor() -> None:
-    """As a daemon does: the pipe's end is no launcher's end."""
+    """Daemons close all descriptors: the end of the pipe is not the launcher's end."""
 
     def body(self: Launcher) -> None:
         guarded()(self)
@@ -396,7 +398,7 @@ def test_launcher_without_standard_streams() -> None:
 
 
 def test_rank_that_ended_and_was_reaped_before_the_launcher_died() -> None:
-    """What it has left in its session is ended all the same."""
+    """The guard still ends what the rank has left in its session."""
 
     def body(self: Launcher) -> None:
         self.guard = Guard.start()
@@ -415,7 +417,7 @@ def test_rank_that_ended_and_was_reaped_before_the_launcher_died() -> None:
 
 
 def take_number(number: int) -> subprocess.Popen[bytes] | None:
-    """A process with this pid, which leads a session; None when others were faster."""
+    """Start a session leader with this pid; None when other processes took the number each time."""
     for _ in range(200):
         try:
             Path("/proc/sys/kernel/ns_last_pid").write_text(str(number - 1))
@@ -430,7 +432,7 @@ def take_number(number: int) -> subprocess.Popen[bytes] | None:
 
 
 def test_number_that_has_become_anothers() -> None:
-    """A rank's session is over, and its number that of a stranger's session when the launcher dies."""
+    """A rank's session has ended, and a stranger's session has its number when the launcher dies."""
 
     def body(self: Launcher) -> None:
         self.guard = Guard.start()
@@ -457,7 +459,7 @@ def test_number_that_has_become_anothers() -> None:
 
 
 def test_guard_killed_first() -> None:
-    """The launcher can see it, its ranks run on, and none can be started any more that would not be guarded."""
+    """The launcher can see the guard's end; its ranks run on; it can start no rank that would not be guarded."""
 
     def body(self: Launcher) -> None:
         self.guard = Guard.start()
@@ -494,7 +496,7 @@ def test_guard_that_cannot_end_does_not_hold_up_the_launcher(monkeypatch: pytest
 
 
 def test_guard_is_out_of_the_way() -> None:
-    """Signals that are meant for the launcher do not end it, and it holds nothing of the launcher's."""
+    """Signals that are meant for the launcher do not end the guard, and it holds nothing of the launcher's open."""
     guard = Guard.start()
     try:
         process = Path("/proc", str(guard.process.pid))
@@ -518,7 +520,7 @@ def test_guard_is_out_of_the_way() -> None:
 
 
 def test_what_the_guards_process_loads() -> None:
-    """It is there for as long as the job: what is not loaded takes no memory, and no time beside the ranks' start."""
+    """The guard runs as long as the job: a module that it does not load takes no memory, and no time at the start."""
     folder = str(Path(_guard.__file__).parent.parent.parent)
     look = _guard._PROGRAM.partition("; main")[0] + "; print(*sys.modules)"
     command = [sys.executable, "-I", "-S", "-B", "-c", look, folder]
@@ -529,7 +531,7 @@ def test_what_the_guards_process_loads() -> None:
 
 
 def test_frozen_program_has_no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where sys.executable is the program itself, and would run once more."""
+    """In a frozen program sys.executable is the program itself, and would run a second time."""
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     with pytest.raises(OSError, match="needs a Python interpreter") as caught:
         Guard.start()
@@ -537,7 +539,7 @@ def test_frozen_program_has_no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_guard_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """conftest.py looks for descriptors."""
+    """The fixture of conftest.py asserts that no descriptor is left."""
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     with pytest.raises(FileNotFoundError):
         Guard.start()
@@ -550,7 +552,7 @@ ESCAPED = ["/bin/sh", "-c", "setsid sleep 1000 & exec sleep 1000"]
 
 @pytest.mark.parametrize("held", [False, True])
 def test_what_left_its_session_is_ended_by_the_cgroup_alone(held: bool, parent: Path) -> None:
-    """And the cgroup's directory is removed. Without one, the guard does not see who has called setsid."""
+    """The guard also removes the cgroup's directory. Without a cgroup, it cannot find processes that called setsid."""
 
     def body(self: Launcher) -> None:
         group = GroupCgroup.make(parent) if held else None
@@ -584,7 +586,7 @@ def test_cgroup_that_is_gone_when_the_launcher_dies(parent: Path) -> None:
 
 @pytest.mark.parametrize("what", ["a file", "cgroup.kill"])
 def test_cgroup_that_refuses(what: str, tmp_path: Path) -> None:
-    """The sessions are ended all the same."""
+    """The guard ends the sessions all the same."""
     wrong = tmp_path / "wrong"
     if what == "a file":
         wrong.touch()
@@ -603,7 +605,7 @@ def test_cgroup_that_refuses(what: str, tmp_path: Path) -> None:
 
 
 def test_launcher_killed_right_after_it_has_made_the_cgroup(parent: Path) -> None:
-    """The guard knows its name from before."""
+    """The guard knows the cgroup's name before the cgroup is made."""
 
     def body(self: Launcher) -> None:
         name = new_name()
