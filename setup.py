@@ -87,7 +87,7 @@ class BuildSpawn(build_ext):
         except Exception as error:
             if not ext.optional:
                 raise
-            # Whatever went wrong (no compiler, no Python.h, no Cython), a working install is worth more than none.
+            # Whatever went wrong (no compiler, no Python.h, no Cython), an install without the engine works.
             print(
                 f"\nrankspawn: WARNING: the extension {ext.name} could not be built: {error}\n"
                 "rankspawn: WARNING: installing without it. Ranks are then started by plain subprocess, slower,\n"
@@ -110,8 +110,8 @@ class BuildSpawn(build_ext):
         ext.sources = translated.sources
         if switched_on("RANKSPAWN_SANITIZE"):
             # AddressSanitizer marks what lies around a function's variables on the stack and clears the marks when the
-            # function returns. The child's never return, and its marks are the parent's, which would later be told of
-            # overflows that are none. Without those marks the child's memory accesses are checked all the same.
+            # function returns. The child's functions never return: their marks would stay in the parent's memory, and
+            # be reported as overflows there. Without these marks the child's memory accesses are checked all the same.
             ext.sources.remove("csrc/child.c")
             unmarked = [*ext.extra_compile_args, "--param", "asan-stack=0"]
             ext.extra_objects += self.compiler.compile(

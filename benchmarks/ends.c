@@ -1,9 +1,9 @@
-/* The floor under every end of a job: processes that a signal ends, and what a bare loop of kill and wait takes.
+/* The floor under every end of a job: what a bare loop of kill and wait takes for processes that a signal ends.
  *
  *   ends RANKS [ROUNDS]
  *
- * Starts RANKS children, each in a session of its own, that sleep until SIGTERM ends them; then, timed, signals the group
- * of each and reaps each. Prints nanoseconds as floor.c does, and takes numbers of rounds from stdin as it does.
+ * Starts RANKS children, each in a session of its own, that sleep until SIGTERM ends them; then, timed, signals the
+ * group of each and reaps each. Prints nanoseconds as floor.c does, and takes numbers of rounds from stdin as it does.
  */
 
 #define _GNU_SOURCE
@@ -57,7 +57,7 @@ start(pid_t *pids, long ranks)
             give_up("read");
     close(ready[0]);
     close(ready[1]);
-    /* What is timed is the end of programs that sleep, not of programs that start. */
+    /* The programs get time to start, because the end of programs that sleep is what is timed. */
     nanosleep(&(struct timespec){.tv_nsec = 100000000}, NULL);
 }
 

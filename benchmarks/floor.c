@@ -14,8 +14,9 @@
  * the main one is one and the others are made for the round; then each is reaped. The floor itself runs on all of CPUS.
  * homing: the same, but each thread binds itself to one of CPUS and takes the ranks of that CPU.
  *
- * Prints the nanoseconds of each round, a line of them for ROUNDS rounds. Without ROUNDS it reads numbers of rounds from
- * stdin, one a line, and answers each with its line: so the harness can time it in turns with others, in short blocks.
+ * Prints the nanoseconds of each round, a line of them for ROUNDS rounds. Without ROUNDS it reads numbers of rounds
+ * from stdin, one a line, and answers each with its line: so the harness can time it in turns with others, in short
+ * blocks.
  */
 
 #define _GNU_SOURCE
@@ -147,11 +148,11 @@ one_round(struct job *job, starter *start)
 }
 
 struct crew {
-    struct job *jobs; /* one a rank */
+    struct job *jobs; /* one for each rank */
     pid_t *pids;
     long ranks, threads, cpus;
     bool homing;
-    atomic_long next[MASK_BITS]; /* the next rank of each CPU; without homing, of all */
+    atomic_long next[MASK_BITS]; /* the next rank of each CPU; without homing, the first is the next of all */
     atomic_long thread;
 };
 
@@ -180,7 +181,7 @@ crew_round(struct crew *crew)
 
     memset(crew->next, 0, sizeof crew->next[0] * (size_t)crew->cpus);
     crew->thread = 0;
-    /* Homing, the main thread only waits: it is not to be bound. */
+    /* With homing the main thread only waits, because it must not be bound. */
     for (long i = crew->homing ? 0 : 1; i < crew->threads; i++)
         if (pthread_create(&helpers[i], NULL, work, crew))
             give_up(&(struct job){.failed = "pthread_create", .error = EAGAIN}, 0);
@@ -217,7 +218,7 @@ mask_bytes(long highest)
     return ((size_t)highest / WORD_BITS + 1) * sizeof(unsigned long);
 }
 
-/* The list of CPUs in `text`; returns how many. */
+/* Read the list of CPUs in `text`. Returns how many there are, or 0 when it is not such a list. */
 static long
 parse_cpus(const char *text, long *cpus)
 {

@@ -1,5 +1,5 @@
 /* Sleeps argv[1] milliseconds, writes the CLOCK_MONOTONIC nanosecond at which it is about to exit to stdout (eight
- * bytes, this machine's order), and exits. From that instant on, a parent can be late. */
+ * bytes, this machine's order), and exits. How late a parent learns of the end is counted from there. */
 
 #define _GNU_SOURCE
 #include <stdint.h>

@@ -1,10 +1,10 @@
-/* Crews at work in several threads at once, for ThreadSanitizer to look at: ranks with and without a death signal, bound
- * and not, that start and that do not. Prints what is wrong with the outcomes; status 0 when nothing is.
+/* Starts crews from several threads at once, for ThreadSanitizer to watch: ranks with and without a death signal, bound
+ * and not bound, and some that cannot start. Prints each wrong outcome; the status is 0 when there is none.
  *
  *   crew_races CPU PROGRAM
  *
- * The child half is built without the sanitizer, whose state is the parent's, and with leave_at_once for _exit, which
- * the sanitizer would take for the end of the parent.
+ * The child half is built without the sanitizer, because the child would change the sanitizer's state in the parent's
+ * memory. It calls leave_at_once instead of _exit, which the sanitizer would take for the end of the parent.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -34,7 +34,7 @@ leave_at_once(int status)
 
 static const char *program[2], *missing[2] = {"/no/such/program", NULL};
 static char *argv_of_all[2];
-static unsigned long masks[2][64]; /* the same CPU twice: two places */
+static unsigned long masks[2][64]; /* of the same CPU: crew.c takes two pointers for two places */
 static atomic_int wrong;
 
 static void

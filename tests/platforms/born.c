@@ -30,7 +30,7 @@ file_at(int fd)
 static void
 look_at_signals(struct born *born)
 {
-    /* As rt_sigaction(2) takes it: the handler comes first. libc's call leaves two signals out. */
+    /* struct sigaction as rt_sigaction(2) takes it: the handler comes first. libc's call leaves two signals out. */
     struct {
         void *handler;
         unsigned long rest[7];

@@ -10,28 +10,28 @@
 struct mode {
     const char *name;
     enum spawn_mechanism mechanism;
-    unsigned int refused[4]; /* system calls that a filter says ENOSYS to; 0 ends them */
+    unsigned int refused[4]; /* system calls that a seccomp filter says ENOSYS to; 0 ends them */
 };
 
 extern char **environ;
 
 extern const struct mode *mode;
-extern const char *folder;                 /* to work in */
+extern const char *folder;                 /* the one to work in */
 extern bool honoured;                      /* clone shares memory */
 extern unsigned long own_cpus[MASK_WORDS]; /* where this process may run */
 
 extern atomic_long by_clone3; /* how many children clone3.c has made */
 
-/* Whether it must make all of them. */
+/* Whether clone3.c must make every child in this mode. */
 bool uses_clone3(void);
 
 /* Print a line about the current check. */
 void say(const char *what, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-/* It cannot be made here. */
+/* Say why the current check cannot be made here. */
 void skip(const char *why);
 
-/* Count and print an expectation that does not hold; whether it holds. */
+/* Count and print an expectation that does not hold. Returns whether it holds. */
 bool expect(bool holds, int line, const char *text);
 #define EXPECT(condition) expect(condition, __LINE__, #condition)
 
@@ -45,26 +45,26 @@ struct start {
     char path[PATH_MAX];
 };
 
-/* A request that asks for nothing but this program with a word: --tell (what it was born with), --wait (for ever). */
+/* Make a request for this program with a word: --tell (what it was born with) or --wait (for ever). */
 void prepare(struct start *start, const char *word);
 
-/* Start it. By a mechanism that must decline it: false. */
+/* Start it. A request that is not `portable` must be declined by posix_spawn. Returns whether it was started. */
 bool started(struct start *start, bool portable);
 
-/* Wait for a started child and read what it tells. False when that is not possible. */
+/* Wait for a started child and read what it tells. Returns false when that is not possible. */
 bool told(struct start *start);
 
-/* Both. */
+/* started() and told(). */
 bool born(struct start *start, bool portable);
 
-/* A start that must fail at a step, and leave no child. */
+/* Start what must fail at a step with an errno, and leave no child. */
 void fails(struct start *start, int step, int error);
 
 bool has(const unsigned long *mask, int bit);
 bool only(const unsigned long *mask, int bit);
 bool same_file(struct file a, struct file b);
 
-/* The nth of the CPUs where this process may run, or the last. */
+/* The nth of the CPUs where this process may run, or the last of them. */
 int nth_cpu(int nth);
 
 /* A check in one.c or many.c; the name is what is printed. */

@@ -7,11 +7,12 @@
  *
  *   clone3       Linux's mechanism as it is; each start must be by clone3.c's assembly
  *   clone        the same where a seccomp filter says ENOSYS to clone3: libc's clone
- *   oldest       and to close_range and the calls for pidfds, too
+ *   oldest       the same where the filter says ENOSYS to close_range and the calls for pidfds, too
  *   posix_spawn  the portable mechanism, which must decline what it cannot express
  *
- * Linked with -Wl,--wrap=clone3_to_child: the calls of the assembly are counted, and made. Prints whether clone shares
- * memory here, a line for each check that failed or could not be made, and the counts; the status is 0 when none failed.
+ * It is linked with -Wl,--wrap=clone3_to_child, so that it can count the calls of the assembly. It prints whether clone
+ * shares memory here, a line for each check that failed or could not be made, and the counts; the status is 0 when none
+ * failed.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -127,7 +128,7 @@ prepare(struct start *start, const char *word)
     for (int i = 0; i < 3; i++) {
         start->request.streams[i].fd = start->request.parent_ends[i] = STREAM_INHERIT;
     }
-    /* Written by a child with other ids, too. */
+    /* A child with other ids must be able to write to the file, too. */
     int fd = open(start->path, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0666);
     if (EXPECT(fd >= 0)) {
         EXPECT(fchmod(fd, 0666) == 0);
@@ -191,7 +192,7 @@ fails(struct start *start, int step, int error)
     if (mode->mechanism == SPAWN_POSIX && step != STEP_EXEC && step != STEP_STDOUT) {
         EXPECT(outcome == SPAWN_DECLINED);
     } else if (!honoured && outcome == SPAWN_STARTED) {
-        /* libc's posix_spawn tells the error through the memory that it believes to share. */
+        /* The child of libc's posix_spawn tells the error in memory that it does not share with its parent here. */
         int status = -1;
         EXPECT(waitpid(start->result.pid, &status, 0) > 0 && WIFEXITED(status) && WEXITSTATUS(status) == 127);
         close(start->result.pidfd);
@@ -245,7 +246,7 @@ refuse(const unsigned int *calls)
         count++;
     }
     for (unsigned short i = 0; i < count; i++) {
-        /* To the last but one line, which is after the others' and the one that allows. */
+        /* Jump over the comparisons that follow and the line that allows. */
         code[length++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, calls[i], (__u8)(count - i), 0);
     }
     code[length++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
@@ -265,7 +266,7 @@ open_fds(void)
     return count;
 }
 
-/* Run a check, which must leave things as it found them. */
+/* Run a check, and check that it leaves descriptors, signal mask, affinity and children as it found them. */
 static void
 run(const struct check *one)
 {
@@ -283,7 +284,7 @@ run(const struct check *one)
     EXPECT(waitpid(-1, NULL, WNOHANG) == -1 && errno == ECHILD);
 }
 
-/* All checks, in a process of its own and a group of its own, since a filter stays. */
+/* Run all checks. The caller is a process for this mode alone, because a process cannot get rid of a seccomp filter. */
 static _Noreturn void
 run_mode(void)
 {
@@ -309,7 +310,7 @@ run_mode(void)
     _exit(failed != 0);
 }
 
-/* What a started child does: write what it was born with into the file. */
+/* What a started child does: it writes what it was born with into the file. */
 static int
 tell(const char *path, const char *argument)
 {
@@ -340,7 +341,7 @@ main(int argc, char **argv)
     self = argv[0];
     folder = argv[at++];
     for (int fd = 3; fd < HIGHEST_FD; fd++) {
-        close(fd); /* what was inherited would be seen in children */
+        close(fd); /* children would show the descriptors that this process was given */
     }
     honoured = spawn_clone_is_honoured() > 0;
     printf("clone shares memory: %s\n", honoured ? "yes" : "no");

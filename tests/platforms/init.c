@@ -1,7 +1,7 @@
-/* The first process of the AArch64 machine that test_aarch64.py boots: mounts what a program expects, runs the job (a
- * shell's work, but there is no shell: each line of it is a program and its arguments), and ends the machine.
+/* The first process of the AArch64 machine that test_aarch64.py boots: it mounts what programs expect, runs the job,
+ * and powers the machine off. Each line of the job is a program and its arguments, because there is no shell.
  *
- * All output is on the serial console; after each program a line "platforms: status N", and "platforms: end".
+ * All output goes to the serial console, with a line "platforms: status N" after each program, and "platforms: end".
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -44,7 +44,7 @@ run(char *line)
         printf("platforms: %s: %s\n", words[0], strerror(errno));
         _exit(127);
     }
-    /* Orphans come here, too. */
+    /* This process reaps orphans, too. */
     do {
         ended = waitpid(-1, &status, 0);
     } while (ended != child && (ended >= 0 || errno == EINTR));

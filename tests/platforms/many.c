@@ -27,7 +27,7 @@ readable(int fd, int milliseconds)
     return ready == 1;
 }
 
-/* A child of --wait was ended by SIGKILL. */
+/* Reap a child of --wait, which SIGKILL must have ended. */
 static void
 killed(struct start *start)
 {
@@ -122,8 +122,8 @@ start_dying(void *start)
     return NULL;
 }
 
-/* A launcher that ends leaves no rank; that a thread of it ends, which made the start, is nothing. The rank holds the
- * writing end of a pipe. */
+/* A rank with a death signal ends with its launcher, and does not end with the thread that asked for it. The rank holds
+ * the writing end of a pipe. */
 static void
 check_launchers_death(void)
 {
@@ -177,7 +177,7 @@ start_some(void *unused)
     return unused;
 }
 
-/* On stacks that are small, as those of musl's threads are by default. */
+/* Start from threads whose stacks are small, as those of musl's threads are by default. */
 static void
 check_threads(void)
 {
@@ -199,7 +199,7 @@ check_threads(void)
 
 enum kind { PLAIN, BOUND, BOUND_AND_DYING, ONE_FAILS };
 
-/* Start a crew; how many were started. */
+/* Start a crew. Returns how many ranks were started. */
 static size_t
 start_crew(enum kind kind)
 {

@@ -75,7 +75,7 @@ static void
 check_memory_policy(void)
 {
     unsigned long allowed[MASK_WORDS] = {0};
-    /* What a container's seccomp profile refuses, the engine is refused, too. MPOL_F_MEMS_ALLOWED is 4. */
+    /* A container's seccomp profile that refuses these calls refuses the engine's, too. MPOL_F_MEMS_ALLOWED is 4. */
     if (syscall(SYS_get_mempolicy, NULL, allowed, (unsigned long)MASK_BITS, NULL, 4UL) < 0 ||
         syscall(SYS_set_mempolicy, 0, NULL, 0UL) < 0) {
         skip(strerror(errno));
@@ -165,7 +165,7 @@ check_streams(void)
         EXPECT(same_file(start.born.fds[2], file_at(2)));
         EXPECT(!start.born.fds[ends[0]].open && !start.born.fds[ends[1]].open);
     }
-    prepare(&start, "--tell"); /* two that change places */
+    prepare(&start, "--tell"); /* two streams that change places */
     start.request.streams[1].fd = 2;
     start.request.streams[2].fd = 1;
     if (born(&start, false)) {
@@ -299,8 +299,8 @@ note_where(int sig)
     atomic_fetch_add(syscall(SYS_getpid) == launcher ? &handled : &misplaced, 1);
 }
 
-/* A process that sends SIGURG to its whole group, time and again: a child in the middle of its start is in it, too. A
- * program that does not catch the signal ignores it. */
+/* A process sends SIGURG to its whole group again and again, and so to children in the middle of their start. A program
+ * that does not catch the signal ignores it. */
 static void
 check_signal_storm(void)
 {
@@ -366,7 +366,7 @@ check_failures(void)
     start.request.guard_fd = 63;
     fails(&start, STEP_GUARD, EBADF);
     prepare(&start, "--tell");
-    start.request.cgroup_fd = cgroup; /* which is none */
+    start.request.cgroup_fd = cgroup; /* no cgroup's folder */
     fails(&start, STEP_CGROUP, ENOENT);
     close(cgroup);
 }
