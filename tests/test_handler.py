@@ -22,7 +22,7 @@ from rankspawn import AffinityMode, Binding, MemoryPolicy, NumaOptions
 from rankspawn._binding import PlacementError
 from rankspawn._torch import handler as _handler
 
-# Here and not in the fixture: the import starts a thread that stays.
+# Imported here and not in the fixture, because the import starts a thread that stays.
 try:
     from torch.distributed.elastic.multiprocessing import subprocess_handler as torchs
 except ImportError:
@@ -47,7 +47,7 @@ def start(handlers: Any, *args: object, **kwargs: Any) -> Any:
 
 
 def finish(handler: Any) -> int:
-    """Wait, and close as torch's caller does it: only what still runs is signalled."""
+    """Wait for the process, then close its log files; torch's caller calls close() only while a process runs."""
     status = handler.proc.wait(timeout=30)
     for file in (handler._stdout, handler._stderr):
         if file is not None:
@@ -106,7 +106,7 @@ def test_session_of_its_own(handlers: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sig", [None, signal.SIGINT, signal.SIGKILL])
 def test_close_signals_the_group(handlers: Any, sig: signal.Signals | None, tmp_path: Path) -> None:
-    """The grandchild gets it too. (SIGINT is ignored in background commands of sh, hence the exec.)"""
+    """The grandchild gets the signal, too. The program resets SIGINT, because sh ignores it in background commands."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     code = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.fork();"
@@ -118,7 +118,7 @@ def test_close_signals_the_group(handlers: Any, sig: signal.Signals | None, tmp_
         assert reading.read(2) == "xx"
         handler.close(sig)
         assert handler.proc.wait(timeout=30) == -(sig or signal.SIGTERM)
-        # The end of the file comes when the last process that has it open is gone.
+        # read() returns the end of the file when no process has the FIFO open any more.
         assert reading.read() == ""
 
 
@@ -132,7 +132,7 @@ def test_close_closes_the_files(handlers: Any, tmp_path: Path) -> None:
 
 
 def test_subclass_that_starts_the_process_itself(handlers: Any, tmp_path: Path) -> None:
-    """As voir does: _popen is overridden, and reads _stdout and _stderr."""
+    """voir does so: its _popen replaces ours, and reads _stdout and _stderr."""
 
     class Own(handlers.SubprocessHandler):  # type: ignore[name-defined, misc]
         def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:
@@ -248,7 +248,7 @@ def test_node_binding(tmp_path: Path) -> None:
 
 
 def test_ranks_of_a_machine_without_devices_are_dealt_over_it() -> None:
-    """Exclusive, by LOCAL_WORLD_SIZE, as torch's agent tells it to each rank; torch itself raises without a GPU."""
+    """Mode exclusive divides by LOCAL_WORLD_SIZE, which torch's agent sets; torch itself raises without a GPU."""
     cores = min(2, len(os.sched_getaffinity(0)))
     options = NumaOptions(AffinityMode.EXCLUSIVE)
     seen = []
@@ -269,7 +269,7 @@ def test_torchs_own_options_are_taken(tmp_path: Path) -> None:
 
 
 def test_binding_applies_when_a_subclass_starts_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the stock Popen, at birth, and nothing of the caller's changes (the autouse fixture looks)."""
+    """The stock Popen's child is bound from birth, and the caller is unchanged (the autouse fixture checks that)."""
     cpu = max(os.sched_getaffinity(0))
     wanted = Binding({cpu}, MemoryPolicy("interleave", {0}))
     monkeypatch.setattr(_handler, "binding_for", lambda *_: wanted)
@@ -325,7 +325,7 @@ def test_refused_policy_is_said_when_falling_back(
 def test_refused_policy_is_said_once_when_a_subclass_adds_to_the_start(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The thread in which it starts is refused the policy, and so is what is started there by our Popen."""
+    """The kernel refuses the policy to the thread that calls _popen, and to the child that our Popen starts there."""
     monkeypatch.setattr(_handler, "binding_for", lambda *_: Binding(None, MemoryPolicy("bind", {900}), required=False))
 
     class Own(rankspawn.SubprocessHandler):

@@ -1,8 +1,8 @@
-"""System calls made to fail by strace's fault injection, in a small launcher of its own.
+"""strace's fault injection makes system calls fail in a small launcher of this module's own.
 
-strace is attached when the launcher is about to start something, so that a fault hits that and nothing before it, and
-each test reads strace's log: a fault that never happened would be a test of nothing. The launcher compares what
-conftest.py compares around every test, before and after its starts.
+strace attaches when the launcher is about to start something, so that a fault hits this start and nothing before it.
+Each test reads strace's log, because a test whose fault never happened would test nothing. Before and after its starts
+the launcher compares what conftest.py compares around every test.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def line_of(pipe: Any, what: str) -> str:
 
 
 class Strace:
-    """A strace that has attached by the time the block begins, and has let go when it ends."""
+    """A strace that is attached when the block begins, and detached when it ends."""
 
     def __init__(self, command: list[str]) -> None:
         self.command = command
@@ -131,12 +131,12 @@ class Faults:
 
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
-    """One for all tests: what takes long is the start of the interpreter."""
+    """One launcher for all tests, because the interpreter takes long to start."""
     script = tmp_path_factory.mktemp("faults") / "launcher.py"
     script.write_text(LAUNCHER)
     command = [sys.executable, str(script), json.dumps(sys.path)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        # conftest.py compares command lines of children, and a process has none in the middle of its exec.
+        # conftest.py compares the children's command lines, and a process in the middle of execve(2) has none.
         assert line_of(process.stdout, "the launcher") == "here\n"
         yield process
         process.kill()
@@ -153,7 +153,8 @@ BOUND_IF_POSSIBLE = "return attempt(['true'], " + BINDING % ", required=False" +
 STARTED = {"status": 0, "mechanism": "clone", "refused": [], "out": None}
 
 
-# Calls that the launcher makes, too: it makes one before, for the fault to hit, and in the child it is the first again.
+# The launcher makes these calls, too. So it makes one before the start, which the fault hits with when=1. The child's
+# first call is hit again, because strace counts in each process by itself.
 FIRST_OF_ALL = defaultdict(
     str,
     openat="""
@@ -223,7 +224,7 @@ def test_step(faults: Faults, call: str, step: str, keywords: str) -> None:
 
 @pytest.mark.parametrize("die_with_parent", [True, False])
 def test_program_of_a_thread(faults: Faults, die_with_parent: bool) -> None:
-    """The failure arrives in the thread that asked, whichever thread made the child."""
+    """The thread that called Popen gets the error, whichever thread made the child."""
     scenario = f"""
 found = []
 def start():
@@ -239,12 +240,12 @@ return found[0]
 
 @pytest.mark.parametrize("without", [(), ("clone3:error=ENOSYS",)], ids=["clone3", "clone"])
 def test_signal_actions(faults: Faults, without: tuple[str, ...]) -> None:
-    """A seccomp profile that forbids them: execve(2) resets what is caught by itself."""
+    """No start fails where seccomp forbids rt_sigaction, because execve(2) resets caught signals itself."""
     found = faults.run("return attempt(['/bin/sh', '-c', 'kill -USR1 $$'])", "rt_sigaction:error=EPERM", *without)
     assert found["status"] == -signal.SIGUSR1
 
 
-# ---- an optional call that is not there: the next way is taken -----------------------------------------------------
+# ---- an optional call that fails: the next way is taken ------------------------------------------------------------
 
 
 def listing(keywords: str) -> str:
@@ -268,13 +269,13 @@ finally:
 
 def open_in_child(found: dict[str, Any]) -> set[str]:
     assert found["status"] == 0 and found["mechanism"] in ("clone", "posix_spawn"), found
-    # The shell's * needs a descriptor of its own while it reads the folder: the first free number.
+    # The shell opens the folder to expand *: that is the first free number.
     return set(found["out"].split())
 
 
 @pytest.mark.parametrize("code", ["ENOSYS", "EPERM", "EINVAL"])
 def test_close_range(faults: Faults, code: str) -> None:
-    """Without it the child copies the whole table, and closes what /proc lists."""
+    """Without close_range(2) the child copies the whole table, and closes what /proc lists."""
     found = faults.run(listing("[{}, {'pass_fds': [310]}, {'close_fds': False}]"), f"close_range:error={code}")
     none, one, all_of_them = (open_in_child(start) for start in found)
     assert none == {"0", "1", "2", "3"}
@@ -283,13 +284,13 @@ def test_close_range(faults: Faults, code: str) -> None:
 
 
 def test_close_range_without_unshare(faults: Faults) -> None:
-    """A kernel between the call and its flag: the first child is refused, and the second copies the whole table."""
+    """A kernel has the call without its flag: the first child's call fails, and the second child copies the table."""
     (found,) = faults.run(listing("[{'pass_fds': [310]}]"), "close_range:error=EINVAL:when=1")
     assert open_in_child(found) == {"0", "1", "2", "3", "310"}
 
 
 def test_close_range_and_proc(faults: Faults) -> None:
-    """With neither, every number below the limit is closed."""
+    """With neither close_range(2) nor /proc, the child closes every number below the limit."""
     scenario = FIRST_OF_ALL["openat"].replace("Permission", "FileNotFound") + listing("[{}]")
     (found,) = faults.run(scenario, "close_range:error=ENOSYS", "openat:error=ENOENT:when=1")
     assert open_in_child(found) == {"0", "1", "2", "3"}
@@ -304,7 +305,7 @@ return [process.pidfd is not None, process.mechanism, process.wait(timeout=30), 
 
 @pytest.mark.parametrize("code", ["EINVAL", "ENOSYS", "EPERM", "E2BIG"])
 def test_clone3(faults: Faults, code: str) -> None:
-    """clone gives a pidfd as well."""
+    """Where clone3 fails, clone gives a pidfd as well."""
     assert faults.run(PIDFD, f"clone3:error={code}") == [True, "clone", 3, True]
 
 
@@ -322,7 +323,7 @@ def test_clone3_with_a_pidfd(faults: Faults, code: str) -> None:
 @pytest.mark.parametrize("code", ["EAGAIN", "ENOMEM"])
 @pytest.mark.parametrize("without", [(), ("clone3:error=ENOSYS",)], ids=["clone3", "clone"])
 def test_no_memory_for_a_process(faults: Faults, code: str, without: tuple[str, ...]) -> None:
-    """That is no reason to ask for less: it is what the caller must hear."""
+    """The engine does not try again with fewer flags: the caller gets this error."""
     call = "clone" if without else "clone3"
     found = faults.run("return attempt(['true'])", f"{call}:error={code}", *without)
     assert found["errno"] == getattr(errno, code) and "clone: " in found["text"]
@@ -353,7 +354,7 @@ def cgroup() -> Iterator[Path]:
 @pytest.mark.parametrize("code", ["ENOSYS", "EPERM", "EBUSY"])
 @pytest.mark.parametrize("user", ["", ", user=os.getuid()"])
 def test_clone3_into_a_cgroup(faults: Faults, cgroup: Path, code: str, user: str) -> None:
-    """The child then goes there by itself, before anything else."""
+    """Where clone3 fails, the child writes itself into the cgroup before it does anything else."""
     scenario = f"""
 return attempt(['grep', '^0:', '/proc/self/cgroup'], cgroup={str(cgroup)!r}, stdout=subprocess.PIPE, text=True{user})
 """
@@ -376,7 +377,7 @@ return attempt(['grep', '^0:', '/proc/self/cgroup'], cgroup={str(cgroup)!r}, std
 
 @pytest.mark.parametrize("code", ["EINVAL", "ENOSYS", "EPERM"])
 def test_group_signal(faults: Faults, code: str) -> None:
-    """The group is signalled by its number while the leader holds it; afterwards that is refused."""
+    """Without the pidfd's call, killpg(2) signals the group while the leader holds its number; later calls raise."""
     scenario = """
 process = Popen(['/bin/sh', '-c', 'sleep 100 & wait'], start_new_session=True)
 process.send_signal_group(signal.SIGTERM)
@@ -389,7 +390,7 @@ return found
 """
     status, (raised, text) = faults.run(scenario, f"pidfd_send_signal:error={code}")
     assert status == -15
-    # EPERM may mean that the members are another user's: then it is the answer, and not that the kernel is old.
+    # EPERM may mean that the members are another user's, and not that the kernel is old: so it is raised.
     if code == "EPERM":
         assert raised == "PermissionError" and "process group" in text
     else:
@@ -419,13 +420,13 @@ def test_close_range_of_posix_spawn(faults: Faults, code: str) -> None:
 
 
 def test_interrupted_wait_for_a_failed_child(faults: Faults) -> None:
-    """EINTR of wait4(2), which every signal of the caller can give, is no answer."""
+    """Every signal to the caller can end wait4(2) with EINTR; the engine then waits again."""
     found = faults.run("return attempt(['/no/such/program'])", "wait4:error=EINTR:when=1..3")
     assert (found["raised"], found["errno"]) == ("FileNotFoundError", errno.ENOENT)
 
 
 def test_interrupted_wait_for_the_thread(faults: Faults) -> None:
-    """A thread that asked for a child which dies with its parent waits on a futex for the one that makes it."""
+    """The thread that made a child with a death signal waits for its end in waitid(2), and waits again after EINTR."""
     scenario = """
 found = []
 thread = threading.Thread(target=lambda: found.append(attempt(['/bin/true'], die_with_parent=True)))
@@ -438,7 +439,7 @@ return found[0]
 
 
 def test_close_range_without_a_free_descriptor(faults: Faults) -> None:
-    """The folder cannot be opened then; what is above the limit must be closed all the same."""
+    """The child cannot open /proc/self/fd then; it must close what is above the limit all the same."""
     scenario = """
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 high = os.dup2(0, 300)

@@ -1,6 +1,5 @@
-"""What an interpreter may be: one without a GIL, in which importing us must not switch it back on, and one of several
-in a process. Each test's program runs in a fresh interpreter, since pytest's own modules have a say in both.
-"""
+"""An interpreter without a GIL, in which importing us must not switch the GIL back on, and several interpreters in one
+process. Each test's program runs in a fresh interpreter, because pytest's own modules affect both."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ def run(code):
             import _interpreters as legacy
         except ImportError:
             import _xxsubinterpreters as legacy
-        # Before 3.12 there is none with a GIL of its own, and an isolated one may start no process.
+        # Before 3.12 no sub-interpreter has a GIL of its own, and an isolated one may not start processes.
         one = legacy.create() if sys.version_info >= (3, 12) else legacy.create(isolated=False)
         assert legacy.run_string(one, code) is None
         legacy.destroy(one)
@@ -59,7 +58,7 @@ def test_imports_leave_the_gil_off() -> None:
 
 @pytest.mark.parametrize("mechanism", ["clone", "posix_spawn"])
 def test_threads_that_start_at_once(mechanism: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has its own result, while another changes the environment; and a group is watched by many."""
+    """Each thread gets its own result while another changes the environment, and several threads watch one group."""
     monkeypatch.setenv("RANKSPAWN_MECHANISM", mechanism)
     program = """
         import os, sys, threading
@@ -126,7 +125,8 @@ def test_threads_that_start_at_once(mechanism: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("loaded", ["", "import rankspawn; rankspawn.Popen(['true']).wait()"])
 def test_sub_interpreter(loaded: str) -> None:
-    """It goes without the engine: by the standard library's own path, which binds a process after its start at best."""
+    """A sub-interpreter may have no engine. The standard library then starts the process, which is bound after its
+    start, if at all."""
     code = textwrap.dedent("""
         from rankspawn import Binding, BindingError, MemoryPolicy, Popen, launch
         from rankspawn._start.engine import EXTENSION_ERROR
@@ -154,4 +154,4 @@ def test_sub_interpreter(loaded: str) -> None:
     elif loaded:
         assert "only be loaded into one interpreter" in told
     else:
-        assert told == "None"  # the first interpreter that asks has the engine
+        assert told == "None"  # the first interpreter that imports the engine has it

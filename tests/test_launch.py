@@ -1,4 +1,4 @@
-"""launch(): what the ranks are given and told, what is refused, and that whoever is refused leaves nothing behind."""
+"""launch(): what it gives and tells the ranks, what it refuses, and that a call that fails leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_what_ranks_of_one_of_several_machines_are_told(tmp_path: Path) -> None:
 
 
 def test_environments(tmp_path: Path) -> None:
-    """The ranks' own win over the job's, and those over what all inherit."""
+    """A rank's own variables win over the job's, and the job's win over the inherited ones."""
     shared = {"PATH": os.environ["PATH"], "RANK": "inherited", "SHARED": "yes"}
     with launch(
         TELL, 2, env=shared, rank_env=[{"OWN": "first"}, {"OWN": "second", "LOCAL_RANK": "7"}], log_dir=tmp_path
@@ -140,7 +140,7 @@ def test_files_of_the_callers_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [None, {1}])
 def test_tee(ranks: set[int] | None, capfd: pytest.CaptureFixture[str]) -> None:
-    """Complete when the block has been left, also of a rank that was killed; the temporary files are gone then."""
+    """After the block all output is shown, also a killed rank's, and the temporary files are removed."""
     script = "echo out $RANK; echo err $RANK >&2; printf last; kill -9 $$"
     with launch(["/bin/sh", "-c", script], 2, tee=True, tee_ranks=ranks, keep_going=True) as group:
         assert group.wait(PATIENCE) == (-9, -9)
@@ -155,7 +155,7 @@ def test_tee(ranks: set[int] | None, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_rank_that_fills_its_stdout(tmp_path: Path) -> None:
-    """Nobody has to read: the ranks write to files. With the tee's output closed, too."""
+    """Nobody has to read, because the ranks write to files. This holds where the tee's output is closed, too."""
     script = "head -c 20000000 /dev/zero; echo done >&2"
     reading, writing = os.pipe()
     os.close(reading)
@@ -185,7 +185,7 @@ def test_death_signals(die: bool | None) -> None:
     def pids_of_a_launcher_that_dies() -> list[int]:
         group = launch(SLEEPING, 2, die_with_parent=die)
         pids = list(group.pids())
-        # Nothing of the group's is done at its end.
+        # So that the group's __del__ does nothing when this process ends.
         group._closed = True
         return pids
 
@@ -288,7 +288,7 @@ def test_all_or_nothing_when_a_log_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_all_or_nothing_with_what_the_ranks_had_started_already(tmp_path: Path) -> None:
-    """A refusal comes late: they have children in process groups of their own by then."""
+    """The start is refused late: by then the ranks have children in process groups of their own."""
     code = "import os; os.fork() or os.setpgid(0, 0); open(f'ready.{os.getpid()}', 'w'); os.kill(os.getpid(), 19)"
     from rankspawn._start import crew as _crew
 
@@ -353,7 +353,7 @@ def test_what_needs_the_engine(mechanism: str, temporary: Path) -> None:
 
 
 def test_a_limit_below_the_number_of_ranks(temporary: Path) -> None:
-    """Said before anything is made."""
+    """launch() raises before it makes anything."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
     try:
@@ -373,7 +373,7 @@ def test_without_free_descriptors_nobody_is_left(free: int) -> None:
     highest = max(int(fd) for fd in os.listdir("/proc/self/fd"))
     held = [os.dup(0)]
     try:
-        while held[-1] < highest:  # no hole is left
+        while held[-1] < highest:  # no lower number stays free
             held.append(os.dup(0))
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(held) + 1 + free, limits[1]))
         try:
@@ -390,14 +390,14 @@ def test_without_free_descriptors_nobody_is_left(free: int) -> None:
             os.close(fd)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
-    # Four ranks, the selector and its bell.
+    # Four pidfds, the selector and its bell.
     assert enough == (free >= 6)
 
 
 @needs_root
 @pytest.mark.parametrize("free", [0, 1, 5, 9])
 def test_without_free_processes_nobody_is_left(free: int) -> None:
-    """RLIMIT_NPROC at rank k of N: no user of that number has processes, and root is exempt."""
+    """RLIMIT_NPROC stops rank k of N. The launcher becomes a user without other processes, because root is exempt."""
 
     def run() -> tuple[int, str]:
         become(NOBODY)
@@ -411,13 +411,13 @@ def test_without_free_processes_nobody_is_left(free: int) -> None:
         eventually(lambda: len(os.listdir("/proc/self/task")) == 1)
         return code, text
 
-    mechanisms()  # its probe is a process too
+    mechanisms()  # because its probe starts a process, too
     code, text = in_child(run)
     assert code == errno.EAGAIN and "Resource temporarily unavailable" in text and "rank " in text
 
 
 def test_a_thousand_ranks() -> None:
-    """In a process whose limit is high enough; each is seen to end, and by no polling."""
+    """The process has a high enough limit, so each rank has a pidfd, and the group sees it end without polling."""
 
     def run() -> list[Any]:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,4 +1,4 @@
-"""Where ranks write, and the end of it as a terminal can take it."""
+"""Where ranks write, and the last lines of a log as a terminal can show them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_last_lines(tmp_path: Path, written: bytes, lines: list[str]) -> None:
 
 
 def test_last_lines_of_a_large_file(tmp_path: Path) -> None:
-    """A sparse terabyte: the end is looked for at the end."""
+    """A sparse file of a terabyte: only its end is read."""
     log = tmp_path / "log"
     with log.open("wb") as file:
         file.truncate(1 << 40)

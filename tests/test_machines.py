@@ -13,7 +13,7 @@ from tests.support.machines import Machine, two_machines
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
-# Ranks that exchange data for as long as they are left alone; a socket of theirs waits SECONDS for the others.
+# Ranks that exchange data until something ends them; their sockets wait SECONDS for the others.
 EXCHANGE = SAY + (
     "from array import array\n"
     f"sys.path.insert(0, {str(EXAMPLES)!r})\n"
@@ -55,7 +55,7 @@ def test_a_ring_over_two_machines(machines: tuple[Machine, Machine]) -> None:
 def test_a_launcher_that_is_killed_ends_the_job_on_the_other_machine(
     machines: tuple[Machine, Machine], killed: int
 ) -> None:
-    """By what the kernel does: it kills the ranks of a dead launcher, and closes their connections."""
+    """The kernel kills the ranks of a dead launcher and closes their connections, so that the other ranks fail."""
     command = [in_ranks(EXCHANGE, "--nproc-per-node", "2", *meeting(machines, node)) for node in range(2)]
     with (
         launched(machines[0].runs([*command[0], "600"])) as one,
@@ -66,7 +66,7 @@ def test_a_launcher_that_is_killed_ends_the_job_on_the_other_machine(
         (one, other)[killed].process.kill()
         survivor = (other, one)[killed]
         assert survivor.end() == 1
-        # Both ranks there lose a connection at the same time: which of them is told as the first is not known.
+        # Both ranks there lose a connection at the same time, so either may be the first that is reported.
         mine = "[23]" if killed == 0 else "[01]"
         assert re.search(rf"^rankspawn: rank {mine} \(pid \d+\) exited with status 1$", survivor.stderr.read(), re.M)
 
@@ -74,7 +74,7 @@ def test_a_launcher_that_is_killed_ends_the_job_on_the_other_machine(
 def test_a_machine_that_is_cut_off_ends_the_job_when_its_ranks_wait_no_longer(
     machines: tuple[Machine, Machine],
 ) -> None:
-    """No connection is closed, and no launcher knows: the bound is that of the ranks' own sockets."""
+    """No connection is closed, and no launcher notices: only the time-out of the ranks' own sockets ends the job."""
     command = [in_ranks(EXCHANGE, "--nproc-per-node", "1", *meeting(machines, node)) for node in range(2)]
     with (
         launched(machines[0].runs([*command[0], "1"])) as one,

@@ -21,7 +21,7 @@ MODES = tuple(mode.value for mode in AffinityMode)
 
 
 def read(machine: Machine) -> Topology:
-    """The topology of a machine, through files."""
+    """The topology of a machine, written to files and read from them."""
     with tempfile.TemporaryDirectory() as folder:
         return Topology.read(write(Path(folder), machine))
 
@@ -45,7 +45,7 @@ def test_more_ranks_than_devices_begin_again() -> None:
     topology = read(Machine(sockets=2, cores=4))
     whole = place(topology, "exclusive", nprocs=4, devices=on(1, 0))
     assert lists(whole) == ["4-5", "0-1", "6-7", "2-3"]
-    # Also where each is asked for by itself, as torch asks, whose own way ends there in an error.
+    # The same where a caller asks for each rank by itself, as torch does; torch's own function raises there.
     for index in range(4):
         assert place(topology, "exclusive", gpu_index=index, nprocs=4, devices=on(1, 0)) == (whole[index],)
     with pytest.raises(PlacementError, match="gpu_index 4: only 2 devices are visible"):
@@ -120,7 +120,7 @@ def test_a_cpuset_without_the_devices_node() -> None:
     with pytest.raises(PlacementError, match=message):
         place(topology, "node", nprocs=1, devices=on(1))
     (rank,) = plan(topology, "node", nprocs=1, devices=on(1), memory="preferred", required=False)
-    # CPUs and memory are given up each on its own: the node's memory may still be used.
+    # The plan gives up CPUs and memory separately: the rank may still use the node's memory.
     assert (rank.binding.cpus, str(rank.binding.memory)) == (None, "preferred:1")
 
 
@@ -207,7 +207,7 @@ def test_memory_beside_the_rules() -> None:
 
 
 def test_no_rank_is_sent_to_the_memory_of_a_device() -> None:
-    # CPUs on node 0 without memory, as in a machine of HBM only; node 1 is the GPU's own memory, node 2 is not.
+    # Node 0 has CPUs and no memory, as in a machine of HBM only; node 1 is the GPU's own memory, node 2 is not.
     extra = {"sys/devices/system/node/node0/distance": "10 20 40"}
     topology = read(Machine(memory_only=2, no_memory=frozenset({0}), extra=extra))
     (rank,) = plan(topology, "node", nprocs=1, devices=on(1), memory="bind")
@@ -319,7 +319,7 @@ def test_what_holds_of_every_plan(machine, nprocs, mode, reserve, threads, requi
             required=required,
         )
     except PlacementError as error:
-        # Nothing but too few cores, or a device whose node is out of reach, is an error.
+        # Only too few cores, or a device whose node has no usable CPU, is an error.
         words = ["--reserve-cores"] if reserve else []
         words += ["exclusive: "] if required and mode == "exclusive" else []
         words += ["has no usable CPU"] if required and machine.gpus else []
@@ -342,7 +342,7 @@ def test_what_holds_of_every_plan(machine, nprocs, mode, reserve, threads, requi
 
 
 def uses_every_core(topology: Topology, ranks) -> None:
-    """The ranks on a node have all of its allowed CPUs between them."""
+    """Together, the ranks on a node have all of its allowed CPUs."""
     for node in topology.nodes:
         mine = [rank.binding.cpus for rank in ranks if rank.node == node.id]
         assert not mine or frozenset().union(*mine) == node.cpus & topology.allowed_cpus

@@ -27,7 +27,7 @@ MECHANISMS = ("clone", "posix_spawn", "subprocess")
 
 @pytest.fixture(params=["reference", *MECHANISMS])
 def popen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """subprocess.Popen, then ours with each mechanism first. Asserts that the mechanism ran, or declined to clone."""
+    """subprocess.Popen, then ours by each mechanism. Asserts that this one ran, or clone where posix_spawn declined."""
     if request.param == "reference":
         yield subprocess.Popen
         return
@@ -158,7 +158,7 @@ def test_ids(popen: Callable[..., Any]) -> None:
     assert (err, status) == (b"", 0)
     shown = {words[0]: words[1:] for words in map(str.split, out.decode().splitlines())}
     assert shown == {"Uid:": ["65534"] * 4, "Gid:": ["65533"] * 4, "Groups:": ["65531", "65532"]}
-    # A change of ids in shared memory would have made this process undumpable, and unreadable for debuggers.
+    # If the child changed its ids in our memory, the kernel would make us undumpable: no debugger could attach.
     assert dumpable() == was_dumpable
 
 
@@ -335,7 +335,7 @@ def test_many_threads_wait_for_one_child(popen: Callable[..., Any]) -> None:
 def test_child_reaped_by_another(popen: Callable[..., Any]) -> None:
     process = popen(["/bin/sh", "-c", "exit 3"])
     os.waitpid(process.pid, 0)
-    assert process.wait(timeout=30) == 0  # the standard library's rule: nobody can know
+    assert process.wait(timeout=30) == 0  # as in the standard library: the status is lost
 
 
 def test_forgotten_child_warns_and_is_reaped_later(popen: Callable[..., Any]) -> None:
@@ -358,7 +358,7 @@ def test_audit_event(popen: Callable[..., Any]) -> None:
         if listening and event == "subprocess.Popen":
             seen.append(args)
 
-    sys.addaudithook(listen)  # cannot be taken away again: it is switched off instead
+    sys.addaudithook(listen)  # a hook cannot be removed, so it is switched off below
     run(popen, "/bin/sh", "-c", "exit 0", env={"A": "B"}, cwd="/")
     listening = False
     assert seen == [("/bin/sh", ["/bin/sh", "-c", "exit 0"], "/", {"A": "B"})]
@@ -371,7 +371,7 @@ def test_name_and_repr(popen: Callable[..., Any]) -> None:
 
 
 def test_subclass_that_passes_the_seam_on_by_position(popen: Callable[..., Any]) -> None:
-    """As sarge does: the method is called positionally, with the preexec_fn replaced."""
+    """sarge does so: it calls the method with positional arguments, and replaces the preexec_fn."""
     base = subprocess.Popen if popen is subprocess.Popen else Popen
     called = []
 
@@ -415,7 +415,7 @@ def test_binding_is_there_from_birth() -> None:
     out, _, _ = run(Popen, "/bin/cat", "/proc/self/status", "/proc/self/numa_maps", binding=binding)
     lines = out.decode().splitlines()
     assert f"Cpus_allowed_list:\t{cpu}" in lines
-    # Every page of the new image, from the stack on, is under the policy.
+    # The policy holds for every page of the new image, from the stack on.
     maps = [line.split()[1] for line in lines if "kernelpagesize" in line]
     assert maps
     assert set(maps) == {"bind:0"}
@@ -493,7 +493,7 @@ def test_one_log_path_for_both_is_opened_once(mechanism: str, tmp_path: Path, mo
     finally:
         monkeypatch.undo()
         _popen.mechanisms.cache_clear()
-    # posix_spawn would call a log that cannot be opened the program's fault, and declines.
+    # posix_spawn declines, because it would report a log that cannot be opened as a failed exec.
     assert process.mechanism == {"posix_spawn": "clone"}.get(mechanism, mechanism)
     assert log.read_text() == "a\nb\nc\n"
 
@@ -529,7 +529,7 @@ def test_pidfd_is_of_the_process_and_goes_with_it() -> None:
 
 
 def test_group_signal_after_the_leader_was_waited_for(tmp_path: Path) -> None:
-    """The orphan of a leader that has been reaped is still in its group, and gets the signal."""
+    """The orphan of a reaped leader is still in the leader's group, and gets the signal."""
     code = "trap '' TERM; sleep 60 & echo $!; exec 1>&-; exit 0"
     with Popen(["/bin/sh", "-c", code], stdout=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdout is not None
@@ -537,7 +537,7 @@ def test_group_signal_after_the_leader_was_waited_for(tmp_path: Path) -> None:
         assert process.wait() == 0
         process.send_signal_group(signal.SIGKILL)
         eventually(lambda: has_ended(orphan))
-        process.send_signal_group(signal.SIGKILL)  # nobody is left: nothing happens
+        process.send_signal_group(signal.SIGKILL)  # the group is empty: nothing happens
 
 
 def test_group_signal_needs_a_leader() -> None:
@@ -585,13 +585,13 @@ def test_binding_without_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_handler_that_raises_leaves_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Signals wait while a child is made, so that Ctrl-C most often strikes right after it: the child must not stay."""
+    """The engine blocks signals while it makes a child, so Ctrl-C mostly strikes right after: no child may stay."""
 
     class Struck(Exception):
         pass
 
     class Engine:
-        """The real one, and a handler that raises as soon as its call returns."""
+        """The real engine, and a signal handler that raises as soon as spawn returns."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(_spawn, name)

@@ -1,4 +1,4 @@
-"""The README's own words: its Python runs, and its commands are there."""
+"""What the README says: its Python code runs, and its commands exist."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python() -> None:
-    """Each block runs as it stands, and prints what the page says of it."""
+    """Each block runs as it stands, and prints what the page says."""
     printed = []
     for block in blocks("python"):
         done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=False)

@@ -81,7 +81,7 @@ def started(*command: str, number: int = 0, **options: Any) -> Iterator[Running]
 
 
 class Running:
-    """A rank and what a group would note of it."""
+    """A rank, and what a group would note about it."""
 
     def __init__(self, number: int, rank: Popen, called_ns: int) -> None:
         self.number, self.rank, self.called_ns = number, rank, called_ns
@@ -196,7 +196,7 @@ def test_what_a_rank_used() -> None:
 
 
 def test_the_launchers_own_peak_is_not_reported_as_a_ranks() -> None:
-    """execve(2) carries it over, whatever the rank itself then needs."""
+    """execve(2) keeps the launcher's peak in ru_maxrss, however little the rank itself needs."""
     with started("/bin/true") as one:
         used = one.ended()["rusage"]
         assert used is not None and used["max_rss"] is None
@@ -221,7 +221,7 @@ def test_a_rank_that_still_runs() -> None:
     with started(*python(SEVERAL), stdout=subprocess.PIPE, text=True) as one:
         assert one.rank.stdout is not None and one.rank.stdout.readline() == "ready\n"
         while len(ProcessTree().descendants(one.rank.pid)) < 2:
-            time.sleep(0.01)  # the shell's own child
+            time.sleep(0.01)  # until the shell has its own child
         told = one.report(tree=ProcessTree())
         alone = one.report()
     now = told["now"]
@@ -271,7 +271,7 @@ def test_a_zombie_is_nobodys_descendant() -> None:
 
 
 def test_a_stranger_is_nobodys_descendant() -> None:
-    """Where orphans keep the number of their parent, a rank may be given one that strangers have as their parent's."""
+    """Where orphans keep the pid of their parent, a rank may get a pid that strangers have as their parent's."""
     with started("/bin/sh", "-c", "sleep 60 & wait") as one:
         while not (found := ProcessTree().descendants(one.rank.pid)):
             time.sleep(0.01)
@@ -280,13 +280,13 @@ def test_a_stranger_is_nobodys_descendant() -> None:
         tree = ProcessTree()
         table = {one.rank.pid: [(us, us.create_time()), (child, child.create_time())]}
         table[child.pid] = [(us, us.create_time())]
-        tree.__dict__["_started_by"] = table  # as that system would say it, of processes that are real
+        tree.__dict__["_started_by"] = table  # as such a system would describe these real processes
         born = psutil.Process(one.rank.pid).create_time()
         assert us.create_time() < born, "pytest is too young for this test"
         assert tree.descendants(one.rank.pid) == [child]
         assert tree.descendants(one.rank.pid, born) == [child]
         assert tree.descendants(one.rank.pid, child.create_time() + 0.001) == []
-    # The rank is gone, and its number with it. Told when it was born, the tree that was read still leads to its child.
+    # The rank and its pid are gone. Given the time of its birth, the tree that was read still leads to its child.
     assert tree.descendants(one.rank.pid) == []
     assert tree.descendants(one.rank.pid, born) == [child]
 
@@ -374,7 +374,7 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path: Path) -> None:
 
 
 def test_the_error_names_the_path_as_it_was_given(tmp_path: Path) -> None:
-    # By a link: a mistake in what is tested must not replace the machine's own device.
+    # Through a link, so that a bug in write_text cannot replace the machine's own device.
     (tmp_path / "full").symlink_to("/dev/full")
     for path, code in (
         (tmp_path / "none" / "report.json", errno.ENOENT),

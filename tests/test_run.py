@@ -40,7 +40,7 @@ from tests.support.processes import eventually, has_ended, new_cgroup, state
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sessions, signals and terminals are asked for")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
 
-# What only some attempts do.
+# How a program begins that does not do the same in each attempt.
 ATTEMPT = SAY + "attempt, rank = int(os.environ['TORCHELASTIC_RESTART_COUNT']), os.environ['RANK']\n"
 
 
@@ -48,7 +48,7 @@ ATTEMPT = SAY + "attempt, rank = int(os.environ['TORCHELASTIC_RESTART_COUNT']), 
 
 
 def test_the_others_go_on_where_that_is_asked_for() -> None:
-    # Rank 1 has failed before anybody is told to go on.
+    # The other ranks wait for the end of stdin, so that rank 1 fails first.
     code = SAY + "if os.environ['RANK'] == '1': sys.exit(3)\nsys.stdin.read()\nsay('done')\n"
     with launched(in_ranks(code, "--nproc-per-node", "3", "--keep-going"), stdin=subprocess.PIPE) as job:
         assert job.stderr.readline() == "rankspawn: rank 1 has failed\n"
@@ -63,7 +63,7 @@ def test_the_first_of_several_failures_is_the_jobs() -> None:
     code = SAY + "rank = int(os.environ['RANK'])\nif rank: sys.stdin.read()\nsys.exit(10 + rank)\n"
     with launched(in_ranks(code, "--nproc-per-node", "3", "--keep-going"), stdin=subprocess.PIPE) as job:
         assert job.stderr.readline() == "rankspawn: rank 0 has failed\n"
-        # By whole seconds the failures would be at once, and the lowest rank's the first anyway.
+        # In whole seconds all failures would be at once, and rank 0, the lowest, would be the first all the same.
         assert job.process.stdin is not None
         job.process.stdin.close()
         assert job.end() == 10
@@ -240,7 +240,7 @@ def test_tee_shows_whole_lines_with_their_rank(tmp_path: Path) -> None:
         "    print('err', number, 'x' * 50, file=sys.stderr, flush=True)\n"
         "sys.exit(int(os.environ['RANK']))\n"
     )
-    # PYTHONUNBUFFERED: print() would write the launcher's own lines word by word.
+    # With PYTHONUNBUFFERED, print() would write the launcher's own lines word by word.
     options = ["--nproc-per-node", "3", "--keep-going", "--tee", "--log-dir", str(tmp_path)]
     done = completed(in_ranks(code, *options), env=environment_here(PYTHONUNBUFFERED="1"))
     assert done.returncode in (1, 2)
@@ -456,7 +456,7 @@ def test_no_moment_at_which_ctrl_c_shows_a_traceback_of_the_command() -> None:
             time.sleep(random.uniform(0.05, 0.6))
             job.process.send_signal(signal.SIGINT)
             status, told = job.end(), job.stderr.read()
-        # Until the interpreter, the package and the signal module are there, the interpreter answers in its own way.
+        # Until the interpreter has loaded the package and its signal module, it answers Ctrl-C in its own way.
         if "Traceback" in told:
             assert not re.search(r'__main__.py", line \d+, in main', told) and "Exception ignored" not in told, told
         else:
@@ -469,7 +469,7 @@ def test_no_moment_at_which_ctrl_c_shows_a_traceback_of_the_command() -> None:
 
 @pytest.fixture
 def public_folder() -> Iterator[Path]:
-    """A folder that other users reach."""
+    """A folder that other users can reach."""
     with TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         yield Path(folder)
@@ -511,7 +511,7 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def shows(self, pattern: str) -> re.Match[str]:
-        """Wait until something new matches; what is shown behind it is new to the next call."""
+        """Wait until something new matches. The next call looks behind the match."""
         until = time.monotonic() + TIMEOUT
         while (found := re.search(pattern, self.text)) is None:
             assert time.monotonic() < until, f"{pattern} is not in {self.text!r}"
@@ -526,7 +526,7 @@ class Terminal:
 
 @contextmanager
 def on_terminal(command: list[str], **environment: str) -> Iterator[tuple[Terminal, int]]:
-    """``command`` as the leader of a terminal's session, and its pid."""
+    """The terminal of ``command``, which leads its session, and the pid of ``command``."""
     pid, fd = pty.fork()
     if pid == 0:
         try:
@@ -698,7 +698,7 @@ def test_a_step_of_slurm_says_which_machine_this_is() -> None:
     told = said(done.stdout)[3]
     assert (told["GROUP_RANK"], told["WORLD_SIZE"], told["MASTER_ADDR"]) == ("1", "4", "gpu07")
     assert (told["MASTER_PORT"], told["TORCHELASTIC_RUN_ID"]) == (str(29500 + 772 % 3001), "77.2")
-    # What the user says wins.
+    # The user's options win over Slurm's variables.
     done = completed(in_ranks(ENVIRONMENT, "--nnodes", "1"), env=environment_here(**SLURM))
     assert said(done.stdout)[0]["GROUP_WORLD_SIZE"] == "1"
     done = completed(in_ranks(ENVIRONMENT, "--master-port", "29514"), env=environment_here(**SLURM))

@@ -1,4 +1,4 @@
-"""Members of a session: found, ended whatever they do, and said when they cannot be."""
+"""Members of a session are found, and ended whatever they do; those that cannot be ended are named."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="se
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
-# What the processes of a session run: tell() writes their number down, and what else they were asked for.
+# How the programs of a session begin: tell() writes the pid, and numbers that it is given, to the pipe.
 PRELUDE = """
 import os, signal, sys
 def tell(*also):
@@ -35,7 +35,7 @@ def rest():
 
 
 class Session:
-    """A session of a process that runs ``code``; ``told`` has what its members have told."""
+    """A session whose leader runs ``code``. told: what its members have written by tell(), a list for each line."""
 
     def __init__(self, code: str) -> None:
         self.leader = subprocess.Popen(
@@ -48,7 +48,7 @@ class Session:
         self.told: list[list[int]] = []
 
     def hear(self, lines: int) -> list[int]:
-        """The processes that tell next."""
+        """The pids of the processes that tell next."""
         assert self.leader.stdout is not None
         new = [list(map(int, self.leader.stdout.readline().split())) for _ in range(lines)]
         self.told += new
@@ -60,7 +60,7 @@ class Session:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        self.leader.communicate(timeout=PATIENCE)  # somebody who was not told of may have the pipe
+        self.leader.communicate(timeout=PATIENCE)  # a process that never called tell() may have the pipe
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_all_members_are_ended_and_nobody_else(session: Callable[[str], Session]
 
 @pytest.mark.parametrize("known", [True, False])
 def test_leader_that_ended_first(session: Callable[[str], Session], known: bool) -> None:
-    """Not reaped: its number is taken, and whoever calls may know that it has ended."""
+    """Nobody reaps the leader, so its pid stays taken; the caller may know that it has ended."""
     orphans = session("if os.fork() and os.fork():\n  os._exit(0)\nos.setpgid(0, 0); tell(); rest()")
     told = orphans.hear(2)
     eventually(lambda: state(orphans.sid) == "Z")
@@ -146,7 +146,7 @@ def test_zombies_are_no_members(session: Callable[[str], Session]) -> None:
 def test_process_whose_first_thread_has_ended_lives(
     session: Callable[[str], Session], pidfds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What proc(5) and psutil call a zombie, and torch's own threads could go on in."""
+    """proc(5) and psutil call such a process a zombie, although its other threads, as torch's may, still run."""
     code = """
 import ctypes, threading, time
 def run():
@@ -176,7 +176,7 @@ def test_stopped_members_are_ended(session: Callable[[str], Session]) -> None:
 
 
 def test_who_forks_and_ends_is_caught(session: Callable[[str], Session]) -> None:
-    """A process that is another one each time it is looked for, in a group of its own so that no killpg reaches it."""
+    """The process has another pid at each look, and a group of its own, so that no killpg reaches it."""
     code = "tell()\nwhile True:\n  if os.fork(): os._exit(0)\n  os.setpgid(0, 0)"
     for _ in range(20):
         hopping = session(code)
@@ -212,7 +212,7 @@ while True:
 
         def calm() -> None:
             become(NOBODY)
-            os.kill(-1, signal.SIGKILL)  # all of this user's at once
+            os.kill(-1, signal.SIGKILL)  # kills all of this user's processes at once
 
         os.waitpid(fork(calm), 0)
 
@@ -221,7 +221,7 @@ while True:
 
 
 def test_who_is_not_in_the_session_any_more_is_not_signalled(session: Callable[[str], Session]) -> None:
-    """As where a number was found in a session and is another process's when it comes to the signal."""
+    """A pid was found in the session, and is another process's by the time of the signal."""
     bystander = session("tell(); rest()")
     bystander.hear(1)
     _sessions._kill({bystander.sid: bystander.sid + 1}, 0.01)
@@ -231,7 +231,7 @@ def test_who_is_not_in_the_session_any_more_is_not_signalled(session: Callable[[
 
 @needs_root
 def test_numbers_that_mean_everybody_end_nobody() -> None:
-    """killpg(0) is the caller's own group; killpg(1) is kill(-1), all that the caller may signal."""
+    """killpg(0) signals the caller's own group; killpg(1) is kill(-1), all that the caller may signal."""
 
     def as_nobody() -> tuple[dict[int, int], bool]:
         become(NOBODY)
@@ -277,7 +277,7 @@ def test_member_in_uninterruptible_sleep_is_left_in_time_and_said(session: Calla
 
 
 def test_traced_member_ends_and_its_parent_is_not_told(session: Callable[[str], Session]) -> None:
-    """It is no member any more; but to reap it would be to wait for the tracer."""
+    """It is no member any more; but nobody can reap it before the tracer has waited for it."""
     traced = session("tell(); rest()")
     traced.hear(1)
     reading, writing = os.pipe()
@@ -321,7 +321,7 @@ def test_what_is_said_of_others(session: Callable[[str], Session]) -> None:
 
 
 def test_without_pidfds(session: Callable[[str], Session], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before Linux 5.3, or in a Python built on an older one."""
+    """Linux before 5.3 has none, and neither has a Python that was built on it."""
     monkeypatch.delattr(os, "pidfd_open")
     family = session(FAMILY)
     told = set(family.hear(5))
@@ -332,7 +332,7 @@ def test_without_pidfds(session: Callable[[str], Session], monkeypatch: pytest.M
 
 
 def test_without_free_descriptors(session: Callable[[str], Session]) -> None:
-    """/proc can be listed, and no pidfd be had."""
+    """One descriptor is free: enough to list /proc, and none for a pidfd."""
     family = session(FAMILY)
     family.hear(5)
     inside = set(members({family.sid}))
@@ -348,7 +348,7 @@ def test_without_free_descriptors(session: Callable[[str], Session]) -> None:
                 break
         os.close(held.pop())
         opened = os.pidfd_open
-        os.pidfd_open = lambda pid: opened(pid, 1 << 20)  # EINVAL: the one that is free is for the listing
+        os.pidfd_open = lambda pid: opened(pid, 1 << 20)  # EINVAL: the one free descriptor is for the listing
         return kill_members({family.sid}, PATIENCE)
 
     assert in_child(without) == {}
@@ -359,7 +359,7 @@ def test_without_free_descriptors(session: Callable[[str], Session]) -> None:
 def test_without_a_procfs_of_ours_the_leaders_groups_are_ended(
     session: Callable[[str], Session], link: str | None, tmp_path: Path
 ) -> None:
-    """None is mounted, or another PID namespace's, in which numbers mean other processes."""
+    """No procfs is mounted, or it is another PID namespace's, in which pids mean other processes."""
     if link is not None:
         (tmp_path / "self").symlink_to(link)
         (tmp_path / str(os.getppid())).mkdir()
@@ -372,7 +372,7 @@ def test_without_a_procfs_of_ours_the_leaders_groups_are_ended(
 
 @needs_root
 def test_in_a_new_pid_namespace_with_the_old_procfs() -> None:
-    """What a container's set-up goes through: numbers in /proc are not those that system calls take."""
+    """While a container is set up, the pids in /proc are not those that system calls take."""
     clone_newpid = 0x20000000
 
     def outer() -> tuple[bool, bool]:

@@ -1,6 +1,6 @@
 """Signals while processes are started: storms of them, and the deaths of launchers and of their threads.
 
-A handler must never run between clone and exec: the child is in its parent's memory then.
+A handler must never run between clone and exec, because the child is in its parent's memory then.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(EXTENSION_ERROR is not None, reason="this install has no extension"),
 ]
 
-# RANKSPAWN_LONG=1, which CI sets: storms as long as the issue asks for.
+# CI sets RANKSPAWN_LONG=1 for storms of full length.
 STORM_SECONDS = 10 if os.environ.get("RANKSPAWN_LONG", "0") not in ("", "0") else 3
 PATIENCE = 60.0
 
@@ -56,7 +56,7 @@ static void
 note(int sig)
 {
     (void)sig;
-    /* The raw call: some libc versions remembered the answer. */
+    /* The raw call, because some versions of libc cached the pid. */
     long *count = syscall(SYS_getpid) == launcher ? &runs->here : &runs->elsewhere;
     __atomic_add_fetch(count, 1, __ATOMIC_RELAXED);
 }
@@ -112,7 +112,7 @@ def start_many(number):
         way = ways[(number + done) % len(ways)]
         try:
             if done % 16 == 0:
-                # One that fails: what is reaped in the engine must not be lost to a signal either.
+                # A start that fails: the engine reaps this child, whatever signals come meanwhile.
                 try:
                     Popen(["/no/such/program"], **way)
                     wrong.append("started nothing")
@@ -127,7 +127,7 @@ def start_many(number):
     started.append(done)
 
 before = snapshot()
-# Those that the storm may hit while it is not over yet must find a handler in place.
+# The storm begins after this line, when all handlers are in place.
 print("ready", flush=True)
 signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
 until = time.monotonic() + seconds
@@ -136,7 +136,7 @@ for thread in threads:
     thread.start()
 for thread in threads:
     while thread.is_alive():
-        # A Python handler runs in this thread, which must not sit in a lock for it.
+        # Python runs handlers in this thread, so it must not wait for a lock all the time.
         thread.join(0.05)
 signal.setitimer(signal.ITIMER_REAL, 0)
 changed = changed_since(before)
@@ -148,14 +148,14 @@ print(json.dumps({"started": started, "wrong": wrong[:20], "changed": changed, *
 
 @contextmanager
 def storm(pid: int) -> Iterator[None]:
-    """Signals at process ``pid``, and those that kill nobody at all of its process group, children included."""
+    """Send signals to process ``pid``, and some that kill nobody to its whole process group, children included."""
     over = threading.Event()
 
     def blow() -> None:
         while not over.is_set():
             for sig in (signal.SIGUSR1, signal.SIGALRM, signal.SIGCHLD):
                 os.kill(pid, sig)
-            # The default action of these is to be ignored: a child that was executed does not die of them.
+            # The default action ignores these, so a child does not die of them after execve(2).
             for sig in (signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH):
                 os.killpg(pid, sig)
             time.sleep(0.0002)
@@ -195,7 +195,7 @@ def in_storm(library: str, tmp_path: Path, mechanism: str) -> dict[str, Any]:
                 assert ready, f"it hangs: nothing was said for {STORM_SECONDS + PATIENCE} s"
                 line = run.stdout.readline()
         finally:
-            # Nothing of the group may stay, whatever happened; the launcher is not reaped yet, so the number is its.
+            # No process of the group may stay. The launcher is not reaped yet, so its pid is still its own.
             os.killpg(run.pid, signal.SIGKILL)
     told: dict[str, Any] = json.loads(line)
     return told
@@ -220,7 +220,7 @@ FOREVER = ["/bin/sleep", "1000"]
 
 
 def wait_until_gone(tid: int) -> None:
-    """Until a thread that has ended is out of the kernel's list, too: the death signal comes from there."""
+    """Wait until the kernel has removed a thread that has ended, because it sends the death signal when it does so."""
     deadline = time.monotonic() + PATIENCE
     while Path("/proc/self/task", str(tid)).exists():
         assert time.monotonic() < deadline, "the thread does not end"
@@ -255,7 +255,7 @@ def test_thread_that_ends_takes_nobody_with_it() -> None:
 
 
 def test_thread_that_ends_in_a_forked_process() -> None:
-    """What the parent had of threads is not there after os.fork()."""
+    """After os.fork() the child has none of the parent's threads, and none of the engine's."""
     with started_in_thread(FOREVER) as process:
         assert in_child(outlives_its_thread) == b"still here"
         process.kill()
@@ -269,7 +269,7 @@ def test_many_threads_that_end() -> None:
 
 
 def test_mask_of_the_thread_is_the_childs() -> None:
-    """A thread of the engine's own makes the child, and must not give it its own mask, which is full."""
+    """The engine's own thread makes the child, and must not pass on its own signal mask, which is full."""
     blocked: list[str] = []
 
     def start(die_with_parent: bool) -> None:
@@ -286,7 +286,7 @@ def test_mask_of_the_thread_is_the_childs() -> None:
 
 
 def test_affinity_of_the_thread_is_the_childs() -> None:
-    """A child inherits from the thread that asked, whichever thread made it."""
+    """A child inherits from the thread that called Popen, whichever thread made it."""
     cpus = os.sched_getaffinity(0)
     found: list[Any] = []
 
@@ -335,7 +335,7 @@ def test_children_end_with_the_launcher(how: str, end: signal.Signals | None) ->
     launcher = fork(launch)
     os.close(holding)
     assert os.read(told, 100) == b"clone"
-    # From here on the child alone holds the pipe: its end is the pipe's.
+    # From here on only the child holds the pipe's write end, so the pipe ends when the child ends.
     assert select.select([held], [], [], 0) == ([], [], [])
     if end is None:
         os.write(leave, b".")
@@ -349,7 +349,7 @@ def test_children_end_with_the_launcher(how: str, end: signal.Signals | None) ->
 
 
 def test_launcher_that_ends_while_it_starts() -> None:
-    """Killed at any moment, also between the clone and the death signal being set: nobody is left."""
+    """The launcher is killed at any moment, also between clone and prctl(PR_SET_PDEATHSIG): no child stays."""
     for turn in range(40):
         held, holding = os.pipe()
 
@@ -367,7 +367,7 @@ def test_launcher_that_ends_while_it_starts() -> None:
 
 
 def test_launcher_that_is_stopped_and_continued() -> None:
-    """A stop reaches all threads, those in vfork too, once their children have executed; nothing is lost by it."""
+    """A stop reaches all threads, also those in vfork once their children have executed; no start is lost by it."""
     told, telling = os.pipe()
     wrong: list[Any] = []
 
@@ -406,7 +406,7 @@ def test_launcher_that_is_stopped_and_continued() -> None:
 
 @pytest.mark.parametrize("caught", [False, True], ids=["ignored", "caught"])
 def test_signal_to_the_group_while_processes_start(caught: bool) -> None:
-    """What the launcher ignores its children ignore; what it catches is at its default in them, from the start."""
+    """Children ignore what the launcher ignores. What it catches has its default action in them, from the start."""
 
     def launch() -> list[Any]:
         os.setpgid(0, 0)

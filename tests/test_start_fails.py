@@ -1,4 +1,4 @@
-"""Every step of a start made to fail, on the reference and on ours, by every mechanism.
+"""Every step of a start is made to fail, on the reference and on ours, by every mechanism.
 
 conftest.py asserts after each of these that no descriptor, child, thread, mask or policy is left changed.
 """
@@ -31,7 +31,7 @@ _spawn = pytest.importorskip("rankspawn._spawn", reason="this install has no ext
 ENGINES = ["clone", "posix_spawn"]
 MECHANISMS = [*ENGINES, "subprocess"]
 
-# Ids that no machine has, within what Binding takes.
+# Ids that Binding takes and no machine has.
 NO_CPU, NO_NODE = 60_000, 1_000
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -79,7 +79,7 @@ class Engine:
 
 @pytest.fixture(params=MECHANISMS)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """Ours on one mechanism, watched."""
+    """Ours with one mechanism; each call of the extension's spawn is recorded."""
     ran: list[tuple[str, str, int]] = []
     real = _spawn.spawn
 
@@ -144,7 +144,7 @@ PROGRAMS: dict[str, Callable[[Path], list[Any]]] = {
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program(engine: Engine, program: str, tmp_path: Path) -> None:
-    # As text: the standard library's own posix_spawn, which newer ones take on newer systems, names a Path as text.
+    # As text, because newer standard libraries may use posix_spawn themselves, whose error names a Path as text.
     args = [os.fspath(one) for one in PROGRAMS[program](tmp_path)]
     expected = attempt(subprocess.Popen, args)
     assert isinstance(expected, Failure) and expected.filename == args[0]
@@ -164,7 +164,7 @@ def test_program_that_is_being_written(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_path_of_the_child_is_searched(engine: Engine, tmp_path: Path) -> None:
-    """A file that is there and cannot be run tells more than the folders after it, where there is none."""
+    """A file that exists and cannot be run gives the error, rather than the later folders that have no such file."""
     (tmp_path / "bad").mkdir()
     file(tmp_path / "bad" / "tool", mode=0o644)
     for path in (f"{tmp_path}/bad:/nowhere", f"/nowhere:{tmp_path}/bad", "/nowhere", ""):
@@ -254,7 +254,7 @@ ARGUMENTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "preexec_fn fails": (["true"], {"preexec_fn": lambda: 1 // 0}),
     "unknown keyword": (["true"], {"unknown": 1}),
 }
-# Where the child half comes to see the argument: the step that must be reported. The others never reach the engine.
+# The step that must be reported, where the child is the one to see the argument. The others never reach the engine.
 STEPS = {
     "stdout is closed": "stdout",
     "stdin is closed": "stdin",
@@ -270,11 +270,11 @@ STEPS = {
 
 
 def same_to_a_caller(ours: Failure, reference: Failure) -> None:
-    """Class, errno and what an OSError names; ours may say the step before the system's words."""
+    """The class, the errno and the file name are the same; ours may put the step before the system's words."""
     assert (ours.kind, ours.errno) == (reference.kind, reference.errno)
     if reference.strerror is not None:
         assert ours.strerror is not None and ours.strerror.split(": ")[-1] == reference.strerror
-    # CPython up to 3.12.1 names cwd, where one is given, whatever step before the exec failed.
+    # Where cwd is given, CPython up to 3.12.1 names it, whichever step before the exec failed.
     assert ours.filename == reference.filename
 
 
@@ -336,7 +336,7 @@ def test_path_like_args_and_a_shell(engine: Engine) -> None:
 @pytest.mark.parametrize("number", [0, 1, 2])
 @on("clone", "posix_spawn", "subprocess")
 def test_standard_stream_that_is_closed_here(engine: Engine, number: int) -> None:
-    """The number of a closed stream, given as the child's, is refused as by subprocess."""
+    """Popen refuses the number of a closed stream, given as the child's, as subprocess does."""
     keyword = ("stdin", "stdout", "stderr")[number]
 
     def start_both() -> list[Any]:
@@ -352,13 +352,13 @@ def test_standard_stream_that_is_closed_here(engine: Engine, number: int) -> Non
 
 @on("clone", "posix_spawn", "subprocess")
 def test_number_that_was_closed_a_moment_ago(engine: Engine) -> None:
-    """A stale descriptor is most often the lowest free number, which is what the pidfd is given."""
+    """A stale descriptor is most often the lowest free number, which the kernel gives to the pidfd."""
 
     def start() -> list[Any]:
         stale = os.dup(0)
         os.close(stale)
         if engine.name == "subprocess":
-            # Its error pipe takes the number, and the child finds it as surprising.
+            # Not compared: subprocess's own error pipe takes the number, so the child finds it open.
             return [errno.EBADF]
         found = attempt(Popen, ["true"], pass_fds=[stale])
         return [found.errno if isinstance(found, Failure) else found]
@@ -368,7 +368,7 @@ def test_number_that_was_closed_a_moment_ago(engine: Engine) -> None:
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_pipes_while_a_standard_stream_is_closed_here(engine: Engine, number: int) -> None:
-    """The pipes then have low numbers, which are the targets of others."""
+    """A pipe then has the number of a standard stream, which is the target of another pipe."""
 
     def start() -> list[Any]:
         os.close(number)
@@ -384,7 +384,7 @@ def test_pipes_while_a_standard_stream_is_closed_here(engine: Engine, number: in
 
 
 def limit_processes() -> None:
-    # root is exempt from the limit; another user is held by it, and counts at least the caller.
+    # The limit does not hold root. Of another user's processes, it counts at least the caller.
     become(NOBODY)
     resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
 
@@ -395,7 +395,7 @@ def test_no_process_more(engine: Engine) -> None:
         found = [attempt(start, ["/bin/true"]) for start in (subprocess.Popen, Popen)]
         return [*found, list(engine.ran)]
 
-    mechanisms()  # its probe is a process too
+    mechanisms()  # because its probe starts a process, too
     expected, found, ran = in_child(start_both)
     assert expected.kind is BlockingIOError and expected.errno == errno.EAGAIN
     assert (found.kind, found.errno) == (expected.kind, expected.errno)
@@ -405,7 +405,7 @@ def test_no_process_more(engine: Engine) -> None:
 
 @on("clone", "posix_spawn")
 def test_no_thread_more(engine: Engine) -> None:
-    """A process that is to die with its parent is made by a thread of its own, which can fail by itself."""
+    """With die_with_parent, a thread of the engine's makes the process, and pthread_create(3) itself can fail."""
 
     def start_in_thread() -> list[Any]:
         found: list[Any] = []
@@ -476,7 +476,7 @@ def test_no_descriptor_for_pipes(engine: Engine) -> None:
 
 @on("clone", "posix_spawn")
 def test_lower_limit_than_the_descriptors_that_are_open(engine: Engine) -> None:
-    """What is above the limit is closed in the child, and passed on where it is asked for."""
+    """The child closes what is above the limit, except what pass_fds asks for."""
 
     def start() -> list[Any]:
         high = os.dup2(1, 200)
@@ -522,12 +522,12 @@ def test_ids_that_a_user_may_not_take(engine: Engine, kwargs: dict[str, Any], st
     assert expected.kind is PermissionError
     same_to_a_caller(found, expected)
     if engine.name != "subprocess":
-        # posix_spawn has no ids: it declines, and the next mechanism runs.
+        # posix_spawn cannot set ids, so it declines, and the next mechanism runs.
         assert ran == [("clone", step, errno.EPERM)]
 
 
 def test_too_many_groups(engine: Engine) -> None:
-    """More than NGROUPS_MAX (65536), which subprocess finds before the start and the kernel, for ours, after it."""
+    """More than NGROUPS_MAX (65536): subprocess raises before the start; for ours, the kernel refuses in the child."""
     found, expected = (attempt(start, ["true"], extra_groups=[1] * 70_000) for start in (Popen, subprocess.Popen))
     assert isinstance(found, Failure) and isinstance(expected, Failure)
     assert found.kind is expected.kind
@@ -555,7 +555,7 @@ def test_refused_binding(engine: Engine, case: str) -> None:
     assert isinstance(found, Failure)
     assert found.kind is BindingError and found.errno == errno.EINVAL
     assert step in found.text and "Invalid argument" in found.text
-    # posix_spawn cannot bind: it declines, and the next mechanism runs.
+    # posix_spawn cannot bind, so it declines, and the next mechanism runs.
     assert engine.last() == ("clone", step, errno.EINVAL)
 
 
@@ -574,7 +574,7 @@ def test_refused_binding_that_is_not_required(engine: Engine, case: str) -> None
 
 @on(*ENGINES)
 def test_refused_binding_with_ids_beside_it(engine: Engine) -> None:
-    """With ids the child has memory of its own; what it says of the binding must arrive all the same."""
+    """With ids the child has memory of its own; its report of the binding must arrive all the same."""
     binding = Binding(frozenset({NO_CPU}), MemoryPolicy("bind", frozenset({NO_NODE})), required=False)
     process = Popen(["true"], binding=binding, user=os.geteuid())
     assert process.wait() == 0 and process.mechanism == "clone"
@@ -584,7 +584,7 @@ def test_refused_binding_with_ids_beside_it(engine: Engine) -> None:
 
 @on("subprocess")
 def test_binding_without_the_engine(engine: Engine) -> None:
-    """psutil binds to CPUs; a memory policy is refused in words, never forgotten."""
+    """psutil binds to CPUs. A memory policy is refused by an error, and never dropped in silence."""
     found = attempt(Popen, ["true"], binding=Binding(None, MemoryPolicy("local")))
     assert isinstance(found, Failure)
     assert (found.kind, found.errno) == (BindingError, errno.ENOTSUP) and "set_mempolicy" in found.text
@@ -601,7 +601,7 @@ def test_binding_without_the_engine(engine: Engine) -> None:
 
 @on(*ENGINES)
 def test_cpus_of_which_some_are_not_there(engine: Engine) -> None:
-    """The kernel takes what there is of a mask; the report shows it."""
+    """The kernel takes those CPUs of a mask that exist; the report shows them."""
     cpu = min(os.sched_getaffinity(0))
     with Popen(["cat"], binding=Binding(frozenset({cpu, NO_CPU})), stdin=subprocess.PIPE) as process:
         effective = process.binding_report.effective
@@ -640,7 +640,7 @@ def test_preexec_fn_beside_a_binding(engine: Engine) -> None:
 
 
 def cpuset_of_one_cpu() -> Path:
-    """A new cpuset, of the old or the new kind, that holds the first CPU; or skips the test."""
+    """A new cpuset (of cgroup v1 or v2) that holds the first CPU. Skips the test where none can be made."""
     cpu, name = min(os.sched_getaffinity(0)), f"rankspawn-test-{os.getpid()}"
     for root, v1 in ((Path("/sys/fs/cgroup/cpuset"), True), (Path("/sys/fs/cgroup"), False)):
         if not (root / ("cpuset.cpus" if v1 else "cgroup.controllers")).exists():
@@ -724,7 +724,7 @@ def test_cgroup_that_is_none(engine: Engine, tmp_path: Path) -> None:
     found = attempt(Popen, ["true"], cgroup="/\0")
     assert isinstance(found, Failure) and found.kind is ValueError
     assert engine.ran == []
-    # A directory, but not of a cgroup; and no directory at all.
+    # A directory that is no cgroup's, and a descriptor that is not open.
     for no_cgroup, code in ((tmp_path, errno.ENOENT), (9_999, errno.EBADF)):
         found = attempt(Popen, ["true"], cgroup=no_cgroup)
         assert isinstance(found, Failure) and found.text.endswith(f"cgroup.procs: {os.strerror(code)}")
@@ -739,7 +739,7 @@ def test_cgroup_that_is_a_negative_descriptor(engine: Engine) -> None:
 
 @on(*ENGINES)
 def test_cgroup_that_takes_no_process(engine: Engine, cgroup: Path) -> None:
-    """A threaded cgroup takes a whole process, too; its sibling has become one that takes nothing (cgroups(7))."""
+    """A threaded cgroup takes a whole process, too. Its sibling becomes invalid by it, and takes none (cgroups(7))."""
     threaded, sibling = cgroup / "threaded", cgroup / "sibling"
     threaded.mkdir()
     (threaded / "cgroup.type").write_text("threaded")
@@ -779,13 +779,13 @@ def test_log_that_cannot_be_opened(engine: Engine, stream: str, place: str, tmp_
     file(tmp_path / "file")
     path = tmp_path / place
     if (stream, place) == ("stdin", "."):
-        path = tmp_path / "none"  # a folder can be opened to read
+        path = tmp_path / "none"  # because a folder can be opened for reading
     expected = opened_by_python(path, "r" if stream == "stdin" else "w")
     found = attempt(Popen, ["true"], **{stream: path})
     assert isinstance(found, Failure)
     assert (found.kind, found.errno, str(found.filename)) == (expected.kind, expected.errno, str(path))
     if engine.name != "subprocess":
-        # posix_spawn could not tell it from a program that is missing, and declines.
+        # posix_spawn declines, because it could not tell this from a missing program.
         assert engine.last() == ("clone", stream, expected.errno)
 
 
@@ -809,7 +809,7 @@ def test_log_with_a_nul_in_its_name(engine: Engine) -> None:
 
 
 def state_of(pid: int) -> str:
-    """The letter of proc(5): R runs, S sleeps, D sleeps and hears no signal, Z has ended."""
+    """The letter of proc(5): R runs, S sleeps, D sleeps uninterruptibly, Z has ended."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
@@ -826,7 +826,7 @@ def state_of(pid: int) -> str:
     indirect=["engine"],
 )
 def test_stream_that_takes_long_to_open_can_be_interrupted(engine: Engine, stream: str, tmp_path: Path) -> None:
-    """Opening a FIFO waits for its other end. Ctrl-C must reach the launcher meanwhile, or it must not wait."""
+    """open(2) of a FIFO waits for the other end. Ctrl-C must end the launcher meanwhile, if the launcher waits."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
 
@@ -842,7 +842,7 @@ def test_stream_that_takes_long_to_open_can_be_interrupted(engine: Engine, strea
         os.read(reading, 1)
         asleep = 0
         while asleep < 20 and state_of(pid) != "Z":
-            # When it does nothing but sleep, it is inside open(), or with the engine inside vfork.
+            # A launcher that only sleeps is inside open(2), or, with the engine, inside vfork.
             asleep = asleep + 1 if state_of(pid) in "SD" else 0
             threading.Event().wait(0.005)
         os.kill(pid, signal.SIGINT)
@@ -851,7 +851,7 @@ def test_stream_that_takes_long_to_open_can_be_interrupted(engine: Engine, strea
             ended, _ = os.waitpid(pid, os.WNOHANG)
             if ended:
                 return True
-        # Lets the child, and with it the launcher, go on.
+        # Opening the other end lets the child continue, and with it the launcher.
         other_end = os.open(fifo, os.O_RDWR)
         os.waitpid(pid, 0)
         os.close(other_end)
@@ -860,14 +860,11 @@ def test_stream_that_takes_long_to_open_can_be_interrupted(engine: Engine, strea
     assert in_child(start)
 
 
-# ---- posix_spawn's own words ----------------------------------------------------------------------------------------
-
-
 # ---- what else goes on in the caller --------------------------------------------------------------------------------
 
 
 def test_failed_start_where_children_reap_themselves(engine: Engine) -> None:
-    """With SIGCHLD ignored the kernel reaps: there is nothing to wait for, which is no failure."""
+    """With SIGCHLD ignored, the kernel reaps children itself: that the engine finds none to wait for is no failure."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         for _ in range(20):
@@ -907,7 +904,7 @@ def test_failed_start_beside_a_thread_that_waits_for_any_child(engine: Engine) -
 
 @on("clone", "posix_spawn")
 def test_environment_that_grows_meanwhile(engine: Engine) -> None:
-    """setenv(3) moves the table that environ points to. The engine reads it after it has let go of the GIL."""
+    """setenv(3) may move the table that environ points to, and the engine reads it after it has released the GIL."""
 
     def start() -> list[Any]:
         done = threading.Event()
@@ -938,10 +935,10 @@ def test_environment_that_grows_meanwhile(engine: Engine) -> None:
 
 @on("clone", "posix_spawn")
 def test_exception_of_a_handler_leaves_no_child(engine: Engine) -> None:
-    """Ctrl-C while ranks are started: each was started and is in an object, or was stopped and reaped, or never was.
+    """Ctrl-C while ranks are started: each child is in an object, or was killed and reaped, or never was.
 
-    subprocess.Popen loses children so. What can be lost with any class is the object itself, when the handler raises
-    between Popen's return and the assignment; the standard library keeps the pids of those.
+    subprocess.Popen loses children here. With any class the object itself can be lost, when the handler raises between
+    Popen's return and the assignment; the standard library keeps the pids of those.
     """
 
     class Interrupted(Exception):
@@ -956,7 +953,7 @@ def test_exception_of_a_handler_leaves_no_child(engine: Engine) -> None:
     def start() -> int:
         nonlocal armed
         signal.signal(signal.SIGALRM, interrupt)
-        # As an error it would end __del__, which notes the pid after it has warned.
+        # As an error, the warning would end __del__ before it notes the pid.
         warnings.simplefilter("ignore", ResourceWarning)
         lost = 0
         for turn in range(600):
@@ -965,7 +962,7 @@ def test_exception_of_a_handler_leaves_no_child(engine: Engine) -> None:
                 armed = True
                 signal.setitimer(signal.ITIMER_REAL, 50e-6 + 1e-6 * (turn % 500))
                 process = Popen(["/bin/true"])
-                # A signal that has come by now has its handler run as late as in the next call.
+                # Python may run the handler of a signal that has come by now as late as in the next call.
                 armed = False
             except Interrupted:
                 pass
@@ -988,7 +985,7 @@ def test_exception_of_a_handler_leaves_no_child(engine: Engine) -> None:
 
 @on("clone")
 def test_signal_goes_by_pidfd(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside a thread in wait(), a pid can have been reaped and given away between poll() and kill(2)."""
+    """While another thread is in wait(), the pid can be reaped and given away between poll() and kill(2)."""
     by_pid: list[tuple[int, int]] = []
     real = os.kill
     with Popen(["sleep", "100"]) as process:
@@ -1029,7 +1026,7 @@ def test_group_that_may_not_be_signalled(engine: Engine) -> None:
 @on("clone", "posix_spawn")
 @pytest.mark.parametrize("stack", [64, 128])
 def test_thread_with_a_small_stack(engine: Engine, stack: int) -> None:
-    """The child's stack lies on the caller's."""
+    """The child's stack lies on its caller's stack."""
     found: list[Any] = []
 
     def start() -> None:

@@ -1,4 +1,4 @@
-"""What variables of launchers are read as; tests/slurm and tests/mpi ask the launchers themselves."""
+"""How the variables of launchers are read; tests/slurm and tests/mpi ask the launchers themselves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rankspawn._cli.step import Step, StepError, StepNode, first_host
 
-# As srun 22.05, Open MPI 4.1 and MPICH 4.0 set them, with what is not looked at left out.
+# Variables as srun 22.05, Open MPI 4.1 and MPICH 4.0 set them, without those that nobody here reads.
 SRUN = {
     "SLURM_JOB_ID": "4711",
     "SLURM_JOB_NODELIST": "gpu[001-004]",
@@ -22,7 +22,7 @@ SRUN = {
     "SLURM_STEP_NUM_TASKS": "2",
     "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
 }
-# A batch script is task 0 on its node, without being one.
+# Slurm tells a batch script that it is task 0 on its node, although it is a task of no step.
 BATCH = {name: SRUN[name] for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_NNODES")} | {
     "SLURM_NODEID": "0",
     "SLURM_PROCID": "0",
@@ -83,7 +83,7 @@ def test_one_of_several_processes_on_a_node(environ: dict[str, str], launcher: s
     step = Step.read(environ)
     assert (step.launcher, step.rank, step.size, step.local_rank, step.local_size) == (launcher, 5, 8, 1, 4)
     assert environ[step.variable] == "1"
-    # Which node this is, and of how many, cannot be told from ranks.
+    # Ranks do not say which node this is, or how many nodes there are.
     assert (step.node_rank, step.nnodes) == ((1, 2) if launcher == "torchrun" else (None, None))
 
 
@@ -138,7 +138,7 @@ def test_who_started_a_process_last_is_its_launcher() -> None:
     assert Step.read(SRUN | MPIRUN).launcher == "mpirun"
     assert Step.read(SRUN | HYDRA).launcher == "mpiexec"
     assert Step.read(SRUN | MPIRUN | TORCHRUN).launcher == "torchrun"
-    # Slurm's PMI plugins tell ranks too; a LOCAL_RANK without torchrun may come from anywhere.
+    # Slurm's PMI plugins set ranks, too; a LOCAL_RANK without torchrun may come from anywhere.
     assert Step.read(SRUN | PMI | {"PMIX_RANK": "1"}).launcher == "srun"
     assert Step.read(SRUN | {"LOCAL_RANK": "3"}).launcher == "srun"
     assert Step.read(BATCH | {"LOCAL_RANK": "3"}).launcher == "torchrun"
@@ -199,7 +199,7 @@ def test_masks_of_slurm(kind: str, masks: str, own: bool) -> None:
 
 
 def test_ports_of_neighbours_differ() -> None:
-    """Jobs with near numbers meet on a node, and steps of a job; 300 jobs of 10 steps have a port each."""
+    """Jobs with near numbers may share a node, and so may steps of a job: 300 jobs of 10 steps have a port each."""
     ports = {
         Step.read(SRUN | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).master_port
         for job in range(123_456, 123_456 + 300)

@@ -1,4 +1,4 @@
-"""What ranks print is shown in whole lines, and who reads it slowly, or not at all, slows nobody."""
+"""The tee shows what ranks print in whole lines, and a slow reader, or none at all, slows nobody down."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from rankspawn._output import follow as _follow
 from rankspawn._output.logs import RankFiles, rank_files
 from rankspawn._output.tee import Source, Tee
 
-# Longer than any machine takes, for what ends by itself when all is well.
+# Seconds: longer than any machine takes for what ends by itself when all is well.
 LONG = 60.0
 
 
 class Reader:
-    """A pipe, and what came out of it. The reading begins when it is told to."""
+    """A pipe, and what came out of it. start() begins to read."""
 
     def __init__(self) -> None:
         self.read_end, self.fd = os.pipe()
@@ -141,7 +141,7 @@ def test_nobody_reads_and_the_ranks_end_all_the_same(tmp_path: Path) -> None:
     try:
         with ranks(tmp_path, "seq 100000", "seq 100000; echo well >&2") as files:
             tee = Tee(sources(files), out=out.fd, err=err.fd).start()
-            until(lambda: err.got == b"[rank 1]:well\n")  # a stdout that is stuck holds nobody's stderr up
+            until(lambda: err.got == b"[rank 1]:well\n")  # a stuck stdout does not hold up stderr
         assert set(tee.finish(0.05)) == {str(own.stdout) for own in files}
         assert all(own.stdout and own.stdout.read_text().endswith("\n100000\n") for own in files)
     finally:
@@ -165,7 +165,7 @@ def test_a_late_reader_gets_everything(tmp_path: Path) -> None:
 
 
 def test_an_output_that_does_not_block(tmp_path: Path) -> None:
-    """Somebody else may have set O_NONBLOCK: it belongs to all who have the pipe."""
+    """Another process may have set O_NONBLOCK, which belongs to all who have the pipe."""
     out = Reader()
     os.set_blocking(out.fd, False)
     try:
@@ -199,7 +199,7 @@ def test_a_reader_that_goes(tmp_path: Path) -> None:
 
 
 def test_an_output_that_was_gone_before_there_was_something_to_show(tmp_path: Path) -> None:
-    """It is said once, and not again of each file that turns up."""
+    """The tee says so once, and not again for each file that turns up."""
     out, err = Reader(), Reader().start()
     out.stop_reading()
     late = tmp_path / "late"
@@ -216,7 +216,7 @@ def test_an_output_that_was_gone_before_there_was_something_to_show(tmp_path: Pa
 
 
 def test_without_a_stdout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launcher was started with it closed."""
+    """The launcher was started with stdout closed."""
     monkeypatch.setattr(sys, "stdout", None)
     (tmp_path / "log").write_text("line\n")
     err = Reader().start()
@@ -243,7 +243,7 @@ def test_both_outputs_gone(tmp_path: Path) -> None:
 
 
 def test_a_terminal_that_was_stopped(tmp_path: Path) -> None:
-    """Ctrl-S: the end of the job is not held up, and what could not be shown is named."""
+    """Ctrl-S does not hold up the end of the job, and the tee names the file that it could not show."""
     controller, terminal = pty.openpty()
     err = Reader().start()
     try:
@@ -259,7 +259,7 @@ def test_a_terminal_that_was_stopped(tmp_path: Path) -> None:
 
 
 def test_a_terminal_that_takes_a_part(tmp_path: Path) -> None:
-    """It says that it takes something, and holds the writer in the middle of it. Nobody waits for that thread."""
+    """poll(2) says that the terminal takes something, then write(2) blocks half-way. Nobody waits for that thread."""
     controller, terminal = pty.openpty()
     try:
         with ranks(tmp_path, "seq 100000") as files:
@@ -294,14 +294,14 @@ def test_a_rank_that_closes_its_output(tmp_path: Path) -> None:
 
 
 def test_a_line_that_comes_in_pieces(tmp_path: Path) -> None:
-    """A character of UTF-8 written byte by byte, with looks in between: nothing is shown before the line is whole."""
+    """A rank writes a UTF-8 character byte by byte, and the tee reads in between: it shows only the whole line."""
     out, _ = shown(tmp_path, r"for byte in 342 202 254; do printf \\$byte; sleep 0.05; done; echo")
     assert out.decode() == "[rank 0]:€\n"
 
 
 @pytest.mark.parametrize("character", ["é", "€", "😀"])
 def test_a_line_of_megabytes(tmp_path: Path, character: str) -> None:
-    """In pieces of bounded size, none of which cuts a character."""
+    """The tee shows it in pieces of bounded size, and cuts no character."""
     log, out = tmp_path / "log", Reader().start()
     line = "x" + character * 500_000
     log.write_text(line, encoding="utf-8")
@@ -326,12 +326,12 @@ def test_of_a_progress_bar_the_last_state(tmp_path: Path) -> None:
     _, err = shown(tmp_path, script)
     *before, last, dos = err.splitlines()
     assert (last, dos) == (b"[rank 0]:100%", b"[rank 0]:dos")
-    assert len(before) <= 1  # a first state, if there was a look in between
+    assert len(before) <= 1  # an earlier state, if the tee read in between
 
 
 @pytest.mark.parametrize("states", [1, 30_000, 32_763, 32_768, 100_000])
 def test_of_a_long_progress_bar_too(tmp_path: Path, states: int) -> None:
-    """More of it than is read at once, also where the end of a reading is in the middle of the last state."""
+    """The bar is longer than one read, and a read may end in the middle of the last state."""
     log, out = tmp_path / "log", Reader().start()
     log.write_bytes(b"x\r" * states + b"0123456789\nnext\n")
     try:
@@ -361,7 +361,8 @@ def test_a_progress_bar_is_shown_now_and_then(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("reopened", [False, True], ids=["by another", "by the rank"])
 def test_a_file_that_is_cut_to_nothing(tmp_path: Path, reopened: bool) -> None:
-    """By another (logrotate's copytruncate) the rank goes on writing behind a hole; the rank itself begins anew."""
+    """If another process cuts the file (logrotate's copytruncate), the rank writes on behind a hole; a rank that cuts
+    it itself begins anew."""
     out = Reader().start()
     go_on = tmp_path / "fifo"
     os.mkfifo(go_on)
@@ -382,7 +383,7 @@ def test_a_file_that_is_cut_to_nothing(tmp_path: Path, reopened: bool) -> None:
 
 
 def test_a_hole_is_not_read(tmp_path: Path) -> None:
-    """The file of a rank that had written a terabyte when its file was cut."""
+    """A rank had written a terabyte when its file was cut, so it writes on behind a hole of that size."""
     log, out = tmp_path / "log", Reader().start()
     try:
         with log.open("wb", buffering=0) as file, Tee([Source(0, log, False)], out=out.fd):
@@ -410,7 +411,7 @@ def test_a_file_that_is_not_there_yet_and_one_that_never_is(tmp_path: Path) -> N
 
 
 def test_what_is_no_log_file(tmp_path: Path) -> None:
-    """It is said, and the others are shown."""
+    """The tee says so, and shows the other files."""
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "log").write_text("here\n")
     err = Reader().start()
@@ -420,7 +421,7 @@ def test_what_is_no_log_file(tmp_path: Path) -> None:
             pass
     finally:
         said = err.close().decode()
-    # What a directory answers to lseek(2) and read(2) is its file system's to say: a tmpfs's is "Invalid argument".
+    # What lseek(2) or read(2) of a directory says depends on its file system: a tmpfs says "Invalid argument".
     assert re.search(f"{tmp_path} cannot be shown: (Is a directory|Invalid argument)\n", said)
     assert f"{tmp_path}/fifo cannot be shown: Illegal seek\n" in said
     assert "[rank 2]:here\n" in said
@@ -455,7 +456,7 @@ with Tee([Source(0, sys.argv[1], False), Source(1, sys.argv[2], True)]):
 
 
 def test_no_line_is_torn_by_what_the_launcher_prints(tmp_path: Path) -> None:
-    """Both of its outputs are one pipe, as in a batch job, and full all the time."""
+    """Both of the launcher's outputs are one pipe, as in a batch job, and the pipe is full all the time."""
     for name in ("0", "1"):
         (tmp_path / name).write_text("".join(f"{number} {'x' * (number % 97)}\n" for number in range(20000)))
     done = subprocess.run(
@@ -470,7 +471,7 @@ def test_no_line_is_torn_by_what_the_launcher_prints(tmp_path: Path) -> None:
 
 
 def test_without_poll(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows: outputs are written to without asking whether they take it."""
+    """On Windows, the tee writes without asking whether the output takes it."""
     monkeypatch.delattr("select.poll")
     log, out = tmp_path / "log", Reader()
     os.set_blocking(out.fd, False)

@@ -54,7 +54,7 @@ def rank(
 
 
 def job(*attempts: list[RankReport], pause: float = 1.0, duration: float = 0.0) -> GroupReport:
-    """Attempts one after the other, ``pause`` seconds between them. duration: of one whose ranks run."""
+    """Attempts one after the other, ``pause`` seconds between them. duration: the least, where ranks still run."""
     told: list[AttemptReport] = []
     called = 0.0
     for number, ranks in enumerate(attempts):
@@ -97,7 +97,7 @@ class Drawn:
         return group
 
     def ran(self, number: int, attempt: int = 0) -> tuple[float, float]:
-        """From where to where the bar of the run goes."""
+        """Where the bar of the run begins and ends."""
         (bar,) = (one for one in self.attempt(number, attempt) if one.get("class", "").startswith("ran"))
         return float(bar.attrib["x"]), float(bar.attrib["x"]) + float(bar.attrib["width"])
 
@@ -193,7 +193,7 @@ def test_each_end_has_its_form_and_colour() -> None:
         assert (min(across) + max(across)) / 2 == pytest.approx(drawn.ran(row)[1], abs=0.2), (
             "it stands where the run ends"
         )
-    # A rank that runs goes on to the end of the axis, beyond those that have ended.
+    # The bar of a rank that runs reaches the end of the axis, beyond those that have ended.
     assert drawn.ran(3)[1] > drawn.ran(2)[1] > drawn.ran(1)[1]
     for name in ("exit 0", "nonzero exit", "ended by a signal", "runs", "failed first"):
         assert name in drawn.words(), "the legend"

@@ -21,7 +21,7 @@ from rankspawn._place.topology import Topology
 from tests.support.sysfs_tree import CPU, GIB, NODE, Machine, write
 
 CAPTURED = Path(__file__).resolve().parents[2] / "shared" / "topologies"
-# Most of a tarball is neither read by us nor by lstopo, and takes long to unpack.
+# Neither we nor lstopo read most of a tarball, and it takes long to unpack.
 NEEDED = re.compile(r"^[^/]+/(?:sys/devices/(?:system/(?:cpu|node)|cpu_)|sys/fs/cgroup|proc|dev|cgroup)(?:/|[a-z]|$)")
 NOISE = re.compile(r"/(?:cpufreq|cpuidle|power|thermal_throttle|microcode|hugepages|regs|hotplug|acpi_cppc)(?:/|$)")
 
@@ -261,7 +261,7 @@ def test_every_captured_tree_is_read(captured: dict[str, Path]) -> None:
         assert {cpu for socket in topology.sockets for cpu in socket.cpus} == topology.cpus, name
 
 
-# Where lstopo's answer is another one, and why ours is kept.
+# Where lstopo answers otherwise, and why ours is kept.
 UNLIKE_LSTOPO = {
     "40intel64-4n10c+pci-conflicts.tar.bz2": {"Package", "Cache"},  # lstopo drops a package for the PCI conflict
     "64amd64-4s2n4ca2co.tar.bz2": {"Core"},  # Bulldozer: the kernel, and torch, call its modules cores with 2 threads

@@ -1,4 +1,4 @@
-"""``rankspawn.torchrun`` where torch need not be: what it imports, and what it says without torch."""
+"""What needs no torch of ``rankspawn.torchrun``: what it imports, and what it says without torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_no_torch(arguments: list[str]) -> None:
 
 
 def test_the_command_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Options, help and errors are torch's parser's."""
+    """torch's own parser handles options, help and errors."""
     passed: list[object] = []
     monkeypatch.setattr(torchrun, "main", lambda *args, **options: passed.append((args, options)) or 7)
     assert _cli.main(["torchrun", "--help", "--", "x.py", "--nproc-per-node"]) == 7

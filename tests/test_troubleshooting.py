@@ -1,4 +1,4 @@
-"""Each message on the page of troubleshooting is provoked, and is what the page says."""
+"""The tests provoke each message on the troubleshooting page, and compare it with the page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROVOKED: dict[str, Callable[[Path], str]] = {}
 
 
 def provokes(*messages: str) -> Callable[[Callable[..., str]], Callable[..., str]]:
-    """The function's text has each of ``messages`` in it."""
+    """The function returns a text that has each of ``messages`` in it."""
 
     def known(function: Callable[..., str]) -> Callable[..., str]:
         PROVOKED.update(dict.fromkeys(messages, function))
@@ -67,7 +67,7 @@ def python(code: str, **environ: str) -> str:
 
 
 def command(*arguments: str, limit: str = "true", **environ: str) -> str:
-    """What ``rankspawn`` says, which has failed or warned."""
+    """The output of a ``rankspawn`` that fails or warns."""
     line = f'{limit}; exec "$0" -m rankspawn "$@"'
     done = subprocess.run(
         ["bash", "-c", line, sys.executable, *arguments], env={**os.environ, **environ}, text=True, timeout=60,
@@ -103,7 +103,7 @@ def _(_: Path) -> str:
     "set_mempolicy: Function not implemented",
 )
 def refused_elsewhere(_: Path) -> str:
-    """The messages of refusals that this kernel does not make; test_injected_faults.py injects them."""
+    """Messages for errors that this kernel does not return; test_injected_faults.py injects the errors themselves."""
     steps = (("sched_setaffinity", errno.EPERM), ("set_mempolicy", errno.EPERM), ("set_mempolicy", errno.ENOSYS))
     binding = Binding({0}, MemoryPolicy("bind", {0}))
     return "\n".join(str(BindingError.refused(step, code, binding)) for step, code in steps)

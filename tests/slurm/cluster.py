@@ -1,8 +1,8 @@
-"""A Slurm of one's own: munged, slurmctld and two slurmd on this machine, in one folder, gone at the end.
+"""A Slurm cluster for tests: munged, slurmctld and two slurmd on this machine, in one folder that the end removes.
 
 ``python -m tests.slurm.cluster COMMAND ...`` runs a command beside one; SLURM_CONF tells Slurm's programs where it is.
 
-The nodes are named as addresses of the loopback network, of a part of it that is drawn for each cluster: their names
+The nodes' names are addresses of the loopback network, of a part of it that is drawn for each cluster. So their names
 can be reached, as those of real nodes can, and two clusters on one machine have nothing in common.
 """
 
@@ -83,12 +83,12 @@ class Cluster:
             time.sleep(0.05)
 
     def said(self) -> str:
-        """The last that each daemon said."""
+        """The last messages of each daemon."""
         return "\n".join(f"{log.name}: {log.read_text()[-2000:]}" for log in sorted(self.folder.glob("*.log")))
 
     @contextmanager
     def daemon(self, name: str, *command: str) -> Iterator[None]:
-        """Runs in the foreground, and so is ours to end; its messages are kept."""
+        """Run a daemon in the foreground, so that we can end it, and keep its messages."""
         with open(self.folder / f"{name}.log", "wb") as log:
             process = subprocess.Popen(command, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             try:
@@ -114,12 +114,12 @@ def cluster(cpus: int | None = None, hold_all: bool = True) -> Iterator[Cluster]
         raise Unavailable(f"{', '.join(missing)} not installed; on Debian or Ubuntu: apt-get install slurm-wlm munge")
     here = programs["munged"], programs["slurmctld"], programs["slurmd"]
     with ExitStack() as stack:
-        # Not pytest's: munge wants its socket where all may look, and a path of a socket is short.
+        # Not pytest's folder: munge wants its socket where all users may look, and the path of a socket must be short.
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm-")))
         folder.chmod(0o755)
         network = f"127.{random.randint(1, 254)}.{random.randint(0, 254)}"
         nodes = (f"{network}.1", f"{network}.2")
-        # Slurm on cgroup v2 asks systemd, which tests do not have.
+        # Slurm needs systemd for cgroup v2, which tests do not have.
         holds_all = hold_all and os.geteuid() == 0 and os.access(FREEZER, os.W_OK)
         mine = Cluster(folder, nodes, holds_all)
         _configure(mine, cpus or os.cpu_count() or 1)
@@ -177,7 +177,7 @@ def _end_jobs(mine: Cluster) -> None:
 
 
 def _remove_cgroups(mine: Cluster) -> None:
-    """slurmd leaves its own there."""
+    """Remove the cgroups that slurmd leaves."""
     for node in mine.nodes:
         top = FREEZER / f"slurm_{node}"
         for folder in (*sorted(top.rglob("*/"), reverse=True), top):

@@ -1,4 +1,4 @@
-"""The blocks of the pages that need Slurm, on nodes that say to have the 64 CPUs of the examples."""
+"""The pages' blocks of code that need Slurm, on nodes that claim the 64 CPUs of the examples."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def slurm() -> Iterator[Cluster]:
 def test_block(block: Block, slurm: Cluster, tmp_path: Path) -> None:
     if lacking := missing(block, "Slurm"):
         pytest.skip(f"needs {', '.join(sorted(lacking))}")
-    # Bound to 64 CPUs a task cannot be, where there are fewer.
+    # A task cannot be bound to 64 CPUs where there are fewer.
     run(block, tmp_path, {**slurm.environ, "SLURM_CPU_BIND": "none"})

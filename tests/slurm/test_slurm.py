@@ -28,7 +28,7 @@ from tests.support.processes import eventually
 TIMEOUT = 30.0
 BIND = [sys.executable, "-m", "rankspawn", "bind"]
 
-# One line of a task: who it is, and its answer.
+# Each task prints a line: who it is, and its answer.
 TASK = """
 import json, os
 from rankspawn._cli.step import Step, StepError
@@ -49,7 +49,7 @@ PLACE = [
 ]
 
 
-# Slurm knows the processes of a step by a cgroup, or looks for the children of its tasks.
+# Slurm finds the processes of a step by a cgroup, or by looking for the children of its tasks.
 @pytest.fixture(scope="session", params=["cgroup", "linuxproc"])
 def any_slurm(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     with cluster(cpus=2, hold_all=request.param == "cgroup") as mine:
@@ -64,7 +64,7 @@ def slurm() -> Iterator[Cluster]:
         yield mine
 
 
-# It says so where the test before has just ended.
+# srun says so where the job of the test before has only just ended.
 WAITED = re.compile(r"srun: job \d+ (queued and waiting for|has been allocated) resources\n")
 
 
@@ -76,7 +76,7 @@ def ran(slurm: Cluster, command: list[str], **environ: str) -> subprocess.Comple
 
 
 def answers(slurm: Cluster, *command: str, **environ: str) -> dict[int, tuple[str, Any]]:
-    """Of each task, by number: the node that it ran on, and what it answered."""
+    """For each task, by number: the node that it ran on, and what it answered."""
     done = ran(slurm, [*command], **environ)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
@@ -180,7 +180,7 @@ BRACKETS = st.lists(RANGES, min_size=1, max_size=3).map(lambda ranges: f"[{','.j
 HOSTS = st.builds(lambda name, parts: name + "".join(parts), NAMES, st.lists(BRACKETS | NAMES, max_size=3))
 
 
-# What Slurm refuses as well (it takes no name behind a bracket that ends the list, in some releases) is not compared.
+# Lists that Slurm itself refuses are not compared (some releases take no name behind a bracket that ends the list).
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(hosts=st.lists(HOSTS, min_size=1, max_size=3).map(",".join))
 def test_the_first_host_of_any_list(slurm: Cluster, hosts: str) -> None:
@@ -192,12 +192,12 @@ def test_the_first_host_of_any_list(slurm: Cluster, hosts: str) -> None:
 # ---- masks ----------------------------------------------------------------------------------------------------------
 
 CPUS = sorted(os.sched_getaffinity(0))
-# A node has the CPUs 0 and 1 here, and to a step that has them all, --cpu-bind=none gives no mask.
+# A node has the CPUs 0 and 1 here. With --cpu-bind=none, Slurm gives no mask to a step that has both.
 two_cpus = pytest.mark.skipif(CPUS[:2] != [0, 1], reason="needs CPUs 0 and 1")
 
 
 def places(done: subprocess.CompletedProcess[str]) -> dict[int, list[int]]:
-    """Of each task, by number: its CPUs."""
+    """For each task, by number: its CPUs."""
     assert done.returncode == 0, done.stderr
     return {rank: place["cpus"] for rank, _, place in map(json.loads, done.stdout.splitlines())}
 
@@ -249,7 +249,7 @@ def in_ranks(code: str, *options: str) -> list[str]:
 
 
 def test_ranks_on_two_nodes(slurm: Cluster) -> None:
-    # Few: srun passes on what it reads, and breaks a long line by another task's.
+    # Few variables, because srun passes on what it reads, and may break a long line by another task's.
     names = (
         "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE"
         " MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID SLURMD_NODENAME SLURM_JOB_ID"
@@ -292,7 +292,7 @@ def test_several_tasks_of_a_node_cannot_each_start_all_ranks(slurm: Cluster) -> 
 
 MARK = "RANKSPAWN_TEST_MARK"
 
-# A rank with a child, one that its parent left, and where Slurm can know of it, one that left the session.
+# A rank with a child, an orphan and, where Slurm can find it, a process that has left the session.
 FAMILY = """
 import os, subprocess, sys, time
 subprocess.Popen(["sleep", "120"])
@@ -320,7 +320,7 @@ def marked(mark: str) -> dict[int, str]:
 
 @contextmanager
 def job(slurm: Cluster, command: list[str], ranks: int) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A srun whose ranks have all said that they are here, and the mark of all that belongs to it."""
+    """A srun whose ranks all run by now, and the mark that its processes carry."""
     mark = uuid.uuid4().hex
     environ = {**slurm.environ, MARK: mark}
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as srun:
@@ -343,7 +343,7 @@ def job(slurm: Cluster, command: list[str], ranks: int) -> Iterator[tuple[subpro
 
 
 def gone(mark: str) -> dict[int, str]:
-    """What is left with the mark when all had time to end: Slurm waits 2 s (KillWait) before it kills."""
+    """The marked processes that are left when all had time to end: Slurm waits 2 s (KillWait) before it kills."""
     deadline = time.monotonic() + 10
     while (left := marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -365,8 +365,8 @@ def test_a_cancelled_job_leaves_nothing(any_slurm: Cluster) -> None:
 
 def test_a_cancelled_job_whose_ranks_ignore_signals_leaves_nothing(any_slurm: Cluster) -> None:
     deaf = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)" + FAMILY
-    # Slurm kills what it finds after KillWait (2 s here), the launcher among it. What it does not find has to be killed
-    # before that.
+    # After KillWait (2 s here) Slurm kills what it finds, also the launcher. So the launcher must have killed what
+    # Slurm does not find by then.
     options = [] if any_slurm.holds_all else ["--grace", "0.5"]
     with job(any_slurm, [*in_ranks(deaf, *options), "stay"], 4):
         any_slurm.asked("scancel", job_id(any_slurm))
@@ -388,7 +388,7 @@ def test_killed_launchers_leave_nothing(any_slurm: Cluster, which: str) -> None:
 
 
 def test_a_killed_srun_leaves_nothing(any_slurm: Cluster) -> None:
-    """Slurm then kills at once all that it finds; without a cgroup, guards too, and not what ranks have left behind."""
+    """Slurm then kills all that it finds; without a cgroup it finds guards, too, but not what ranks left behind."""
     family = FAMILY if any_slurm.holds_all else ALONE
     with job(any_slurm, [*in_ranks(family), "leave"], 4) as (srun, _):
         cancelled = job_id(any_slurm)
@@ -397,7 +397,7 @@ def test_a_killed_srun_leaves_nothing(any_slurm: Cluster) -> None:
 
 
 def test_a_cancelled_rank_of_bind_leaves_nothing(any_slurm: Cluster) -> None:
-    """It is Slurm's own task, as if it had been started without us."""
+    """The rank is Slurm's own task, as if it had been started without us."""
     code = [sys.executable, "-c", FAMILY if any_slurm.holds_all else ALONE, "leave"]
     with job(any_slurm, ["srun", "-N2", "-n4", "--overcommit", *BIND, *code], 4):
         any_slurm.asked("scancel", job_id(any_slurm))

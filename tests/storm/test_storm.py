@@ -1,4 +1,4 @@
-"""What takes minutes: launchers killed at any moment, and a hundred thousand ranks. ``make test-storm``."""
+"""Tests that take minutes: launchers killed at any moment, and a hundred thousand ranks. ``make test-storm``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def left_behind(mark: str) -> dict[int, str]:
 
 
 def kill_a_launcher(random_moment: float, children: bool, options: dict[str, object]) -> dict[int, str]:
-    """Who is left a second after a launcher has been killed."""
+    """Kill a launcher. The processes that are left a second later."""
     mark = uuid.uuid4().hex
     command = [sys.executable, "-c", LAUNCHER, "children" if children else "alone", repr(options)]
     with subprocess.Popen(command, env={**os.environ, MARK: mark}, stdout=subprocess.PIPE) as launcher:
@@ -123,5 +123,5 @@ def test_a_hundred_thousand_ranks() -> None:
     assert ranks >= 100_000
     for what in ("threads", "fds", "children"):
         assert at_the_end[what] == after_a_tenth[what]
-    # In KiB: 20 bytes lost with each rank would be more.
+    # In KiB: a leak of 24 bytes with each rank would exceed it.
     assert at_the_end["rss"] - after_a_tenth["rss"] < 2048

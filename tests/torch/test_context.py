@@ -1,7 +1,7 @@
 """Our contexts under torch: tensors in queues, start_processes, a DataLoader, elastic's callables, as by stock ones.
 
-torch takes the name of a start method and asks multiprocessing for its context. The seam that needs no patch of torch
-is multiprocessing's table of those: a context that stands there under a name of its own is found by that name.
+torch takes the name of a start method and asks multiprocessing for the context of that name. So torch needs no patch:
+the tests put our contexts into multiprocessing's table, under names of their own.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def work(inbox, outbox, shared):
     shared.fill_(7)
     outbox.put(torch.arange(4))
     outbox.put(mask())
-    inbox.get()  # until then the memory of what was sent is this process's
+    inbox.get()  # what was sent lies in this process's memory until then
 
 if __name__ == "__main__":
     context = mp.get_context(registered())
@@ -97,7 +97,7 @@ if __name__ == "__main__":
         except Exception as error:
             found.append([type(error).__name__, error.error_index, getattr(error, "exit_code", None)])
     pipes = [mp.Pipe() for _ in range(2)]
-    # Where the two before them were, as the ranks of a restarted group.
+    # Bound as the two before them, as the ranks of a restarted group are.
     running = mp.start_processes(report, args=(pipes,), nprocs=2, start_method=name, join=False)
     found.append([running.join(0.01), len(running.pids())])
     for ours, _ in pipes:

@@ -34,7 +34,7 @@ def test_ranks_of_two_machines_learn_the_digits() -> None:
         started = []
         for node in (1, 0):
             meeting = f"--nnodes 2 --node-rank {node} --master-addr {machines[0].address} --master-port 29500"
-            # gloo takes the address that the host's name has, and both have the same name here.
+            # gloo would use the address of the host's name, and both machines have the same name here.
             command = ["env", f"GLOO_SOCKET_IFNAME={machines[node].interface}", *LAUNCHER, "run", *meeting.split()]
             started.append(jobs.enter_context(launched(machines[node].runs([*command, DIGITS]), seconds=300)))
         for job in started:

@@ -1,4 +1,4 @@
-"""The blocks of the pages that need torch, and perhaps more that is installed."""
+"""The pages' blocks of code that need torch, and perhaps more that is installed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 
 from tests.support.pages import PROGRAMS, Block, missing, run
 
-# A DataLoader's queue has a daemon thread, and drops its semaphore in it while the interpreter ends: between unlinking
-# it and telling the tracker, the thread may be stopped, and the tracker then tells of a leak. With the stock context
-# as with ours (1 of 48 runs each, four at once on 2 cores, CPython 3.11.7 and torch 2.13.0).
+# A DataLoader's queue has a daemon thread, which drops the queue's semaphore while the interpreter ends. If that thread
+# is stopped after it has unlinked the semaphore and before it has told the resource tracker, the tracker reports a
+# leak. This happens with the stock context as with ours (1 of 48 runs each, four at once on 2 cores, CPython 3.11.7 and
+# torch 2.13.0).
 NOT_OF_THE_PAGE = "ignore:resource_tracker"
 
 

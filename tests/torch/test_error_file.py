@@ -83,7 +83,7 @@ def test_passed_on_as_torch_passes_it_on(ended: Ended, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("ended", ["raises"], indirect=True)
 def test_told(ended: Ended) -> None:
-    """The interpreter wrote the same traceback to stderr, as the last thing: it is told once."""
+    """The interpreter wrote the same traceback to the end of stderr, so it is shown only once."""
     files = ended.files
     told = describe(Failure(0, ended.returncode, 0.0, ended.pid, files=files, error=read_error_file(files.error)))
     lines = told.splitlines()

@@ -60,7 +60,7 @@ MACHINES = {
 
 @pytest.fixture
 def torch_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, tuple[str, ...], frozenset[int]], TorchPlan]:
-    """torch's functions, reading another machine's tree: its GPUs' addresses, and the mask of the calling thread."""
+    """Makes torch's functions see another machine's tree, its GPUs' addresses, and a mask of allowed CPUs."""
 
     def point_at(root: Path, addresses: tuple[str, ...], allowed: frozenset[int]) -> TorchPlan:
         found = []
@@ -98,7 +98,7 @@ def test_the_same_sets_as_torch(name: str, tmp_path: Path, torch_on) -> None:
         theirs = [torch_plan(mode, i) for i in range(len(addresses))]
         ours = [place(topology, mode, gpu_index=i, devices=addresses)[0].cpus for i in range(len(addresses))]
         assert ours == theirs, mode
-        # Launched as one rank for each GPU, found by ourselves, the sets are the same.
+        # The sets are the same for one rank for each GPU, where we find the GPUs ourselves.
         assert [rank.cpus for rank in place(topology, mode, nprocs=len(addresses))] == theirs, mode
 
 
@@ -113,7 +113,7 @@ def test_the_same_sets_wherever_torch_gives_any(machine: Machine, nodes: list[in
         topology = Topology.read(write(Path(folder), machine))
         torch_plan = torch_on(Path(folder), addresses, topology.allowed_cpus)
         devices = as_devices(topology, addresses)
-        # Devices on other nodes (absent, without CPUs, unknown) are put elsewhere by us, and count in splits there.
+        # We place devices on other nodes (absent, without CPUs, unknown) elsewhere, and they count in the splits there.
         plain = {node.id for node in topology.nodes_with_cpus()}
         plain |= {-1} if plain == {0} else set()
         for mode in MODES:
@@ -122,7 +122,7 @@ def test_the_same_sets_wherever_torch_gives_any(machine: Machine, nodes: list[in
                     theirs = torch_plan(mode, index)
                 except (RuntimeError, ValueError, ZeroDivisionError):
                     continue
-                # An empty set is refused by torch afterwards.
+                # torch refuses an empty set afterwards.
                 if theirs and node in plain and (mode not in SPLIT or plain.issuperset(nodes)):
                     (rank,) = plan(topology, mode, gpu_index=index, devices=devices)
                     assert rank.binding.cpus == theirs, (mode, index)
@@ -167,7 +167,7 @@ DIFFERENCES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # What is assumed is said; test_placement.py looks at the words.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # A plan warns of assumptions: see test_placement.py.
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_a_set_where_torch_has_none_or_a_wrong_one(name: str, tmp_path: Path, torch_on) -> None:
     machine, mode, theirs, ours = DIFFERENCES[name]

@@ -21,7 +21,7 @@ DIFFERENCES: dict[str, tuple[object, object]] = {
     "TORCHELASTIC_USE_AGENT_STORE": ("True", "False"),
     # Where torch's @record leaves a rank's exception, in the log folder of each.
     "TORCHELASTIC_ERROR_FILE": (..., ...),
-    # torchrun's own option, where it has it, which reaches ranks because it is kept in the agent's environment.
+    # An option of newer torchruns, which the agent puts into its environment, so that ranks inherit it.
     "TORCHELASTIC_SIGNALS_TO_HANDLE": (..., None),
     # The clock when the rank was called.
     "RANKSPAWN_CALL_NS": (None, ...),
@@ -43,7 +43,7 @@ Path(__file__).with_name("said-" + os.environ["RANK"]).write_text(json.dumps(abo
 print("out", os.environ["RANK"])
 print("err", os.environ["RANK"], file=sys.stderr)
 """
-# torchrun takes a double dash right behind the script for itself; ours leaves the script its own, as the README says.
+# torchrun drops a double dash right behind the script; ours leaves it to the script, as the README says.
 ARGUMENTS = ["--nproc-per-node", "7", "-m", "", "a b", "ü", "--", "--log-dir"]
 
 
@@ -77,8 +77,8 @@ def run(command: list[str], folder: Path, ranks: int) -> Outcome:
 
 @pytest.fixture(params=[1, 2])
 def both(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Outcome, Outcome]:
-    """torchrun's and ours, with as many ranks."""
-    # torchrun redirects output into its log folder when told so; naming the folder is enough for ours.
+    """The outcomes of torchrun and of ours, with as many ranks."""
+    # torchrun redirects output into its log folder only when asked to; for ours, naming the folder is enough.
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "static", "--redirects", "3"]
     ours = [sys.executable, "-m", "rankspawn", "run"]
     return run(torchrun, tmp_path / "torchrun", request.param), run(ours, tmp_path / "ours", request.param)

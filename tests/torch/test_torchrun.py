@@ -20,10 +20,10 @@ import pytest
 torchs = pytest.importorskip("torch.distributed.run", reason="torch is not installed")
 OPTIONS = torchs.get_args_parser()._option_string_actions
 LATER_OPTIONS = {"--duplicate-stdout-filters", "--virtual-local-rank", "--signals-to-handle", "--numa-binding"}
-"""Which torch 2.4 does not have."""
+"""Options that torch 2.4 does not have."""
 
 LAUNCHERS = {
-    # As the console script does it. With -m, its module is __main__, and torch's logger of it has another format.
+    # As the console script does. With -m, the module would be __main__, and its log lines would look different.
     "torchrun": [sys.executable, "-c", "import sys; from torch.distributed.run import main; sys.exit(main())"],
     "ours": [sys.executable, "-m", "rankspawn.torchrun"],
 }
@@ -37,7 +37,7 @@ if not find_spec("torch.numa"):
 
 @dataclass
 class Outcome:
-    """Of one launcher. Lines are sorted, since ranks write when they like. files: below --log-dir, and their lines."""
+    """What one launcher did. Lines are sorted, because ranks write at any time. files: the lines, below --log-dir."""
 
     status: int
     stdout: list[str]
@@ -220,7 +220,7 @@ def test_restarts(both: Both) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [
-        # One: of two that fail by themselves, the later one may or may not be told to end before.
+        # One rank, because the agent may or may not end the later one of two before it fails by itself.
         (["--nproc-per-node", "1", "FOLDER/missing.py"], 1),
         (["--no-python", "FOLDER/missing"], 1),
         (["--no-python", "sh", "-c", "echo $RANK; exit 0"], 0),
@@ -282,7 +282,7 @@ def test_the_same_ranks(both: Both) -> None:
         for about in said[launcher]:
             environment = about["environment"]
             assert isinstance(environment, dict)
-            # c10d's own: a port and a name for each job.
+            # c10d gives each job a port and a name of its own.
             del environment["MASTER_PORT"], environment["TORCHELASTIC_RUN_ID"]
     assert said["ours"] == said["torchrun"]
 
@@ -303,7 +303,7 @@ time.sleep(600)
 
 
 def pids(folder: Path, ranks: int = 2) -> list[int]:
-    """Of ranks that run WAITS, when all of them have come so far."""
+    """The pids of ranks that run WAITS, once all of them have begun to wait."""
     until = time.monotonic() + SECONDS
     while len(found := list(folder.glob("pid-[0-9]"))) < ranks:
         assert time.monotonic() < until, "the ranks did not start"
@@ -312,7 +312,7 @@ def pids(folder: Path, ranks: int = 2) -> list[int]:
 
 
 def gone(pid: int, seconds: float = 10) -> bool:
-    """Whether the process ends, or was reaped by now; waits for that."""
+    """Wait for the end of the process; whether it has ended, or was reaped."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         try:
@@ -341,7 +341,7 @@ def test_a_signal_to_the_agent(both: Both, name: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
 def test_ranks_die_with_the_agent(both: Both) -> None:
-    """torchrun's live on: the one difference here."""
+    """torchrun's ranks live on, which is the one difference here."""
 
     def kill(process: Popen, folder: Path) -> None:
         pids(folder)
@@ -429,7 +429,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.skipif(not find_spec("torch.numa"), reason="torch before 2.9 asks for no CUDA")
 def test_a_named_binding_initializes_no_cuda() -> None:
-    """torch asks in order to choose a default binding, where none is named."""
+    """torch asks CUDA only where no binding is named, in order to choose a default one."""
     options = ["--no-python", "true"]
     for binding, status in (["--numa-binding", "node"], 0), ([], 1):
         command = [sys.executable, "-c", WITHOUT_CUDA, *binding, *options]

@@ -50,13 +50,13 @@ def seam_name(seam: Seam) -> str:
 
 @pytest.mark.parametrize("seam", SEAMS, ids=seam_name)
 def test_seam(seam: Seam) -> None:
-    """A failure here means that this torch differs from all that we know, and what to look at."""
+    """A failure here means that this torch differs from all that we know, and says where to look."""
     assert seam.difference() is None
 
 
 @pytest.mark.parametrize("seam", SEAMS, ids=seam_name)
 def test_a_torch_that_differs(seam: Seam, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its name is told, and nothing is replaced."""
+    """The error names the seam, and install() replaces nothing."""
 
     def unlike_all_that_we_know(brave: int, new: int) -> None:
         pass
@@ -154,7 +154,7 @@ needs_two_cpus = pytest.mark.skipif(
 
 
 def apart(masks: list[list[int]]) -> bool:
-    """Whether two ranks have CPUs of their own, of ours."""
+    """Whether each of two ranks has CPUs of its own, within this process's."""
     one, other = map(set, masks)
     return bool(one and other) and not one & other and one | other <= os.sched_getaffinity(0)
 
@@ -214,7 +214,7 @@ if __name__ == "__main__":
 @needs_two_cpus
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
 def test_functions(tmp_path: Path, method: str) -> None:
-    """Their values and errors come back, and they are bound: before their imports, where these are their own."""
+    """The functions' values and errors come back. They run bound; with "spawn", so do the imports of their modules."""
     (tmp_path / "functions.py").write_text(FUNCTIONS)
     done = subprocess.run(
         [sys.executable, str(tmp_path / "functions.py"), method], capture_output=True, text=True, timeout=120
@@ -257,8 +257,8 @@ def test_a_function_that_cannot_be_bound_leaves_none(tmp_path: Path) -> None:
 
 @pytest.fixture
 def context(tmp_path: Path) -> Any:
-    """Starts ranks of a shell script through torch's start_processes with ours installed. In a thread of its own:
-    torch sets signal handlers when it is called by the main thread."""
+    """Starts ranks of a shell script through torch's start_processes with ours installed. It runs in a thread of its
+    own, because torch sets signal handlers when the main thread calls it."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
     contexts = []
@@ -277,11 +277,11 @@ def context(tmp_path: Path) -> Any:
 
     with ThreadPoolExecutor(1) as thread, installed():
         yield lambda *scripts: thread.submit(start, *scripts).result()
-        while contexts:  # the fixture's value is kept a little longer, and the ranks' pidfds with it
+        while contexts:  # pytest keeps the fixture's value a little longer, which would keep the pidfds
             contexts.pop().close()
 
 
-LONG = 30.0  # seconds; who sleeps through a period of this length is not woken by an end
+LONG = 30.0  # seconds; a wait that takes so long was not woken by an end
 
 
 def test_wait_ends_with_the_ranks(context: Any) -> None:
@@ -313,7 +313,7 @@ def test_a_wait_that_nobody_ends(context: Any) -> None:
 
 
 def test_one_that_cannot_start_leaves_none(tmp_path: Path) -> None:
-    """torch would leave those that it has started before: they are in nobody's hands."""
+    """torch would leave the ranks that it has started before, and no object would know them."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, api
 
     logs = DefaultLogsSpecs(log_dir=str(tmp_path), redirects=api.Std.ALL)
@@ -350,7 +350,7 @@ def test_the_agents_interval_is_not_waited_for(tmp_path: Path, script: str, stat
 
 
 def test_ranks_without_pidfds(tmp_path: Path) -> None:
-    """The standard library's way to start them: found out by looking at them, 50 times a second."""
+    """The standard library starts them. The context finds out that they have ended by looking 50 times a second."""
     (tmp_path / "script.py").write_text("import os; print('rank', os.environ['RANK'])")
     done = subprocess.run(
         [sys.executable, "-m", "rankspawn.torchrun", "--nproc-per-node", "1", str(tmp_path / "script.py")],

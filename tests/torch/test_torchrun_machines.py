@@ -1,7 +1,7 @@
 """``rankspawn torchrun`` on two machines, which are network namespaces: torch's rendezvous, ranks that exchange data.
 
-What becomes of the job when a machine is lost is torch's to decide. These tests hold that our ranks and our agent let
-it: ends are noticed within a bounded time, and the elastic restart comes.
+torch decides what becomes of the job when a machine is lost. These tests check that our ranks and our agent let it:
+they notice ends within a bounded time, and the elastic restart comes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ job = ring_allreduce.meet(60)
 say([int(os.environ["TORCHELASTIC_RESTART_COUNT"]), ring_allreduce.WORLD_SIZE])
 """
 )
-# Ranks that exchange data until a file is there; a socket of theirs waits two seconds for the others.
+# Ranks that exchange data until a file exists; their sockets wait two seconds for the others.
 EXCHANGE = (
     MEET
     + """
@@ -47,7 +47,7 @@ while not vector[0]:  # all leave in the same turn
     time.sleep(0.01)
 """
 )
-# One of them fails, once; the other waits for its end then.
+# One of two ranks fails, once; the other then waits until the agent ends it.
 FAIL_ONCE = (
     MEET
     + """
@@ -70,7 +70,7 @@ def machines() -> Iterator[tuple[Machine, Machine]]:
 def agents(
     machines: tuple[Machine, Machine], folder: Path, code: str, nnodes: str, *options: str
 ) -> Iterator[tuple[list[Launched], Path]]:
-    """An agent on each machine, each with one rank, and the file that their script is told of."""
+    """An agent on each machine, each with one rank, and the file whose path their script gets."""
     script, file = folder / "script.py", folder / "file"
     script.write_text(code)
     with ExitStack() as started:
@@ -91,7 +91,7 @@ def agents(
 
 
 def heard(job: Launched) -> list[int]:
-    """What the agent's rank says next: which attempt it is of, and of how many ranks."""
+    """What the agent's rank says next: the number of its attempt, and how many ranks there are."""
     line = job.stdout.readline()
     assert line, job.stderr.read()
     (what,) = said(line).values()
@@ -113,7 +113,7 @@ def test_a_failure_on_one_machine_starts_both_again(machines: tuple[Machine, Mac
 
 
 def test_a_lost_agent_and_the_job_goes_on_without_it(machines: tuple[Machine, Machine], tmp_path: Path) -> None:
-    """Killed, it takes its rank with it; the other machine's rank loses its connection, and is started again alone."""
+    """A killed agent takes its rank with it. The other machine's rank loses its connection, and restarts alone."""
     with agents(machines, tmp_path, EXCHANGE, "1:2", "--max-restarts", "3") as (jobs, file):
         assert [heard(job) for job in jobs] == [[0, 2], [0, 2]]
         (rank,) = psutil.Process(jobs[1].process.pid).children()
@@ -126,8 +126,9 @@ def test_a_lost_agent_and_the_job_goes_on_without_it(machines: tuple[Machine, Ma
 
 
 def test_a_machine_that_is_cut_off_ends_the_job_on_both(machines: tuple[Machine, Machine], tmp_path: Path) -> None:
-    """No connection is closed: ranks wait as long as their sockets do. The agent without the store waits, in torch's
-    rendezvous, as long as TCP does: a quarter of an hour, unless tcp_retries2 (tcp(7)) says less, as it does here."""
+    """No connection is closed, so the ranks wait until their sockets time out. The agent without the store waits, in
+    torch's rendezvous, as long as TCP does: a quarter of an hour, unless tcp_retries2 (tcp(7)) says less, as it does
+    here."""
     few = "echo 4 >/proc/sys/net/ipv4/tcp_retries2"
     for machine in machines:
         subprocess.run(machine.runs(["sh", "-c", few]), check=True)

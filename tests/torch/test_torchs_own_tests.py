@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(os.environ.get("RANKSPAWN_PYTORCH", "nowhere")) / "test" / "distributed" / "elastic"
-# Those that start workers. Others of the folder test rendezvous, timers and metrics, in which we have no part.
+# Those that start workers. The folder's others test rendezvous, timers and metrics, in which we have no part.
 FILES = [
     "multiprocessing/api_test.py",
     "agent/server/test/local_elastic_agent_test.py",
@@ -39,7 +39,7 @@ pytestmark = [
 ]
 
 INSTALL = "import rankspawn.torchrun\nrankspawn.torchrun.install()\n"
-# Each test and how it ended, in words: also those of torch's own skips.
+# The name of each test and how it ended; torch's own skips are included.
 DRIVER = """
 import importlib, json, sys, unittest
 sys.path.insert(0, sys.argv[1])
@@ -84,7 +84,7 @@ class Copy:
         self.folder, self.module = folder, file.stem
 
     def run(self, *names: str) -> dict[str, str]:
-        """How each test ends, or those that are named."""
+        """How each test ends, or each of those that are named."""
         told, environment = self.folder / "told.json", dict(os.environ)
         for name in [name for name in environment if name.startswith("PYTEST_")]:
             del environment[name]  # some of torch's skip themselves under pytest

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 
-# Of use in a clone alone.
+# Useful only in a clone.
 ONLY_IN_GIT = {".ci", ".github", ".gitignore", ".readthedocs.yaml"}
 
 

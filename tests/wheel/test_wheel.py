@@ -78,7 +78,7 @@ def test_licences_are_there(unpacked: Path, version: str) -> None:
     assert "GNU LESSER GENERAL PUBLIC LICENSE" in (info / "licenses" / "LICENSE.libnuma").read_text()
     metadata = email.message_from_string((info / "METADATA").read_text(encoding="utf-8"))
     assert metadata.get_all("License-File") == ["LICENSE", "LICENSE.libnuma"]
-    # Which libnuma that is: where its source can be had depends on it.
+    # Which libnuma it is, because that decides where its source can be found.
     parts = json.loads((info / "sboms" / "auditwheel.cdx.json").read_text())["components"]
     assert [part["version"] for part in parts if "numa" in part["name"]] != []
 
@@ -87,7 +87,7 @@ def test_it_is_linked_to_its_own_libnuma_and_to_libc(extension: Path, libnuma: P
     needed = elf.dynamic(extension, "NEEDED")
     assert libnuma.name in needed
     assert [name for name in needed if not re.match(r"libnuma-|libc\.|libpthread\.|ld-linux", name)] == []
-    # The compiler's own search path, of the Python that built it, would be looked through on others' machines.
+    # No search path of the Python that built it, because the loader would search that folder on others' machines.
     assert elf.dynamic(extension, "R(?:UN)?PATH") == ["$ORIGIN/../rankspawn.libs"]
 
 
@@ -102,7 +102,7 @@ def test_it_is_hardened(extension: Path, libnuma: Path) -> None:
 
 
 def test_the_same_source_gives_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
-    """Bit for bit, where the compiler and the time are the same (SOURCE_DATE_EPOCH)."""
+    """Every bit is the same, where the compiler and the time are the same (SOURCE_DATE_EPOCH)."""
     make = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(tmp_path), str(sdist)]
     subprocess.run(make, check=True)
     (built,) = tmp_path.glob("*.whl")
