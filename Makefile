@@ -18,17 +18,17 @@ WORKFLOWS := $(wildcard .github/workflows/*.yml)
 
 # Extra words for pytest: make test PYTEST_ARGS="-k affinity -x"
 PYTEST_ARGS ?=
-# And for benchmarks/run.py, which lists its own.
+# Options of benchmarks/run.py, whose --help lists them.
 BENCH_ARGS ?=
-# And for tests/numavm/run.py.
+# Options of tests/numavm/run.py.
 NUMAVM_ARGS ?=
-# And for tests/interpreters/run.py, and through it for pytest.
+# Options of tests/interpreters/run.py, which passes pytest's on to it.
 INTERPRETERS_ARGS ?=
 # The tests that exercise C: everything else would only run Python slower.
 ASAN_TESTS ?= $(wildcard tests/test_spawn*.py tests/test_popen*.py tests/test_start_fails*.py tests/test_injected_faults.py tests/test_signals.py tests/test_crew.py)
 
-# A build without the engine must not pass for one with it here. Warnings are errors for the project's developers, but
-# not in `make demo`, which strangers run with compilers that we have not met.
+# A build without the engine fails here, so that nobody takes it for one with the engine. Warnings are errors for the
+# project's developers, but not in `make demo`, which strangers run with compilers that we have not met.
 export RANKSPAWN_REQUIRE_EXTENSION := 1
 export RANKSPAWN_DEVELOP ?= 1
 demo: export RANKSPAWN_DEVELOP = 0
@@ -39,7 +39,7 @@ PIP_FAILED = { echo "make: pip could not install what is named above. It needs a
   echo "make: a proxy (https_proxy) or your pip configuration, then run the same make again."; exit 1; }
 
 .DEFAULT_GOAL := help
-# Every rule with a name of letters alone; the others make files.
+# Every target whose name has only letters and dashes; the others make files.
 .PHONY: $(shell sed -n 's/^\([a-z-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## print these targets
@@ -81,7 +81,7 @@ lint-c: $(VENV)/.lint
 	done; rm -f build/lint.o
 	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)
 
-# Neither asks the network: whether a pinned commit is still the newest is for a person to look up.
+# Neither uses the network: whether a pinned commit is still the newest is for a person to look up.
 lint-workflows: $(VENV)/.lint
 	$(if $(WORKFLOWS),$(VENV)/bin/zizmor --offline -q $(WORKFLOWS))
 
@@ -90,10 +90,10 @@ format: $(VENV)/.lint ## rewrite Python and C as lint wants them
 	$(VENV)/bin/ruff format .
 	$(if $(C_FILES),$(VENV)/bin/clang-format -i $(C_FILES))
 
-# The sanitizers' build has a folder of its own, found before src/ by PYTHONPATH. Leaks are not looked for: the
-# interpreter itself keeps memory until it exits. Nor are signals caught by AddressSanitizer, since tests look at which
-# are; pytest's faulthandler tells of a crash. --capture=sys: a sanitizer writes its report to descriptor 2 and ends the
-# process, and pytest's capture of that descriptor would end with it.
+# The sanitizers' build has a folder of its own, which PYTHONPATH puts before src/. Leaks are not looked for, because
+# the interpreter itself keeps memory until it exits. AddressSanitizer catches no signals, because tests look at which
+# are caught; pytest's faulthandler reports a crash. --capture=sys: a sanitizer writes its report to descriptor 2 and
+# ends the process, and pytest's capture of that descriptor would end with it.
 test-asan: build/asan/.built $(VENV)/.test $(VENV)/.built | build/.test-tools ## the engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	PYTHONPATH=$(CURDIR)/build/asan/lib PYTHONMALLOC=malloc LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0:handle_sigfpe=0 \
@@ -103,8 +103,8 @@ test-asan: build/asan/.built $(VENV)/.test $(VENV)/.built | build/.test-tools ##
 test-cpython: $(VENV)/.built ## CPython's own subprocess tests, with Popen replaced by ours
 	$(PY) -m tests.cpython.run --jobs 2
 
-# Each `make test` has an environment of its own, .venv-3.12 and the like. The versions that this machine lacks are those
-# of a Debian in .cache/forky, made by debootstrap as root.
+# The `make test` of each version has an environment of its own, .venv-3.12 and the like. The versions that this machine
+# lacks come from a Debian in .cache/forky, which debootstrap makes as root.
 test-interpreters: | build/.forky ## the default tests on every CPython from 3.10 on (INTERPRETERS_ARGS="--only 3.15 -k crew")
 	$(PYTHON) -m tests.interpreters.run $(INTERPRETERS_ARGS)
 
@@ -115,10 +115,11 @@ test-cpython-forky: | build/.forky ## test-cpython on the Pythons of Debian's su
 test-numavm: $(VENV)/.test $(VENV)/.built ## bindings on a kernel with five NUMA nodes, in a virtual machine (2 minutes)
 	$(PY) -m tests.numavm.run $(NUMAVM_ARGS)
 
-# Their daemons are the tests' own, in folders and on ports of their own: nothing of a Slurm that is here is used.
 test-storm: $(VENV)/.test $(VENV)/.built ## launchers killed at 460 random moments, and 100,000 ranks (5 minutes)
 	$(PY) -m pytest tests/storm $(PYTEST_ARGS)
 
+# The tests start Slurm's daemons themselves, in folders and on ports of their own, and use nothing of a Slurm that is
+# already here.
 test-slurm: $(VENV)/.test $(VENV)/.built | build/.slurm ## under a real Slurm of two nodes on this machine (installs slurm-wlm and munge)
 	$(PY) -m pytest tests/slurm $(PYTEST_ARGS)
 
@@ -133,7 +134,7 @@ test-torch: $(TORCH_VENV)/.built ## our handler beside torch's, and the DDP exam
 	$(TORCH_PY) -m pytest tests/torch tests/test_handler.py $(PYTEST_ARGS)
 	$(TORCH_VENV)/bin/rankspawn run --nproc-per-node 2 --numa-binding node examples/ddp_digits.py
 
-# Asked before anything is installed: torch alone is gigabytes, and without a GPU there is nothing to test.
+# make looks for a GPU before it installs anything: torch alone is gigabytes, and without a GPU nothing can be tested.
 test-gpu: ## devices beside torch.cuda and nvidia-smi, where there is an NVIDIA GPU (installs torch into .venv-torch)
 	@if nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then $(MAKE) --no-print-directory test-gpu-here; \
 	else echo "make: no NVIDIA GPU here (nvidia-smi -L lists none): nothing was tested"; fi
@@ -141,15 +142,15 @@ test-gpu: ## devices beside torch.cuda and nvidia-smi, where there is an NVIDIA 
 test-gpu-here: $(TORCH_VENV)/.nvidia
 	$(TORCH_PY) -m pytest tests/gpu $(PYTEST_ARGS)
 
-# torch's handler is a competitor where it is installed: after `make test-torch` the benchmarks run beside it.
+# Where torch is installed, as after `make test-torch`, torch's handler is measured as a competitor.
 bench: $(VENV)/.test $(VENV)/.built | build/.test-tools ## measure: the figures of docs/benchmarks.md (BENCH_ARGS="--effort 0.2": a quick look)
 	$(if $(wildcard $(TORCH_VENV)/.built),$(TORCH_PY),$(PY)) benchmarks/run.py $(BENCH_ARGS)
 
 bench-torchrun: $(TORCH_VENV)/.built | build/.test-tools ## measure: whole jobs under torchrun and under ours (docs/torchrun.md)
 	$(TORCH_PY) benchmarks/torchrun.py $(BENCH_ARGS)
 
-# Warnings are errors, and -n asks that every name in the reference is one that is described. The folder with the parsed
-# pages lies beside the site: it is not a part of it.
+# Warnings are errors, and -n asks that every name in the reference is described. The folder with the parsed pages lies
+# beside the site, because it is not a part of it.
 docs: $(VENV)/.docs $(VENV)/.built ## build the documentation: build/docs/index.html
 	$(PY) -m sphinx -q -n --fail-on-warning --doctree-dir build/docs-parsed docs build/docs
 	@echo "build/docs/index.html"
@@ -243,7 +244,7 @@ build/.test-tools: | build/.system
 	[ -z "$$packages" ] || echo "make: without" $$packages "some tests are skipped, and say so"
 	@touch $@
 
-# Without these there is nothing that their tests could test.
+# Programs without which there is nothing that these tests could test.
 build/.slurm: PACKAGES = slurm-wlm munge
 build/.slurm: PROGRAMS = munged slurmctld slurmd srun
 build/.mpi: PACKAGES = openmpi-bin mpich
@@ -280,7 +281,7 @@ $(VENV)/.lint: GROUPS = --group lint
 $(VENV)/.platforms: GROUPS = --group platforms
 $(VENV)/.docs: GROUPS = --group docs
 $(VENV)/.release: GROUPS = --group build --group release
-# Named with one exact version: an open range would take gigabytes of another build on some machines.
+# One exact version, because an open range would take gigabytes of another build on some machines.
 $(TORCH_VENV)/.build-tools: GROUPS = --group build --group test torch==2.13.0 scikit-learn
 
 $(addprefix $(VENV)/,.build-tools .test .lint .docs .platforms .release) $(TORCH_VENV)/.build-tools: pyproject.toml

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# The modules beside this file, also where pytest's import mode leaves sys.path alone.
+# So that the modules beside this file are found where pytest's import mode leaves sys.path alone, too.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from figures import Measured

@@ -26,7 +26,7 @@ class Figure:
 
     @property
     def cases(self) -> tuple[Case, ...]:
-        """All that it is made of."""
+        """All cases that the figure is made of."""
         return tuple(case for case in (self.over, self.under, self.beyond) if case is not None)
 
     def measured(self, timings: Timings) -> tuple[float, float, float]:
@@ -40,7 +40,7 @@ class Figure:
         return middle / 1000, low / 1000, high / 1000
 
     def met(self, value: float) -> bool | None:
-        """None where nothing is promised. Judged as it is shown, to two decimals."""
+        """Whether ``value`` meets the target, both as they are shown, to two decimals. None: there is no target."""
         if self.most is None and self.least is None:
             return None
         shown = round(value, 2)
@@ -205,7 +205,7 @@ def _commands() -> Section:
     ours = Case("rankspawn run, 64 ranks", "run", (("ranks", 64),), two)
     call = Case("launch of 64", "launch", (("ranks", 64),), two)
     commands = {
-        # Above its cutoff of processes that do not call MPI_Init, Open MPI 4.1 waits for ever for some of them.
+        # Open MPI 4.1 waits for ever for some processes that do not call MPI_Init, if they are more than this cutoff.
         "mpirun": ("mpirun.openmpi", "--oversubscribe", "--mca", "odls_base_cutoff", "1000", "-np", "64"),
         "mpiexec.hydra": ("mpiexec.hydra", "-np", "64"),
         "srun": ("srun", "--overcommit", "-N1", "-n64"),

@@ -85,7 +85,7 @@ def context_job(place: Place, *, ranks: int) -> Job:
             logs_specs=specs,
             numa_options=options,
         )
-        # Its own period of a second would be most of the time.
+        # torch's own period, a second, would be most of the time.
         result = context.wait(period=0.0001)
         took = perf_counter_ns() - began
         if result is None or result.is_failed():
@@ -105,7 +105,7 @@ def command_job(place: Place, *, command: tuple[str, ...]) -> Job:
 
     def once() -> int:
         began = perf_counter_ns()
-        # The tiny program does not call MPI_Init; they start and reap it all the same.
+        # The tiny program does not call MPI_Init; the launchers start and reap it all the same.
         try:
             done = subprocess.run(argv, env=environment, capture_output=True, timeout=30, check=False)
         except subprocess.TimeoutExpired:
@@ -119,7 +119,7 @@ def command_job(place: Place, *, command: tuple[str, ...]) -> Job:
 
 
 def run_job(place: Place, *, ranks: int) -> Job:
-    """``rankspawn run``, a whole interpreter's start with it, to stand beside commands of others."""
+    """``rankspawn run`` with the start of its interpreter, to stand beside commands of others."""
     source = str(os.path.dirname(os.path.dirname(module("rankspawn").__file__)))
     code = f"import sys; sys.path.insert(0, {source!r}); from rankspawn.__main__ import main; sys.exit(main())"
     argv = [sys.executable, "-I", "-c", code, "run", "--nproc-per-node", str(ranks), "--no-python"]

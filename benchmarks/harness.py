@@ -87,7 +87,7 @@ class Timings:
         return _quartiles([ours / theirs for ours, theirs in self._pairs(case, base)])
 
     def difference(self, case: Case, base: Case) -> tuple[float, float, float]:
-        """The same of case - base, in nanoseconds."""
+        """The same for case - base, in nanoseconds."""
         return _quartiles([ours - theirs for ours, theirs in self._pairs(case, base)])
 
     def _pairs(self, case: Case, base: Case) -> list[tuple[float, float]]:
@@ -167,7 +167,7 @@ class Bench:
     def _floor(self, mode: str, ranks: int = 0) -> subprocess.Popen[str]:
         if mode == "ends":
             command = [self.programs["ends"], str(ranks)]
-            return self._started((mode, ranks), command, cpus=self._cpus(2))  # where the ranks of ours are
+            return self._started((mode, ranks), command, cpus=self._cpus(2))  # the CPUs of our ranks
         cpus, crew = [self.cpu], []
         if mode in ("crew", "homing"):
             # As many threads as launch() takes: two for each of two CPUs.

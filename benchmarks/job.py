@@ -64,8 +64,8 @@ def reaped(process: subprocess.Popen[Any]) -> int:
 
 
 def pretend_device() -> None:
-    """Give torch a device for each rank. Where the machine has none, the address of any PCI device, so that the rest of
-    torch's way (sysfs, the node's CPUs, numactl) is its own."""
+    """Give torch a device for each rank. Where the machine has none, torch sees the address of any PCI device; the rest
+    of torch's way (sysfs, the node's CPUs, numactl) is unchanged."""
     cuda: Any = importlib.import_module("torch.cuda")
     count, ask = cuda.device_count(), cuda.get_device_properties
     if count:

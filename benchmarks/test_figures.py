@@ -1,7 +1,7 @@
 """The figures under pytest-benchmark: ``pytest benchmarks``. ``run.py`` prints the same samples as ratios with targets.
 
 The samples of a group are taken in turns (see ``harness``) and then played back to pytest-benchmark through a clock of
-our own: measured one test after the other, as it would do, the machine's mood would be in every ratio.
+our own. pytest-benchmark itself would measure one test after the other, so the machine's mood would be in every ratio.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from harness import Case, Unable
 
 
 class Playback:
-    """A clock that goes on by one recorded sample each time one is played."""
+    """A clock that advances by one recorded sample with each play()."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

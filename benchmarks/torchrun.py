@@ -54,7 +54,7 @@ def mark(name: str) -> None:
 
 
 def launcher(name: str, arguments: Sequence[str]) -> None:
-    """In a process of its own: run a job as the command does, and tell how far it has come."""
+    """Run a job as the command does, in a process of its own, and note how far it has come."""
     mark("entered")
     module: Any = importlib.import_module("torch.distributed.run" if name == "torchrun" else "rankspawn.torchrun")
     if name == "torchrun":
@@ -68,7 +68,7 @@ def launcher(name: str, arguments: Sequence[str]) -> None:
 
 
 def prepare() -> None:
-    """torch has been imported."""
+    """Note that torch is imported, and have torch's functions note how far they come."""
     mark("imported")
     random.seed(0)
     contexts: Any = importlib.import_module("torch.distributed.elastic.multiprocessing.api")
@@ -78,7 +78,7 @@ def prepare() -> None:
 
 
 def between(place: Any, name: str, before: Callable[[], None] | None, after: Callable[[], None] | None) -> None:
-    """Have something done at the call, and at the return, of a function."""
+    """Call ``before`` and ``after`` around each call of a function."""
     function: Callable[..., Any] = getattr(place, name)
 
     @functools.wraps(function)

@@ -63,7 +63,7 @@ def popen_job(
         return took
 
     def files_by_parent() -> int:
-        # What a caller of subprocess (and torch's handler) does for log files; closing them is part of it.
+        # A caller of subprocess (and torch's handler) opens and closes log files so.
         began = perf_counter_ns()
         with open(logs[0], "w") as out, open(logs[1], "w") as err:
             process = popen(argv, stdout=out, stderr=err, **keywords)
@@ -92,7 +92,7 @@ def extension_job(place: Place) -> Job:
         calls.append(arguments)
         return extension.spawn(*arguments)
 
-    # The arguments are taken down from a real call, so that this knows nothing of them but the first, their owner.
+    # Record the arguments of a real call, so that this code knows only the first of them, their owner.
     inside._spawn = SimpleNamespace(**{**vars(extension), "spawn": recorded})
     try:
         popen_job(place, api="rankspawn", bound=True)()
@@ -163,7 +163,7 @@ def notice_job(place: Place, *, api: str) -> Job:
     reader, writer = os.pipe()
 
     def once() -> int:
-        # Not a fixed time: a waiter that polls must be met anywhere between two looks.
+        # A random time, because a waiter that polls must be met anywhere between two looks.
         milliseconds = str(random.randint(100, 200))
         process = popen([place.programs["last_words"], milliseconds], stdout=writer, start_new_session=True)
         process.wait(timeout=30)
@@ -209,12 +209,13 @@ def threads_job(place: Place, *, api: str, threads: int, batch: int = 200) -> Jo
 
 @cache
 def made_up_machine() -> tuple[tempfile.TemporaryDirectory[str], tuple[str, ...]]:
-    """A sysfs tree of 2 sockets, 256 CPUs and 8 GPUs, and the GPUs' addresses. In memory where there is such a folder,
-    as sysfs is; the kernel's own takes longer to open and read, so that what is beside reading weighs more here."""
+    """A sysfs tree of 2 sockets, 256 CPUs and 8 GPUs, and the GPUs' addresses. The tree is in memory, as sysfs is,
+    where there is such a folder. The kernel's own files take longer to open and read, so that everything but reading
+    weighs more here."""
     source = Path(__file__).resolve().parent.parent / "tests" / "sysfs_tree.py"
     if not source.exists():
         raise Skip(f"tests/{source.name}, which makes the tree, is not here")
-    # By its path: with tests/ on sys.path, tests/torch would pass for torch.
+    # Loaded by its path, because with tests/ on sys.path tests/torch would pass for torch.
     spec: Any = importlib.util.spec_from_file_location("sysfs_tree", source)
     trees = sys.modules["sysfs_tree"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(trees)
@@ -293,7 +294,7 @@ def files_job(place: Place) -> Job:
     return once
 
 
-# What nobody should pay for who only imports the package.
+# Modules that importing the package must not load.
 HEAVY = {"asyncio", "psutil", "pynvml", "rich", "torch"}
 
 
@@ -349,7 +350,7 @@ def open_fds(count: int) -> None:
 
 
 def touch(mib: int) -> mmap.mmap | None:
-    """Memory that is really there: every page written once."""
+    """Memory that is really there, because every page has been written."""
     if not mib:
         return None
     meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
@@ -364,7 +365,7 @@ def touch(mib: int) -> mmap.mmap | None:
 
 def main(settings: dict[str, Any]) -> None:
     place = Place(settings["cpu"], settings["node"], settings["programs"], Path(settings["logs"]))
-    # The pipes to the harness are no child's business: they move away, and 0 and 1 become what a service has there.
+    # Move the pipes to the harness away, so that no child has them, and make 0 and 1 what a service has there.
     requests = os.fdopen(os.dup(0), encoding="ascii")
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
     null = os.open(os.devnull, os.O_RDWR)
@@ -381,7 +382,7 @@ def main(settings: dict[str, Any]) -> None:
         unable = str(why)
 
     jobs: dict[str, Job] = {}
-    gc.disable()  # it would strike one competitor and spare another; between blocks it is called for
+    gc.disable()  # a collection would strike one competitor and spare another; gc.collect() runs between blocks
     for line in requests:
         name, options, rounds = json.loads(line)
         key = json.dumps([name, options])

@@ -3,9 +3,9 @@
 #
 #   tests/wheel/bare.sh PYTHON
 #
-# The files are this machine's own, seen through overlays. What a node need not have is removed there, and there alone.
-# /usr, /etc and PYTHON's own folder are to be seen and nothing else: no checkout, no home. All of it runs in mount and
-# pid namespaces of its own, and ends with them.
+# The tests see this machine's own files through overlays, and what a node need not have is removed from the overlays
+# alone. Only /usr, /etc and PYTHON's own folder can be seen: no checkout, no home. All of it runs in mount and pid
+# namespaces of its own, and ends with them.
 set -euo pipefail
 
 python=$1
@@ -23,7 +23,7 @@ if [ "${2:-}" != --inside ]; then
     fi
     scratch=$(mktemp -d)
     trap 'rmdir "$scratch"' EXIT
-    # The test's own needs are fetched here, outside, where there may be a network.
+    # What the tests need is fetched here, outside, where there may be a network.
     rm -rf "$checkout/build/wheelhouse"
     "$python" -m pip wheel -q --wheel-dir "$checkout/build/wheelhouse" --group "$checkout/pyproject.toml:test"
     SCRATCH=$scratch unshare --mount --pid --fork --kill-child --propagation private "$0" "$python" --inside
@@ -38,7 +38,7 @@ mkdir "$root"
 mount --bind "$root" "$root" # some tests make namespaces of their own, for which / must be a mount
 layers=0
 
-# layer DIR: DIR of this machine at the same place in the new root; what is changed or removed there is so there alone.
+# layer DIR: shows this machine's DIR at the same place in the new root; what changes there leaves the machine's alone.
 layer() {
     layers=$((layers + 1))
     mkdir -p "$root$1" "$SCRATCH/upper$layers" "$SCRATCH/work$layers"
@@ -64,7 +64,7 @@ mount -t proc proc "$root/proc"
 mount --rbind /sys "$root/sys"
 mount --rbind /dev "$root/dev"
 
-# Each once: PYTHON's may be /usr.
+# Each folder once, because PYTHON's may be /usr.
 mapfile -t trees < <(printf '%s\n' "$root"/{usr,*bin,lib*} "$root$base" | sort -u)
 rm -rf "$root"/usr/{include,lib*/gcc*,libexec/gcc*,lib/llvm-*,*-linux-*}
 names=$(IFS='|' && echo "${NOT_THERE[*]//+/\\+}")
