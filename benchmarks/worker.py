@@ -212,9 +212,9 @@ def made_up_machine() -> tuple[tempfile.TemporaryDirectory[str], tuple[str, ...]
     """A sysfs tree of 2 sockets, 256 CPUs and 8 GPUs, and the GPUs' addresses. The tree is in memory, as sysfs is,
     where there is such a folder. The kernel's own files take longer to open and read, so that everything but reading
     weighs more here."""
-    source = Path(__file__).resolve().parent.parent / "tests" / "sysfs_tree.py"
+    source = Path(__file__).resolve().parent.parent / "tests" / "support" / "sysfs_tree.py"
     if not source.exists():
-        raise Skip(f"tests/{source.name}, which makes the tree, is not here")
+        raise Skip(f"tests/support/{source.name}, which makes the tree, is not here")
     # Loaded by its path, because with tests/ on sys.path tests/torch would pass for torch.
     spec: Any = importlib.util.spec_from_file_location("sysfs_tree", source)
     trees = sys.modules["sysfs_tree"] = importlib.util.module_from_spec(spec)
