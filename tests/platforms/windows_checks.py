@@ -19,7 +19,7 @@ import rankspawn
 from rankspawn import Binding, BindingError, MemoryPolicy, Popen, SubprocessHandler, launch
 
 SLEEP = "import time; time.sleep(60)"
-# _context_popen is imported by _context on POSIX alone, _elastic where torch is.
+# context.py imports methods.py on POSIX alone; elastic.py needs torch.
 NOT_FOR_WINDOWS = {"rankspawn._multiprocessing.methods", "rankspawn._torch.elastic"}
 
 
