@@ -28,6 +28,7 @@
 
 #ifdef __linux__
 
+#include "granted.h"
 #include "numa_shim.h"
 
 #include <errno.h>
@@ -127,13 +128,26 @@ static void
 bind_to(const struct child_start *start)
 {
     const struct spawn_request *request = start->request;
-    if (request->cpu_mask && syscall(SYS_sched_setaffinity, 0, request->cpu_mask_bytes, request->cpu_mask) < 0) {
-        refused(start, STEP_AFFINITY, &start->result->affinity_error);
+    if (request->cpu_mask) {
+        long failed = syscall(SYS_sched_setaffinity, 0, request->cpu_mask_bytes, request->cpu_mask);
+        if (!failed && cpus_are_granted_in_part(request->cpu_mask, request->cpu_mask_bytes)) {
+            errno = GRANTED_IN_PART;
+            failed = -1;
+        }
+        if (failed) {
+            refused(start, STEP_AFFINITY, &start->result->affinity_error);
+        }
     }
     if (request->mem_mode >= 0) {
         /* The kernel takes one bit less than it is told (get_nodes in mm/mempolicy.c). */
         unsigned long maxnode = request->node_mask ? request->node_mask_bits + 1 : 0;
-        if (set_mempolicy(request->mem_mode, request->node_mask, maxnode) < 0) {
+        long failed = set_mempolicy(request->mem_mode, request->node_mask, maxnode);
+        if (!failed && request->node_mask &&
+            nodes_are_granted_in_part(request->node_mask, request->node_mask_bits / BITS_OF_WORD)) {
+            errno = GRANTED_IN_PART;
+            failed = -1;
+        }
+        if (failed) {
             refused(start, STEP_MEMPOLICY, &start->result->mempolicy_error);
         }
     }

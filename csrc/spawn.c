@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #endif
 #include "spawn.h"
+#include "granted.h"
 #include "numa_shim.h"
 
 #include <errno.h>
@@ -56,7 +57,10 @@ spawn_set_mempolicy(int mode, const unsigned long *nodes, unsigned long bits)
 {
 #if defined(RANKSPAWN_HAVE_LIBNUMA) || defined(SYS_set_mempolicy)
     /* The kernel takes one bit less than it is told, as in child.c. */
-    return set_mempolicy(mode, nodes, nodes ? bits + 1 : 0) < 0 ? errno : 0;
+    if (set_mempolicy(mode, nodes, nodes ? bits + 1 : 0) < 0) {
+        return errno;
+    }
+    return nodes && nodes_are_granted_in_part(nodes, bits / BITS_OF_WORD) ? GRANTED_IN_PART : 0;
 #else
     (void)mode, (void)nodes, (void)bits;
     return ENOSYS;

@@ -13,6 +13,7 @@
  *   posix.c      the portable mechanism, posix_spawn(3)
  *   arena.c      memory for requests
  *   environ.c    a copy of the caller's environment
+ *   granted.h    what the kernel granted of a binding
  *   numa_shim.h  libnuma, or the two calls of it that are needed
  */
 #ifndef RANKSPAWN_SPAWN_H
@@ -112,7 +113,8 @@ struct spawn_result {
     int pidfd_error;
     int step;            /* enum spawn_step; STEP_NONE when the program was executed */
     int error;           /* errno of that step */
-    int affinity_error;  /* errno of a refused sched_setaffinity(2) that was optional; 0: done, or not asked for */
+    int affinity_error;  /* errno of a refused sched_setaffinity(2) that was optional; 0: done, or not asked for;
+                          * ERANGE: only some of the CPUs were granted (granted.h) */
     int mempolicy_error; /* the same of set_mempolicy(2) */
     int64_t executed_ns; /* CLOCK_MONOTONIC, just after the program had been executed */
 };
@@ -156,7 +158,7 @@ int spawn_pidfd_signal(int pidfd, int sig, bool group);
 void spawn_mask_set(unsigned long *mask, unsigned long bits, unsigned int id);
 
 /* set_mempolicy(2) for the calling thread; `nodes` is a mask of `bits` bits, or NULL for a mode without nodes. Returns
- * 0 or an errno; ENOSYS where the system has no memory policies. */
+ * 0 or an errno; ENOSYS where the system has no memory policies, ERANGE where only some of the nodes were granted. */
 int spawn_set_mempolicy(int mode, const unsigned long *nodes, unsigned long bits);
 
 /* Whether this build is linked with libnuma, or makes its two calls itself (numa_shim.h). */
