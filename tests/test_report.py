@@ -24,16 +24,10 @@ import pytest
 from rankspawn import Binding, MemoryPolicy, Popen
 from rankspawn._end.processes import ProcessTree
 from rankspawn._ids import parse_ids
-from rankspawn._output.report import (
-    Attempt,
-    GroupReport,
-    RankReport,
-    group_report,
-    rank_report,
-    write_report,
-    write_text,
-)
+from rankspawn._output.form import GroupReport, RankReport
+from rankspawn._output.report import Attempt, group_report, rank_report
 from rankspawn._output.usage import usage_now
+from rankspawn._output.write import write_report, write_text
 from tests.support.state import in_child
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")

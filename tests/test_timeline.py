@@ -14,16 +14,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from rankspawn import Popen
-from rankspawn._output.report import (
-    Attempt,
-    AttemptReport,
-    BindingFacts,
-    Exit,
-    GroupReport,
-    RankReport,
-    group_report,
-    rank_report,
-)
+from rankspawn._output.form import AttemptReport, BindingFacts, Exit, GroupReport, RankReport
+from rankspawn._output.report import Attempt, group_report, rank_report
 from rankspawn._output.timeline import Axis, spoken, timeline_svg
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from .options import CommandError
@@ -15,33 +14,46 @@ if TYPE_CHECKING:
 
 
 class Reports:
-    """Collects the attempts of a run and writes them to the files that --report and --timeline name."""
+    """Collects the attempts of a run and writes them to the files that --report and --timeline name.
 
-    def __init__(self, settings: RunSettings) -> None:
+    Args:
+        settings: of the run.
+        interrupt: a descriptor; once it is readable, the reader of a FIFO is not waited for.
+    """
+
+    def __init__(self, settings: RunSettings, interrupt: int | None = None) -> None:
         self._report, self._timeline = settings.report, settings.timeline
         self._command, self._job = settings.command, settings.job
+        self._interrupt = interrupt
         self._attempts: list[Attempt] = []
 
     def write_first(self, group: RankGroup) -> None:
-        """Write what is known as soon as the ranks run, so that a bad path is said before their work.
+        """Write what is known as soon as the ranks run, so that a bad path is reported before their work.
 
-        Raises CommandError where a file cannot be written; nothing is written at the end then.
+        After a restart the job has work to lose: a file that cannot be written is said, and the job runs on.
+
+        Raises:
+            CommandError: a file cannot be written in the first attempt; nothing is written at the end then.
         """
         if not self._is_asked:
             return
         try:
             self._write([*self._attempts, group.attempt()], first=True)
         except OSError as error:
+            problem = f"{error.filename}: {error.strerror}"
+            if self._attempts:
+                say(problem)
+                return
             self._report = self._timeline = None
-            raise CommandError(f"{error.filename}: {error.strerror}") from error
+            raise CommandError(problem) from error
 
     def add(self, group: RankGroup) -> None:
-        """Keep what became of an attempt, for write_last()."""
+        """Keep the record of an attempt that has ended, for write_last()."""
         if self._is_asked:
             self._attempts.append(group.attempt())
 
     def write_last(self) -> None:
-        """Write what became of all attempts; a failure is said."""
+        """Write the records of all attempts. A file that cannot be written is said, and raises nothing."""
         if not self._attempts:
             return
         try:
@@ -54,16 +66,13 @@ class Reports:
         return bool(self._report or self._timeline)
 
     def _write(self, attempts: list[Attempt], *, first: bool = False) -> None:
-        """first: not to pipes and the like, of which a reader would have two."""
-        from .._output.report import group_report, write_report, write_text
+        """Write both files. The first time, pipes and the like are left out: their reader would get two reports."""
+        from .._output.report import group_report
         from .._output.timeline import timeline_svg
+        from .._output.write import is_special, write_report, write_text
 
         report = group_report(attempts, command=self._command, nprocs=self._job.nprocs, run_id=self._job.run_id)
-        if self._report and not (first and _is_special(self._report)):
-            write_report(report, self._report)
-        if self._timeline and not (first and _is_special(self._timeline)):
-            write_text(timeline_svg(report), self._timeline)
-
-
-def _is_special(path: str) -> bool:
-    return os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)) and not os.path.isdir(path)
+        if self._report and not (first and is_special(self._report)):
+            write_report(report, self._report, self._interrupt)
+        if self._timeline and not (first and is_special(self._timeline)):
+            write_text(timeline_svg(report), self._timeline, self._interrupt)

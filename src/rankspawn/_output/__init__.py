@@ -3,7 +3,8 @@
 logs       where each rank writes                           failure    which rank failed first, and why
 tee        what all ranks write, shown while they run       follow     one log file as it grows, and where it is shown
 report     times, bindings, exits and use, as data          usage      what a rank uses now
-timeline   a report as a picture
+form       the types of a report                            timeline   a report as a picture
+write      reports written to files and pipes
 
-It starts and ends nothing: it imports Popen as a type alone, and of _end no more than processes.
+This room starts and ends no process: it imports Popen only as a type, and only `processes` from _end.
 """

@@ -1,4 +1,4 @@
-"""Why a job failed: the rank that failed first, what it recorded of its error, and how to tell people."""
+"""Why a job failed: the rank that failed first, the error that it recorded, and both as text for people."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .._ids import format_ids
 from .logs import last_lines, printable, read_regular
 
 _MOST_BYTES = 1 << 20
-_WIDEST = 300  # characters of a line that are told
+_WIDEST = 300  # characters of a line that are printed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .._start.popen import Popen
     from .logs import RankFiles
 
-# What each signal is for. Who sent one is not known: any may come from kill(2).
+# What each signal is for. The sender is not known: any signal may come from kill(2).
 _MEANINGS = {
     "SIGKILL": "anyone may send it; the kernel does when memory runs out, and says so in its log",
     "SIGSEGV": "the signal of an invalid memory access",
@@ -40,8 +40,12 @@ _MEANINGS = {
 class RecordedError(Frozen):
     """What a rank left in its error file (TORCHELASTIC_ERROR_FILE), as torch's ``@record`` writes it.
 
-    message: the exception in words. traceback: "" where there is none. time: seconds since the epoch, whole ones in
-    torch's files; None where there is none. raw: the file's text. problem: why the file cannot be understood, or "".
+    Attributes:
+        message: the exception in words.
+        traceback: its traceback, "" where there is none.
+        time: seconds since the epoch, whole seconds in torch's files; None where there is none.
+        raw: the text of the file.
+        problem: why the file cannot be understood, or "".
     """
 
     message: str
@@ -52,10 +56,11 @@ class RecordedError(Frozen):
 
 
 def read_error_file(path: str | os.PathLike[str]) -> RecordedError | None:
-    """The error that a rank recorded; None where it recorded none. A file that makes no sense is said, not raised.
+    """Read the error that a rank recorded; None where it recorded none.
 
-    The shapes are those that torch.distributed.elastic.multiprocessing.errors writes and takes: ``{"message":
-    {"message": ..., "extraInfo": {"py_callstack": ..., "timestamp": ...}}}``, and ``{"message": "text"}``.
+    The forms are those that torch.distributed.elastic.multiprocessing.errors writes and reads: ``{"message":
+    {"message": ..., "extraInfo": {"py_callstack": ..., "timestamp": ...}}}``, and ``{"message": "text"}``. A file that
+    cannot be read or understood raises nothing: ``problem`` says what is wrong with it.
     """
     try:
         data, cut = read_regular(path, _MOST_BYTES)
@@ -98,8 +103,16 @@ def _seconds(timestamp: object) -> float | None:
 def pass_on(error: RecordedError, returncode: int, path: str | os.PathLike[str]) -> None:
     """Write the error that ended the job to the launcher's own error file, with the rank's status as its errorCode.
 
-    It is what torchrun does for whoever started it and set TORCHELASTIC_ERROR_FILE. An error file that makes no sense
-    is not passed on. Raises OSError.
+    torchrun does this for whoever started it and set TORCHELASTIC_ERROR_FILE. An error file that cannot be understood
+    is not passed on.
+
+    Args:
+        error: what the rank recorded.
+        returncode: how the rank ended, as ``Popen.returncode``.
+        path: the launcher's error file.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     if error.problem:
         return
@@ -113,8 +126,14 @@ def pass_on(error: RecordedError, returncode: int, path: str | os.PathLike[str])
 class Failure(Frozen):
     """A rank that failed.
 
-    returncode: as subprocess gives it, negative for a signal. seen_at: when its end was noticed, in seconds since the
-    epoch. binding: in words, or "". files: where it wrote, None where it had the launcher's output and no error file.
+    Attributes:
+        rank: its local rank.
+        returncode: as ``Popen.returncode``, negative for a signal.
+        seen_at: when its end was noticed, in seconds since the epoch.
+        pid: its process id, None where it is not known.
+        binding: its binding in words, or "".
+        files: where it wrote; None where it had the launcher's output and no error file.
+        error: what it recorded, None where it recorded nothing.
     """
 
     rank: int
@@ -129,9 +148,11 @@ class Failure(Frozen):
 def first_failure(failures: Iterable[Failure]) -> Failure:
     """The failure that came first: by the time that the rank recorded, else by when its end was noticed.
 
-    As torch chooses, the former counts in whole seconds, so the latter is taken as such too; of equal ones the one that
-    was noticed first. A rank that raises may take long to end, and others end before because it does.
-    Raises ValueError when there is none.
+    As in torch: recorded times are whole seconds, so both are compared as whole seconds, and of equal ones the one that
+    was noticed first is taken. A rank that raises may need long to end, and others may end before it because of it.
+
+    Raises:
+        ValueError: there is no failure.
     """
     return min(failures, key=lambda failure: (int(_when(failure)), failure.seen_at))
 
@@ -142,9 +163,16 @@ def failures(
     exited_ns: Mapping[int, int],
     files: Sequence[RankFiles] | None,
 ) -> list[Failure]:
-    """The ranks that have failed, by number, but the first failure first. exited_ns: of CLOCK_MONOTONIC."""
+    """The ranks that have failed: the first failure, then the others by number.
+
+    Args:
+        ranks: the processes, by local rank.
+        returncodes: how those that have ended did, by local rank.
+        exited_ns: when each was seen to end, of CLOCK_MONOTONIC, by local rank.
+        files: where each writes, by local rank; None where all have the launcher's output.
+    """
     failed = []
-    epoch = time.time() - time.monotonic()  # once: of ranks that were seen to end together none is the earlier
+    epoch = time.time() - time.monotonic()  # read once, so that ranks that were seen to end together stay equal
     for number, returncode in returncodes.items():
         if returncode:
             asked, of_rank = ranks[number].binding_report.requested, None if files is None else files[number]
@@ -162,7 +190,7 @@ def _when(failure: Failure) -> float:
 
 
 def how_it_ended(returncode: int) -> str:
-    """A returncode in words: "exited with status 1", "was killed by SIGKILL (...)"."""
+    """A returncode in words: "exited with status 1", "was killed by SIGSEGV (...)"."""
     if returncode < 0:
         name = _signal_name(-returncode)
         return f"was killed by {name}" + (f" ({_MEANINGS[name]})" if name in _MEANINGS else "")
@@ -182,8 +210,12 @@ def describe(
 ) -> str:
     """What happened, for people: lines of text, each with its newline.
 
-    first: is told in full, with at most ``lines`` lines of its traceback and of its log. others: how they ended.
-    kept: whether its files are still there when this is read. first_rank: the RANK of this machine's local rank 0.
+    Args:
+        first: the first failure, which is described in full.
+        others: the other failures, of which only the end is described.
+        lines: how many lines of the traceback and of the log are quoted at most.
+        kept: whether the files of ``first`` will still be there when this is read.
+        first_rank: the RANK of this machine's local rank 0.
     """
     pid = "" if first.pid is None else f" (pid {first.pid})"
     told = [f"rank {first_rank + first.rank}{pid} {how_it_ended(first.returncode)}"]
@@ -207,7 +239,7 @@ def describe(
 
 
 def _recorded(error: RecordedError, path: str, traceback: Sequence[str], most: int) -> list[str]:
-    """The error file: its message and its traceback."""
+    """The lines about the error file: its message and its traceback."""
     if error.problem:
         return [f"  its error file {path} {error.problem}"]
     when = "" if error.time is None else time.strftime(", at %Y-%m-%d %H:%M:%S", time.localtime(error.time))
@@ -218,7 +250,7 @@ def _recorded(error: RecordedError, path: str, traceback: Sequence[str], most: i
 
 
 def _end_of_logs(stderr: Path, stdout: Path, traceback: Sequence[str], most: int) -> list[str]:
-    """The end of what it wrote to stderr, or else to stdout, behind the traceback that was told already."""
+    """The end of what it wrote to stderr, or else to stdout, after the traceback that ``_recorded`` has quoted."""
     for name, path in (("stderr", stderr), ("stdout", stdout)):
         try:
             tail = last_lines(path, most)

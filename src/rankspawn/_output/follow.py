@@ -1,4 +1,4 @@
-"""A log file, followed as it grows, and the stream on which its lines are shown."""
+"""A log file, read as it grows, and the stream on which its lines are shown."""
 
 from __future__ import annotations
 
@@ -13,26 +13,36 @@ from typing import IO
 from .logs import last_state
 
 CHUNK = 1 << 16
-"""Bytes read of one file before it is another's turn, and the longest line that is shown in one piece."""
+"""Bytes read from one file before the next file is read, and the longest line that is shown in one piece."""
 SOONEST = 0.01  # seconds between two looks at files that grow
+PIPE_BUF = getattr(select, "PIPE_BUF", 512)
+"""Bytes of a write to a pipe that no other write tears apart, and that poll(2) finds room for: pipe(7)."""
 
 _STATE_SECONDS = 10.0
-_PIPE_BUF = getattr(select, "PIPE_BUF", 512)
 
 
 class Sink:
-    """Where lines go: a descriptor, which is written to when it takes something, or a text stream, which may block."""
+    """Where lines go: a descriptor, which is written to when poll(2) says so, or a text stream, which may block.
+
+    Attributes:
+        fd: the descriptor; None for a text stream that is not the process's stdout or stderr.
+        stream: the text stream; None for a descriptor.
+        dead: whether writing has failed, and nothing more is written.
+        pending: whole lines that are still to be written.
+        source: the file that ``pending`` comes from.
+        unread: the files that have grown and are to be read.
+    """
 
     def __init__(self, target: int | IO[str] | None) -> None:
         self.fd = target if isinstance(target, int) else None
         self.stream = None if isinstance(target, int) else target
         self.dead = target is None
-        self.pending = b""  # whole lines
-        self._written = 0  # bytes of them
-        self.source: Followed | None = None  # where they are from
+        self.pending = b""
+        self._written = 0  # bytes of pending
+        self.source: Followed | None = None
         self.unread: deque[Followed] = deque()
         if self.stream is not None:
-            with suppress(OSError, ValueError, AttributeError):  # in memory, closed
+            with suppress(OSError, ValueError, AttributeError):  # a stream in memory, or a closed one
                 number = self.stream.fileno()
                 self.fd = number if number in (1, 2) else None
 
@@ -41,7 +51,7 @@ class Sink:
             self.pending += text
 
     def is_ready(self) -> bool:
-        """Whether a write will not wait, as far as can be known."""
+        """Whether a write will not block, as far as can be known."""
         if self.fd is None or not hasattr(select, "poll"):
             return True
         poller = select.poll()
@@ -49,13 +59,16 @@ class Sink:
         return bool(poller.poll(0))
 
     def write(self) -> None:
-        """Write a piece of what is pending: whole lines, as many as a pipe takes at once."""
+        """Write a piece of what is pending: as many whole lines as fit in PIPE_BUF bytes.
+
+        Raises OSError, and ValueError for a text stream that is closed.
+        """
         if self.fd is not None:
-            most = self._written + _PIPE_BUF
+            most = self._written + PIPE_BUF
             end = self.pending.rfind(b"\n", self._written, most) + 1 or most
             try:
                 self._written += os.write(self.fd, memoryview(self.pending)[self._written : end])
-            except BlockingIOError:  # somebody's O_NONBLOCK, and poll(2) did not know
+            except BlockingIOError:  # another process set O_NONBLOCK, and the room that poll(2) saw is gone
                 time.sleep(SOONEST)
         elif self.stream is not None:
             self.stream.write(self.pending.decode(errors="replace"))
@@ -74,25 +87,40 @@ class Sink:
 
 
 class Followed:
-    """A log file, and how far it has been shown."""
+    """A log file, and how far it has been shown.
+
+    Attributes:
+        path: of the file.
+        sink: where its lines go.
+        queued: whether it is among the sink's unread files.
+        dropped: whether it could not be read, and is no longer followed.
+        position: of the first line that was not handed to the sink.
+        shown: up to this position the file has been written to the sink.
+        fd: the open file, -1 where it is not open.
+        seen: up to this position the file has been read.
+    """
 
     def __init__(self, path: str, prefix: bytes, sink: Sink) -> None:
         self.path, self.sink = path, sink
         self.queued = self.dropped = False
-        self.position = 0  # of the first line that was not handed on
-        self.shown = 0  # up to here it was written
+        self.position = 0
+        self.shown = 0
         self._prefix = prefix
         self.fd = -1
-        self.seen = 0  # how far it was read
-        self._end = sys.maxsize  # what is behind that is not shown
+        self.seen = 0
+        self._end = sys.maxsize  # nothing is shown from here on
         self._rewritten = False
         self._next_state = 0.0
 
     def text(self, last: bool) -> bytes:
         """The next whole lines, as they are to be shown; empty when there are none.
 
-        From the first ``last`` call on the file is as long as it is then: what a process of the rank that was left
-        behind goes on to write has no end.
+        Args:
+            last: no more will be waited for, so the rest is shown even without its newline. The first such call fixes
+                the file's size: a process that the rank left behind may write for ever.
+
+        Raises:
+            OSError: the file cannot be read.
         """
         if last and self._end == sys.maxsize:
             self._end = os.lseek(self.fd, 0, os.SEEK_END)
@@ -102,7 +130,7 @@ class Followed:
                 return self._lines(data[: end - 1])
             state = last_state(data)
             if len(data) == CHUNK:
-                # Earlier states of a line are passed over; a line that has none is cut.
+                # Earlier states of a line are skipped; a line that has none is cut.
                 end = state or _whole_characters(data)
                 self.position += end
                 if not state:
@@ -114,12 +142,12 @@ class Followed:
                 if not state or time.monotonic() < self._next_state:
                     break
                 self._next_state = time.monotonic() + _STATE_SECONDS
-                self.position += state  # not past it: it is shown once more when the line ends
+                self.position += state  # not past the state: it is shown once more when the line ends
                 return self._lines(data)
         return b""
 
     def has_more(self) -> bool:
-        """Whether the file has something that was not shown and could have been."""
+        """Whether the file has something that could have been shown and was not."""
         if self.dropped or self.sink.dead:
             return False
         with suppress(OSError):
@@ -135,7 +163,7 @@ class Followed:
         if os.lseek(self.fd, 0, os.SEEK_END) < self.position:
             self.position, self._rewritten = 0, True
         if self._rewritten and hasattr(os, "SEEK_DATA"):
-            # A writer without O_APPEND goes on where it was: what was cut away before it is a hole.
+            # A writer without O_APPEND keeps its position: after a truncation the file begins with a hole.
             with suppress(OSError):
                 self.position = os.lseek(self.fd, self.position, os.SEEK_DATA)
         os.lseek(self.fd, self.position, os.SEEK_SET)
@@ -148,14 +176,14 @@ class Followed:
         return data
 
     def _lines(self, text: bytes) -> bytes:
-        """``text``, which is lines but for the last newline, each with the prefix."""
+        """``text`` (lines, without the last newline) with the prefix before each line, and with the last newline."""
         if b"\r" in text:
             text = b"\n".join([line[last_state(line) :].rstrip(b"\r") for line in text.split(b"\n")])
         return self._prefix + text.replace(b"\n", b"\n" + self._prefix) + b"\n"
 
 
 def _whole_characters(data: bytes) -> int:
-    """The length of ``data`` without the beginning of a character of UTF-8 at its end."""
+    """The length of ``data`` without an incomplete UTF-8 character at its end."""
     for back in (1, 2, 3):
         byte = data[-back]
         if byte >= 0xC0:

@@ -17,14 +17,19 @@ from pathlib import Path
 from .._frozen import Frozen
 
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOCTTY", 0)
-"""Of files that are others' to make: who opens a FIFO so does not wait for its other end."""
+"""For files that others make: with O_NONBLOCK, open(2) of a FIFO does not wait for its other end."""
 
 # Control sequences (ECMA-48): colours and cursor moves, titles and links, and the short ones.
 _SEQUENCES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])")
 
 
 class RankFiles(Frozen):
-    """Where one rank writes. stdout, stderr: None where it has the launcher's own."""
+    """Where one rank writes.
+
+    Attributes:
+        stdout, stderr: its log files; None where it has the launcher's own streams.
+        error: its TORCHELASTIC_ERROR_FILE.
+    """
 
     stdout: Path | None
     stderr: Path | None
@@ -32,10 +37,20 @@ class RankFiles(Frozen):
 
 
 class LogFolder:
-    """A new folder for the files of a job's ranks: in ``parent``, by torchrun's name for a job without --rdzv-id, or a
-    temporary one, which is removed on leaving the ``with`` block unless ``keep`` has been set meanwhile.
+    """A new folder for the files of a job's ranks.
 
-    Raises OSError when none can be made.
+    In ``parent`` it is named as torchrun names that of a job without --rdzv-id. Without ``parent`` it is a temporary
+    folder, which leaving the ``with`` block removes, unless ``keep`` has been set.
+
+    Args:
+        parent: the folder to make it in; None for a temporary folder.
+
+    Attributes:
+        path: of the folder.
+        keep: whether leaving the ``with`` block leaves it there.
+
+    Raises:
+        OSError: no folder can be made.
     """
 
     def __init__(self, parent: str | None = None) -> None:
@@ -55,12 +70,20 @@ class LogFolder:
 
 
 def rank_files(folder: str, nprocs: int, attempt: int = 0, *, streams: bool = True) -> list[RankFiles]:
-    """Make ``folder/attempt_N/RANK`` for each rank. The files in it are made by the rank.
+    """Make ``folder/attempt_N/RANK`` for each rank. The rank makes the files in it.
 
-    streams: False makes no folders; the error files, by other names, are ``folder``'s own, which has to be there.
+    The files of an earlier job are removed, so that nobody who looks before the rank has made its own takes them for
+    the rank's.
 
-    Files that an earlier job left there are removed: who looks before a rank has made its own must find nothing.
-    Raises OSError, which names the rank and the path.
+    Args:
+        folder: is made where it is not there.
+        nprocs: how many ranks.
+        attempt: the number of the attempt, 0 for the first.
+        streams: whether ranks have log files. False makes no folders: the error files lie in ``folder``, which must be
+            there.
+
+    Raises:
+        OSError: with the rank in its message, and the path as its filename.
     """
     attempt_folder = os.path.join(os.path.abspath(folder), f"attempt_{attempt}")
     if not streams:
@@ -85,23 +108,31 @@ def rank_files(folder: str, nprocs: int, attempt: int = 0, *, streams: bool = Tr
 
 
 def last_lines(path: str | os.PathLike[str], count: int = 20, most_bytes: int = 1 << 16) -> list[str]:
-    """The last ``count`` lines of a file, read from its last ``most_bytes`` bytes, as printable() makes them.
+    """The last lines of a file, each made printable.
 
-    Of a line that was written over ("\\r": a progress bar) it is the last state; empty lines at the end are left out.
-    Raises OSError.
+    Of a line that was written over ("\\r": a progress bar) the last state is taken; empty lines at the end are left
+    out.
+
+    Args:
+        path: of a regular file.
+        count: how many lines at most.
+        most_bytes: how much of the file's end is read.
+
+    Raises:
+        OSError: the file cannot be read.
     """
     data, cut = read_regular(path, most_bytes, from_end=True)
     lines = data.rstrip(b"\r\n\0 \t").split(b"\n")
     if cut and len(lines) > 1:
-        del lines[0]  # its beginning is not there
+        del lines[0]  # its beginning was not read
     texts = [line[last_state(line) :].strip(b"\r\0").decode(errors="backslashreplace") for line in lines[-count:]]
     return [printable(text).rstrip() for text in texts] if any(texts) else []
 
 
 def read_regular(path: str | os.PathLike[str], most_bytes: int, *, from_end: bool = False) -> tuple[bytes, bool]:
-    """The first ``most_bytes`` of a file, or the last, and whether that is not all.
+    """The first ``most_bytes`` of a file, or with ``from_end`` the last, and whether the file has more.
 
-    Raises OSError, also for what is no regular file: a rank may have put anything there.
+    Raises OSError (EINVAL) also for a file that is not a regular one: a rank may have put anything there.
     """
     fd = os.open(path, READ_FLAGS)
     try:
@@ -117,11 +148,11 @@ def read_regular(path: str | os.PathLike[str], most_bytes: int, *, from_end: boo
 
 
 def last_state(line: bytes) -> int:
-    """Where the last state begins of a line that was written over ("\\r"), the one that a terminal shows; else 0."""
+    """Where the last state of a line that was written over ("\\r") begins, the one that a terminal shows; else 0."""
     return line.rfind(b"\r", 0, len(line.rstrip(b"\r"))) + 1
 
 
 def printable(text: str) -> str:
-    """``text`` without colours, its other control characters, but tabs, as Python escapes them: safe for a terminal."""
+    """``text`` made safe for a terminal: without colours, and with control characters other than tabs escaped."""
     text = _SEQUENCES.sub("", text)
     return "".join(one if one.isprintable() or one == "\t" else one.encode("unicode_escape").decode() for one in text)

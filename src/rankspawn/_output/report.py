@@ -1,22 +1,30 @@
-"""What became of a job, as plain data for a file: its ranks, their times, bindings, ends and use of the machine."""
+"""A job as plain data for a file: its ranks, with their times, bindings, ends and use of the machine."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
-import stat
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from .._end.processes import ProcessTree
 from .._ids import format_ids
-from .usage import Usage, usage_now
+from .form import (
+    VERSION,
+    AttemptReport,
+    Exit,
+    GroupReport,
+    Placement,
+    RankReport,
+    Refusal,
+    ResourceUsage,
+    UsageNow,
+)
+from .usage import usage_now
 
 if TYPE_CHECKING:
     import resource
@@ -26,150 +34,18 @@ if TYPE_CHECKING:
     from .._start.outcome import RefusedStep
     from .._start.popen import Popen
 
-VERSION = 1
-"""Of the report's form: it changes when a field goes or means something else, not when one is added."""
-
 # How batch systems name the job and its step in the environment of what they start.
 _JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "FLUX_JOB_ID")
-
-
-class Placement(TypedDict):
-    """Where a process is bound.
-
-    cpus: as the kernel lists them, "0-3,8"; None where the mask was not asked for, or where there is none.
-    memory: the policy, "bind:0-1", "local"; None where it was not asked for, or where the system does not say.
-    """
-
-    cpus: str | None
-    memory: str | None
-
-
-class Refusal(TypedDict):
-    """One optional step that the system refused: the call, its errno, that errno's name and its text."""
-
-    step: str
-    errno: int
-    name: str
-    text: str
-
-
-class BindingFacts(TypedDict):
-    """A rank's binding.
-
-    asked: what the launch asked for; None for a rank that inherits.
-    required: whether a refusal would have failed the launch.
-    effective: what the kernel had for the rank when it was last looked at; None when it never was.
-    refused: the steps of a binding that is not required.
-    """
-
-    asked: Placement | None
-    required: bool
-    effective: Placement | None
-    refused: list[Refusal]
-
-
-class Exit(TypedDict):
-    """How a rank ended.
-
-    returncode: as ``Popen.returncode``. status: what it exited with (0 to 255 on POSIX), or None. signal: the name of
-    the signal that ended it, or None. core: whether that left a core dump; None where nobody looked.
-    """
-
-    returncode: int
-    status: int | None
-    signal: str | None
-    core: bool | None
-
-
-class ResourceUsage(TypedDict):
-    """What a rank that has ended has used, with its children that it waited for: getrusage(2).
-
-    user, system: CPU seconds. max_rss: the most bytes that were resident at a time, of the largest process among them;
-    None where the kernel's figure is the launcher's: Linux carries the launcher's own over the execve(2).
-    minor_faults, major_faults: page faults without and with reading. voluntary_switches, involuntary_switches: of
-    context. blocks_in, blocks_out: reads and writes of file systems that reached a device, on Linux in units of 512
-    bytes.
-    """
-
-    user: float
-    system: float
-    max_rss: int | None
-    minor_faults: int
-    major_faults: int
-    voluntary_switches: int
-    involuntary_switches: int
-    blocks_in: int
-    blocks_out: int
-
-
-class UsageNow(Usage):
-    """What a rank that still runs uses, at the moment of the report.
-
-    children: how many processes that have come from it run, theirs included. The other figures are the rank's alone.
-    """
-
-    children: int
-
-
-class RankReport(TypedDict):
-    """One rank of one attempt. Times are seconds from the call that launched the attempt.
-
-    rank: its number. pid: of the process. mechanism: how it was started: "clone", "posix_spawn" or "subprocess".
-    executed: when it had become the program; None where that was not noted. exited: when the launcher saw its end; None
-    while it runs. binding, exit: see there; exit is None while it runs. rusage: None while it runs, or where nobody
-    asked the kernel for it. now: None once it has ended.
-    """
-
-    rank: int
-    pid: int
-    mechanism: str | None
-    executed: float | None
-    exited: float | None
-    binding: BindingFacts
-    exit: Exit | None
-    rusage: ResourceUsage | None
-    now: UsageNow | None
-
-
-class AttemptReport(TypedDict):
-    """One start of the whole group.
-
-    attempt: 0, and one more for each restart. called: seconds from the first attempt's launch call to this one's.
-    started: the wall clock at the call, ISO 8601 with its zone. duration: seconds from the call until the last rank was
-    seen to end, or until the report. ranks: in rank order.
-    """
-
-    attempt: int
-    called: float
-    started: str
-    duration: float
-    ranks: list[RankReport]
-
-
-class GroupReport(TypedDict):
-    """A whole job on this machine.
-
-    version: of this form, see VERSION. rankspawn: the version of the package; None in a tree that is not installed.
-    host: this machine's name. command: what each rank runs. nprocs: how many ranks. job: "run_id", and the batch
-    system's variables that name the job, by their names. duration: seconds from the first launch call until the last
-    rank of the last attempt was seen to end, or until the report. attempts: in order.
-    """
-
-    version: int
-    rankspawn: str | None
-    host: str
-    command: list[str]
-    nprocs: int
-    job: dict[str, str]
-    duration: float
-    attempts: list[AttemptReport]
 
 
 @dataclass(frozen=True)
 class Attempt:
     """What a group knows of one attempt.
 
-    called_ns: of CLOCK_MONOTONIC at the launch call. called_at: ``time.time()`` then. ranks: in rank order.
+    Attributes:
+        called_ns: CLOCK_MONOTONIC at the launch call.
+        called_at: ``time.time()`` at the launch call.
+        ranks: in rank order.
     """
 
     called_ns: int
@@ -189,13 +65,19 @@ def rank_report(
     core: bool | None = None,
     tree: ProcessTree | None = None,
 ) -> RankReport:
-    """What is known of one rank.
+    """Make the report of one rank.
 
-    called_ns: CLOCK_MONOTONIC at the launch call. exited_ns: the same clock when the rank was seen to have ended, None
-        while it runs. returncode: as Popen's, None while it runs; ``rank.returncode`` stays None until it is reaped.
-    effective: what ``rank.binding_report.effective`` gave while it ran; None reads it now if the rank was not reaped.
-    usage: from wait4(2). core: whether it dumped core, where known.
-    tree: for several ranks of one report, so that all processes are looked at once.
+    Args:
+        number: its local rank.
+        rank: the process.
+        called_ns: CLOCK_MONOTONIC at the launch call.
+        exited_ns: the same clock when the rank was seen to have ended; None while it runs.
+        returncode: as ``Popen.returncode``, None while it runs; ``rank.returncode`` stays None until it is reaped.
+        effective: what ``rank.binding_report.effective`` gave while it ran; None reads it now, unless the rank was
+            reaped.
+        usage: from wait4(2).
+        core: whether it dumped core; None where that is not known.
+        tree: all processes, read once for all ranks of a report; None reads them now.
     """
     executed_ns = rank._executed_ns
     report = rank.binding_report
@@ -229,8 +111,13 @@ def attempt(
     effective: Mapping[int, Binding | None],
     collected: Mapping[int, tuple[Any, bool]],
 ) -> Attempt:
-    """One start of all ``ranks``. By rank, as in rank_report(): what each was bound to, when and how it ended; and
-    collected: what it used, and whether it dumped core."""
+    """Make the record of one start of all ranks.
+
+    Args:
+        ranks: the processes, by local rank; the others are by local rank, too.
+        called_ns, exited_ns, returncodes, effective: as in rank_report().
+        collected: what each rank that was reaped used (from wait4(2)), and whether it dumped core.
+    """
     tree = ProcessTree()
     told = []
     for number, rank in enumerate(ranks):
@@ -260,7 +147,15 @@ def group_report(
     run_id: str,
     env: Mapping[str, str] = os.environ,
 ) -> GroupReport:
-    """The job's report; ``attempts`` in order, one at least. env: where the batch system's variables are looked for."""
+    """Make the job's report.
+
+    Args:
+        attempts: in order, at least one.
+        command: what each rank runs.
+        nprocs: how many ranks.
+        run_id: the job's name.
+        env: where the batch system's variables are looked up.
+    """
     import socket
 
     first, now_ns = attempts[0].called_ns, time.monotonic_ns()
@@ -290,39 +185,6 @@ def group_report(
     }
 
 
-def write_report(report: GroupReport, path: str | os.PathLike[str]) -> None:
-    """Write ``report`` as JSON, as write_text() does."""
-    write_text(json.dumps(report, indent=1) + "\n", path)
-
-
-def write_text(text: str, path: str | os.PathLike[str]) -> None:
-    """Write a file so that nobody sees half of it, and so that after a failure what was there is still there.
-
-    What is there and is no regular file (/dev/stdout, a FIFO, a symbolic link) is written as it stands, not replaced.
-
-    Raises OSError, of the class that open() would raise, with ``path`` as its filename.
-    """
-    path = os.fspath(path)
-    folder, name = os.path.split(path)
-    beside = os.path.join(folder, f".{name}.{os.getpid()}.new")
-    try:
-        with suppress(FileNotFoundError):
-            if not stat.S_ISREG(os.lstat(path).st_mode):
-                with open(path, "w", encoding="utf-8") as file:
-                    file.write(text)
-                return
-        try:
-            with open(beside, "x", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(beside, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(beside)
-            raise
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from error
-
-
 def _placement(binding: Binding | None) -> Placement | None:
     if binding is None:
         return None
@@ -333,8 +195,10 @@ def _placement(binding: Binding | None) -> Placement | None:
 
 
 def _refusal(refused: RefusedStep) -> Refusal:
+    from .._start.outcome import text_of
+
     code = refused.errno
-    return {"step": refused.step, "errno": code, "name": errno.errorcode.get(code, ""), "text": os.strerror(code)}
+    return {"step": refused.step, "errno": code, "name": errno.errorcode.get(code, ""), "text": text_of(code)}
 
 
 def _exit(returncode: int, core: bool | None) -> Exit:
@@ -342,7 +206,7 @@ def _exit(returncode: int, core: bool | None) -> Exit:
         return {"returncode": returncode, "status": returncode, "signal": None, "core": core}
     try:
         name = signal.Signals(-returncode).name
-    except ValueError:  # a real-time signal between the first and the last has no name
+    except ValueError:  # real-time signals other than the first and the last have no name
         name = f"signal {-returncode}"
     return {"returncode": returncode, "status": None, "signal": name, "core": core}
 
@@ -351,8 +215,8 @@ def _rusage(usage: resource.struct_rusage) -> ResourceUsage:
     import resource
 
     largest: int | None = usage.ru_maxrss
-    # Linux: at its execve a process notes the peak of the memory that it leaves (exec_mmap in fs/exec.c), which was
-    # shared with us or copied from us. What is not above ours says nothing.
+    # Linux: at its execve a process records the peak of the memory that it leaves (exec_mmap in fs/exec.c), which was
+    # shared with us or copied from us. A figure that is not above ours says nothing of the rank.
     if sys.platform == "linux" and usage.ru_maxrss <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss:
         largest = None
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,11 +1,11 @@
 """``Tee``: what the ranks print, shown in the launcher's own output while they run.
 
-The ranks write to files, and the launcher follows the files. So nothing that happens here, a terminal that is stopped,
-a pipe that nobody reads, the death of the launcher, slows a rank or loses a line of it: what is not shown is in the
-file.
+The ranks write to files, and the launcher reads the files as they grow. So nothing that happens here (a terminal that
+is stopped, a pipe that nobody reads, the death of the launcher) slows a rank or loses one of its lines: whatever was
+not shown is in the file.
 
-The files are looked at, 10 to 100 times a second, for their sizes; they are not watched by inotify(7). A watch makes
-each small write of a rank half as dear again, has limits that all programs of a user share, and is Linux's alone.
+The launcher reads the sizes of the files 10 to 100 times a second. It does not use inotify(7): a watch makes each small
+write of a rank half as expensive again, its limits are shared by all programs of a user, and only Linux has it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,17 @@ if TYPE_CHECKING:
 
     from .logs import LogFolder, RankFiles
 
-_LATEST = 0.1  # seconds between two looks, after many that found nothing
+_LATEST = 0.1  # seconds between two looks when nothing has been written for a while
 
 
 class Source(NamedTuple):
-    """A log file to follow: what ``rank`` writes to its stdout, or its stderr, is in ``path``."""
+    """A log file to show.
+
+    Attributes:
+        rank: whose file it is; the number of the prefix.
+        path: of the file.
+        is_stderr: whether it has what the rank writes to its stderr; False for stdout.
+    """
 
     rank: int
     path: str | os.PathLike[str]
@@ -40,7 +46,7 @@ class Source(NamedTuple):
 
 
 def sources(files: Iterable[RankFiles], first_rank: int = 0) -> Iterator[Source]:
-    """The log files of a machine's ranks. first_rank: the RANK of its local rank 0."""
+    """The log files of a machine's ranks, of which ``first_rank`` is the RANK of local rank 0."""
     for number, of_rank in enumerate(files, first_rank):
         for path, is_stderr in ((of_rank.stdout, False), (of_rank.stderr, True)):
             if path is not None:
@@ -77,18 +83,20 @@ def show(
 class Tee:
     """Shows what ranks print, from one thread for all of them.
 
-    sources: the files; one that is not there yet is waited for. ranks: show these only; None shows all.
-    prefix: put before each line; ``{rank}`` is the rank's number.
-    out, err: where lines of the ranks' stdout and stderr go: a descriptor or a text stream; None for sys.stdout and
-        sys.stderr. A text stream on descriptor 1 or 2 is written to by that number: the lock of its buffer would be
-        held while a terminal is stopped, and whoever prints would hang.
+    Whole lines are shown, in the order in which a rank wrote them to one stream. Bytes pass unchanged. A line longer
+    than 64 KiB is shown in pieces, each as a line of its own. Of a line that is written over ("\\r": a progress bar)
+    the last state is shown, when the line ends and every 10 seconds. A last line without a newline gets one.
 
-    Whole lines are shown, in the order in which a rank wrote them to one stream. Bytes go through as they are. A line
-    longer than 64 KiB is shown in pieces, each as a line of its own. Of a line that is written over ("\\r": a progress
-    bar) the last state is shown, when the line ends and every 10 seconds. A last line without a newline is given one.
+    Others who write to the same descriptor tear no line if they, too, write whole lines at once, of at most PIPE_BUF
+    (4096) bytes: ``sys.stderr.write("a line\\n")``. With PYTHONUNBUFFERED print() writes word by word.
 
-    No line is torn by what others write to the same descriptor if they, too, write whole lines at once, of at most
-    PIPE_BUF (4096) bytes: ``sys.stderr.write("a line\\n")``. With PYTHONUNBUFFERED print() writes word by word.
+    Args:
+        sources: the files. A file that is not there yet is waited for.
+        ranks: show these ranks only; None shows all.
+        prefix: put before each line; ``{rank}`` is the rank's number.
+        out, err: where lines of the ranks' stdout and stderr go: a descriptor or a text stream; None for sys.stdout and
+            sys.stderr. A text stream on descriptor 1 or 2 is written to by that number: a write to the stream would
+            hold the lock of its buffer while a terminal is stopped, and everybody who prints would hang.
     """
 
     def __init__(
@@ -115,7 +123,7 @@ class Tee:
     def start(self) -> Tee:
         """Start to show. Raises RuntimeError or OSError when no thread, or no descriptor, can be had."""
         reader, writer = os.pipe()
-        # Each end is closed by its only user: a bell that was closed elsewhere might be another file's number by now.
+        # Each end is closed by its only user: closed by another, its number might be another file's when it is used.
         heard, self._bell = open(reader, "rb", buffering=0), open(writer, "wb", buffering=0)
         self._thread = threading.Thread(target=self._run, args=[heard], name="rankspawn-tee", daemon=True)
         try:
@@ -165,7 +173,7 @@ class Tee:
 
     def _run(self, heard: IO[bytes]) -> None:
         if hasattr(signal, "pthread_sigmask"):
-            # Signals are for the program's own threads; and SIGPIPE is an errno here, whatever it is set to there.
+            # Signals go to the program's own threads. Blocked here, SIGPIPE is an errno, whatever its action.
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         pause, look_at = SOONEST, 0.0
         last = False
@@ -189,13 +197,13 @@ class Tee:
                 followed.close()
 
     def _look(self, last: bool) -> bool:
-        """Queue the files that have grown, at ``last`` all; whether there are any."""
+        """Queue the files that have grown, with ``last`` all files; whether there are any."""
         self._absent = [followed for followed in self._absent if self._is_absent(followed)]
         try:
             # lseek takes a fifth of the time of fstat.
             grown = [one for one in self._open if last or os.lseek(one.fd, 0, os.SEEK_END) != one.seen]
         except OSError:
-            grown = self._open  # reading it says which it is
+            grown = self._open  # reading them finds the file that fails
         for followed in grown:
             if not followed.queued:
                 followed.queued = True
@@ -216,7 +224,7 @@ class Tee:
         return False
 
     def _fill(self, sink: Sink, last: bool) -> None:
-        """Give ``sink`` the next lines to write, if it has none: a chunk of each file in turn."""
+        """Give ``sink`` the next lines if it has none to write: a chunk of each file in turn."""
         while not sink.pending and sink.unread:
             followed = sink.unread.popleft()
             followed.queued = False
@@ -231,7 +239,7 @@ class Tee:
                 sink.unread.append(followed)
 
     def _write(self, heard: IO[bytes], seconds: float) -> None:
-        """Write a piece to whoever takes one; sleep while nobody does, until the bell rings or the time is over."""
+        """Write a piece to each sink that takes one; else sleep until one does, the bell rings or ``seconds`` pass."""
         busy = [sink for sink in (self._out, self._err) if sink.pending]
         if hasattr(select, "poll"):
             poller = select.poll()
@@ -241,7 +249,7 @@ class Tee:
                     seconds = 0.0
                 else:
                     poller.register(sink.fd, select.POLLOUT)
-            # Any event but none is a reason to try: write(2) says what is wrong better than poll(2).
+            # Any event is a reason to try: write(2) says better than poll(2) what is wrong.
             events = dict(poller.poll(max(0.0, seconds) * 1000))
             if heard.fileno() in events:
                 heard.read(64)

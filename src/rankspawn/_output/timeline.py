@@ -1,5 +1,5 @@
 """A job's report drawn as SVG: a row for each rank, with what its start cost, how long it ran, how it ended, and where
-it was bound. It has no script in it, and is light or dark as its reader's other pages."""
+it was bound. The drawing has no script, and follows its reader's choice of light or dark."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .._canvas import Canvas, escaped
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .report import AttemptReport, GroupReport, RankReport
+    from .form import AttemptReport, GroupReport, RankReport
 
 _PAD, _TOP = 12, 94  # around everything; above the rows
 _RANK, _START, _RUN, _END = 44, 160, 600, 84  # the widths of the columns; those of the binding follow from their texts
-_MOST = 40  # characters of each half of a binding; the hint of the row has them all
-_CHARACTER = 6.6  # pixels, at 11px: more than the average, for the widest fonts
+_MOST = 40  # characters of each half of a binding; the tooltip of the row has all
+_CHARACTER = 6.6  # pixels, at 11px: above the average, so that the widest fonts fit
 
 _STYLE = """
 text { font: 11px system-ui, sans-serif; fill: #1d2733 }
@@ -36,7 +36,7 @@ text.first { font-weight: 700 }
 
 _OUTCOMES = {"ok": "exit 0", "failed": "nonzero exit", "killed": "ended by a signal", "running": "runs"}
 
-# What one tick may stand for, in seconds: ones, twos and fives, and what divides a minute, an hour, a day.
+# The distances of ticks, in seconds: 1, 2 and 5 times powers of ten, and divisors of a minute, an hour and a day.
 _STEPS = (
     *(float(f"{digit}e{power}") for power in range(-9, 0) for digit in (1, 2, 5)),
     *(float(unit * count) for unit in (1, 60) for count in (1, 2, 5, 10, 15, 30)),
@@ -57,14 +57,14 @@ class Axis(NamedTuple):
         return self.left + self.width * min(max(seconds, 0.0), self.span) / self.span
 
     def ticks(self, most: int) -> Iterator[tuple[float, str]]:
-        """At most ``most`` and one round times, from 0 on, and their texts."""
+        """At most ``most`` + 1 round times, from 0 on, and their texts."""
         step = next((one for one in _STEPS if self.span <= one * most), self.span)
         for number in range(int(self.span / step * (1 + 1e-9)) + 1):
             yield number * step, _round_time(number * step, step)
 
 
 class _Rows(NamedTuple):
-    """The height of a row, of its bar, and how far below its top its text stands: smaller for many."""
+    """The height of a row, that of its bar, and how far below the row's top its text stands, in pixels."""
 
     height: int
     bar: int
@@ -72,8 +72,11 @@ class _Rows(NamedTuple):
 
 
 def timeline_svg(report: GroupReport) -> str:
-    """The SVG text. The attempts of a restarted job follow each other on one axis; what costs of a start are drawn, and
-    the ends and bindings that are written, are those of the last."""
+    """The SVG text of a report.
+
+    The attempts of a restarted job follow each other on one axis. The costs of the start that are drawn, and the ends
+    and bindings that are written, are those of the last attempt.
+    """
     return _Timeline(report).drawn()
 
 
@@ -130,7 +133,7 @@ class _Timeline(Canvas):
         self.legend()
 
     def legend(self) -> None:
-        """The forms of the ends that there are."""
+        """The marks of the kinds of ends that occur in this report."""
         seen = {kind for ranks in self.ranks.values() for _, _, kind in ranks}
         x, y = self.run.left + 48, _TOP - 24
         if any(kind.endswith("first") for kind in seen):
@@ -152,7 +155,7 @@ class _Timeline(Canvas):
             self.text(x, self.bottom + 15, text, "tick")
 
     def restarts(self) -> None:
-        """A line where each attempt after the first begins, and its number where there is room for it."""
+        """A line where each attempt after the first begins, with its number where there is room."""
         free = 0.0
         for one in self.attempts[1:]:
             x = self.run.x(one["called"])
@@ -180,7 +183,7 @@ class _Timeline(Canvas):
         self.lines.append(f'<g data-attempt="{attempt["attempt"]}"><title>{escaped(_hint(attempt, rank))}</title>')
         if self.start and attempt is self.last:
             self.rect(self.start.left, y, self.start.x(executed) - self.start.left, height, "start")
-        if ready - begin >= 0.5:  # less does not show, and is in the way of the run
+        if ready - begin >= 0.5:  # less cannot be seen, and would hide the beginning of the run
             self.rect(begin, y, ready - begin, height, "start")
         self.rect(ready, y, max(end - ready, 0.5), height, "ran first" if kind.endswith("first") else "ran")
         self.mark(end, y + height / 2, height / 2 - 0.5, kind)
@@ -190,7 +193,7 @@ class _Timeline(Canvas):
         self.lines.append(f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
 
     def mark(self, x: float, y: float, r: float, kind: str) -> None:
-        """How a rank ended, by form and by colour: a disc, a square, a diamond; an arrow for one that runs."""
+        """Draw how a rank ended, by shape and by colour: a disc, a square, a diamond; an arrow for one that runs."""
         if kind == "ok":
             self.lines.append(f'<circle class="mark ok" cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}"/>')
             return
@@ -211,7 +214,7 @@ def _outcome(rank: RankReport) -> str:
 
 
 def _first_failed(attempt: AttemptReport) -> RankReport | None:
-    """The rank whose end was the first that was no success; the others may have been ended because of it."""
+    """The first rank that failed; the others may have been ended because of it."""
     failed = [rank for rank in attempt["ranks"] if _outcome(rank) in ("failed", "killed")]
     return min(failed, key=lambda rank: (rank["exited"] or 0.0, rank["rank"]), default=None)
 
@@ -224,13 +227,13 @@ def _end(rank: RankReport) -> str:
 
 
 def _cpus(rank: RankReport) -> str:
-    """The CPUs that it has, or that it was to have where nobody looked."""
+    """The CPUs that the rank had, or that were asked for where the launcher never looked."""
     place = rank["binding"]["effective"] or rank["binding"]["asked"]
     return _clipped((place and place["cpus"]) or "", _MOST)
 
 
 def _memory(rank: RankReport) -> str:
-    """As _cpus(), of the policy, unless that is the kernel's own; and what was refused of the binding."""
+    """As _cpus(), the memory policy, unless it is the kernel's default; and the steps that were refused."""
     binding = rank["binding"]
     place = binding["effective"] or binding["asked"]
     policy = place and place["memory"]
@@ -240,7 +243,7 @@ def _memory(rank: RankReport) -> str:
 
 
 def _hint(attempt: AttemptReport, rank: RankReport) -> str:
-    """All that a row has no room for, as its tooltip."""
+    """The tooltip of a row: everything that the row has no room for."""
     lines = [f"rank {rank['rank']}, pid {rank['pid']}, attempt {attempt['attempt']}"]
     if rank["executed"] is not None:
         lines.append(f"executed after {spoken(rank['executed'])}")
@@ -265,13 +268,13 @@ def _counted(number: int, name: str) -> str:
 
 
 def _clipped(text: str, most: int) -> str:
-    """``text`` without what XML cannot hold, and no longer than ``most`` characters."""
+    """``text``, with characters that XML cannot hold replaced, and cut after ``most`` characters."""
     text = "".join(one if one.isprintable() else "\ufffd" for one in text)
     return text if len(text) <= most else text[: most - 1] + "\u2026"
 
 
 def _round_time(seconds: float, step: float) -> str:
-    """A multiple of ``step``, in the units that it is round in: "250 µs", "1.5 ms", "45 s", "1 h 30 min"."""
+    """A multiple of ``step``, in the units in which it is round: "250 µs", "1.5 ms", "45 s", "1 h 30 min"."""
     if not seconds:
         return "0"
     if step < 1 or seconds < 60:
@@ -292,7 +295,7 @@ def _units(seconds: int) -> str:
 
 
 def spoken(seconds: float) -> str:
-    """A time to about three digits: "640 µs", "12.3 s", "1 h 2 min 5 s"."""
+    """A time of ``seconds`` to about three digits: "640 µs", "12.3 s", "1 h 2 min 5 s"."""
     if seconds >= 99.95:
         return _units(round(seconds))
     for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):

@@ -6,9 +6,12 @@ from typing import TypedDict
 
 
 class Usage(TypedDict):
-    """What one process uses at the moment of asking, itself alone.
+    """What one process uses now, without its children.
 
-    user, system: CPU seconds since it was started. rss: resident bytes. threads: how many it has.
+    Attributes:
+        user, system: CPU seconds since it was started.
+        rss: resident bytes.
+        threads: how many it has.
     """
 
     user: float
@@ -18,7 +21,7 @@ class Usage(TypedDict):
 
 
 def usage_now(pid: int) -> Usage | None:
-    """What process ``pid`` uses; None when it has ended, reaped or not, or may not be looked at."""
+    """What process ``pid`` uses; None when it has ended, reaped or not, or when the system refuses to say."""
     import psutil
 
     try:
