@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from .._end.cgroup import GroupCgroup
     from .._end.guard import Guard
     from .._output.failure import Failure
+    from .._output.form import GroupReport
     from .._output.logs import RankFiles
-    from .._output.report import Attempt, GroupReport
+    from .._output.report import Attempt
     from .._start.popen import Popen
 
 GRACE_SECONDS = 30.0
