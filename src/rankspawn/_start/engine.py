@@ -8,7 +8,7 @@ import sys
 from functools import cache
 
 from .._binding import Binding
-from .outcome import BindingError, RefusedStep
+from .outcome import GRANTED_IN_PART, BindingError, RefusedStep
 
 EXTENSION_ERROR: str | None = None
 """Why there is no engine in this installation; None where there is one."""
@@ -86,7 +86,11 @@ def bind_process(pid: int, binding: Binding) -> tuple[RefusedStep, ...]:
 
 def _checked(binding: Binding, refused: list[RefusedStep]) -> tuple[RefusedStep, ...]:
     if refused and binding.required:
-        raise BindingError.refused(refused[0].step, refused[0].errno, binding)
+        step, code = refused[0].step, refused[0].errno
+        lacks_engine = step == "set_mempolicy" and code == errno.ENOTSUP
+        raise BindingError.refused(
+            step, code, binding, f"it needs rankspawn's engine: {why_no_engine()}" if lacks_engine else ""
+        )
     return tuple(refused)
 
 
@@ -97,7 +101,9 @@ def _set_affinity(pid: int, cpus: Set[int]) -> int:
     except ImportError:  # it cannot be imported in a sub-interpreter
         return errno.ENOTSUP
     try:
-        psutil.Process(pid).cpu_affinity(sorted(cpus))
+        process = psutil.Process(pid)
+        process.cpu_affinity(sorted(cpus))
+        return 0 if cpus <= set(process.cpu_affinity()) else GRANTED_IN_PART
     except psutil.NoSuchProcess:
         return 0
     except psutil.AccessDenied:
@@ -106,7 +112,6 @@ def _set_affinity(pid: int, cpus: Set[int]) -> int:
         return errno.ENOTSUP
     except ValueError:  # psutil's word for CPUs that are not there, or not allowed
         return errno.EINVAL
-    return 0
 
 
 def bind_thread(binding: Binding) -> tuple[RefusedStep, ...]:
@@ -118,8 +123,11 @@ def bind_thread(binding: Binding) -> tuple[RefusedStep, ...]:
     if binding.cpus is not None:
         try:
             os.sched_setaffinity(0, binding.cpus)
+            code = 0 if binding.cpus.issubset(os.sched_getaffinity(0)) else GRANTED_IN_PART
         except OSError as error:
-            refused.append(RefusedStep("sched_setaffinity", error.errno or errno.EINVAL))
+            code = error.errno or errno.EINVAL
+        if code:
+            refused.append(RefusedStep("sched_setaffinity", code))
     if binding.memory is not None:
         code = errno.ENOTSUP if EXTENSION_ERROR is not None else _spawn.set_mempolicy(*masks(binding)[1:])
         if code:

@@ -19,7 +19,12 @@ class RefusedStep(Frozen):
     errno: int
 
     def __str__(self) -> str:
-        return f"{self.step}: {os.strerror(self.errno)}"
+        return f"{self.step}: {text_of(self.errno)}"
+
+    @property
+    def why(self) -> str:
+        """Why the system may have refused it, and what to do; "" where that is not known."""
+        return _WHY.get((self.step, self.errno), "")
 
 
 @public
@@ -59,16 +64,37 @@ class BindingError(OSError):
     binding: Binding
 
     @classmethod
-    def refused(cls, step: str, code: int, binding: Binding) -> BindingError:
+    def refused(cls, step: str, code: int, binding: Binding, why: str = "") -> BindingError:
         """The error for ``step`` refused with errno ``code``: why it may be so, and what to do."""
         asked = f"cpus {format_ids(binding.cpus or ())}" if step == "sched_setaffinity" else f"{binding.memory}"
-        why = _WHY.get((step, code), "")
-        error = cls(code, f"{step}: {os.strerror(code)} (asked: {asked}){why and ': '}{why}")
+        why = why or RefusedStep(step, code).why
+        error = cls(code, f"{step}: {text_of(code)} (asked: {asked}){why and ': '}{why}")
         error.step, error.binding = step, binding
         return error
 
 
+GRANTED_IN_PART = errno.ERANGE
+"""The errno of a step that the kernel did in part, without a word: csrc/granted.h. Neither system call has it."""
+
+
+def text_of(code: int) -> str:
+    """Say what the errno of a refused step means."""
+    return "granted only in part" if code == GRANTED_IN_PART else os.strerror(code)
+
+
 _WHY = {
+    ("sched_setaffinity", GRANTED_IN_PART): (
+        "the other CPUs are offline, absent, or outside the cpuset that this process may use; leave them out, or use"
+        " required=False"
+    ),
+    ("set_mempolicy", GRANTED_IN_PART): (
+        "the other nodes are absent, have no memory, or are outside this process's cpuset (Mems_allowed_list in"
+        " /proc/self/status); leave them out, or use required=False"
+    ),
+    ("sched_setaffinity", errno.ENOTSUP): "this system, or this installation without psutil, cannot set a CPU mask",
+    ("set_mempolicy", errno.ENOTSUP): (
+        "only rankspawn's engine can set it, and it did not start this process; `rankspawn doctor` says why"
+    ),
     ("sched_setaffinity", errno.EINVAL): (
         "none of these CPUs is both online and in the cpuset that this process may use; see Cpus_allowed_list in"
         " /proc/self/status, or `rankspawn doctor`"

@@ -300,7 +300,8 @@ class Popen(_Stock):  # type: ignore[type-arg]
             raise OSError(errno.ENOTSUP, f"die_with_parent and cgroup need rankspawn's engine: {why_no_engine()}")
         binding = self._binding
         if binding is not None and binding.memory is not None and binding.required:
-            raise BindingError.refused("set_mempolicy", errno.ENOTSUP, binding)
+            needs = f"it needs rankspawn's engine: {why_no_engine()}"
+            raise BindingError.refused("set_mempolicy", errno.ENOTSUP, binding, needs)
         with _opened_here(self._opened_by_child) as fds:
             for number, fd in fds.items():
                 seam[_SEAM.index(("p2cread", "c2pwrite", "errwrite")[number]) - 1] = fd
