@@ -11,15 +11,12 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-sys.path.insert(0, os.path.dirname(__file__))
-from docstrings import as_rst
-
 project = "rankspawn"
 author = "The rankspawn developers"
 project_copyright = author
 release = version = version_of("rankspawn")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
 highlight_language = "text"
 default_role = "code"
@@ -31,16 +28,13 @@ html_css_files = ["rankspawn.css"]
 html_copy_source = False
 
 autodoc_member_order = "bysource"
+napoleon_use_ivar = True  # an attribute that a class's docstring describes needs no entry of its own
 add_module_names = False
 maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
 
 # The standard library's types in signatures are not described here; each of ours has to be.
 nitpick_ignore_regex = [("py:.*", r"(os|signal|collections\.abc|contextlib|subprocess)\..*")]
-
-
-def docstring(app: Sphinx, what: str, name: str, described: object, options: object, lines: list[str]) -> None:
-    lines[:] = as_rst("\n".join(lines), described, name.rpartition(".")[2])
 
 
 class CommandHelp(SphinxDirective):
@@ -56,5 +50,4 @@ class CommandHelp(SphinxDirective):
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("autodoc-process-docstring", docstring)
     app.add_directive("command-help", CommandHelp)

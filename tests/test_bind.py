@@ -307,13 +307,13 @@ def test_a_program_that_cannot_be_executed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("told", "words", "message"),
     [
-        ({}, [], "no variable of a launcher tells the local rank: give --local-rank"),
-        ({"PMIX_RANK": "3"}, [], "a PMIx launcher does not tell the local rank: give --local-rank"),
-        ({"LOCAL_RANK": "0"}, [], "nothing tells how many ranks this node has: give --nproc-per-node"),
-        ({}, ["--local-rank", "0"], "nothing tells how many ranks this node has: give --nproc-per-node"),
+        ({}, [], "no variable of a launcher says the local rank: give --local-rank"),
+        ({"PMIX_RANK": "3"}, [], "a PMIx launcher does not say the local rank: give --local-rank"),
+        ({"LOCAL_RANK": "0"}, [], "nothing says how many ranks this node has: give --nproc-per-node"),
+        ({}, ["--local-rank", "0"], "nothing says how many ranks this node has: give --nproc-per-node"),
         ({}, ["--local-rank", "2", "--nproc-per-node", "2"], "local rank 2 is not one of 2"),
         ({}, ["--local-rank", "0", "--nproc-per-node", "0"], "local rank 0 is not one of 0"),
-        ({"LOCAL_RANK": "x"}, [], "LOCAL_RANK='x' is not a whole number"),
+        ({"LOCAL_RANK": "x"}, [], "LOCAL_RANK='x': expected a non-negative integer"),
         (
             {**launchers(1, 2)["PMI"], "LOCAL_RANK": "0"},
             [],
@@ -336,7 +336,7 @@ def test_a_rank_without_a_place(told: dict[str, str], words: list[str], message:
         ([], "PROGRAM is missing"),
         (["--"], "PROGRAM is missing"),
         (["--local-rank", "-1", "true"], "--local-rank"),
-        (["--local-rank", "one", "true"], "'one' is not a whole number"),
+        (["--local-rank", "one", "true"], "expected a non-negative integer, got 'one'"),
         (["--no-such-option", "true"], "--no-such-option"),
     ],
 )
@@ -360,4 +360,4 @@ def test_a_refused_step(tmp_path: Path) -> None:
     optional = ran([*command, "--numa-binding-optional", *PLACE])
     assert optional.returncode == 0, optional.stderr
     assert not json.loads(optional.stdout)["memory"].startswith("bind")
-    assert optional.stderr == "rankspawn: local rank 1: refused, set_mempolicy: Operation not permitted\n"
+    assert optional.stderr == "rankspawn: local rank 1: the system refused set_mempolicy: Operation not permitted\n"

@@ -69,7 +69,7 @@ def test_cuda_visible_devices(visible: str, chosen: list[int], tmp_path: Path) -
         ("0,1,0", r"CUDA_VISIBLE_DEVICES='0,1,0': '0' is there twice"),
         ("0,,1", r"'' is neither a number nor a UUID"),
         ("GPU-aa", r"CUDA_VISIBLE_DEVICES: 'GPU-aa' is the beginning of 2 UUIDS"),
-        ("MIG-1234", r"which GPU has 'MIG-1234' is known to NVML alone: install nvidia-ml-py"),
+        ("MIG-1234", r"only NVML knows which GPU has 'MIG-1234': install nvidia-ml-py"),
     ],
 )
 def test_cuda_visible_devices_that_cannot_be_understood(visible: str, message: str, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_cuda_visible_devices_that_cannot_be_understood(visible: str, message: s
 def test_uuids_that_the_driver_does_not_tell(tmp_path: Path) -> None:
     topology = four_gpus(tmp_path, uuids=["GPU-????????-????-????-????-????????????"] * 4)
     assert indices(find_devices(topology, {"CUDA_VISIBLE_DEVICES": "1"})) == [1]
-    with pytest.raises(DeviceError, match="the driver tells no UUIDs: install nvidia-ml-py"):
+    with pytest.raises(DeviceError, match="the driver shows no UUIDs: install nvidia-ml-py"):
         find_devices(topology, {"CUDA_VISIBLE_DEVICES": "GPU-1234"})
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from rankspawn._binding import AffinityMode, MemoryPolicy, PlacementError
 from rankspawn._ids import format_ids
+from rankspawn._place.lists import plan_lists
 from rankspawn._place.openmp import affinity_warnings, omp_num_threads
-from rankspawn._place.plan import place, plan, plan_lists
+from rankspawn._place.plan import place, plan
 from rankspawn._place.topology import Topology
 from rankspawn._place.visible import Device
 from tests.support.sysfs_tree import Gpu, Machine, address, write

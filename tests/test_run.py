@@ -722,9 +722,9 @@ def test_ranks_that_share_the_one_cpu_of_a_slurm_task_are_said() -> None:
         ("--nnodes 2 --node-rank 1", "--nnodes needs --master-addr and --master-port: where rank 0 listens"),
         ("--nnodes 2 --node-rank 2", "--node-rank 2 of --nnodes 2: they are counted from 0"),
         ("--node-rank 1", "--node-rank 1 of --nnodes 1: they are counted from 0"),
-        ("--nnodes 0", "'0' is not a whole number from 1 on"),
-        ("--nnodes 1:4", "'1:4' is not a whole number from 1 on"),
-        ("--node-rank -1", "'-1' is not a whole number"),
+        ("--nnodes 0", "expected a positive integer, got '0'"),
+        ("--nnodes 1:4", "expected a positive integer, got '1:4'"),
+        ("--node-rank -1", "expected a non-negative integer, got '-1'"),
         (
             "--nnodes 2 --node-rank 1 --master-addr a --master-port 5 --max-restarts 1",
             "--max-restarts is for one machine: several are restarted together by rankspawn torchrun",
@@ -732,9 +732,9 @@ def test_ranks_that_share_the_one_cpu_of_a_slurm_task_are_said() -> None:
         ("--tee 3", "--tee takes no value (here: 3): all that is logged is shown"),
         ("--tee 0:3,1:2", "--tee takes no value (here: 0:3,1:2): all that is logged is shown"),
         ("--local-ranks-filter 0", "--local-ranks-filter needs --tee"),
-        ("--max-restarts many", "'many' is not a whole number"),
-        ("--grace soon", "'soon' is not a number of seconds"),
-        ("--grace nan", "'nan' is not a number of seconds"),
+        ("--max-restarts many", "expected a non-negative integer, got 'many'"),
+        ("--grace soon", "expected a number of seconds, got 'soon'"),
+        ("--grace nan", "expected a number of seconds, got 'nan'"),
     ],
 )
 def test_wrong_usage(options: str, words: str) -> None:

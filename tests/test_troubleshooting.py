@@ -323,7 +323,7 @@ def _(folder: Path) -> str:
     return plan(folder, Machine(), "--devices", "0000:3b:00.0")
 
 
-@provokes("which GPU has ... is known to NVML alone")
+@provokes("only NVML knows which GPU has ...")
 def _(_: Path) -> str:
     return raised(lambda: nvidia_visible((), {"CUDA_VISIBLE_DEVICES": "MIG-1234"}))
 
@@ -406,12 +406,12 @@ def _(_: Path) -> str:
     return run("x.py", OMPI_COMM_WORLD_LOCAL_SIZE="1", OMPI_COMM_WORLD_SIZE="2", **MPIRUN)
 
 
-@provokes("no variable of a launcher tells the local rank: give --local-rank")
+@provokes("no variable of a launcher says the local rank: give --local-rank")
 def _(_: Path) -> str:
     return command("bind", "true")
 
 
-@provokes("nothing tells how many ranks this node has: give --nproc-per-node")
+@provokes("nothing says how many ranks this node has: give --nproc-per-node")
 def _(_: Path) -> str:
     return command("bind", "true", LOCAL_RANK="0")
 

@@ -1,6 +1,6 @@
 """rankspawn starts the ranks of a job, each born bound to its CPUs and memory."""
 
-# Type checkers know the name. typing's own is not taken: importing typing would cost more than all else here.
+# Type checkers know this name. It is not imported from typing, because that import would cost more than all else here.
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
@@ -57,12 +57,12 @@ _MODULES = {
 }
 """Where each public name is."""
 
-if not TYPE_CHECKING:  # With it, a type checker would take any name for one of ours.
+if not TYPE_CHECKING:  # A type checker that saw __getattr__ would accept any name.
 
     def __getattr__(name):
-        # Imported when first used (PEP 562): a program that only starts processes needs no reader of topologies, and
-        # the commands that look at a machine need nothing that starts a process.
-        if name == "__version__":  # as installed; it stands in pyproject.toml
+        # A name is imported when it is first used (PEP 562): a program that only starts processes needs no reader of
+        # topologies, and the commands that look at a machine need nothing that starts a process.
+        if name == "__version__":  # of the installed package; the number itself is in pyproject.toml
             from importlib.metadata import version
 
             return version(__name__)
@@ -71,7 +71,7 @@ if not TYPE_CHECKING:  # With it, a type checker would take any name for one of 
         from importlib import import_module
 
         value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-        globals()[name] = value  # the next use finds it without us
+        globals()[name] = value  # the next use finds it without this function
         return value
 
     def __dir__():

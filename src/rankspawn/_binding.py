@@ -1,7 +1,4 @@
-"""What a rank is bound to: plain frozen data, checked when it is made.
-
-Nothing here touches the machine, except ``BindingReport.effective``, which reads a running process back.
-"""
+"""What a rank is bound to: plain frozen data, checked when it is made. Nothing here touches the machine."""
 
 from __future__ import annotations
 
@@ -29,14 +26,14 @@ MEMORY_MODES: tuple[MemoryMode, ...] = (
 )
 _MODES_WITHOUT_NODES = ("default", "local")
 
-# No kernel is built for more (the largest NR_CPUS is 8192, MAX_NUMNODES is 1024); a larger id is a
-# mistake, and a mask of gigabytes is not the way to say so.
+# No kernel is built for more (the largest NR_CPUS is 8192, MAX_NUMNODES is 1024). A larger id is a mistake, and is
+# refused before a mask of gigabytes is made for it.
 _MAX_CPU = 1 << 16
 _MAX_NODE = 1 << 12
 
 
 def _checked_ids(what: str, ids: Iterable[int], limit: int) -> frozenset[int]:
-    """``ids`` as a frozenset of whole numbers in ``range(limit)``; ``what`` names them in the error."""
+    """Check that ``ids`` are integers in ``range(limit)``; ``what`` names them in the error."""
     if isinstance(ids, (str, bytes)):
         raise TypeError(f"{what} must be a set of int, not {type(ids).__name__}")
     found = frozenset(ids)
@@ -50,7 +47,7 @@ def _checked_ids(what: str, ids: Iterable[int], limit: int) -> frozenset[int]:
 
 @public
 class AffinityMode(str, Enum):
-    """How the CPUs of a rank follow from its device; the names and meanings of torch.numa.binding."""
+    """How the CPUs of a rank follow from its device. Names and meanings are those of torch.numa.binding."""
 
     NODE = "node"
     """All CPUs of the NUMA node that the device is on."""
@@ -59,22 +56,24 @@ class AffinityMode(str, Enum):
     """All CPUs of that node's socket."""
 
     EXCLUSIVE = "exclusive"
-    """Cores of that node which no other rank has: an equal share, and one core more for the first where uneven."""
+    """Cores of that node that no other rank has: equal shares, of which the first are one core larger if need be."""
 
     CORE_COMPLEX = "core-complex"
-    """The CPUs of one last-level cache of that node, another one for each rank while there are enough."""
+    """The CPUs of one last-level cache of that node; each rank has its own cache while there are enough."""
 
 
 @public
 class MemoryPolicy(Frozen):
     """A NUMA memory policy, as in set_mempolicy(2).
 
-    mode: one of "default", "local", "bind", "preferred", "preferred-many" (Linux 5.15), "interleave",
-        "weighted-interleave" (Linux 6.9).
-    nodes: NUMA node ids. Empty for "default" and "local", exactly one for "preferred", one or more for
-        the others.
+    Args:
+        mode: "default", "local", "bind", "preferred", "preferred-many" (Linux 5.15), "interleave" or
+            "weighted-interleave" (Linux 6.9).
+        nodes: NUMA node ids. None for "default" and "local", exactly one for "preferred", one or more for the others.
 
-    Raises ValueError for an unknown mode, or nodes that do not fit the mode; TypeError for ids that are not int.
+    Raises:
+        ValueError: The mode is unknown, or the nodes do not fit it.
+        TypeError: An id is not an int.
     """
 
     mode: MemoryMode
@@ -99,14 +98,17 @@ class MemoryPolicy(Frozen):
 
 @public
 class Binding(Frozen):
-    """Where a process is born.
+    """The CPUs and the memory policy that a process is born with.
 
-    cpus: logical CPU ids, as in sched_setaffinity(2), not empty; None leaves the inherited mask alone.
-    memory: the memory policy; None leaves the inherited policy alone.
-    required: True makes a refused step fail the spawn with BindingError; False starts the process all the
-        same, and the report names what was refused.
+    Args:
+        cpus: Logical CPU ids, as in sched_setaffinity(2); at least one. None leaves the inherited mask alone.
+        memory: The memory policy; None leaves the inherited policy alone.
+        required: True makes a refused step fail the start with BindingError. False starts the process anyway, and the
+            report names what was refused.
 
-    Raises ValueError for an empty set or an id out of range; TypeError for ids that are not int.
+    Raises:
+        ValueError: ``cpus`` is empty, or an id is out of range.
+        TypeError: An id is not an int, or ``memory`` is not a MemoryPolicy.
     """
 
     cpus: frozenset[int] | None

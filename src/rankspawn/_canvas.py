@@ -4,7 +4,11 @@ from __future__ import annotations
 
 
 class Canvas:
-    """Collects the elements of a drawing, a line each. Positions and sizes are in pixels; ``kind`` is a class."""
+    """Collects the elements of a drawing, a line each. Positions and sizes are in pixels; ``kind`` is a CSS class.
+
+    Attributes:
+        lines: The elements so far, in the order in which they are painted.
+    """
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -20,7 +24,7 @@ class Canvas:
         self.lines.append(f'<text{attribute} x="{x:.1f}" y="{y:.1f}">{escaped(text)}</text>')
 
     def document(self, width: float, height: float, style: str) -> str:
-        """The whole SVG text."""
+        """Return the whole SVG text; ``style`` is the CSS of the classes."""
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}"'
             f' viewBox="0 0 {width:.0f} {height:.0f}"><style>{style}</style>'
@@ -30,4 +34,5 @@ class Canvas:
 
 
 def escaped(text: str) -> str:
+    """Return ``text`` as the content of an XML element."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

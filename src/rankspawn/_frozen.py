@@ -1,7 +1,7 @@
 """``Frozen``, the base of this package's plain data: a frozen dataclass in little.
 
-``dataclasses`` and ``typing`` are not imported here, nor by what ``rankspawn plan`` needs: both together, with inspect,
-ast and dis behind them, and the classes that they then make, take longer than all the rest of a plan.
+Neither this module nor anything else that ``rankspawn plan`` needs imports ``dataclasses`` or ``typing``: these two,
+with inspect, ast and dis behind them, and the classes that they make, take longer than all the rest of a plan.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ else:
 
 @dataclass_transform(frozen_default=True)
 class Frozen:
-    """Made once, never changed; compared, hashed, shown, matched, copied and pickled by its fields.
+    """Data that is made once and never changed; compared, hashed, shown, matched, copied and pickled by its fields.
 
     The fields are the annotations of the class, in their order, with their defaults. A subclass that checks them has an
-    ``__init__`` of its own, which passes them on to this one. Whatever else is put into an object's ``__dict__`` stays
-    with that object: no comparison, copy or pickle has it.
+    ``__init__`` of its own, which passes them on to this one. What else is put into an object's ``__dict__`` is not
+    compared, copied or pickled.
     """
 
     __match_args__: ClassVar[tuple[str, ...]] = ()
@@ -49,7 +49,7 @@ class Frozen:
         return tuple([self.__dict__[name] for name in self.__match_args__])
 
     def replace(self, **changes: Any) -> Self:
-        """The same with some fields changed, checked again; ``copy.replace`` of Python 3.13 calls it."""
+        """Return a copy with ``changes`` to its fields, checked again; ``copy.replace`` of Python 3.13 calls it."""
         return type(self)(**{**dict(zip(self.__match_args__, self._values(), strict=True)), **changes})
 
     __replace__ = replace

@@ -12,7 +12,7 @@ _RUN = re.compile(r"\s*([0-9]{1,6})(?:-([0-9]{1,6}))?\s*")
 
 
 def format_ids(ids: Iterable[int]) -> str:
-    """Ids as the kernel lists them: ``{0, 1, 2, 5}`` gives "0-2,5"; nothing gives ""."""
+    """Write ids as the kernel lists them: ``{0, 1, 2, 5}`` gives "0-2,5"; no ids give ""."""
     runs: list[list[int]] = []
     for one in sorted(ids):
         if runs and one == runs[-1][1] + 1:
@@ -23,7 +23,7 @@ def format_ids(ids: Iterable[int]) -> str:
 
 
 def parse_ids(text: str) -> frozenset[int]:
-    """The ids of a kernel list such as "0-2,5"; blank text gives none. ValueError, with the text, for anything else."""
+    """Read a kernel list such as "0-2,5"; blank text gives no ids. Raises ValueError, with the text, for other text."""
     ids: set[int] = set()
     stripped = text.strip(" \t\n\0")
     for part in stripped.split(",") if stripped else ():
@@ -35,7 +35,11 @@ def parse_ids(text: str) -> frozenset[int]:
 
 
 def parse_mask(text: str) -> frozenset[int]:
-    """The ids of a kernel mask: hexadecimal, in words of 32 bits, the highest first ("1,00000003" is 0, 1 and 32)."""
+    """Read a kernel mask: hexadecimal words of 32 bits, the highest first ("1,00000003" is 0, 1 and 32).
+
+    Raises:
+        ValueError: The text is not such a mask.
+    """
     bits = 0
     for word in text.split(","):
         value = int(word, 16)

@@ -1,4 +1,4 @@
-"""What users see says the address that they import it from, in tracebacks, pickles and docs."""
+"""Gives public classes and functions the address that users import them from: in tracebacks, pickles and docs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ if TYPE_CHECKING:
 
 
 def public(thing: T) -> T:
-    """Mark a class or function as part of the package's own surface: ``rankspawn.NAME``, wherever its code is."""
+    """Decorate a public class or function: its module becomes ``rankspawn``, wherever its code is."""
     thing.__module__ = __package__
     return thing

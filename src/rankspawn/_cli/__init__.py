@@ -4,8 +4,9 @@ main       commands and their dispatch                      options    what seve
 run        the ranks of a script                            settings   what run was asked to do, as frozen data
 attempts   all ranks started, watched, and started again    reports    the files of --report and --timeline
 progress   lines on stderr while ranks start and end        signals    the launcher's own signals, as bytes
-bind       this process, bound, becomes a program           step       what srun, mpirun and torchrun say of us
-show       topology and plan                                doctor     what this machine and this installation have
+refusals   what the system refused of the bindings          bind       this process, bound, becomes a program
+step       what srun, mpirun and torchrun say of us         show       topology and plan
+doctor     what this machine and this installation have
 
 Nothing imports it but __main__. It imports no _end: a group ends its ranks.
 """

@@ -15,6 +15,7 @@ from .._output.logs import rank_files
 from .._start.outcome import BindingError
 from .options import CommandError
 from .progress import Progress, say
+from .refusals import refusals
 from .reports import Reports
 from .settings import usable_port
 from .signals import asks_for_suspension, read_signals, suspend
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from .._group.group import RankGroup
     from .._group.job import Job
     from .._output.logs import LogFolder, RankFiles
-    from .._place.plan import Placed
     from .settings import RunSettings
 
 _TOO_MANY = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
@@ -33,7 +33,7 @@ _TOO_MANY = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 def run_attempts(settings: RunSettings, folder: LogFolder, signals: socket.socket) -> int:
     """Start the ranks, and after a failure start them again, as often as the job allows; the exit status."""
-    reports = Reports(settings)
+    reports = Reports(settings, signals.fileno())
     job = settings.job
     try:
         while True:
@@ -59,7 +59,7 @@ def _run_attempt(
     files = rank_files(folder.path, job.nprocs, job.restart_count, streams=logged or settings.tee)
     # A rank that writes to the terminal itself, or by --tee, would do so behind a line that is to be wiped out.
     progress = Progress(logged and not settings.tee, job.first_rank)
-    with _shown(settings, job, files, folder):
+    with _shown(settings, job, files, folder, signals):
         try:
             group = _launch(settings, job, files, progress)
         except OSError as error:
@@ -70,6 +70,8 @@ def _run_attempt(
             return 1 if error.errno in _TOO_MANY else 127 if isinstance(error, FileNotFoundError) else 126, True
         try:
             with group:
+                for line in refusals(group, job.first_rank):
+                    say(line)
                 reports.write_first(group)
                 asked, signalled = _supervise(group, job, signals, progress)
         finally:
@@ -85,8 +87,11 @@ def _launch(settings: RunSettings, job: Job, files: Sequence[RankFiles], progres
             list(settings.command),
             job.nprocs,
             job=job,
-            bindings=[None if rank is None else rank.binding for rank in settings.placed],
-            rank_env=[_threads(rank, job.nprocs) for rank in settings.placed],
+            bindings=settings.bindings,
+            # As for torchrun, what the user has set counts.
+            rank_env=None
+            if "OMP_NUM_THREADS" in os.environ
+            else [{"OMP_NUM_THREADS": str(count)} for count in settings.omp_threads],
             files=files,
             guard=settings.guard,
             cgroup=settings.cgroup,
@@ -137,7 +142,9 @@ def _supervise(group: RankGroup, job: Job, signals: socket.socket, progress: Pro
 
 
 @contextmanager
-def _shown(settings: RunSettings, job: Job, files: Sequence[RankFiles], folder: LogFolder) -> Iterator[None]:
+def _shown(
+    settings: RunSettings, job: Job, files: Sequence[RankFiles], folder: LogFolder, signals: socket.socket
+) -> Iterator[None]:
     """Show what the ranks write, for --tee."""
     if not settings.tee:
         yield
@@ -146,7 +153,7 @@ def _shown(settings: RunSettings, job: Job, files: Sequence[RankFiles], folder: 
 
     with ExitStack() as showing:
         try:
-            showing.enter_context(show(files, job.first_rank, settings.shown_ranks, folder))
+            showing.enter_context(show(files, job.first_rank, settings.shown_ranks, folder, signals.fileno()))
         except RuntimeError as error:
             raise CommandError(f"--tee: {error}") from error
         yield
@@ -172,12 +179,3 @@ def _tell_end(group: RankGroup, job: Job, asked: int | None, *, last: bool, kept
         return 0, True
     failed = failures[0].returncode
     return (failed if failed > 0 else 128 - failed), last
-
-
-def _threads(rank: Placed | None, nprocs: int) -> dict[str, str]:
-    """OMP_NUM_THREADS, unless the user set it: the cores of the rank's mask; unbound, 1 for several, as torchrun."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return {}
-    if rank is not None:
-        return {"OMP_NUM_THREADS": str(rank.omp_threads)}
-    return {"OMP_NUM_THREADS": "1"} if nprocs > 1 else {}

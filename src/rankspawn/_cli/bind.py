@@ -1,4 +1,4 @@
-"""``rankspawn bind``: binds itself for the local rank that the environment tells, and becomes the program."""
+"""``rankspawn bind``: binds itself for the local rank that the environment names, and becomes the program."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ import os
 import signal
 import sys
 
-from .._binding import AffinityMode, PlacementError
+from .._binding import AffinityMode, Binding, PlacementError
 from .._ids import format_ids
 from .._place.openmp import affinity_warnings, omp_num_threads
 from .._place.topology import Topology
-from .options import PlacementOptions, add_placement_options, placement
+from .options import AUTO_BINDS, PlacementOptions, add_placement_options, placement
 from .step import Step, StepError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .._place.plan import Placed
+    from .._start.outcome import RefusedStep
 
 
 def add_bind_options(bind: argparse.ArgumentParser) -> None:
-    """Adds the options of ``bind`` and, as ``run``, a function of the parsed arguments that gives the exit status where
-    the program was not executed, and raises PlacementError and BindingError."""
+    """Add the options of ``bind``.
+
+    ``run`` of the parsed arguments is a function that takes them, returns the exit status where the program was not
+    executed, and raises PlacementError and BindingError.
+    """
     bind.usage = "rankspawn bind [OPTIONS] [--] PROGRAM [ARGS ...]"
     bind.description = (
         "Binds itself for the local rank in the environment (of Open MPI, MPICH, Intel MPI, PALS, Slurm, torchrun),"
@@ -31,7 +37,7 @@ def add_bind_options(bind: argparse.ArgumentParser) -> None:
     bind.add_argument(
         "--nproc-per-node", "--nproc_per_node", type=_count, metavar="N", help="ranks here; else the environment's"
     )
-    bind.add_argument("-v", "--verbose", action="store_true", help="say the binding")
+    bind.add_argument("-v", "--verbose", action="store_true", help="say the binding that was made")
     add_placement_options(bind)
     # One list for both: argparse would take a double dash that stands right behind a PROGRAM of its own.
     bind.add_argument("command", nargs=argparse.REMAINDER, metavar="PROGRAM ARGS", help="what to execute")
@@ -40,7 +46,7 @@ def add_bind_options(bind: argparse.ArgumentParser) -> None:
 
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+        raise argparse.ArgumentTypeError(f"expected a non-negative integer, got {text!r}")
     return int(text)
 
 
@@ -52,29 +58,35 @@ def _bind(args: argparse.Namespace) -> int:
     if not command:
         parser.error("PROGRAM is missing")
     if os.name != "posix":
-        parser.error("a process can become another program on POSIX systems alone")
+        parser.error("only on POSIX systems can a process become another program")
     step = Step.read(os.environ)
     local_rank, local_size = _position(step, args.local_rank, args.nproc_per_node)
     rank = _placed(PlacementOptions.read(args), local_rank, local_size, step)
     refused = bind_thread(rank.binding)
-    # The environment, and how a launcher binds, is the same for all: one of them speaks of it.
+    # The environment is the same for all ranks of the node: one of them speaks of it.
     warnings = affinity_warnings(os.environ) if local_rank == 0 else ()
-    said = [str(rank.binding)] if args.verbose else []
-    for note in (*rank.notes, *warnings, *(f"refused, {one}" for one in refused), *said):
+    said = [str(_made(rank.binding, refused))] if args.verbose else []
+    for note in (*rank.notes, *warnings, *(f"the system refused {one}" for one in refused), *said):
         print(f"rankspawn: local rank {local_rank}: {note}", file=sys.stderr)
     os.environ.setdefault("OMP_NUM_THREADS", str(rank.omp_threads))
     return _become(command)
 
 
 def _position(step: Step, local_rank: int | None, local_size: int | None) -> tuple[int, int]:
-    """The local rank, and of how many: as given, else as the step says.
+    """Find the local rank, and of how many: as given, else as the job step says.
 
-    Raises StepError where nothing says it, or two variables say different things.
+    Args:
+        step: The job step that this process is in.
+        local_rank: ``--local-rank``; None where it was not given.
+        local_size: ``--nproc-per-node``; None where it was not given.
+
+    Raises:
+        StepError: Nothing says it, or two variables say different things.
     """
     if local_rank is None:
         local_rank = step.local_rank
         if local_rank is None:
-            by = f"{step.launcher} does not tell" if step.launcher else "no variable of a launcher tells"
+            by = f"{step.launcher} does not say" if step.launcher else "no variable of a launcher says"
             raise StepError(f"{by} the local rank: give --local-rank")
         torchs = os.environ.get("LOCAL_RANK", str(local_rank))
         if torchs != str(local_rank):
@@ -84,16 +96,16 @@ def _position(step: Step, local_rank: int | None, local_size: int | None) -> tup
     if local_size is None:
         local_size = step.local_size
     if local_size is None:
-        raise StepError("nothing tells how many ranks this node has: give --nproc-per-node")
+        raise StepError("nothing says how many ranks this node has: give --nproc-per-node")
     if local_rank >= local_size:
         raise StepError(f"local rank {local_rank} is not one of {local_size}")
     return local_rank, local_size
 
 
 def _placed(options: PlacementOptions, local_rank: int, local_size: int, step: Step) -> Placed:
-    """The place of this rank among those of the node, within the mask that it inherited.
+    """Find the place of this rank among those of the node, within the mask that it inherited.
 
-    A mask that the launcher gave to this rank alone is not shared out a second time: no part of it is for the others.
+    A mask that the launcher gave to this rank alone is not divided again, because no part of it is for other ranks.
     """
     topology = Topology.read()
     own = _is_bound(step.variable) if step.own_masks is None else step.own_masks
@@ -104,26 +116,46 @@ def _placed(options: PlacementOptions, local_rank: int, local_size: int, step: S
             f"{step.launcher} bound this rank by itself to CPUs {inherited}, and it stays within these;"
             f" {step.unbound} leaves the choice to rankspawn"
         )
+        if options.numa_binding == "auto" and options.say_only_mode:
+            options = options.replace(numa_binding="none")
         if options.numa_binding == AffinityMode.EXCLUSIVE:
             if not options.numa_binding_optional:
                 raise PlacementError(f"exclusive: {note}")
             options = options.replace(numa_binding=AffinityMode.NODE)
     try:
-        rank = placement(options, topology, local_size)[local_rank]
+        ranks = placement(options, topology, local_size)
     except PlacementError as error:
         raise PlacementError(f"{error} ({note})" if note else str(error)) from None
+    rank = ranks[local_rank]
     if own:
         cpus = topology.allowed_cpus if rank.binding.cpus is None else rank.binding.cpus
         rank = rank.replace(omp_threads=omp_num_threads(topology, [cpus])[0])
-    # It is the same with the others: one says it for all.
-    return rank.replace(notes=(*rank.notes, note)) if note and local_rank == 0 else rank
+    # One rank says for all what is the same with all.
+    shared = [note, AUTO_BINDS if options.auto_binds(ranks) else ""] if local_rank == 0 else []
+    return rank.replace(notes=(*rank.notes, *filter(None, shared)))
+
+
+def _made(binding: Binding, refused: Sequence[RefusedStep]) -> Binding:
+    """Find what came of a binding: what the system refused is left out, and what it granted in part is cut down."""
+    from .._start.outcome import GRANTED_IN_PART, BindingReport
+
+    codes = {step.step: step.errno for step in refused}
+    cpus = None if "sched_setaffinity" in codes else binding.cpus
+    memory = None if "set_mempolicy" in codes else binding.memory
+    if GRANTED_IN_PART in codes.values() and (now := BindingReport(binding, (), os.getpid()).effective):
+        cpus = now.cpus if codes.get("sched_setaffinity") == GRANTED_IN_PART else cpus
+        memory = now.memory if codes.get("set_mempolicy") == GRANTED_IN_PART else memory
+    return Binding(cpus, memory, binding.required)
 
 
 def _is_bound(variable: str) -> bool:
-    """Whether the launcher uses CPUs that this process could use too, and was not given: then it was bound by itself.
+    """Whether the launcher bound this process by itself: the launcher has CPUs that this process could use, and lacks.
 
-    variable: what only the processes have that the launcher started. What a cpuset withholds is withheld from all, and
-    known to the kernel alone: it answers a wider mask with the part that is allowed.
+    A cpuset withholds CPUs from all processes, and only the kernel knows which: sched_setaffinity with a wider mask
+    sets the part that is allowed.
+
+    Args:
+        variable: A variable that only processes have that the launcher started.
     """
     mine = os.sched_getaffinity(0)
     launchers = _mask_of_launcher(variable) if variable else mine
@@ -139,8 +171,14 @@ def _is_bound(variable: str) -> bool:
 
 
 def _mask_of_launcher(variable: str, proc: str = "/proc") -> set[int]:
-    """The CPUs of the nearest ancestor that is not itself one of the launcher's processes, as a script around this
-    command is: of its daemon. None where there is no such ancestor, as in a container."""
+    """Find the CPUs of the launcher's daemon; empty where it is not among the ancestors, as in a container.
+
+    It is the nearest ancestor that the launcher has not started itself, as it has a script around this command.
+
+    Args:
+        variable: A variable that only processes have that the launcher started.
+        proc: The folder of the kernel's files about processes.
+    """
     pid = os.getppid()
     while pid > 1:
         try:
@@ -158,8 +196,8 @@ def _mask_of_launcher(variable: str, proc: str = "/proc") -> set[int]:
 
 
 def _become(command: list[str]) -> int:
-    """Execute ``command`` in this process; the exit status, as a shell's, where that cannot be done."""
-    # The interpreter ignores these, and what is ignored stays so; what is caught falls back to its default.
+    """Execute ``command`` in this process; return an exit status, as a shell does, where that fails."""
+    # The interpreter ignores these signals, and execve keeps what is ignored. It resets what is caught.
     for name in ("SIGPIPE", "SIGXFSZ"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     sys.stderr.flush()

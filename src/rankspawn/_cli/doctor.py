@@ -1,4 +1,4 @@
-"""``rankspawn doctor``: what this machine allows, found by trying it on short-lived children."""
+"""``rankspawn doctor``: what this machine allows, found by trying it on children that end at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def report() -> int:
-    """Print the report; 0 when ranks can be bound to CPUs at birth, else 1."""
+    """Print the report; return 0 when ranks can be bound to CPUs at birth, else 1."""
     affinity = _affinity()
     lines = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}, Python {platform.python_version()}",
@@ -39,7 +39,7 @@ def report() -> int:
 
 
 def _child(**options: Any) -> Popen:
-    """A child that ends at once, waited for."""
+    """Start a child that ends at once, and wait for it; ``options`` are those of Popen."""
     process = Popen([sys.executable, "-S", "-E", "-c", ""], stdin=-3, start_new_session=True, **options)
     process.wait()
     return process
@@ -55,7 +55,7 @@ def _extension() -> str:
 
 def _mechanism() -> str:
     if EXTENSION_ERROR is None and not mechanisms():
-        return "subprocess: by RANKSPAWN_MECHANISM, or since clone does not share memory (QEMU user mode, WSL1)"
+        return "subprocess: by RANKSPAWN_MECHANISM, or because clone does not share memory (QEMU user mode, WSL1)"
     return str(_child().mechanism)
 
 
@@ -83,8 +83,11 @@ def _cgroup() -> str:
 
 
 def _own_cgroup() -> str | None:
-    """The directory of this process's cgroup v2: the line of /proc/self/cgroup that begins with 0:: (cgroups(7)), below
-    the folder of the hierarchy that is mounted (the fourth field of /proc/self/mountinfo, proc(5))."""
+    """Find the directory of this process's cgroup v2; None where none is mounted.
+
+    It is the path of the line of /proc/self/cgroup that begins with 0:: (cgroups(7)), below the mount point of the
+    hierarchy (/proc/self/mountinfo, proc(5)).
+    """
     try:
         with open("/proc/self/cgroup", encoding="utf-8") as listed:
             path = next((line[3:].strip() for line in listed if line.startswith("0::")), None)

@@ -18,9 +18,16 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with ``argv`` (the process's own arguments if left out); returns the exit status."""
+    """Run the command.
+
+    Args:
+        argv: The arguments behind the command's name; the process's own if left out.
+
+    Returns:
+        The exit status.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["torchrun"]:  # whose options, help and errors are torch's own
+    if argv[:1] == ["torchrun"]:  # its options, help and errors are torch's own
         from ..torchrun import main as torchrun
 
         return torchrun(argv[1:], prog="rankspawn torchrun")
@@ -33,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # What is still buffered must not fail once more when the interpreter ends.
+        # Text that is still in the buffer must not fail once more when the interpreter ends.
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-        return 141  # as a shell says SIGPIPE
+        return 141  # a shell's status for a death by SIGPIPE
     except (CommandError, PlacementError, OSError) as error:
         from .progress import say
 
@@ -44,12 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's, but what is not needed takes no time.
+    """argparse's parser, without the parts that a command does not need and that cost time.
 
-    add_options: adds the options when they are about to be parsed: of the commands only one is, and the others'
-    modules are not imported.
-    The terminal is asked for its width when something is printed: argparse asks for it with each argument that is
-    added, and imports shutil for that, with all compressions of archives.
+    The terminal's width is looked up when something is printed. argparse looks it up with each argument that is added,
+    and imports shutil for that, with all compressions of archives.
+
+    Args:
+        add_options: Adds a command's options, and is called when they are about to be parsed, so that the modules of
+            the other commands are not imported.
+        options: The arguments of argparse.ArgumentParser.
     """
 
     def __init__(self, add_options: Callable[[argparse.ArgumentParser], None] | None = None, **options: Any) -> None:
@@ -72,7 +82,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """argparse's "version", but the version is looked up when it is asked for."""
+    """argparse's "version" action, which looks the version up only when it is used."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from .. import __version__
@@ -89,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, add_options, help in (
         ("run", _run, "start the ranks of a script, and stop all when one fails"),
-        ("bind", _bind, "bind one rank that another launcher started (mpirun, srun), and execute its program"),
+        ("bind", _bind, "bind one rank that another launcher (mpirun, srun) has started, and execute its program"),
         ("torchrun", None, "torchrun of the torch that is installed, with its workers started by rankspawn"),
         ("topology", _topology, "show this machine's nodes, cores, caches and accelerators"),
         ("plan", _plan, "show where ranks would go, and start none"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from .._binding import MEMORY_MODES, AffinityMode, PlacementError
 from .._frozen import Frozen
@@ -10,8 +11,13 @@ from .._place.topology import Topology
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .._binding import MemoryMode
     from .._place.plan import Placed
+
+AUTO_BINDS = "binding each rank to its NUMA node (auto; --numa-binding none leaves ranks unbound)"
+"""What a command says when its default binds ranks."""
 
 
 class CommandError(Exception):
@@ -19,11 +25,17 @@ class CommandError(Exception):
 
 
 def add_placement_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --numa-binding, --memory-policy, --devices, --reserve-cores, --threads-per-core, --cpus, --mems and
-    --numa-binding-optional."""
-    modes = [mode.value for mode in AffinityMode]
+    """Add the options that PlacementOptions has, in a group of their own."""
+    modes = ["auto", *(mode.value for mode in AffinityMode), "none"]
     group = parser.add_argument_group("placement")
-    group.add_argument("--numa-binding", "--numa_binding", choices=modes, metavar="MODE", help=", ".join(modes))
+    group.add_argument(
+        "--numa-binding",
+        "--numa_binding",
+        choices=modes,
+        default="auto",
+        metavar="MODE",
+        help=f"{', '.join(modes)}; the default, auto, binds each rank to its node if that leaves no node idle",
+    )
     group.add_argument(
         "--memory-policy",
         choices=MEMORY_MODES,
@@ -38,16 +50,29 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
         "--threads-per-core", type=int, metavar="N", help="hardware threads used of each core; 1: no SMT"
     )
     group.add_argument("--cpus", metavar="LISTS", help='by hand, one list for each rank: "0-3:4-7"; or one for all')
-    group.add_argument("--mems", metavar="LISTS", help='memory nodes by hand, likewise: "0:1" (policy: bind)')
+    group.add_argument("--mems", metavar="LISTS", help='memory nodes by hand, in the same form: "0:1" (policy: bind)')
     group.add_argument(
-        "--numa-binding-optional", action="store_true", help="leave a rank unbound, and say so, if it cannot be placed"
+        "--numa-binding-optional",
+        action="store_true",
+        help="start a rank unbound, and say so, if it cannot be placed or bound",
     )
 
 
 class PlacementOptions(Frozen):
-    """What the options of add_placement_options() ask for, as they were given; None or 0 where one was not."""
+    """The values of the options of add_placement_options().
 
-    numa_binding: str | None
+    Attributes:
+        numa_binding: "auto", "none", or one of torch's four modes.
+        memory_policy: None where the option was not given, as for the others below.
+        devices: The text of the option.
+        reserve_cores: 0 where the option was not given.
+        threads_per_core: From 1.
+        cpus: The text of the option.
+        mems: The text of the option.
+        numa_binding_optional: Whether a rank that cannot be placed or bound runs unbound.
+    """
+
+    numa_binding: str
     memory_policy: MemoryMode | None
     devices: str | None
     reserve_cores: int
@@ -58,45 +83,73 @@ class PlacementOptions(Frozen):
 
     @classmethod
     def read(cls, args: argparse.Namespace) -> PlacementOptions:
-        """Those of the command line's arguments."""
+        """Take them from the parsed command line."""
         return cls(**{name: getattr(args, name) for name in cls.__match_args__})
 
     @property
-    def is_asked(self) -> bool:
-        """Whether they say where ranks go, by a mode or by hand."""
-        return bool(self.numa_binding or self.cpus or self.mems)
+    def say_only_mode(self) -> bool:
+        """Whether no option but --numa-binding says where ranks go."""
+        others = self.memory_policy, self.devices, self.reserve_cores, self.threads_per_core, self.cpus, self.mems
+        return not any(others)
+
+    @property
+    def auto_decides(self) -> bool:
+        """Whether mode auto says where ranks go: the default, without --cpus and --mems."""
+        return self.numa_binding == "auto" and self.cpus is None and self.mems is None
+
+    def auto_binds(self, ranks: Sequence[Placed]) -> bool:
+        """Whether mode auto has bound the ranks to nodes."""
+        return self.auto_decides and len({rank.binding.cpus for rank in ranks}) > 1
 
 
 def placement(options: PlacementOptions, topology: Topology, nprocs: int | None) -> tuple[Placed, ...]:
-    """The ranks as the options ask; mode node where none does. Raises PlacementError."""
-    from .._place.plan import plan, plan_lists
+    """Place the ranks as the options ask; all commands do it here.
+
+    Args:
+        options: The options.
+        topology: The machine.
+        nprocs: How many ranks there are; None for as many as devices.
+
+    Raises:
+        PlacementError: The options contradict each other, or a rank cannot be placed and is required to be.
+    """
+    from .._place.auto import plan_auto, unbound
+    from .._place.lists import plan_lists
+    from .._place.plan import plan
 
     required = not options.numa_binding_optional
     if options.cpus is not None or options.mems is not None:
-        for flag, given in (
-            ("--numa-binding", options.numa_binding),
-            ("--devices", options.devices),
-            ("--reserve-cores", options.reserve_cores),
-            ("--threads-per-core", options.threads_per_core),
-        ):
-            if given:
-                raise PlacementError(f"{flag} {given} does not go with --cpus and --mems, which say all by themselves")
+        mode = "" if options.numa_binding == "auto" else options.numa_binding
+        _refuse_beside("--cpus and --mems, which say all by themselves", options, numa_binding=mode, memory_policy=None)
         if nprocs is None:
             raise PlacementError("--cpus and --mems need the number of ranks: --nproc-per-node")
         memory: MemoryMode = options.memory_policy or "bind"
         return plan_lists(topology, nprocs, cpus=options.cpus, mems=options.mems, memory=memory, required=required)
+    if options.numa_binding == "none":
+        _refuse_beside("--numa-binding none, which leaves ranks unbound", options, numa_binding="")
+        if nprocs is None:
+            raise PlacementError("--numa-binding none needs the number of ranks: --nproc-per-node")
+        return unbound(topology, nprocs)
     devices = None
     if options.devices is not None:
         from .._place.devices import parse_devices
 
         devices = parse_devices(options.devices)
-    return plan(
+    plan_by_mode = (
+        plan_auto if options.numa_binding == "auto" else partial(plan, mode=options.numa_binding, required=required)
+    )
+    return plan_by_mode(
         topology,
-        options.numa_binding or AffinityMode.NODE,
         nprocs=nprocs,
         devices=devices,
         reserve_cores=options.reserve_cores,
         threads_per_core=options.threads_per_core,
         memory=options.memory_policy,
-        required=required,
     )
+
+
+def _refuse_beside(what: str, options: PlacementOptions, **others: str | None) -> None:
+    """Raise PlacementError for the options that do not go with ``what``; ``others`` replaces values before."""
+    for name in ("numa_binding", "memory_policy", "devices", "reserve_cores", "threads_per_core"):
+        if given := others.get(name, getattr(options, name)):
+            raise PlacementError(f"--{name.replace('_', '-')} {given} does not go with {what}")

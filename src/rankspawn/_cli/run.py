@@ -16,15 +16,18 @@ from .options import CommandError, add_placement_options
 from .progress import say
 from .settings import read_settings
 
-# What starts and watches processes is imported where it is used, the standard library's part of it too: the commands
-# beside this one start none, and their time is mostly that of imports.
+# What starts and watches processes is imported where it is used, the standard library's part too: the other commands
+# start no process, and most of their time goes into imports.
 if TYPE_CHECKING:
     from .._output.logs import LogFolder
 
 
 def add_run_options(run: argparse.ArgumentParser) -> None:
-    """Adds the options of ``run`` and, as ``run``, a function of the parsed arguments that gives the exit status and
-    raises CommandError, PlacementError and OSError."""
+    """Add the options of ``run``.
+
+    ``run`` of the parsed arguments is a function that takes them, returns the exit status, and raises CommandError,
+    PlacementError and OSError.
+    """
     run.usage = "rankspawn run [OPTIONS] SCRIPT [ARGS ...]"
     run.description = (
         "Starts N ranks with the variables that torchrun sets (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, ...), waits"
@@ -35,7 +38,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     add("-m", "--module", action="store_true", help="SCRIPT is a module, as for python -m")
     add("--no-python", "--no_python", action="store_true", help="SCRIPT is a program of its own")
     add = run.add_argument_group(
-        "several machines", "One launcher on each; under srun or mpirun all is found."
+        "several machines", "One launcher on each; under srun and mpirun none of these is needed."
     ).add_argument
     add("--nnodes", type=_positive, metavar="N", help="how many machines")
     add("--node-rank", "--node_rank", type=_natural, metavar="R", help="which of them this is, from 0")
@@ -61,7 +64,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     add("--report", metavar="FILE.json", help="times, bindings, exits and use of each rank")
     add("--timeline", metavar="FILE.svg", help="the same as a drawing")
     add_placement_options(run)
-    # One list for both: argparse would take a double dash that stands right behind a SCRIPT of its own.
+    # One list for both, because argparse would remove a double dash right behind a SCRIPT argument of its own.
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ARGS", help="what each rank runs")
     run.set_defaults(run=_run)
 
@@ -69,20 +72,20 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
 def _positive(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return number
 
 
 def _natural(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+        raise argparse.ArgumentTypeError(f"expected a non-negative integer, got {text!r}")
     return int(text)
 
 
 def _port(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if not 1 <= number <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535")
+        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text!r}")
     return number
 
 
@@ -92,7 +95,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = -1
     if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text!r}")
     return seconds
 
 
@@ -104,7 +107,7 @@ def _ids(text: str) -> frozenset[int]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Start the ranks, again as often as --max-restarts allows; the exit status."""
+    """Start the ranks, and again as often as --max-restarts allows; return the exit status."""
     from .attempts import run_attempts
     from .signals import signals_as_bytes
 
@@ -112,7 +115,7 @@ def _run(args: argparse.Namespace) -> int:
     if not settings.engine:
         say("without its engine ranks may outlive this launcher; see rankspawn doctor")
     _make_room(settings.job.nprocs * (3 if settings.tee else 1))
-    # Whoever ignored it for us would make the kernel forget the statuses of our ranks.
+    # A parent that ignores SIGCHLD leaves it ignored in us, and the kernel would then drop the ranks' statuses.
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     warnings.showwarning = lambda message, *where: say(str(message))
@@ -122,7 +125,11 @@ def _run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _folder(parent: str | None) -> Iterator[LogFolder]:
-    """Where the log files and the error files go: a new folder in ``parent``, or a temporary one."""
+    """Make the folder of the log files and the error files: a new one in ``parent``, or a temporary one.
+
+    Raises:
+        CommandError: The system refuses a folder.
+    """
     from .._output.logs import LogFolder
 
     try:
@@ -138,13 +145,17 @@ def _folder(parent: str | None) -> Iterator[LogFolder]:
 
 
 def _make_room(descriptors: int) -> None:
-    """Raise the soft limit of open files, which is often 1024, by no more than is needed: the ranks inherit it."""
+    """Raise the soft limit of open files, often 1024, by no more than is needed, because the ranks inherit it.
+
+    Raises:
+        CommandError: The hard limit is too low.
+    """
     if sys.platform == "win32":
         return
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = descriptors + 24  # our own
+    needed = descriptors + 24  # this process's own
     if soft == resource.RLIM_INFINITY or needed <= soft:
         return
     if hard != resource.RLIM_INFINITY and needed > hard:

@@ -1,4 +1,4 @@
-"""What ``rankspawn run`` was asked to do: argparse's Namespace, checked, and turned into plain frozen data."""
+"""What ``rankspawn run`` was asked to do: argparse's Namespace, checked, as plain frozen data."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import re
 import sys
 
 from .._frozen import Frozen
+from .._place.glance import has_one_node, unbound_threads
 from .._place.openmp import affinity_warnings
-from .._place.topology import Topology
-from .options import CommandError, PlacementOptions, placement
+from .._place.sysfs import TopologyError
+from .options import AUTO_BINDS, CommandError, PlacementOptions, placement
 from .progress import say
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .._binding import Binding
     from .._group.job import Job
     from .._place.plan import Placed
 
@@ -25,18 +27,20 @@ class RunSettings(Frozen):
     """Everything that the command line, the environment and the machine say of a run. Nothing behind it sees argparse.
 
     Attributes:
-        command: what each rank executes.
-        job: what the ranks of the first attempt are told.
-        placed: where each rank goes, by local rank; None for a rank that stays unbound.
-        new_port: whether each restart takes another port, because none was given.
-        engine: whether the engine starts the ranks, and the kernel can end them with the launcher.
+        command: What each rank executes.
+        job: What the ranks of the first attempt are told.
+        bindings: Where each rank goes, by local rank; None for a rank that stays unbound.
+        omp_threads: OMP_NUM_THREADS of each rank, by local rank.
+        new_port: Whether each restart takes another port, because none was given.
+        engine: Whether the engine starts the ranks, and the kernel can end them with the launcher.
         log_dir, tee, shown_ranks, report, timeline, keep_going, grace, guard, cgroup: the options of these names;
             shown_ranks are the local ranks of --local-ranks-filter, None for all.
     """
 
     command: tuple[str, ...]
     job: Job
-    placed: tuple[Placed | None, ...]
+    bindings: tuple[Binding | None, ...]
+    omp_threads: tuple[int, ...]
     new_port: bool
     engine: bool
     log_dir: str | None
@@ -51,14 +55,17 @@ class RunSettings(Frozen):
 
 
 def read_settings(args: argparse.Namespace) -> RunSettings:
-    """The settings; usage errors end the process with status 2.
+    """Check the arguments of ``run``; usage errors end the process with status 2.
 
-    Raises CommandError, PlacementError and OSError.
+    Raises:
+        CommandError: No port can be found.
+        PlacementError: A rank cannot be placed.
+        OSError: The system refuses something else.
     """
     from .._start.engine import mechanisms
 
     script = _checked_script(args)
-    placed = _placed(args)
+    bindings, threads = place_ranks(PlacementOptions.read(args), args.nproc_per_node)
     try:
         engine = bool(mechanisms()) and sys.platform == "linux"
     except ValueError as error:
@@ -66,7 +73,8 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
     return RunSettings(
         command=_command(script, module=args.module, no_python=args.no_python),
         job=_job(args),
-        placed=tuple(placed),
+        bindings=bindings,
+        omp_threads=threads,
         new_port=args.master_port is None,
         engine=engine,
         log_dir=args.log_dir,
@@ -82,7 +90,7 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
 
 
 def _checked_script(args: argparse.Namespace) -> list[str]:
-    """SCRIPT and its arguments; usage errors end the process with status 2."""
+    """Return SCRIPT and its arguments; usage errors end the process with status 2."""
     script: list[str] = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not script:
         args.parser.error("SCRIPT is missing")
@@ -98,28 +106,56 @@ def _checked_script(args: argparse.Namespace) -> list[str]:
 def _command(script: Sequence[str], *, module: bool, no_python: bool) -> tuple[str, ...]:
     if no_python:
         return tuple(script)
-    # PYTHON_EXEC as torchrun: another interpreter for the ranks.
+    # As for torchrun, PYTHON_EXEC is another interpreter for the ranks.
     python = os.environ.get("PYTHON_EXEC", sys.executable)
     return (python, "-u", *(["-m"] if module else []), *script)
 
 
-def _placed(args: argparse.Namespace) -> Sequence[Placed | None]:
-    """The place of each rank, None for ranks that stay unbound; usage errors end the process with status 2."""
-    options = PlacementOptions.read(args)
-    details = ("memory_policy", "devices", "reserve_cores", "threads_per_core", "numa_binding_optional")
-    for detail in details:
-        if getattr(options, detail) and not options.is_asked:
-            args.parser.error(f"--{detail.replace('_', '-')} needs --numa-binding, or --cpus or --mems")
-    if not options.is_asked:
-        return [None] * args.nproc_per_node
-    ranks = placement(options, Topology.read(), args.nproc_per_node)
-    for note in dict.fromkeys([*(note for rank in ranks for note in rank.notes), *affinity_warnings(os.environ)]):
+def place_ranks(
+    options: PlacementOptions, nprocs: int, root: str = "/"
+) -> tuple[tuple[Binding | None, ...], tuple[int, ...]]:
+    """Place the ranks, and say what there is to say of it.
+
+    Args:
+        options: The options of placement.
+        nprocs: How many ranks there are.
+        root: The folder that has the machine's sys/ and proc/ in it.
+
+    Returns:
+        The binding of each rank, None for a rank that stays unbound; and OMP_NUM_THREADS of each.
+
+    Raises:
+        PlacementError: A rank cannot be placed; where mode auto decides all, the ranks stay unbound instead.
+    """
+    notes = list(affinity_warnings(os.environ))
+    ranks: Sequence[Placed] = ()
+    mode = options.numa_binding if options.say_only_mode else ""
+    try:
+        # Without options, and on a machine with one node, there is nothing to choose, and no need to read the machine.
+        if not (root == "/" and (mode == "none" or (mode == "auto" and has_one_node()))):
+            from .._place.topology import Topology
+
+            ranks = placement(options, Topology.read(root), nprocs)
+            notes[:0] = [note for rank in ranks for note in rank.notes]
+            if options.auto_binds(ranks):
+                notes.insert(0, AUTO_BINDS)
+    except TopologyError as error:
+        if mode != "auto":
+            raise
+        notes.insert(0, f"ranks are left unbound: {error}")
+    for note in dict.fromkeys(notes):
         say(note)
-    return ranks
+    if not ranks:
+        return (None,) * nprocs, (unbound_threads(nprocs),) * nprocs
+    bindings = [rank.binding for rank in ranks]
+    return (
+        tuple([None if one.cpus is None and one.memory is None else one for one in bindings]),
+        tuple([rank.omp_threads for rank in ranks]),
+    )
 
 
 def _job(args: argparse.Namespace) -> Job:
-    """What the options say of the job, and, where they do not, what the step that we run in says."""
+    """Find what the options say of the job, and where they do not, what the job step that we run in says."""
     from .._group.job import Job
     from .step import Step
 
@@ -151,7 +187,7 @@ def _job(args: argparse.Namespace) -> Job:
 
 
 def usable_port(address: str) -> int:
-    """A free port at the master's address. Raises CommandError where the address is not this machine's."""
+    """Find a free port at the master's address. Raises CommandError where the address is not this machine's."""
     from .._group.job import free_port
 
     try:

@@ -11,7 +11,7 @@ from .._binding import PlacementError
 from .._ids import format_ids
 from .._place.sysfs import Tree
 from .._place.topology import Topology
-from .options import PlacementOptions, add_placement_options, placement
+from .options import AUTO_BINDS, PlacementOptions, add_placement_options, placement
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,21 +21,25 @@ if TYPE_CHECKING:
     from .._place.visible import Device
 
 _GIB = 1 << 30
-# What a process may use stands in two of the lines of its status; the others are nobody's business.
+# Two lines of a process's status say what it may use; a capture leaves the others out.
 _STATUS, _STATUS_LINES = "proc/self/status", ("Cpus_allowed_list:", "Mems_allowed_list:")
 
 
 def add_topology_options(topology: argparse.ArgumentParser) -> None:
-    """Adds the options of ``topology`` and, as ``run``, a function of the parsed arguments that gives the exit status
-    and raises PlacementError."""
+    """Add the options of ``topology``.
+
+    ``run`` of the parsed arguments is a function that takes them, returns the exit status, and raises PlacementError.
+    """
     _add_common_options(topology)
     topology.add_argument("--capture", metavar="FILE.tar.gz", help="keep the files that are read, for a bug report")
     topology.set_defaults(run=_topology)
 
 
 def add_plan_options(plan: argparse.ArgumentParser) -> None:
-    """Likewise, for ``plan``."""
-    plan.add_argument("--nproc-per-node", "--nproc_per_node", type=int, metavar="N", help="default: one each device")
+    """Add the options of ``plan``, and ``run`` as for ``topology``."""
+    plan.add_argument(
+        "--nproc-per-node", "--nproc_per_node", type=int, metavar="N", help="default: one for each device"
+    )
     add_placement_options(plan)
     _add_common_options(plan)
     plan.set_defaults(run=_plan)
@@ -66,14 +70,18 @@ def _topology(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from .._place.auto import idle_note
     from .._place.devices import find_devices, is_live
     from .._place.openmp import affinity_warnings
 
     topology = Topology.read(args.sysfs)
-    ranks = placement(PlacementOptions.read(args), topology, args.nproc_per_node)
+    options = PlacementOptions.read(args)
+    ranks = placement(options, topology, args.nproc_per_node)
     live = is_live(topology.root)
-    notes = list(dict.fromkeys(note for rank in ranks for note in rank.notes))
+    notes = [_auto_note(options, topology, ranks), *(note for rank in ranks for note in rank.notes)]
     notes += affinity_warnings(os.environ) if live else ()
+    notes.append(idle_note(topology, ranks))
+    notes = list(dict.fromkeys(filter(None, notes)))
     if args.svg:
         followed = tuple(dict.fromkeys(rank.device for rank in ranks if rank.device))
         _draw(args.svg, topology, followed or find_devices(topology), ranks)
@@ -84,8 +92,20 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _auto_note(options: PlacementOptions, topology: Topology, ranks: Sequence[Placed]) -> str:
+    """Say what mode auto decided; "" for another mode, and where there is nothing to decide."""
+    if not options.auto_decides:
+        return ""
+    if options.auto_binds(ranks):
+        return AUTO_BINDS
+    usable = [node for node in topology.nodes if node.cpus & topology.allowed_cpus]
+    if len(usable) < 2 or any(rank.notes for rank in ranks):
+        return ""
+    return f"auto leaves all ranks unbound: not each of nodes {format_ids(node.id for node in usable)} would get a rank"
+
+
 def topology_json(topology: Topology, devices: Iterable[Device]) -> dict[str, Any]:
-    """The machine as plain data; ids are lists of int, memory is in bytes."""
+    """Turn a machine into plain data; ids are lists of int, memory is in bytes."""
     return {
         "root": topology.root,
         "cpus": sorted(topology.cpus),
@@ -106,7 +126,7 @@ def topology_json(topology: Topology, devices: Iterable[Device]) -> dict[str, An
 
 
 def device_json(device: Device) -> dict[str, Any]:
-    """An accelerator as plain data."""
+    """Turn an accelerator into plain data."""
     return {
         "address": device.address,
         "node": device.node,
@@ -118,7 +138,7 @@ def device_json(device: Device) -> dict[str, Any]:
 
 
 def rank_json(index: int, rank: Placed) -> dict[str, Any]:
-    """One rank of a plan as plain data; cpus and memory are None where they are left as inherited."""
+    """Turn one rank of a plan into plain data; cpus and memory are None where the rank inherits them."""
     cpus, memory = rank.binding.cpus, rank.binding.memory
     return {
         "rank": index,
@@ -213,15 +233,20 @@ def _notes(notes: Sequence[str], out: IO[str]) -> None:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], out: IO[str]) -> None:
-    """In plain columns, one line a row: for people and for other programs."""
+    """Print plain columns, one line a row: for people and for other programs."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     for row in (head, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=out)
 
 
 def capture(tree: Tree, path: str) -> None:
-    """Writes what was read of ``tree`` into a tar.gz: each file with the text that was read, the folders that were
-    listed; a read of the unpacked tree gives the same topology and devices."""
+    """Write what was read of ``tree`` into a tar.gz: the text of each file, and the folders that were listed.
+
+    The unpacked tree gives the same topology and devices.
+
+    Raises:
+        PlacementError: ``path`` cannot be written.
+    """
     import io
     import tarfile
 

@@ -1,7 +1,8 @@
-"""What the environment says of the job step that this process runs in: who started it, which of how many it is, and
-where the step's processes can meet. Slurm, Open MPI, Hydra (MPICH, Intel MPI), PALS and other PMI launchers, torchrun.
+"""What the environment says of the job step that this process runs in.
 
-Only variables are looked at: nothing is asked of a launcher, and no library of one is loaded.
+It says who started the process, which of how many it is, and where the step's processes can meet. It is known for
+Slurm, Open MPI, Hydra (MPICH, Intel MPI), PALS and other PMI launchers, and torchrun. Only variables are read: no
+launcher is asked, and no launcher's library is loaded.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ class StepError(PlacementError):
 
 
 class _Told(Frozen):
-    """The variables in which a launcher tells a process who it is; "" for what it does not tell."""
+    """The variables in which a launcher tells a process who it is; "" for what it does not tell.
+
+    Attributes:
+        launcher: The launcher's name in messages.
+        local_rank: The variable of the process's number among those of its node, from 0.
+        local_size: That of the number of the node's processes.
+        rank: That of the process's number among all.
+        size: That of the number of all processes.
+    """
 
     launcher: str
     local_rank: str
@@ -36,7 +45,7 @@ class _Told(Frozen):
     size: str
 
 
-# Looked for before Slurm's: mpirun runs inside Slurm's jobs, and its processes see the variables of both.
+# These come before Slurm's: mpirun runs inside Slurm's jobs, and its processes have the variables of both.
 _MPI = (
     # docs.open-mpi.org, "Environment variables set for MPI applications"
     _Told(
@@ -53,13 +62,13 @@ _MPI = (
 )
 _PMI = _Told("a PMI launcher", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE", "PMI_RANK", "PMI_SIZE")
 _TORCHRUN = _Told("torchrun", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE")
-# These do not tell the local rank. They are known so that nobody is taken for the only process.
+# These do not tell the local rank. They are known so that no process takes itself for the only one.
 _RANK_ALONE = (
     _Told("a PMI launcher", "", "", "PMI_RANK", "PMI_SIZE"),
     _Told("a PMIx launcher", "", "", "PMIX_RANK", ""),
 )
 
-# How each is told to start one process on each node; not to bind each process by itself; to give each more CPUs.
+# The launchers' options: to start one process on each node; to bind no process by itself; to give each more CPUs.
 _ONE_A_NODE = {
     "srun": "--ntasks-per-node=1",
     "mpirun": "--map-by ppr:1:node",
@@ -76,8 +85,15 @@ _MORE_CPUS = {**_UNBOUND, "srun": "--cpus-per-task=N"}
 
 
 class StepNode(Frozen):
-    """Which of a job's nodes this is, and where its rank 0 listens: address and port are None where there is one node,
-    and nobody said otherwise. run_id: a name for the job, None where it has none."""
+    """Which of a job's nodes this is, and where the job's rank 0 listens.
+
+    Attributes:
+        node_rank: The node's number, from 0.
+        nnodes: The number of nodes.
+        master_addr: The address; None where there is one node and the user gave none.
+        master_port: The port; None in the same case.
+        run_id: A name for the job; None where it has none.
+    """
 
     node_rank: int
     nnodes: int
@@ -87,17 +103,23 @@ class StepNode(Frozen):
 
 
 class Step(Frozen):
-    """One process of a job step. None stands for what the environment does not tell.
+    """One process of a job step. None stands for what the environment does not say.
 
-    launcher: who started it: "srun", "mpirun", "mpiexec" (Hydra's), "PALS mpiexec", "a PMI launcher", "a PMIx
-        launcher", "torchrun" (and all that set LOCAL_RANK), or "" for nobody.
-    variable: the variable that only the launcher's own processes have, "" for none.
-    rank, size: among all processes of the step. local_rank, local_size: among those of this node.
-    node_rank, nnodes: of this node among the step's.
-    own_masks: whether each process of this node was given a CPU mask of its own; None: the kernel may know.
-    master_addr: the host of node 0. run_id: "JOB.STEP" of Slurm, or the namespace of PMIx.
-    master_port: follows from the job's name, and is the same on every node: 29500 + (10 * JOB + STEP) mod 3001 under
-        Slurm; where there is a PMIx namespace the same with its bytes as one number; else 29500.
+    Attributes:
+        launcher: Who started it: "srun", "mpirun", "mpiexec" (Hydra's), "PALS mpiexec", "a PMI launcher", "a PMIx
+            launcher", "torchrun" (and all that set LOCAL_RANK), or "" for no launcher.
+        variable: A variable that only the launcher's own processes have; "" for none.
+        rank: Its number among all processes of the step, from 0.
+        size: The number of the step's processes.
+        local_rank: Its number among the processes of this node, from 0.
+        local_size: The number of this node's processes.
+        node_rank: This node's number among the step's, from 0.
+        nnodes: The number of the step's nodes.
+        own_masks: Whether each process of this node was given a CPU mask of its own. None: only the kernel may know.
+        master_addr: The host of node 0.
+        master_port: A port that follows from the job's name, and is the same on every node: 29500 + (10 * JOB + STEP)
+            mod 3001 under Slurm; with a PMIx namespace, the same with its bytes as one number; else 29500.
+        run_id: "JOB.STEP" of Slurm, or the namespace of PMIx.
     """
 
     launcher: str = ""
@@ -115,14 +137,14 @@ class Step(Frozen):
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Step:
-        """The step that ``environ`` (a process's own, say) tells of. Raises StepError for values that cannot be."""
-        # A worker of torchrun, or a rank of ours, is that and no other's, whatever its agent was started by.
+        """Read the step from a process's environment. Raises StepError for values that cannot be."""
+        # These variables make it a worker of torchrun or a rank of ours, whatever has started the agent.
         if "TORCHELASTIC_RUN_ID" in environ and "LOCAL_RANK" in environ:
             return _torchrun(environ)
         for told in _MPI:
             if told.local_rank in environ:
                 return _mpi(told, environ)
-        # A batch script has Slurm's other variables too, as task 0 of one, and is no step.
+        # A batch script has Slurm's other variables, too, as if it were task 0 of one task, and is no step.
         if "SLURM_STEP_NUM_NODES" in environ and "SLURM_PROCID" in environ:
             return _slurm(environ)
         if _PMI.local_rank in environ:
@@ -135,10 +157,16 @@ class Step(Frozen):
         return cls()
 
     def node(self, master_addr: str | None = None, master_port: int | None = None) -> StepNode:
-        """This node among the step's, for a launcher of which one runs on each; the arguments are what the user said.
+        """Find this node among the step's, for a launcher of which one runs on each node.
 
-        A process that no launcher of nodes has started is the only node. Raises StepError where several processes of
-        the step run on this node, and where nothing says what is needed to meet.
+        A process that no launcher of several nodes has started is the only node.
+
+        Args:
+            master_addr: What the user gave; None for nothing.
+            master_port: What the user gave; None for nothing.
+
+        Raises:
+            StepError: Several processes of the step run on this node, or nothing says where the nodes can meet.
         """
         if self.launcher in ("", "torchrun"):
             return StepNode(0, 1, master_addr, master_port, None)
@@ -165,8 +193,15 @@ class Step(Frozen):
         return StepNode(self.node_rank, self.nnodes, address, master_port or self.master_port, self.run_id)
 
     def crowding(self, nprocs: int, inherited: Set[int], online: Set[int]) -> str | None:
-        """In words, that ``nprocs`` ranks inherit too few CPUs, of those that are ``online``, from the launcher; None
-        where they do not. Slurm gives a task one CPU, and Open MPI binds to one core, unless they are told otherwise.
+        """Say that the launcher leaves too few CPUs to the ranks, as Slurm (one CPU) and Open MPI (one core) do.
+
+        Args:
+            nprocs: How many ranks there are.
+            inherited: The CPUs that they inherit.
+            online: The machine's online CPUs.
+
+        Returns:
+            The sentence; None where there are enough CPUs.
         """
         if self.launcher in ("", "torchrun") or len(inherited) >= min(nprocs, len(online)):
             return None
@@ -174,7 +209,7 @@ class Step(Frozen):
 
     @property
     def unbound(self) -> str:
-        """In words, the launcher with the option that it needs to bind no process by itself."""
+        """The launcher's name with the option by which it binds no process by itself."""
         return self._with(_UNBOUND)
 
     def _with(self, options: Mapping[str, str]) -> str:
@@ -184,9 +219,9 @@ class Step(Frozen):
 
 
 def _slurm(environ: Mapping[str, str]) -> Step:
-    """A task of srun, see "OUTPUT ENVIRONMENT VARIABLES" in srun(1). A step may have fewer nodes than its job."""
+    """Read a task of srun ("OUTPUT ENVIRONMENT VARIABLES" in srun(1)). A step may have fewer nodes than its job."""
     job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID") or 0
-    # Not SLURM_PROCID: with --distribution=arbitrary task 0 need not run on the first host of the list.
+    # This is not SLURM_PROCID: with --distribution=arbitrary task 0 need not run on the first host of the list.
     node, tasks = _number(environ, "SLURM_NODEID"), environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     counts = _tasks_per_node(tasks)
     if node is not None and not node < len(counts):
@@ -208,21 +243,27 @@ def _slurm(environ: Mapping[str, str]) -> Step:
 
 
 def _own_masks(environ: Mapping[str, str]) -> bool:
-    """Whether Slurm gave the tasks of this node different masks. One mask for all is the job's share of the node, which
-    its task plugin sets even with --cpu-bind=none."""
+    """Whether Slurm gave the tasks of this node different masks.
+
+    One mask for all is the job's share of the node, which Slurm's task plugin sets even with --cpu-bind=none.
+    """
     kind, masks = environ.get("SLURM_CPU_BIND_TYPE", ""), environ.get("SLURM_CPU_BIND_LIST", "")
     return kind.startswith("rank") or (kind.startswith(("map", "mask")) and len(set(masks.split(","))) > 1)
 
 
 def _mpi(told: _Told, environ: Mapping[str, str]) -> Step:
-    """A process of an MPI launcher. Where rank 0 runs is told by none: addresses in the environment (as in
-    OMPI_MCA_orte_hnp_uri) are those of the host of mpirun itself, which need not be one of the job's."""
+    """Read a process of an MPI launcher.
+
+    No variable says where rank 0 runs: addresses in the environment (as in OMPI_MCA_orte_hnp_uri) are those of the host
+    of mpirun itself, which need not be one of the job's.
+    """
     found = _of(told, environ)
     namespace = environ.get("PMIX_NAMESPACE") or None
     if namespace is not None:
         number = int.from_bytes(namespace.encode(), "big")
         found = found.replace(run_id=namespace, master_port=_FIRST_PORT + number % _PORTS)
-    if found.local_size == 1:  # And so on every node, or one there ends the job: ranks of processes are ranks of nodes.
+    # One process here means one on every node (a node with more ends the job): ranks of processes are those of nodes.
+    if found.local_size == 1:
         found = found.replace(node_rank=found.rank, nnodes=found.size)
     return found
 
@@ -245,20 +286,23 @@ def _of(told: _Told, environ: Mapping[str, str]) -> Step:
 
 
 def _number(environ: Mapping[str, str], name: str) -> int | None:
-    """The whole number of a variable, None where it is not set. Raises StepError for another text."""
+    """Read the number in a variable; None where it is not set. Raises StepError for other text."""
     text = environ.get(name)
     if text is None:
         return None
     if not (text.isascii() and text.isdecimal()):
-        raise StepError(f"{name}={text!r} is not a whole number")
+        raise StepError(f"{name}={text!r}: expected a non-negative integer")
     return int(text)
 
 
 def first_host(hosts: str) -> str | None:
-    """The first host of a Slurm host list: "gpu001" of "gpu[001-003,7],login1"; None for an empty list.
+    """Find the first host of a Slurm host list: "gpu001" of "gpu[001-003,7],login1"; None for an empty list.
 
-    Names with several brackets count the last one fastest, as `scontrol show hostnames` does, so that the first host
-    has the first number of each. Raises StepError for text that is no host list.
+    In names with several brackets the last one counts fastest, as in `scontrol show hostnames`, so that the first host
+    has the first number of each.
+
+    Raises:
+        StepError: The text is no host list.
     """
     if not hosts:
         return None
@@ -269,7 +313,7 @@ def first_host(hosts: str) -> str | None:
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """Of each node the number of tasks: "4(x2),3" is 4, 4, 3 (SLURM_TASKS_PER_NODE in srun(1))."""
+    """Read the number of tasks of each node: "4(x2),3" is 4, 4, 3 (SLURM_TASKS_PER_NODE in srun(1))."""
     counts: list[int] = []
     for part in text.split(",") if text else ():
         run = re.fullmatch(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", part)

@@ -3,7 +3,7 @@
 NVIDIA: NVML through nvidia-ml-py where that is installed, else the driver's files in proc/driver/nvidia/gpus
 (NVIDIA driver README, "The /proc interface"). AMD: the KFD topology (the kernel's uapi/linux/kfd_sysfs.h). Intel: DRM
 render nodes of the drivers i915 and xe. A display adapter of a management controller has none of these drivers, and
-so is never taken for an accelerator. Which of them are visible, and in which order, is in ``_visible``.
+so is never taken for an accelerator. ``visible`` finds which of them are visible, and in which order.
 """
 
 from __future__ import annotations
@@ -35,11 +35,19 @@ _PONTE_VECCHIO = "0x0bd"  # how the PCI device ids of Intel's Max series begin
 def find_devices(
     topology: Topology, environ: Mapping[str, str] | None = None, tree: Tree | None = None
 ) -> tuple[Device, ...]:
-    """The visible accelerators of the first vendor that has any (NVIDIA, AMD, Intel), in the order of its runtime.
+    """Find the visible accelerators of the first vendor that has any: NVIDIA, AMD, Intel.
 
-    environ: None is this process's environment for the running machine, and an empty one for a captured tree.
-    tree: where to read, and to note what is read; the topology's root if left out.
-    Raises DeviceError for a variable that cannot be understood.
+    Args:
+        topology: The machine.
+        environ: The variables that choose devices. None is this process's environment for the running machine, and an
+            empty one for a captured tree.
+        tree: What is read; the topology's root if left out.
+
+    Returns:
+        The devices, in the order of the vendor's runtime.
+
+    Raises:
+        DeviceError: A variable cannot be understood, or NVML fails.
     """
     live = is_live(topology.root)
     if environ is None:
@@ -57,37 +65,42 @@ def find_devices(
 
 
 def read_device_files(tree: Tree) -> None:
-    """Reads what tells the devices of a captured tree, so that ``tree`` has it also where NVML told them."""
+    """Read the files that describe devices, so that a capture of ``tree`` has them also where NVML was asked."""
     for find in (_nvidia, _amd, _intel):
         find(tree, False)
 
 
 def is_live(root: str) -> bool:
-    """Whether the root is the running machine's, which environment variables and NVML speak of."""
+    """Whether the root is that of the running machine, which environment variables and NVML describe."""
     return os.path.realpath(root) == "/"
 
 
 def parse_devices(text: str) -> tuple[str, ...]:
-    """The addresses in an option such as "pci:0000:3b:00.0,pci:af:00.0"; "none" for a machine without."""
+    """Read the addresses of an option such as "pci:0000:3b:00.0,pci:af:00.0"; "none" gives no address."""
     if text.strip() == "none":
         return ()
     return tuple(_address(one, f"--devices {text!r}: ") for one in text.split(","))
 
 
 def as_devices(topology: Topology, given: Sequence[str | Device]) -> tuple[Device, ...]:
-    """Device objects as they are; addresses, in any spelling, looked up below the topology's root.
+    """Look addresses up, in any spelling, below the topology's root; Device objects stay as they are.
 
-    Raises DeviceError where a text is no address, or nothing is there.
+    Raises:
+        DeviceError: A text is no address, or there is no device at it.
     """
     tree = Tree(topology.root)
     return tuple(one if isinstance(one, Device) else _pci_device(tree, _address(one, "device ")) for one in given)
 
 
 def locate(topology: Topology, device: Device) -> tuple[int | None, tuple[str, ...]]:
-    """The NUMA node that a device belongs to, None where it is not known; and what is to be said of it.
+    """Find the NUMA node that a device belongs to.
 
-    sysfs numa_node counts, as in torch. Its CPUs by local_cpulist and by NVML are held against it: they fill in where
-    it is -1 and they mean one node, and a disagreement is said. Where one node has all CPUs, -1 means that node.
+    numa_node of sysfs counts, as in torch. It is compared with the device's CPUs by local_cpulist and by NVML: these
+    decide where it is -1 and they lie on one node, and a note says where they disagree. On a machine where one node has
+    all CPUs, -1 means that node.
+
+    Returns:
+        The node's id, None where it is not known; and notes.
     """
     notes = list(device.notes)
     names = {"local_cpulist": _node_of(topology, device.local_cpus), "NVML": _node_of(topology, device.driver_cpus)}
@@ -116,7 +129,7 @@ def locate(topology: Topology, device: Device) -> tuple[int | None, tuple[str, .
 
 
 def _node_of(topology: Topology, cpus: frozenset[int]) -> int | None:
-    """The one node that these CPUs lie on; None where they lie on several, or there are none."""
+    """Return the one node that these CPUs lie on; None where they lie on several nodes or on none."""
     nodes = [node.id for node in topology.nodes if not node.cpus.isdisjoint(cpus)] if cpus else []
     return nodes[0] if len(nodes) == 1 else None
 
@@ -129,7 +142,7 @@ def _address(text: str, what: str) -> str:
 
 
 def _pci_device(tree: Tree, address: str, **known: Any) -> Device:
-    """The device at an address as sysfs writes it. Raises DeviceError where nothing is there."""
+    """Read the device at an address as sysfs writes it. Raises DeviceError where there is none."""
     folder = f"{_PCI}/{address}"
     node = tree.number(f"{folder}/numa_node")
     local = tree.first_ids(folder, ("local_cpulist", "local_cpus"))
@@ -141,8 +154,11 @@ def _pci_device(tree: Tree, address: str, **known: Any) -> Device:
 
 
 def _nvidia(tree: Tree, live: bool) -> list[Device]:
-    """All NVIDIA GPUs, by PCI address. A captured tree without the driver's proc files tells them by the driver's
-    sysfs folder; on the running machine, a container without those files has no GPU, whatever sysfs shows."""
+    """Find all NVIDIA GPUs, by PCI address.
+
+    A captured tree without the driver's proc files shows them in the driver's sysfs folder. On the running machine a
+    container without those files has no GPU, whatever sysfs shows.
+    """
     found = _nvml(tree) if live else None
     if found is None:
         found = []
@@ -158,7 +174,7 @@ def _nvidia(tree: Tree, live: bool) -> list[Device]:
 
 
 def _nvml(tree: Tree) -> list[Device] | None:
-    """What NVML tells; None where it is not installed or does not answer (no driver). It makes no CUDA context."""
+    """Ask NVML, which makes no CUDA context; None where it is not installed or does not answer (no driver)."""
     try:
         import pynvml
     except ImportError:
@@ -185,7 +201,7 @@ def _nvml_device(tree: Tree, nvml: Any, index: int) -> Device:
 
 
 def _nvml_cpus(nvml: Any, handle: Any) -> frozenset[int]:
-    """NVML's idea of the near CPUs; some machines and all VMs without topology answer "not supported"."""
+    """Ask NVML for the near CPUs; some machines, and VMs without topology, answer "not supported"."""
     words = max(1, ((os.cpu_count() or 1) + 63) // 64) + 15
     try:
         mask = nvml.nvmlDeviceGetCpuAffinity(handle, words)
@@ -209,10 +225,10 @@ def _str(text: str | bytes) -> str:
 
 
 def _amd(tree: Tree, live: bool) -> list[Device]:
-    """The GPUs of the KFD topology, in its order, which is ROCr's; a node with SIMDs is a GPU, others are CPUs.
+    """Find the GPUs of the KFD topology, in its order, which is ROCr's. A node with SIMDs is a GPU, others are CPUs.
 
-    location_id is bus, device and function; the partitions of one card differ in the function, and those that PCI
-    does not know are at function 0.
+    location_id is bus, device and function. The partitions of one card differ in the function; a partition that PCI
+    does not know is looked up at function 0.
     """
     found = []
     for number in sorted(int(name) for name in tree.names(_KFD) if name.isdecimal()):
@@ -232,8 +248,10 @@ def _amd(tree: Tree, live: bool) -> list[Device]:
 
 
 def _intel(tree: Tree, live: bool) -> list[Device]:
-    """The GPUs of i915 and xe with a DRM render node, by PCI address; the integrated one (bus 0) last, as Level Zero
-    puts it."""
+    """Find the GPUs of i915 and xe with a DRM render node, by PCI address; the integrated one (bus 0) comes last.
+
+    Level Zero counts them in this order.
+    """
     found = []
     for driver in _INTEL_DRIVERS:
         for address in filter(_ADDRESS.fullmatch, tree.names(f"{_DRIVERS}/{driver}")):
@@ -244,7 +262,7 @@ def _intel(tree: Tree, live: bool) -> list[Device]:
 
 
 def _intel_tiles(tree: Tree, address: str, drm: list[str]) -> tuple[str, ...]:
-    """The tiles: folders of the device with xe; with i915 the card's "gt" folders, which mean tiles on one series."""
+    """Find the tiles: folders of the device with xe; with i915 the card's "gt" folders, tiles on one series."""
     tiles = [name.removeprefix("tile") for name in tree.names(f"{_PCI}/{address}") if _TILE.fullmatch(name)]
     if not tiles and (tree.text(f"{_PCI}/{address}/device") or "")[:5] == _PONTE_VECCHIO:
         card = next((name for name in drm if name.startswith("card")), "")

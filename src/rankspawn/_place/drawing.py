@@ -31,7 +31,17 @@ text { font: 11px system-ui, sans-serif; fill: #1d2733 }
 
 @dataclass
 class _Box:
-    """A titled rectangle. columns: children in a row. cells: drawn instead of children, for a core or a device."""
+    """A titled rectangle.
+
+    Attributes:
+        kind: Its CSS class; "core" and "device" have a way of their own to be drawn.
+        title: The line at its top; "" for none.
+        children: The boxes in it.
+        columns: How many children are in a row.
+        cpus: The hardware threads of a core.
+        ranks: The ranks that follow a device.
+        hint: What is shown when the mouse is over it.
+    """
 
     kind: str
     title: str = ""
@@ -58,7 +68,7 @@ class _Box:
 
 
 class _Artist(Canvas):
-    """Knows which ranks may use which CPU."""
+    """Draws boxes; it knows which ranks may use which CPU."""
 
     def __init__(self, topology: Topology, ranks: Sequence[Placed]) -> None:
         super().__init__()
@@ -95,7 +105,7 @@ class _Artist(Canvas):
             self.lines.append(f"<g><title>CPU {cpu}{who}{escaped(box.hint)}</title>")
             fill = "#ffffff" if cpu in self.allowed else "#e4e8ec"
             self.fill(x, top, _CELL_W, _CELL_H, fill)
-            for i, rank in enumerate(users[:6]):  # More stripes than six cannot be told apart; the title has them all.
+            for i, rank in enumerate(users[:6]):  # More than six stripes look alike; the title names all ranks.
                 part = _CELL_W / len(users[:6])
                 self.fill(x + i * part, top, part, _CELL_H, _colour(rank))
             self.text(x + _CELL_W / 2, top + 11, str(cpu), "cpu" if cpu in self.allowed else "cpu off")
@@ -114,7 +124,16 @@ class _Artist(Canvas):
 
 
 def drawing(topology: Topology, devices: Sequence[Device], ranks: Sequence[Placed]) -> str:
-    """The SVG text. Devices whose node is unknown stand by themselves; a legend names the ranks."""
+    """Draw a machine.
+
+    Args:
+        topology: The machine.
+        devices: Its accelerators; those whose node is unknown are drawn beside the nodes.
+        ranks: The ranks, which a legend names; empty to draw the machine alone.
+
+    Returns:
+        The SVG text.
+    """
     by_node: dict[int | None, list[_Box]] = {}
     for number, device in enumerate(devices):
         followers = tuple(i for i, rank in enumerate(ranks) if rank.device == device)
@@ -148,7 +167,7 @@ def _legend(artist: _Artist, ranks: Sequence[Placed], width: float, y: float) ->
 
 
 def _tops(topology: Topology, devices: dict[int | None, list[_Box]]) -> list[_Box]:
-    """Sockets with their nodes; nodes that span sockets, with those; then nodes of memory only."""
+    """Make the outermost boxes: nodes that span sockets, with those; sockets with their nodes; nodes of memory only."""
     tops = []
     done: set[int] = set()
     for node in topology.nodes_with_cpus():
@@ -178,7 +197,7 @@ def _node(node: Node, children: list[_Box], devices: dict[int | None, list[_Box]
 
 
 def _cores(topology: Topology, cpus: frozenset[int]) -> _Box:
-    """The cores among ``cpus``, in boxes of their caches."""
+    """Make a box of the cores among ``cpus``, in boxes of their caches."""
     groups: list[tuple[Cache | None, frozenset[int]]] = [(one, one.cpus & cpus) for one in topology.caches]
     groups.append((None, cpus.difference(*(one.cpus for one in topology.caches))))
     boxes = []
@@ -200,9 +219,9 @@ def _core_boxes(topology: Topology, cpus: frozenset[int]) -> Iterable[_Box]:
 
 
 def _colour(rank: int) -> str:
-    """A light colour for dark text; neighbours are far apart on the wheel, and each round of it has its lightness.
+    """Choose a light colour for a rank; neighbours are far apart on the wheel, and each round has its own lightness.
 
-    As hexadecimal digits: not every program that draws SVG knows CSS's hsl().
+    The colour is in hexadecimal digits, because not every program that draws SVG knows CSS's hsl().
     """
     hue = rank * 137.508 % 360 / 360  # the golden angle
     parts = hls_to_rgb(hue, (0.70, 0.82, 0.60)[rank // 9 % 3], 0.72)
@@ -210,6 +229,6 @@ def _colour(rank: int) -> str:
 
 
 def _columns(count: int) -> int:
-    """How many in a row: the nearest to a square that leaves no gap, unless that is far from it."""
+    """Choose how many boxes are in a row: near a square and without a gap in the last row, where there is such."""
     side = max(1, ceil(sqrt(count)))
     return next((columns for columns in range(side, 2 * side) if count % columns == 0), side)

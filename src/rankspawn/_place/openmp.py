@@ -1,4 +1,4 @@
-"""What OpenMP in a rank should be told of its CPUs, and what in the environment works against its mask."""
+"""OMP_NUM_THREADS of a rank, and the OpenMP variables that would undo its CPU mask."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ from .topology import Topology
 
 
 def omp_num_threads(topology: Topology, masks: Sequence[Iterable[int]]) -> tuple[int, ...]:
-    """OMP_NUM_THREADS for each mask: its physical cores, a core that k ranks may use counting as 1/k; at least 1."""
+    """Compute OMP_NUM_THREADS for each mask: its physical cores, where a core of k masks counts 1/k; at least 1."""
     core_of = {cpu: number for number, core in enumerate(topology.cores) for cpu in core.cpus}
     cores = [{core_of[cpu] for cpu in mask if cpu in core_of} for mask in masks]
     users: dict[int, int] = {}
     for mine in cores:
         for core in mine:
             users[core] = users.get(core, 0) + 1
-    # Sums of fractions are counted by how many share, so that 3 cores shared by 3 ranks are 1 and not 0.999.
+    # The small addend keeps 3 cores shared by 3 ranks at 1: the fractions add up to 0.999.
     return tuple(max(1, int(sum(1 / users[core] for core in mine) + 1e-9)) for mine in cores)
 
 
+def threads_of_ranks(
+    topology: Topology, allowed: frozenset[int], masks: Iterable[frozenset[int] | None]
+) -> tuple[int, ...]:
+    """Compute OMP_NUM_THREADS of each rank; one without a mask of its own (None) may use all ``allowed`` CPUs."""
+    return omp_num_threads(topology, [allowed if mask is None else mask for mask in masks])
+
+
 def affinity_warnings(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """What in the environment makes an OpenMP runtime shrink the mask of each rank when it is loaded.
+    """Name the variables that make an OpenMP runtime shrink the mask of each rank when it is loaded.
 
     libgomp and libomp bind the main thread to its first place as soon as the library is imported (OpenMP 5.2, 2.6 and
     21.7; libgomp's manual, "Environment Variables"; Intel's KMP_AFFINITY): threads made later inherit one CPU.

@@ -16,9 +16,14 @@ class TopologyError(PlacementError):
 
 
 class Tree:
-    """The folder that has sys/ and proc/ in it; paths are relative to it.
+    """Reads files below a root; all paths are relative to it.
 
-    opened: each file that was read, with its text. listed: each folder that was listed, with its names.
+    Args:
+        root: The folder that has sys/ and proc/ in it.
+
+    Attributes:
+        opened: The text of each file that was read, by path.
+        listed: The names in each folder that was listed, by path.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -28,9 +33,10 @@ class Tree:
         self._prefix = self.root.rstrip("/") + "/"
 
     def text(self, path: str) -> str | None:
-        """The file's text without blanks and NUL bytes at its ends; None where there is no such file.
+        """Read a file, once; without blanks and NUL bytes at its ends. None where there is no such file.
 
-        A file is opened once; what was read is remembered.
+        Raises:
+            TopologyError: The file cannot be read.
         """
         known = self.opened.get(path)
         if known is not None:
@@ -43,7 +49,7 @@ class Tree:
             raise TopologyError(f"cannot open {self._prefix}{path}: {error.strerror}") from error
         try:
             data = os.read(fd, 65536)
-            # A short read of sysfs is the whole file; only long ones of proc come in pieces.
+            # A short read of a file of sysfs is the whole file; only long files of proc come in pieces.
             while len(data) >= 4096 and (more := os.read(fd, 65536)):
                 data += more
         except OSError as error:
@@ -54,15 +60,24 @@ class Tree:
         return text
 
     def ids(self, path: str) -> frozenset[int] | None:
-        """The ids of a list such as "0-3,8"; None where there is no such file."""
+        """Read a list such as "0-3,8"; None where there is no such file."""
         text = self.text(path)
         return None if text is None else self._parsed(path, text, mask=False)
 
     def first_ids(self, folder: str, names: tuple[str, ...], of: int | None = None) -> frozenset[int] | None:
-        """The ids in the first of ``names`` that ``folder`` has; names that end in "list" hold lists, others masks.
+        """Read the first of several files that there is: a list if its name ends in "list", else a mask.
 
-        of: an id that must be among them, as a CPU is among its own siblings. A file without it is passed over for
-        the next name (in trees made by hand, lists and masks disagree); TopologyError where no other is there.
+        Args:
+            folder: The folder of the files.
+            names: The files' names, in the order in which they are tried.
+            of: An id that must be in the file, as a CPU is among its own siblings. A file without it is skipped for the
+                next name, because lists and masks disagree in some trees made by hand.
+
+        Returns:
+            The ids; None where there is no such file.
+
+        Raises:
+            TopologyError: Every file that there is lacks ``of``, or is malformed.
         """
         wrong = ""
         for name in names:
@@ -77,7 +92,7 @@ class Tree:
         return None
 
     def number(self, path: str) -> int | None:
-        """The one whole number in the file; None where there is no such file."""
+        """Read the integer in a file; None where there is no such file."""
         text = self.text(path)
         if text is None:
             return None
@@ -87,7 +102,7 @@ class Tree:
             raise TopologyError(f"{self._prefix}{path} should be a number: {text[:60]!r}") from None
 
     def names(self, path: str) -> list[str]:
-        """What the folder holds, sorted; nothing where there is no such folder."""
+        """List a folder, sorted; empty where there is no such folder."""
         try:
             names = self.listed[path] = sorted(os.listdir(self._prefix + path))
             return names

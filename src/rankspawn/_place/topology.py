@@ -1,9 +1,9 @@
 """A sysfs root read into a frozen ``Topology``: nodes, sockets, dies, cores, caches, and what may be used.
 
-What each file means is said in the kernel's Documentation/ABI/stable/sysfs-devices-node,
-Documentation/ABI/stable/sysfs-devices-system-cpu and Documentation/admin-guide/cputopology.rst. Captured
-trees of older kernels have masks where today's have lists, and some tools leave a NUL byte at the end of
-each file: both are read. Nothing here knows of ranks.
+The kernel's Documentation/ABI/stable/sysfs-devices-node, Documentation/ABI/stable/sysfs-devices-system-cpu and
+Documentation/admin-guide/cputopology.rst say what each file means. Trees captured from older kernels have masks where
+today's have lists, and some tools leave a NUL byte at the end of each file: both can be read. Nothing here knows of
+ranks.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 
 from .._frozen import Frozen
-from .._ids import format_ids, parse_ids
+from .._ids import format_ids
 from .._public import public
+from .allowed import allowed
 from .sysfs import TopologyError, Tree
 
 _CPU = "sys/devices/system/cpu"
 _NODE = "sys/devices/system/node"
-_SELF = "proc/self"
 
 _CPU_DIR = re.compile(r"cpu([0-9]+)")
 _NODE_DIR = re.compile(r"node([0-9]+)")
 _CACHE_DIR = re.compile(r"index([0-9]+)")
 _MEMTOTAL = re.compile(r"MemTotal:\s+([0-9]+) kB")
 
-# Where several names hold the same fact, today's list comes first and the old mask last.
+# Several files hold the same fact: today's list comes first and the old mask last.
 _THREADS = (
     "topology/thread_siblings_list",
     "topology/core_cpus_list",
@@ -41,12 +41,19 @@ _PACKAGE = (
 )
 _DIE = ("topology/die_cpus_list", "topology/die_cpus")
 
-_FULL_CAPACITY = 1024  # SCHED_CAPACITY_SCALE: what the kernel gives its fastest CPU in cpu_capacity
+_FULL_CAPACITY = 1024  # SCHED_CAPACITY_SCALE: cpu_capacity of the fastest CPU
 _BIG = 0.9  # cores of one kind differ a little by their top clock (997 to 1024 on a GB10), kinds by far more
 
 
 class Node(Frozen):
-    """A NUMA node. cpus: its online CPUs, none for a node of memory only. memory: bytes. distances: to each node id."""
+    """A NUMA node.
+
+    Attributes:
+        id: The kernel's number.
+        cpus: Its online CPUs; empty for a node that has only memory.
+        memory: Bytes.
+        distances: Pairs of a node id and the distance to that node.
+    """
 
     id: int
     cpus: frozenset[int]
@@ -54,34 +61,53 @@ class Node(Frozen):
     distances: tuple[tuple[int, int], ...] = ()
 
     def distance(self, other: int) -> int:
-        """The SLIT distance (10 is the node itself); 255, "unreachable", where the file does not say."""
+        """Return the SLIT distance to a node (10 to itself); 255, "unreachable", where the file does not say it."""
         return dict(self.distances).get(other, 10 if other == self.id else 255)
 
 
 class Socket(Frozen):
-    """A physical package; ``id`` is the kernel's, which need not count from 0."""
+    """A physical package.
+
+    Attributes:
+        id: The kernel's number, which need not count from 0.
+        cpus: Its online CPUs.
+    """
 
     id: int
     cpus: frozenset[int]
 
 
 class Die(Frozen):
-    """A die of a package."""
+    """A die of a package.
+
+    Attributes:
+        id: The kernel's number within the package.
+        cpus: Its online CPUs.
+    """
 
     id: int
     cpus: frozenset[int]
 
 
 class Core(Frozen):
-    """A physical core. cpus: its online hardware threads, ascending. kind: "performance" or "efficiency" on a
-    hybrid machine, "" where all cores are alike."""
+    """A physical core.
+
+    Attributes:
+        cpus: Its online hardware threads, ascending.
+        kind: "performance" or "efficiency" on a hybrid machine, "" where all cores are alike.
+    """
 
     cpus: tuple[int, ...]
     kind: str = ""
 
 
 class Cache(Frozen):
-    """A last-level data or unified cache, as its CPUs see it."""
+    """A last-level data or unified cache.
+
+    Attributes:
+        level: 3 for an L3 cache.
+        cpus: The online CPUs that share it.
+    """
 
     level: int
     cpus: frozenset[int]
@@ -91,10 +117,19 @@ class Cache(Frozen):
 class Topology(Frozen):
     """One machine, read once. All ids are the kernel's logical ones; every tuple is in ascending order.
 
-    root: the folder that has sys/ and proc/ in it. cpus: online. offline: present but not online.
-    allowed_cpus, allowed_nodes: what the calling (or, in a captured tree, the capturing) process may use.
-    nodes, sockets, dies, cores, caches: of caches the last level; of dies none where the kernel does not tell them.
-    notes: what had to be assumed, in words. files: how many files were opened, each once.
+    Attributes:
+        root: The folder that has sys/ and proc/ in it.
+        cpus: The online CPUs.
+        offline: CPUs that are present but not online.
+        allowed_cpus: CPUs that the calling process may use; in a captured tree, those of the process that captured it.
+        allowed_nodes: NUMA nodes whose memory that process may use.
+        nodes: The NUMA nodes.
+        sockets: The physical packages.
+        dies: The dies; empty where the kernel does not say them.
+        cores: The physical cores.
+        caches: The last-level caches.
+        notes: What had to be assumed, in words.
+        files: How many files were opened, each once.
     """
 
     root: str
@@ -112,9 +147,13 @@ class Topology(Frozen):
 
     @classmethod
     def read(cls, root: str | os.PathLike[str] | Tree = "/") -> Topology:
-        """Read the machine below ``root``; with "/", the affinity of the calling thread is the allowed set.
+        """Read a machine.
 
-        Raises TopologyError, with the file and its text, where a file cannot be read or understood.
+        Args:
+            root: The folder that has sys/ and proc/ in it. With "/", the allowed CPUs are those of the calling thread.
+
+        Raises:
+            TopologyError: A file cannot be read or understood. The message names the file and shows its text.
         """
         tree = root if isinstance(root, Tree) else Tree(root)
         before = len(tree.opened)
@@ -123,7 +162,7 @@ class Topology(Frozen):
         nodes = _nodes(tree, online, notes)
         sockets = _sockets(tree, online, notes)
         cores = _cores(tree, online)
-        allowed_cpus, allowed_nodes = _allowed(tree, online, nodes)
+        allowed_cpus, allowed_nodes = allowed(tree, online, frozenset(node.id for node in nodes))
         return cls(
             root=tree.root,
             cpus=online,
@@ -140,12 +179,17 @@ class Topology(Frozen):
         )
 
     def node(self, id: int) -> Node | None:
-        """The node with this id; None where the machine has none."""
+        """Return the node with this id; None where the machine has none."""
         return next((node for node in self.nodes if node.id == id), None)
 
     def nodes_with_cpus(self) -> tuple[Node, ...]:
-        """The nodes on which a process can run."""
+        """Return the nodes on which a process can run."""
         return tuple(node for node in self.nodes if node.cpus)
+
+
+def nearest(node: Node, others: Iterable[Node]) -> int:
+    """Return the id of the one of ``others`` with the least distance to ``node``; the lowest id among equals."""
+    return min(others, key=lambda other: (node.distance(other.id), other.id)).id
 
 
 def _online(tree: Tree) -> tuple[frozenset[int], frozenset[int]]:
@@ -154,7 +198,7 @@ def _online(tree: Tree) -> tuple[frozenset[int], frozenset[int]]:
     if present is None or online is None:
         found = frozenset(int(m[1]) for name in tree.names(_CPU) if (m := _CPU_DIR.fullmatch(name)))
         present = found if present is None else present
-        # Without the list, a CPU is online unless its own file says no; CPU 0 has none where it cannot be unplugged.
+        # Without the list, a CPU is online unless its own file says no. A CPU that cannot be unplugged has no file.
         if online is None:
             online = frozenset(cpu for cpu in found if tree.text(f"{_CPU}/cpu{cpu}/online") != "0")
             online = frozenset(cpu for cpu in online if tree.names(f"{_CPU}/cpu{cpu}/topology")) or online
@@ -211,7 +255,7 @@ def _memory(tree: Tree, path: str) -> int:
 def _covered(
     online: frozenset[int], group_of: Callable[[int], frozenset[int] | None]
 ) -> Iterator[tuple[int, frozenset[int]]]:
-    """Disjoint groups that cover ``online``, each with its lowest CPU; only that CPU's file is read.
+    """Yield disjoint groups that cover ``online``, each behind its lowest CPU; only that CPU's file is read.
 
     A CPU without a file is a group of its own.
     """
@@ -251,7 +295,7 @@ def _sockets(tree: Tree, online: frozenset[int], notes: list[str]) -> tuple[Sock
 
 
 def _dies(tree: Tree, online: frozenset[int]) -> tuple[Die, ...]:
-    """The dies; none where the kernel does not tell them (before 5.3, and on architectures without)."""
+    """Read the dies; none where the kernel does not say them (before 5.3, and on some architectures)."""
     first = tree.first_ids(f"{_CPU}/cpu{min(online)}", _DIE, min(online))
     if first is None:
         return ()
@@ -268,17 +312,17 @@ def _cores(tree: Tree, online: frozenset[int]) -> tuple[Core, ...]:
 
 
 def _present(tree: Tree, folder: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """``names``, those that this kernel has first, so that the absent ones are not tried for every CPU."""
+    """Sort ``names``: those that this kernel has come first, so that the absent ones are not tried for every CPU."""
     here = set(tree.names(f"{folder}/topology"))
     return tuple(sorted(names, key=lambda name: name.rpartition("/")[2] not in here))
 
 
 def _kinds(tree: Tree, online: frozenset[int], firsts: list[int]) -> dict[int, str]:
-    """The kind of each core, by its lowest CPU; nothing where all are alike.
+    """Find the kind of each core, by its lowest CPU; empty where all are alike.
 
-    Intel's hybrids name them in the PMU folders cpu_core and cpu_atom; others give capacities. The kernel scales
-    capacities so that the fastest CPU has 1024, so that the first and the last at 1024 mean a machine of one kind,
-    and not every CPU's file needs to be read.
+    Intel's hybrids name the kinds in the PMU folders cpu_core and cpu_atom; others give capacities. The kernel scales
+    capacities so that the fastest CPU has 1024. If the first and the last CPU have 1024, all are of one kind, and the
+    other CPUs' files need not be read.
     """
     big, small = tree.ids("sys/devices/cpu_core/cpus"), tree.ids("sys/devices/cpu_atom/cpus")
     if big and small:
@@ -293,10 +337,10 @@ def _kinds(tree: Tree, online: frozenset[int], firsts: list[int]) -> dict[int, s
 
 
 def _caches(tree: Tree, online: frozenset[int]) -> tuple[Cache, ...]:
-    """The caches of the highest level that each CPU has, instruction caches aside.
+    """Read the caches of the highest level that each CPU has, without instruction caches.
 
-    The kernel numbers a CPU's caches from the core outwards. All are read for the first CPU; for another one the
-    first from the outside that has that CPU's level is its last, and saves reading the rest.
+    The kernel numbers a CPU's caches from the core outwards. All are read for the first CPU. For another CPU they are
+    read from the outside, up to the first one that has the first CPU's level.
     """
     levels: dict[int, int] = {}
     deepest = 0
@@ -317,64 +361,3 @@ def _caches(tree: Tree, online: frozenset[int]) -> tuple[Cache, ...]:
         return tree.first_ids(best, ("shared_cpu_list", "shared_cpu_map"), cpu) if best else None
 
     return tuple(Cache(levels[cpu], cpus) for cpu, cpus in _covered(online, last_level) if levels[cpu])
-
-
-def _allowed(tree: Tree, online: frozenset[int], nodes: Iterable[Node]) -> tuple[frozenset[int], frozenset[int]]:
-    """What the process may use: the affinity of this thread, or what a captured tree says of the process in it."""
-    status = tree.text(f"{_SELF}/status") or ""
-    cpus, mems = (_status_ids(tree, status, name) for name in ("Cpus_allowed_list", "Mems_allowed_list"))
-    if os.path.realpath(tree.root) == "/" and hasattr(os, "sched_getaffinity"):
-        cpus = frozenset(os.sched_getaffinity(0))
-    if cpus is None or mems is None:
-        set_cpus, set_mems = _cpuset(tree)
-        cpus = set_cpus if cpus is None else cpus
-        mems = set_mems if mems is None else mems
-    ids = frozenset(node.id for node in nodes)
-    allowed = online if cpus is None else cpus & online
-    if not allowed:
-        raise TopologyError(f"{tree.root}: CPUs {format_ids(cpus or ())} are allowed, but {format_ids(online)} online")
-    return allowed, ids if mems is None else mems & ids
-
-
-def _status_ids(tree: Tree, status: str, name: str) -> frozenset[int] | None:
-    found = re.search(rf"^{name}:\s*(\S+)", status, re.MULTILINE)
-    if found is None:
-        return None
-    try:
-        return parse_ids(found[1])
-    except ValueError:
-        raise TopologyError(f"{name} in {tree.root}/{_SELF}/status should be a list: {found[1][:60]!r}") from None
-
-
-def _cpuset(tree: Tree) -> tuple[frozenset[int] | None, frozenset[int] | None]:
-    """CPUs and nodes of the cpuset that the captured process was in; cgroup v1 under any of its names, else v2.
-
-    A group without a file of its own (v2 without the controller) has those of its nearest ancestor (cgroups(7)).
-    """
-    for mount, prefix, path in _cpuset_mounts(tree):
-        while True:
-            folder = f"{mount}{path}".strip("/")
-            for end in (".effective", ""):
-                cpus, mems = tree.ids(f"{folder}/{prefix}cpus{end}"), tree.ids(f"{folder}/{prefix}mems{end}")
-                if cpus:
-                    return cpus, mems or None
-            if path in ("", "/"):
-                break
-            path = path.rpartition("/")[0]
-    return None, None
-
-
-def _cpuset_mounts(tree: Tree) -> Iterator[tuple[str, str, str]]:
-    """Mount point, prefix of the file names ("cpuset." or none) and group, where a cpuset may be; v1 first."""
-    groups = [line.split(":", 2) for line in (tree.text(f"{_SELF}/cgroup") or "").splitlines()]
-    paths = {name: line[2] for line in groups if len(line) == 3 for name in line[1].split(",")}
-    mounts = [line.split() for line in (tree.text("proc/mounts") or tree.text(f"{_SELF}/mounts") or "").splitlines()]
-    old = tree.text(f"{_SELF}/cpuset")
-    for words in mounts:
-        kind, options = (words[2], words[3].split(",")) if len(words) > 3 else ("", [])
-        if kind == "cpuset" or (kind == "cgroup" and "cpuset" in options):
-            prefix = "" if kind == "cpuset" or "noprefix" in options else "cpuset."
-            yield words[1], prefix, paths.get("cpuset", old or "/")
-    for words in mounts:
-        if len(words) > 3 and words[2] == "cgroup2":
-            yield words[1], "cpuset.", paths.get("", old or "/")

@@ -1,4 +1,4 @@
-"""What a plan may use of a machine: the cores of each node, without those that are forbidden, reserved or off."""
+"""What a plan may use of a machine: the cores of each node that are allowed, not reserved, and online."""
 
 from __future__ import annotations
 
@@ -13,16 +13,33 @@ Threads = tuple[int, ...]
 
 
 class Home:
-    """The node of a rank while it is planned: id, or None and the problem; ``notes`` grows."""
+    """The node of a rank while it is planned.
+
+    Attributes:
+        node: The node's id; None where it is not known.
+        notes: What was assumed or given up, in words; it grows.
+        device: The accelerator that the rank follows; None without.
+        problem: Why the rank cannot be placed; "" where it can.
+    """
 
     def __init__(self, node: int | None, notes: list[str], device: Device | None = None) -> None:
         self.node, self.notes, self.device, self.problem = node, notes, device, ""
 
 
 class Machine:
-    """What a plan may use: the cores of each node without what is forbidden, reserved or switched off.
+    """The cores that ranks may use.
 
-    Cores are tuples of threads, in the order of their lowest thread, as torch sorts them.
+    Args:
+        topology: The machine.
+        allowed: The CPUs that ranks may use.
+        threads_per_core: How many hardware threads of each core are used, the lowest first; None for all.
+
+    Attributes:
+        cores: The cores of each node that has any: tuples of threads, in the order of the lowest thread, as in torch.
+        one_thread: Whether ``threads_per_core`` was given.
+
+    Raises:
+        PlacementError: No CPU is left.
     """
 
     def __init__(self, topology: Topology, allowed: frozenset[int], threads_per_core: int | None) -> None:
@@ -47,7 +64,7 @@ class Machine:
             raise PlacementError(f"no CPU is left: allowed are {format_ids(allowed) or 'none'}, in nodes are {nodes}")
 
     def reserve(self, count: int) -> None:
-        """Keep ``count`` cores of the machine free of ranks: the lowest ones, from the node with the most left."""
+        """Keep ``count`` cores of the machine free of ranks: each time the lowest of the node with the most left."""
         total = sum(map(len, self.cores.values()))
         if not 0 <= count < total:
             raise PlacementError(f"--reserve-cores {count}: must be from 0 to {total - 1}, with {total} usable cores")
@@ -57,13 +74,18 @@ class Machine:
         self.cores = {node: cores for node, cores in self.cores.items() if cores}
 
     def on(self, node: int) -> frozenset[int]:
-        """The usable CPUs of a node."""
+        """Return the usable CPUs of a node."""
         return frozenset(cpu for core in self.cores.get(node, ()) for cpu in core)
 
 
 def usable_machine(
     topology: Topology, allowed_cpus: Iterable[int] | None, reserve_cores: int, threads_per_core: int | None
 ) -> Machine:
+    """Find what ranks may use; the arguments are those of ``place``.
+
+    Raises:
+        PlacementError: An argument is out of range, or no CPU is left.
+    """
     if threads_per_core is not None and threads_per_core < 1:
         raise PlacementError(f"--threads-per-core {threads_per_core}: must be 1 or more")
     allowed = topology.allowed_cpus if allowed_cpus is None else frozenset(allowed_cpus) & topology.cpus

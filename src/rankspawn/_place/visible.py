@@ -1,7 +1,7 @@
 """Which accelerators a rank would see, and in which order: the environment variables of the three vendors.
 
-Each vendor's function takes all devices of the machine, in the order in which its driver counts them, and gives those
-that stay visible, in the order in which its runtime counts them.
+Each vendor's function takes all devices of the machine, in the order in which the driver counts them, and returns those
+that stay visible, in the order in which the runtime counts them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ VARIABLES = (
     "ZE_AFFINITY_MASK",
     "ZE_FLAT_DEVICE_HIERARCHY",
 )
-"""Every variable that is looked at here."""
+"""Every variable that is read here."""
 
 
 class DeviceError(PlacementError):
@@ -29,10 +29,16 @@ class DeviceError(PlacementError):
 class Device(Frozen):
     """One accelerator.
 
-    address: PCI, as sysfs writes it ("0000:3b:00.0"). node: sysfs numa_node, -1 where the firmware does not say.
-    local_cpus: sysfs local_cpulist; driver_cpus: the same by NVML; both empty where they are not told.
-    vendor, name, uuid: "" where unknown. partitions: UUIDs of its MIG instances, or numbers of its tiles.
-    notes: what had to be assumed of it, in words.
+    Attributes:
+        address: Its PCI address, as sysfs writes it ("0000:3b:00.0").
+        node: numa_node of sysfs; -1 where the firmware does not say it.
+        local_cpus: local_cpulist of sysfs; empty where unknown.
+        driver_cpus: The same by NVML; empty where unknown.
+        vendor: "nvidia", "amd" or "intel"; "" where unknown.
+        name: The model; "" where unknown.
+        uuid: "" where unknown.
+        partitions: The UUIDs of its MIG instances, or the numbers of its tiles.
+        notes: What had to be assumed of it, in words.
     """
 
     address: str
@@ -47,12 +53,12 @@ class Device(Frozen):
 
 
 def nvidia_visible(found: Sequence[Device], environ: Mapping[str, str]) -> tuple[Device, ...]:
-    """NVIDIA GPUs as CUDA counts them (CUDA C++ Programming Guide, "CUDA Environment Variables").
+    """List NVIDIA GPUs as CUDA counts them (CUDA C++ Programming Guide, "CUDA Environment Variables").
 
     CUDA_VISIBLE_DEVICES holds ordinals, UUIDs ("GPU-...") or unique beginnings of them, or MIG instances; the first
-    one that does not exist hides itself and all that follow; -1 is the usual way to say so.
-    ``found`` is in PCI order. Without CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA puts the fastest first; that is the same
-    among GPUs of one model, and known to CUDA alone otherwise, which is noted where ordinals depend on it.
+    one that does not exist hides itself and all that follow; -1 is the usual way to hide them.
+    ``found`` is in PCI order. Without CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA puts the fastest first. Among GPUs of one model
+    that is the same order; among several models only CUDA knows it, and the devices get a note.
     """
     listed = environ.get("CUDA_VISIBLE_DEVICES")
     models = sorted({device.name for device in found})
@@ -70,9 +76,11 @@ def nvidia_visible(found: Sequence[Device], environ: Mapping[str, str]) -> tuple
 
 
 def rocm_visible(found: Sequence[Device], environ: Mapping[str, str]) -> tuple[Device, ...]:
-    """AMD GPUs as HIP counts them: ROCR_VISIBLE_DEVICES chooses by ordinal or UUID ("GPU-" and 16 hexadecimal digits),
-    and HIP_VISIBLE_DEVICES, or CUDA_VISIBLE_DEVICES in its place, chooses among what is left (ROCm documentation,
-    "GPU isolation techniques")."""
+    """List AMD GPUs as HIP counts them (ROCm documentation, "GPU isolation techniques").
+
+    ROCR_VISIBLE_DEVICES chooses by ordinal or UUID ("GPU-" and 16 hexadecimal digits). HIP_VISIBLE_DEVICES, or
+    CUDA_VISIBLE_DEVICES in its place, chooses among what is left.
+    """
     left = tuple(found)
     hip = "HIP_VISIBLE_DEVICES" if "HIP_VISIBLE_DEVICES" in environ else "CUDA_VISIBLE_DEVICES"
     for name in ("ROCR_VISIBLE_DEVICES", hip):
@@ -83,7 +91,7 @@ def rocm_visible(found: Sequence[Device], environ: Mapping[str, str]) -> tuple[D
 
 
 def intel_visible(found: Sequence[Device], environ: Mapping[str, str]) -> tuple[Device, ...]:
-    """Intel GPUs as Level Zero counts them (its specification, "Environment Variables").
+    """List Intel GPUs as Level Zero counts them (its specification, "Environment Variables").
 
     With ZE_FLAT_DEVICE_HIERARCHY FLAT (the default) or COMBINED each tile counts as a device; with COMPOSITE a whole
     card does, and "0.1" in the mask is its tile 1. ZE_AFFINITY_MASK filters, it does not permute.
@@ -105,10 +113,10 @@ def intel_visible(found: Sequence[Device], environ: Mapping[str, str]) -> tuple[
 def _listed(
     variable: str, text: str, found: Sequence[Device], by_name: Callable[[str], Device | None]
 ) -> tuple[Device, ...]:
-    """The devices that a list of ordinals and names chooses, up to the first that does not exist.
+    """Find the devices that a list of ordinals and names chooses, up to the first that does not exist.
 
-    The runtimes answer a device named twice, and words that are neither, with no devices at all and no message; a
-    launcher that then placed ranks as on a machine without devices would hide the mistake, so both are errors here.
+    For a device named twice, and for a word that is neither, the runtimes show no devices and no message. A launcher
+    that placed ranks as on a machine without devices would hide the mistake, so both are errors here.
     """
     chosen: list[Device] = []
     seen = set()
@@ -131,8 +139,10 @@ def _listed(
 
 
 def _nvidia_by_uuid(found: Sequence[Device], word: str) -> Device | None:
-    """A GPU by UUID or its beginning; a MIG instance by its UUID, or by "MIG-GPU-<UUID of the GPU>/<gi>/<ci>", the
-    form of drivers before R470."""
+    """Find a GPU by UUID or its beginning, or a MIG instance by its UUID.
+
+    Drivers before R470 name an instance "MIG-GPU-<UUID of the GPU>/<gi>/<ci>".
+    """
     if word.startswith("MIG-GPU-"):
         return _by_prefix("CUDA_VISIBLE_DEVICES", found, word.removeprefix("MIG-").partition("/")[0])
     if word.startswith("GPU-"):
@@ -140,7 +150,7 @@ def _nvidia_by_uuid(found: Sequence[Device], word: str) -> Device | None:
     matches = [device for device in found if any(one.startswith(word) for one in device.partitions)]
     if not matches and not any(device.partitions for device in found):
         raise DeviceError(
-            f"CUDA_VISIBLE_DEVICES: which GPU has {word!r} is known to NVML alone: install nvidia-ml-py, or name the"
+            f"CUDA_VISIBLE_DEVICES: only NVML knows which GPU has {word!r}: install nvidia-ml-py, or name the"
             " GPUs with --devices"
         )
     return matches[0] if len(matches) == 1 else None
@@ -151,9 +161,9 @@ def _by_prefix(variable: str, found: Sequence[Device], word: str) -> Device | No
     if len(matches) > 1:
         raise DeviceError(f"{variable}: {word!r} is the beginning of {len(matches)} UUIDs; give more of it")
     if not matches and found and not any(set(device.uuid) - set("GPU-?") for device in found):
-        # The driver's proc files hold question marks until the GPU was used once.
+        # The driver's proc files hold question marks until the GPU has been used once.
         raise DeviceError(
-            f"{variable}: {word!r} cannot be looked up, the driver tells no UUIDs: install nvidia-ml-py, or name the"
-            " GPUs with --devices"
+            f"{variable}: {word!r} cannot be looked up, because the driver shows no UUIDs: install nvidia-ml-py,"
+            " or name the GPUs with --devices"
         )
     return matches[0] if matches else None

@@ -84,12 +84,12 @@ def text_of(code: int) -> str:
 
 _WHY = {
     ("sched_setaffinity", GRANTED_IN_PART): (
-        "the other CPUs are offline, absent, or outside the cpuset that this process may use; leave them out, or use"
-        " required=False"
+        "the other CPUs are offline, absent, or outside this process's cpuset; leave them out, or make the binding"
+        " optional"
     ),
     ("set_mempolicy", GRANTED_IN_PART): (
         "the other nodes are absent, have no memory, or are outside this process's cpuset (Mems_allowed_list in"
-        " /proc/self/status); leave them out, or use required=False"
+        " /proc/self/status); leave them out, or make the binding optional"
     ),
     ("sched_setaffinity", errno.ENOTSUP): "this system, or this installation without psutil, cannot set a CPU mask",
     ("set_mempolicy", errno.ENOTSUP): (

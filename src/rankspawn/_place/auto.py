@@ -1,0 +1,96 @@
+"""The default of all commands and of ``launch``: each rank is bound to its node where that leaves no node idle."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from .._binding import Binding, PlacementError
+from .._ids import format_ids
+from .devices import as_devices, find_devices
+from .memory import policy_of_rank
+from .openmp import threads_of_ranks
+from .plan import Placed, homes_of_ranks
+from .topology import Topology
+from .usable import Home, usable_machine
+from .visible import Device, DeviceError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .._binding import MemoryMode, MemoryPolicy
+
+
+def plan_auto(
+    topology: Topology,
+    *,
+    nprocs: int | None = None,
+    devices: Sequence[str | Device] | None = None,
+    reserve_cores: int = 0,
+    threads_per_core: int | None = None,
+    memory: MemoryMode | MemoryPolicy | None = None,
+) -> tuple[Placed, ...]:
+    """Bind each rank to its node if several nodes have usable CPUs and each of these gets ranks; else bind none.
+
+    So the default neither leaves half of a machine idle because all GPUs are on one node, nor takes CPUs away from a
+    single rank.
+    The bindings are optional: a refusal fails no start. Ranks that are left unbound still keep to ``reserve_cores`` and
+    ``threads_per_core`` where these are given, and get a memory policy over all nodes that they may use.
+
+    The arguments are those of ``place``.
+
+    Raises:
+        PlacementError: An argument is out of range, or names a device that is not there.
+    """
+    machine = usable_machine(topology, None, reserve_cores, threads_per_core)
+    problem = ""
+    try:
+        found = find_devices(topology) if devices is None else as_devices(topology, devices)
+    except DeviceError as error:
+        if devices is not None or nprocs is None:
+            raise
+        found, problem = (), str(error)
+    homes, _ = homes_of_ranks(machine, found, nprocs, None)
+    problem = problem or next((home.problem for home in homes if home.problem), "")
+    is_bound = not problem and len(machine.cores) > 1 and {home.node for home in homes} == machine.cores.keys()
+    if not is_bound:
+        note = [f"auto leaves all ranks unbound: {problem}"] if problem and len(machine.cores) > 1 else []
+        alone = next(iter(machine.cores)) if len(machine.cores) == 1 else None
+        homes = [Home(home.node if home.device else alone, list(note), home.device) for home in homes]
+    whole = frozenset().union(*map(machine.on, machine.cores))
+    narrowed = reserve_cores > 0 or threads_per_core is not None
+    bindings = []
+    for home in homes:
+        cpus = machine.on(home.node) if is_bound and home.node is not None else whole
+        policy = policy_of_rank(machine, memory, home, cpus, found, False)
+        bindings.append(Binding(cpus if is_bound or narrowed else None, policy, False))
+    threads = threads_of_ranks(topology, machine.allowed, [binding.cpus for binding in bindings])
+    return tuple(
+        Placed(binding, home.device, home.node, count, tuple(home.notes))
+        for home, binding, count in zip(homes, bindings, threads, strict=True)
+    )
+
+
+def unbound(topology: Topology, nprocs: int) -> tuple[Placed, ...]:
+    """Leave all ranks where they are born; OMP_NUM_THREADS is each rank's share of the cores."""
+    if nprocs < 1:
+        raise PlacementError(f"nprocs {nprocs}: must be 1 or more")
+    threads = threads_of_ranks(topology, topology.allowed_cpus, [None] * nprocs)
+    return tuple(Placed(Binding(None, None, False), omp_threads=count) for count in threads)
+
+
+def idle_note(topology: Topology, ranks: Sequence[Placed]) -> str:
+    """Say which allowed cores no rank may use: "64 cores unused: nodes 2-3, 6-7"; "" where each is used."""
+    used = frozenset().union(*(topology.allowed_cpus if r.binding.cpus is None else r.binding.cpus for r in ranks))
+    idle = [core.cpus for core in topology.cores if used.isdisjoint(core.cpus)]
+    idle = [core for core in idle if not topology.allowed_cpus.isdisjoint(core)]
+    if not idle:
+        return ""
+    left = topology.allowed_cpus.intersection(cpu for core in idle for cpu in core)
+    whole = [node for node in topology.nodes if (own := node.cpus & topology.allowed_cpus) and own <= left]
+    others = left.difference(*(node.cpus for node in whole))
+    where = [_counted("node", [node.id for node in whole])] if whole else []
+    where += [_counted("CPU", others)] if others else []
+    return f"{len(idle)} core{'s' * (len(idle) > 1)} unused: {'; '.join(where)}"
+
+
+def _counted(what: str, ids: Collection[int]) -> str:
+    return f"{what}{'s' * (len(ids) > 1)} {format_ids(ids).replace(',', ', ')}"
