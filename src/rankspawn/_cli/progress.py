@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -11,34 +10,22 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .._ids import format_ids
+from .._output.console import is_stuck, say, write
 
 if TYPE_CHECKING:
     from .._group.group import RankGroup
 
-_SECONDS = 0.5  # what takes less needs no line
+__all__ = ["Progress", "say"]
 
-
-def say(text: str) -> None:
-    """Print a line to stderr, or several: by one write, so that none of a rank's comes in between."""
-    _write(f"rankspawn: {text}\n")
-
-
-def _write(text: str) -> None:
-    if sys.stderr is None:
-        return
-    try:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-    except OSError:
-        # Nobody reads it, and the job goes on. What is still in the stream's buffer must not fail once more when the
-        # interpreter ends: that would be its exit status.
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+_SECONDS = 0.5  # anything that takes less time needs no line
 
 
 class Progress:
-    """One line while many ranks start, or are waited for. It is for a terminal that nobody else writes to meanwhile.
+    """One line on a terminal while many ranks start, or are waited for. It shows nothing where stderr is no terminal.
 
-    on: whether that is so but for the terminal, which is asked for here. first_rank: the RANK of local rank 0.
+    Args:
+        on: whether nobody else writes to the terminal meanwhile, and the line may be shown.
+        first_rank: the RANK of local rank 0.
     """
 
     def __init__(self, on: bool, first_rank: int = 0) -> None:
@@ -48,7 +35,7 @@ class Progress:
 
     @contextmanager
     def starting(self, nprocs: int) -> Iterator[Callable[[Callable[[], int]], object] | None]:
-        """For as long as the ranks start; gives ``launch`` its ``progress``."""
+        """Show how many ranks have started for as long as the block runs; gives the ``progress`` of ``launch``."""
         if not self._on:
             yield None
             return
@@ -72,7 +59,7 @@ class Progress:
             self.clear()
 
     def ending(self, group: RankGroup) -> float | None:
-        """Show who is still waited for when the ranks have been told to end; in how many seconds to call again."""
+        """Show which ranks still run after they have been told to end; in how many seconds to call again."""
         running, kill_at = group.running, group.kill_at
         if not self._on or kill_at is None or not running:
             self.clear()
@@ -83,7 +70,7 @@ class Progress:
         return _SECONDS
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self.clear()
         say(text)
 
@@ -91,8 +78,9 @@ class Progress:
         """Wipe the line out."""
         if self._shown:
             self._shown = False
-            _write("\r\x1b[K")
+            write("\r\x1b[K")
 
     def _show(self, text: str) -> None:
-        self._shown = True
-        _write(f"\r\x1b[Krankspawn: {text[:68]}")
+        if not is_stuck():  # else old counts would be shown one after the other when the terminal goes on
+            self._shown = True
+            write(f"\r\x1b[Krankspawn: {text[:68]}")

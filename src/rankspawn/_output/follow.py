@@ -10,6 +10,7 @@ from collections import deque
 from contextlib import suppress
 from typing import IO
 
+from .console import write, write_bytes
 from .logs import last_state
 
 CHUNK = 1 << 16
@@ -79,6 +80,14 @@ class Sink:
             if self.source is not None:
                 self.source.shown = self.source.position
                 self.source = None
+
+    def hand_over(self) -> None:
+        """Leave what is pending to the console's thread, which may be blocked by it: this is the last call."""
+        text, self.pending = self.pending[self._written :], b""
+        if self.fd is not None:
+            write_bytes(self.fd, text)
+        elif self.stream is not None:
+            write(text.decode(errors="replace"), self.stream)
 
     def close(self) -> None:
         self.dead = True

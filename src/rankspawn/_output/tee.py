@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .logs import LogFolder, RankFiles
 
 _LATEST = 0.1  # seconds between two looks when nothing has been written for a while
+_HURRIED = 0.5  # seconds to show the rest when somebody wants the end
 
 
 class Source(NamedTuple):
@@ -59,6 +60,7 @@ def show(
     first_rank: int = 0,
     local_ranks: Collection[int] | None = None,
     folder: LogFolder | None = None,
+    interrupt: int | None = None,
 ) -> Iterator[None]:
     """Show what the ranks write for as long as the block runs, and the rest when it ends.
 
@@ -66,7 +68,8 @@ def show(
         files: where the ranks write, by local rank.
         first_rank: the RANK of local rank 0.
         local_ranks: show these alone; None shows all.
-        folder: is kept when something in it could not be shown.
+        folder: is kept when something in it could not be shown, also because an exception ended the wait for it.
+        interrupt: a descriptor; once it is readable, nobody is waited for to read the rest.
 
     Raises:
         RuntimeError, OSError: as ``Tee.start``.
@@ -76,8 +79,14 @@ def show(
     try:
         yield
     finally:
-        if tee.finish() and folder is not None:
-            folder.keep = True
+        wanted = folder is not None and folder.keep
+        if folder is not None:
+            folder.keep = True  # whatever interrupts the next line, and how often
+        try:
+            tee.finish(interrupt=interrupt)
+        finally:
+            if folder is not None:
+                folder.keep = wanted or bool(tee.unshown)
 
 
 class Tee:
@@ -135,33 +144,40 @@ class Tee:
             raise
         return self
 
-    def finish(self, timeout: float = 5.0) -> tuple[str, ...]:
-        """Show the rest of every file, up to its size of now, in about ``timeout`` seconds at most. The last call.
+    def finish(self, timeout: float = 5.0, *, interrupt: int | None = None) -> tuple[str, ...]:
+        """Show the rest of every file, up to its present size. The last call, for when the ranks have ended.
 
-        It is for when the ranks have ended. The paths returned are of files that have more than could be shown, because
-        nobody reads what the launcher prints; it is said on ``err`` as well, unless that is what nobody reads.
+        Args:
+            timeout: seconds after which it gives up, because nobody reads what the launcher prints.
+            interrupt: a descriptor; once that is readable, it gives up after half a second.
+
+        Returns:
+            ``unshown``, which is said on ``err`` as well, also when an exception interrupts the wait.
         """
         if self._thread is None or self._bell is None:
             return ()
+        thread, self._thread = self._thread, None
         self._finishing = True
         with suppress(BrokenPipeError):  # the thread has ended: nobody reads any more
             self._bell.write(b".")
         try:
-            self._thread.join(timeout)
+            self._wait(thread, timeout, interrupt)
         finally:
             self._stopped = True
             self._bell.close()
-        # A thread that is inside a write to a terminal ends when the terminal goes on, and nobody waits for that.
-        self._thread.join(0.2)
-        self._thread = None
-        rest = () if self._complete else tuple(followed.path for followed in self._followed if followed.has_more())
-        if rest:
-            more = f" and {len(rest) - 4} more" if len(rest) > 4 else ""
-            self._say(f"not all of the output could be shown; the rest is in {', '.join(rest[:4])}{more}")
-            with suppress(OSError, ValueError):
-                while self._err.pending and self._err.is_ready():
-                    self._err.write()
-        return rest
+            # A thread that is inside a write to a stopped terminal ends when the terminal continues: not waited for.
+            thread.join(0.2)
+            if unshown := self.unshown:
+                more = f" and {len(unshown) - 4} more" if len(unshown) > 4 else ""
+                self._say(f"not all of the output could be shown; the rest is in {', '.join(unshown[:4])}{more}")
+                if not thread.is_alive() or self._err.is_ready():
+                    self._err.hand_over()
+        return unshown
+
+    @property
+    def unshown(self) -> tuple[str, ...]:
+        """The paths of the files that have more than was shown."""
+        return () if self._complete else tuple(one.path for one in self._followed if one.has_more())
 
     def __enter__(self) -> Tee:
         return self.start()
@@ -170,6 +186,17 @@ class Tee:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.finish()
+
+    def _wait(self, thread: threading.Thread, timeout: float, interrupt: int | None) -> None:
+        """Wait for the end of ``thread``. It closes its end of the bell then, which poll(2) reports as POLLERR."""
+        if interrupt is None or self._bell is None or not hasattr(select, "poll"):
+            thread.join(timeout)
+            return
+        poller = select.poll()
+        poller.register(self._bell, 0)
+        poller.register(interrupt, select.POLLIN)
+        if self._bell.fileno() not in dict(poller.poll(timeout * 1000)):
+            thread.join(_HURRIED)
 
     def _run(self, heard: IO[bytes]) -> None:
         if hasattr(signal, "pthread_sigmask"):
