@@ -472,7 +472,6 @@ def test_what_cannot_be_placed_starts_unbound_where_that_is_allowed() -> None:
         ("run --nproc-per-node 1.5 x.py", "expected a positive integer, got '1.5'"),
         ("run --numa-binding nodes x.py", "--numa-binding"),
         ("run --numa-binding node --memory-policy some x.py", "invalid choice: 'some'"),
-        ("run --memory-policy bind x.py", "--memory-policy needs --numa-binding"),
         ("run --module --no-python x", "--module and --no-python exclude each other"),
         ("run --master-port http x.py", "--master-port"),
         ("doctor now", "now"),

@@ -32,7 +32,7 @@ def launch(
     args: Sequence[str] | Callable[[int], Sequence[str]],
     nprocs: int,
     *,
-    numa: AffinityMode | str | None = None,
+    numa: AffinityMode | str | None = "auto",
     memory: MemoryMode | MemoryPolicy | None = None,
     bindings: Sequence[Binding | None] | None = None,
     env: Mapping[str, str] | None = None,
@@ -53,8 +53,10 @@ def launch(
     """Start ``nprocs`` ranks at once, each in a session of its own and with torchrun's variables. All or nothing.
 
     args: the command of every rank, or a function that gives that of a local rank. nprocs: how many ranks.
-    numa, memory: place the ranks on this machine, as ``place`` does, and set OMP_NUM_THREADS unless ``env`` has it.
-    bindings: where each rank goes, instead; by local rank.
+    numa: one of torch's modes, as for ``place``; "auto" binds each rank to its NUMA node where several nodes have CPUs
+        and each of these gets ranks, and is optional; "none" or None leaves the ranks unbound. OMP_NUM_THREADS is each
+        rank's share of the cores, unless ``env`` has it. memory: a mode or policy, as for ``place``.
+    bindings: where each rank goes, instead; by local rank. OMP_NUM_THREADS is not touched.
     env: what all ranks inherit; this process's environment if left out. rank_env: what each has beside it; by local
         rank. cwd: the directory that they start in.
     job: what the ranks are told of the whole job; of this machine alone, with a free port, if left out.
@@ -77,10 +79,15 @@ def launch(
     called_ns = time.monotonic_ns()
     job = _checked(nprocs, job, bindings, rank_env, files, log_dir, tee, tee_ranks, grace)
     shared, own = _environments(job, env, called_ns)
-    if numa is not None or memory is not None:
-        if bindings is not None or numa is None:
-            raise ValueError("give numa, with or without memory, or bindings")
-        bindings = _placed(numa, memory, shared, own)
+    if memory is not None and (numa is None or numa == "none"):
+        raise ValueError("memory needs numa: without it ranks are left unbound")
+    if bindings is None:
+        bindings, threads = _place(numa, memory, nprocs)
+        for variables, count in zip(own, threads, strict=True):
+            if "OMP_NUM_THREADS" not in shared:
+                variables["OMP_NUM_THREADS"] = str(count)
+    elif memory is not None or numa not in (None, "none", "auto"):
+        raise ValueError("give numa, with or without memory, or bindings")
     _check_descriptors(nprocs)
     ranks: list[Popen] = []
     # Not a with block: there is no moment at which what was opened is neither this function's to close nor the group's.
@@ -104,7 +111,7 @@ def launch(
             [args(rank) for rank in range(nprocs)] if callable(args) else [args] * nprocs,
             env=shared,
             rank_env=own,
-            bindings=[None] * nprocs if bindings is None else bindings,
+            bindings=bindings,
             streams=[(None, None, None)] * nprocs if files is None else [(None, f.stdout, f.stderr) for f in files],
             cwd=cwd,
             die_with_parent=_can_die_with_parent() if die_with_parent is None else die_with_parent,
@@ -170,23 +177,35 @@ def _environments(
     return shared, [job.environment_of(rank) for rank in range(job.nprocs)]
 
 
-def _placed(
-    numa: AffinityMode | str,
-    memory: MemoryMode | MemoryPolicy | None,
-    shared: Mapping[str, str],
-    own: Sequence[dict[str, str]],
-) -> list[Binding]:
-    """A binding for each rank on this machine; OMP_NUM_THREADS goes to ``own`` unless ``shared`` has it."""
-    from .._place.plan import plan
-    from .._place.topology import Topology
+def _place(
+    numa: AffinityMode | str | None, memory: MemoryMode | MemoryPolicy | None, nprocs: int
+) -> tuple[list[Binding | None], list[int]]:
+    """Find the binding of each rank on this machine, and its OMP_NUM_THREADS."""
+    from .._place.glance import has_one_node, unbound_threads
+    from .._place.sysfs import TopologyError
 
-    ranks = plan(Topology.read(), numa, nprocs=len(own), memory=memory)
+    is_free = numa == "auto" and memory is None
+    try:
+        # On a machine with one node there is nothing to choose, and no need to read it.
+        if numa is None or numa == "none" or (is_free and has_one_node()):
+            return [None] * nprocs, [unbound_threads(nprocs)] * nprocs
+        from .._place.auto import plan_auto
+        from .._place.plan import plan
+        from .._place.topology import Topology
+
+        topology = Topology.read()
+        if numa == "auto":
+            ranks = plan_auto(topology, nprocs=nprocs, memory=memory)
+        else:
+            ranks = plan(topology, numa, nprocs=nprocs, memory=memory)
+    except TopologyError as error:
+        if not is_free:
+            raise
+        warnings.warn(f"ranks are left unbound: {error}", RuntimeWarning, stacklevel=3)
+        return [None] * nprocs, [unbound_threads(nprocs)] * nprocs
     for note in dict.fromkeys(note for rank in ranks for note in rank.notes):
         warnings.warn(note, RuntimeWarning, stacklevel=3)
-    if "OMP_NUM_THREADS" not in shared:
-        for variables, rank in zip(own, ranks, strict=True):
-            variables["OMP_NUM_THREADS"] = str(rank.omp_threads)
-    return [rank.binding for rank in ranks]
+    return [rank.binding for rank in ranks], [rank.omp_threads for rank in ranks]
 
 
 def _open_files(
