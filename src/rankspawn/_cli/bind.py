@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 
 from .._binding import AffinityMode, Binding, PlacementError
 from .._ids import format_ids
+from .._output.console import flush, say
 from .._place.openmp import affinity_warnings, omp_num_threads
 from .._place.topology import Topology
 from .options import AUTO_BINDS, PlacementOptions, add_placement_options, placement
@@ -67,7 +67,7 @@ def _bind(args: argparse.Namespace) -> int:
     warnings = affinity_warnings(os.environ) if local_rank == 0 else ()
     said = [str(_made(rank.binding, refused))] if args.verbose else []
     for note in (*rank.notes, *warnings, *(f"the system refused {one}" for one in refused), *said):
-        print(f"rankspawn: local rank {local_rank}: {note}", file=sys.stderr)
+        say(f"local rank {local_rank}: {note}")
     os.environ.setdefault("OMP_NUM_THREADS", str(rank.omp_threads))
     return _become(command)
 
@@ -197,12 +197,12 @@ def _mask_of_launcher(variable: str, proc: str = "/proc") -> set[int]:
 
 def _become(command: list[str]) -> int:
     """Execute ``command`` in this process; return an exit status, as a shell does, where that fails."""
+    flush()
     # The interpreter ignores these signals, and execve keeps what is ignored. It resets what is caught.
     for name in ("SIGPIPE", "SIGXFSZ"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
-    sys.stderr.flush()
     try:
         os.execvp(command[0], command)
     except OSError as error:
-        print(f"rankspawn: {command[0]}: {error.strerror}", file=sys.stderr)
+        say(f"{command[0]}: {error.strerror}")
         return 127 if isinstance(error, FileNotFoundError) else 126

@@ -108,9 +108,11 @@ def _ids(text: str) -> frozenset[int]:
 
 def _run(args: argparse.Namespace) -> int:
     """Start the ranks, and again as often as --max-restarts allows; return the exit status."""
+    from .._output.console import say_traceback
     from .attempts import run_attempts
     from .signals import signals_as_bytes
 
+    sys.excepthook = say_traceback
     settings = read_settings(args)
     if not settings.engine:
         say("without its engine ranks may outlive this launcher; see rankspawn doctor")

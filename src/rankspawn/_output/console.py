@@ -21,6 +21,7 @@ from collections import deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from types import TracebackType
     from typing import IO
 
 _MOMENT = 0.02  # seconds that a line is waited for
@@ -32,6 +33,13 @@ _AGAIN = 0.05  # seconds between two attempts where a descriptor has O_NONBLOCK
 def say(text: str) -> None:
     """Print a line to stderr, or several in one piece, after the name of this program."""
     write(f"rankspawn: {text}\n")
+
+
+def say_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an exception that nobody has caught, in place of the interpreter's sys.excepthook."""
+    import traceback
+
+    write("".join(traceback.format_exception(kind, error, trace)))
 
 
 def write(text: str, stream: IO[str] | None = None) -> None:
