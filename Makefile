@@ -11,8 +11,8 @@ PY := $(VENV)/bin/python
 TORCH_PY := $(TORCH_VENV)/bin/python
 
 # What the built extension depends on.
-ENGINE := $(wildcard csrc/*.c csrc/*.h src/rankspawn/*.pyx src/rankspawn/*.pxd) setup.py
-C_FILES := $(wildcard csrc/*.c csrc/*.h benchmarks/*.c tests/*.c tests/*/*.c tests/*/*.h)
+ENGINE := $(wildcard csrc/*.[ch] csrc/guard/*.[ch] src/rankspawn/*.pyx src/rankspawn/*.pxd) setup.py
+C_FILES := $(wildcard csrc/*.[ch] csrc/guard/*.[ch] benchmarks/*.c tests/*.c tests/*/*.c tests/*/*.h)
 PYX_FILES := $(wildcard src/rankspawn/*.pyx src/rankspawn/*.pxd)
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
 
@@ -25,7 +25,7 @@ NUMAVM_ARGS ?=
 # Options of tests/interpreters/run.py, which passes pytest's on to it.
 INTERPRETERS_ARGS ?=
 # The tests that exercise C: everything else would only run Python slower.
-ASAN_TESTS ?= $(wildcard tests/test_spawn*.py tests/test_popen*.py tests/test_start_fails*.py tests/test_injected_faults.py tests/test_signals.py tests/test_crew.py)
+ASAN_TESTS ?= $(wildcard tests/test_spawn*.py tests/test_popen*.py tests/test_start_fails*.py tests/test_injected_faults.py tests/test_signals.py tests/test_crew.py tests/test_guard.py)
 
 # A build without the engine fails here, so that nobody takes it for one with the engine. Warnings are errors for the
 # project's developers, but not in `make demo`, which strangers run with compilers that we have not met.
@@ -77,6 +77,12 @@ lint-c: $(VENV)/.lint
 	  for numa in $$(test -e build/.numa && echo -DRANKSPAWN_HAVE_LIBNUMA=1) ""; do \
 	    echo "$(CC) $(C_CHECK) $$numa -c $$file"; \
 	    $(CC) $(C_CHECK) $$numa -c $$file -o build/lint.o || exit 1; \
+	  done; \
+	done; \
+	for file in $(wildcard csrc/guard/*.c); do \
+	  for hosted in "-ffreestanding -fno-stack-protector" -DRANKSPAWN_GUARD_HOSTED; do \
+	    echo "$(CC) $(C_CHECK) $$hosted -c $$file"; \
+	    $(CC) $(C_CHECK) $$hosted -c $$file -o build/lint.o || exit 1; \
 	  done; \
 	done; rm -f build/lint.o
 	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)
@@ -179,7 +185,7 @@ test-wheel: wheel ## the tests and the demo on that wheel, where there is no com
 
 clean: ## remove what was built (not the environments)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks src/*.egg-info
-	rm -f src/rankspawn/*.so $(VENV)/.built $(TORCH_VENV)/.built
+	rm -f src/rankspawn/*.so src/rankspawn/rankspawn-guard $(VENV)/.built $(TORCH_VENV)/.built
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environments too

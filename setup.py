@@ -1,4 +1,6 @@
-"""Builds the one extension, ``rankspawn._spawn``; everything else is declared in pyproject.toml.
+"""Builds the one extension, ``rankspawn._spawn``, and on Linux the guard's program, which lies beside it.
+
+Everything else is declared in pyproject.toml.
 
 The extension is the engine on Linux and macOS. Windows has none, and a machine without a working C compiler gets a
 pure-Python install with a warning: the same classes then work over plain ``subprocess``.
@@ -23,11 +25,21 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 # Generated C lies here and never in src/, where it would end up in an sdist or in a commit.
 GENERATED = "build/cython"
 
 LINUX = sys.platform.startswith("linux")
+
+# rankspawn._end.guard finds it by this name beside the extension.
+GUARD = "rankspawn-guard"
+
+# How it is compiled, beside compile_args(). The C library would set up what a stack protector and fortified calls need;
+# csrc/guard/kernel.c says why the rest.
+FREESTANDING = ["-ffreestanding", "-fno-tree-loop-distribute-patterns", "-fno-stack-protector", "-U_FORTIFY_SOURCE"]
+FREESTANDING += ["-fno-asynchronous-unwind-tables", "-nostdlib", "-static-pie"]
+HOSTED = ["-DRANKSPAWN_GUARD_HOSTED", "-pie"]
 
 # What the engine needs of libnuma: the two headers, and a library that defines what they declare.
 LIBNUMA_PROBE = """\
@@ -84,6 +96,8 @@ class BuildSpawn(build_ext):
         try:
             self._prepare(ext)
             super().build_extension(ext)
+            if LINUX:
+                self._build_guard(ext)
         except Exception as error:
             if not ext.optional:
                 raise
@@ -117,6 +131,37 @@ class BuildSpawn(build_ext):
             ext.extra_objects += self.compiler.compile(
                 ["csrc/child.c"], self.build_temp, ext.define_macros, extra_postargs=unmarked
             )
+
+    def copy_extensions_to_source(self) -> None:
+        """An editable install finds the guard's program beside the extension in src/."""
+        super().copy_extensions_to_source()
+        if os.path.exists(self._guard):
+            self.copy_file(self._guard, os.path.join("src", "rankspawn", GUARD), level=self.verbose)
+
+    @property
+    def _guard(self) -> str:
+        return os.path.join(self.build_lib, "rankspawn", GUARD)
+
+    def _build_guard(self, ext: Extension) -> None:
+        """Build the guard's program: without the C library where compiler and machine allow it, else with it."""
+        sources = sorted(path.as_posix() for path in Path("csrc/guard").glob("*.c"))
+        command = [*self.compiler.compiler_so, *ext.extra_compile_args, "-fPIE", *sources, *link_args()]
+        complaint = ""
+        # AddressSanitizer is a library above the C library.
+        for options in [HOSTED] if switched_on("RANKSPAWN_SANITIZE") else [FREESTANDING, HOSTED]:
+            done = subprocess.run(
+                [*command, *options, "-o", self._guard], stdin=subprocess.DEVNULL, capture_output=True, text=True
+            )
+            if done.returncode == 0:
+                return
+            complaint += done.stderr
+        if not ext.optional:
+            raise CompileError(f"{GUARD}: {complaint}")
+        print(
+            f"\nrankspawn: WARNING: the guard's program could not be built: {complaint}\n"
+            "rankspawn: WARNING: installing without it: when a launcher is killed, what its ranks started lives on.\n",
+            file=sys.stderr,
+        )
 
     def _compiler_takes(self, flag: str) -> bool:
         command = [*self.compiler.compiler_so, "-Werror", flag, "-S", "-x", "c", os.devnull, "-o", os.devnull]
@@ -182,7 +227,10 @@ def extensions() -> list[Extension]:
             "rankspawn._spawn",
             # Relative paths with forward slashes, sorted: the same build whatever order the file system lists in.
             ["src/rankspawn/_spawn.pyx", *sorted(path.as_posix() for path in Path("csrc").glob("*.c"))],
-            depends=["setup.py", *sorted(path.as_posix() for path in Path("csrc").glob("*.h"))],
+            depends=[
+                "setup.py",
+                *sorted(path.as_posix() for path in [*Path("csrc").glob("*.h"), *Path("csrc/guard").glob("*")]),
+            ],
             extra_compile_args=compile_args(),
             extra_link_args=link_args(),
             optional=not switched_on("RANKSPAWN_REQUIRE_EXTENSION"),

@@ -23,6 +23,7 @@ import pytest
 from rankspawn._end import guard as _guard
 from rankspawn._end.cgroup import GroupCgroup, new_name
 from rankspawn._end.guard import Guard
+from rankspawn._start import engine as _engine
 from rankspawn._start.engine import EXTENSION_ERROR
 from tests.support.processes import PATIENCE, eventually, frozen_by_v1, has_ended, new_cgroup
 from tests.support.state import fork
@@ -519,30 +520,62 @@ def test_guard_is_out_of_the_way() -> None:
         guard.close()
 
 
-def test_what_the_guards_process_loads() -> None:
-    """The guard runs as long as the job: a module that it does not load takes no memory, and no time at the start."""
-    folder = str(Path(_guard.__file__).parent.parent.parent)
-    look = _guard._PROGRAM.partition("; main")[0] + "; print(*sys.modules)"
-    command = [sys.executable, "-I", "-S", "-B", "-c", look, folder]
-    loaded = set(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split())
-    ours = {name for name in loaded if name.partition(".")[0] == "rankspawn"}
-    assert ours == {"rankspawn", *(f"rankspawn.{name}" for name in ("_end", "_end.guard", "_end.sessions"))}
-    assert loaded & {"contextlib", "dataclasses", "psutil", "re", "site", "subprocess", "threading", "typing"} == set()
+def test_guard_is_small() -> None:
+    """It maps its own few pages, not the launcher's: it costs no more beside a large launcher."""
+    guard = Guard.start()
+    try:
+        process = Path("/proc", str(guard.process.pid))
+        eventually(lambda: (process / "wchan").read_text() not in ("", "0"))
+        rollup = dict(line.split(":") for line in (process / "smaps_rollup").read_text().splitlines()[1:])
+        assert int(rollup["Pss"].split()[0]) <= 400  # KiB
+        assert (process / "comm").read_text() == "rankspawn-guard\n"
+    finally:
+        guard.close()
 
 
-def test_frozen_program_has_no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a frozen program sys.executable is the program itself, and would run a second time."""
+def test_frozen_program_has_a_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a frozen program or an embedded interpreter, sys.executable is another program, or none."""
     monkeypatch.setattr(sys, "frozen", True, raising=False)
-    with pytest.raises(OSError, match="needs a Python interpreter") as caught:
-        Guard.start()
-    assert caught.value.errno == errno.ENOTSUP
+    monkeypatch.setattr(sys, "executable", "")
+    test_launcher_killed(False)
 
 
-def test_guard_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lack", ["program", "execute permission", "engine"])
+def test_install_without_a_guard(lack: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The fixture of conftest.py asserts that no descriptor is left."""
-    monkeypatch.setattr(sys, "executable", "/no/such/python")
-    with pytest.raises(FileNotFoundError):
+    program = tmp_path / "rankspawn-guard"
+    monkeypatch.setattr(_guard, "_program", lambda: str(program))
+    if lack == "execute permission":
+        program.touch(mode=0o644)
+    elif lack == "engine":
+        monkeypatch.setattr(_engine, "mechanisms", tuple)
+        monkeypatch.setattr(_engine, "EXTENSION_ERROR", "No module named 'rankspawn._spawn'")
+    said = {
+        "program": f"a guard needs the program rankspawn-guard, which is not at {program}",
+        "execute permission": f"a guard needs the program {program}, which may not be executed",
+        "engine": f"a guard needs rankspawn's engine: {_engine.why_no_engine()}",
+    }
+    assert Guard.why_not() == said[lack]
+    assert lack != "engine" or "No module named" in said[lack]
+    with pytest.raises(OSError) as caught:
         Guard.start()
+    assert (caught.value.errno, caught.value.strerror) == (errno.ENOTSUP, said[lack])
+
+
+def test_guard_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "rankspawn-guard"
+    program.write_bytes(b"\x7fELF, and no more")
+    program.chmod(0o755)
+    monkeypatch.setattr(_guard, "_program", lambda: str(program))
+    with pytest.raises(OSError) as caught:
+        Guard.start()
+    assert caught.value.errno == errno.ENOEXEC
+
+
+def test_program_started_by_hand() -> None:
+    done = subprocess.run([_guard._program()], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "rankspawn-guard: rankspawn starts this program, not a person\n"
 
 
 # ---- with a cgroup --------------------------------------------------------------------------------------------------

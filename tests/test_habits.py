@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "rankspawn"
 MODULES = sorted(SOURCE.rglob("*.py"))
-C_FILES = sorted((ROOT / "csrc").glob("*.[ch]"))
+C_FILES = sorted((ROOT / "csrc").rglob("*.[ch]"))
 CYTHON_FILES = sorted(SOURCE.rglob("*.p[xy][dx]"))
 
 MOST_PYTHON_LINES = 400

@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "_binding": {"_frozen", "_ids", "_public"},
     "_place": {"_canvas", *BASE},
     "_start": {"_spawn", *BASE},
-    "_end": {"_start"},
+    "_end": {"_start", "_spawn"},
     "_output": {"_start", "_end", "_canvas", *BASE},
     "_group": {"_place", "_start", "_end", "_output", *BASE},
     "_multiprocessing": {"_start", "_spawn", *BASE},
@@ -44,7 +44,6 @@ ROOMS: dict[str, set[str]] = {
 
 # What a module may import though it is less than its room may: module -> the modules of ours, and why.
 NEVERS: dict[str, tuple[set[str], str]] = {
-    "_end.guard": ({"_end.sessions"}, "the guard's process loads no more than it needs for as long as the job lasts"),
     "_multiprocessing.forked": ({"_spawn"}, "every process that a fork server forks loads it"),
 }
 """At import; what stands in a function or under TYPE_CHECKING is loaded when it is used, or never."""

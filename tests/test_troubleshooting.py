@@ -179,9 +179,11 @@ def _(_: Path) -> str:
     )
 
 
-@provokes("a guard needs a Python interpreter: this program has none to start")
-def _(_: Path) -> str:
-    return python("import sys; sys.frozen = True; from rankspawn import launch; launch(['true'], 1, guard=True)")
+@provokes("a guard needs the program rankspawn-guard, which is not at ...")
+def _(folder: Path) -> str:
+    return python(
+        f"from rankspawn import launch, _spawn\n_spawn.__file__ = '{folder}/_spawn.so'\nlaunch(['true'], 1, guard=True)"
+    )
 
 
 @provokes("not a group leader: start it with start_new_session=True or process_group=0")

@@ -5,5 +5,5 @@ ranks      all of them: signalled, killed; who is stuck     deadline   moments u
 sessions   everybody in a session, looked for and killed    cgroup     everybody in a cgroup, in one write
 processes  who started whom, by psutil                      guard      when the launcher itself is killed
 
-It imports _start alone; and guard, at its import, nothing of ours but sessions: the guard's process loads no more.
+It imports _start alone, and of the engine where its folder is: the guard's program (csrc/guard) lies there.
 """

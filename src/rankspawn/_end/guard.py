@@ -1,7 +1,13 @@
 """The guard: a small process that outlives the launcher, to end what the launcher could not.
 
 When the launcher is killed with SIGKILL, death signals (PR_SET_PDEATHSIG) end its ranks; what the ranks have started
-lives on. The guard ends every member of the ranks' sessions then, and what is in the group's cgroup.
+lives on. The guard ends every member of the ranks' sessions then, and what is in the group's cgroup, and removes the
+launcher's temporary folder.
+
+It is a program of our own in C (csrc/guard), which lies beside the engine. A forked child that never returns to Python
+would keep the launcher's memory, and to make it takes longer the more of that there is; one that shares the launcher's
+memory dies with it when memory runs out. A program needs its own few pages only, and no interpreter: it works in frozen
+programs and embedded interpreters. Where a mount forbids to execute it (noexec), it forbids to load the engine, too.
 
 How it is sound, from the first moment to the last:
 
@@ -12,87 +18,100 @@ How it is sound, from the first moment to the last:
     of children that are about to write; and these hold the pipe's write end, which closes with exec. At the end of the
     file all have registered.
  3. The launcher's death is seen by a pidfd that the launcher has opened of itself and the guard has inherited: it is
-    readable from that death on, also when that was before the guard's first instruction. The pipe's end does not tell
-    of it: a forked copy of the launcher holds the pipe, too, and a launcher that closes all its descriptors does not.
- 4. Numbers are used again. A session's number is taken for as long as the session has a member, so the guard holds a
-    pidfd of one member of each, a witness: the leader first. When it ends, another member takes its place; where there
-    is none, the session is over, and its number forgotten. Between a witness's end and the look at the session are
-    milliseconds, in which all other numbers would have to be used for this one to come again.
+    readable from that death on, also when that was before the guard's first instruction. The end of the pipe does not
+    show that death: a forked copy of the launcher holds the pipe, too, and a launcher that closes all its descriptors
+    does not.
+ 4. Numbers are used again. csrc/guard/sessions.c says how the guard knows which are still the ranks'. It wakes when a
+    rank begins or ends, and then sleeps for 10 ms before it looks at all that has come.
  5. It has a session of its own (no terminal's signal, no signal to the launcher's group reaches it), / as its folder,
-    nothing of the launcher's open, and ignores SIGINT, SIGTERM and SIGHUP. It does not run in the group's cgroup.
+    nothing of the launcher's open but its temporary folder, and ignores SIGINT, SIGTERM and SIGHUP. It does not run in
+    the group's cgroup.
  6. Killed itself, it ends no rank and no launcher; the launcher can see it (Guard.process), and launch() says it.
 
 A forked copy of the launcher may hold the pipe for days: after the launcher's death the guard waits for the end of the
 file for ``patience`` seconds at most. A child is between clone and its registration for microseconds.
 
-What has called setsid itself is out of the guard's sight; the group's cgroup holds it, where there is one.
+The guard cannot find a process that has called setsid itself; the group's cgroup holds it, where there is one.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import select
-import signal
-import sys
-import time
 
-from .sessions import kill_members, members
-
-TYPE_CHECKING = False  # the guard's process loads this: see _sessions.py
+TYPE_CHECKING = False  # typing's own costs more than this module
 
 if TYPE_CHECKING:
     from .._start.popen import Popen
-    from .cgroup import GroupCgroup
 
 PATIENCE_SECONDS = 10.0
-_BLIND_POLL_MS = 100  # where there is no pidfd of the launcher
-
-# -I: nothing of the user's environment or folders; -S: no site-packages, whose .pth files may import anything. The
-# folder that this package is in comes last, so that nothing in it passes for the standard library.
-_PROGRAM = "import sys; sys.path.append(sys.argv[1]); from rankspawn._end.guard import main; main(*sys.argv[2:])"
-
-_PID_BYTES = 4  # of a pid_t, "i" in the words of memoryview
+NAME = "rankspawn-guard"
 
 
 class Guard:
-    """The launcher's half: the guard's process, and the pipe's write end.
+    """The launcher's half: the guard's process, and the write end of its pipe.
 
-    fd: where each rank of the group writes its pid, a native int, after setsid and before exec. Close-on-exec.
-    process: the guard. Its pidfd is readable when it has ended before close(): the group is unguarded then.
+    Attributes:
+        fd: Where each rank of the group writes its pid, a native int, after setsid and before exec. Close-on-exec.
+        process: The guard. Its pidfd is readable when it has ended before close(): the group is unguarded then.
     """
 
     def __init__(self, process: Popen, fd: int) -> None:
         self.process = process
         self.fd = fd
 
+    @staticmethod
+    def why_not() -> str:
+        """Say why there can be no guard here; empty where there can be one."""
+        from .._start.engine import mechanisms, why_no_engine
+
+        if not mechanisms():
+            return f"a guard needs rankspawn's engine: {why_no_engine()}"
+        path = _program()
+        if not os.path.exists(path):
+            return f"a guard needs the program {NAME}, which is not at {path}"
+        if not os.access(path, os.X_OK):
+            return f"a guard needs the program {path}, which may not be executed"
+        return ""
+
     @classmethod
-    def start(cls, cgroup: str | None = None, patience: float = PATIENCE_SECONDS) -> Guard:
+    def start(
+        cls, cgroup: str | None = None, patience: float = PATIENCE_SECONDS, folder: str | os.PathLike[str] | None = None
+    ) -> Guard:
         """Start the guard of one group, before the group's first rank; does not wait for it to come up.
 
-        cgroup: the directory of the group's cgroup, which the guard ends and removes, too. It need not be there yet;
-            made after the guard is started and removed before it is closed, it is never without one.
-        patience: after the launcher's death, how many seconds the guard goes on, at most, while somebody is left or
-            the pipe is held open.
+        Args:
+            cgroup: The directory of the group's cgroup, which the guard ends and removes, too. It need not be there
+                yet: made after the guard is started and removed before it is closed, it is never without one.
+            patience: After the launcher's death, how many seconds the guard goes on at most, while somebody is left or
+                the pipe is held open.
+            folder: A temporary folder that the launcher has made, which the guard removes with all that is in it when
+                the launcher has died and nobody is left.
 
-        Raises OSError when there is no interpreter to run it with (a frozen program), or what Popen raises.
+        Raises:
+            OSError: ENOTSUP where this install has no guard, and what Popen raises.
         """
-        import subprocess  # these two not at import: the guard's own process has no use for them
+        import subprocess
 
         from .._start.popen import Popen
 
-        if not sys.executable or getattr(sys, "frozen", False):
-            raise OSError(errno.ENOTSUP, "a guard needs a Python interpreter: this program has none to start")
-        folder = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        lack = cls.why_not()
+        if lack:
+            raise OSError(errno.ENOTSUP, lack)
         inherited: list[int] = []
         reading, writing = map(_above_stdio, os.pipe())
         try:
-            inherited = [reading, *_own_pidfd()]
-            numbers = ",".join(map(str, inherited))
+            inherited.append(reading)
+            launcher = _own_pidfd()
+            inherited += launcher
+            opened = [] if folder is None else [_open_folder(folder)]
+            inherited += opened
             process = Popen(
-                [sys.executable, "-I", "-S", "-B", "-c", _PROGRAM, folder, numbers, str(os.getpid()), str(patience)]
-                + ([] if cgroup is None else [cgroup]),
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                [
+                    NAME, str(os.getpid()), str(reading), *map(str, launcher or "-"), str(round(patience * 1000)),
+                    *map(str, opened or "-"), "" if folder is None else os.path.abspath(folder), cgroup or "",
+                ],
+                executable=_program(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 cwd="/", pass_fds=inherited, start_new_session=True,
             )  # fmt: skip
         except BaseException:
@@ -128,7 +147,7 @@ class Guard:
         try:
             self.process.wait(PATIENCE_SECONDS)
         except TimeoutExpired:
-            pass  # in uninterruptible sleep, over a file of its interpreter for example: it ends when it can
+            pass  # in uninterruptible sleep, or frozen: it ends when it can
 
 
 def _own_pidfd() -> list[int]:
@@ -151,130 +170,13 @@ def _above_stdio(fd: int) -> int:
         os.close(fd)
 
 
-# ---- the guard's own process ----------------------------------------------------------------------------------------
+def _program() -> str:
+    """Where the guard's program is: beside the engine."""
+    from .. import _spawn
+
+    return os.path.join(os.path.dirname(os.path.abspath(_spawn.__file__)), NAME)
 
 
-def main(descriptors: str, launcher: str, patience: str, *cgroup: str) -> None:
-    """What _PROGRAM runs. descriptors: the pipe's read end, and a pidfd of the launcher where there is one."""
-    import resource  # Windows has none
-
-    for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(sig, signal.SIG_IGN)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a witness for each rank
-    except (OSError, ValueError):
-        pass  # fs.nr_open has been lowered below it; a session without a witness is guarded, too
-    watch = _Watch(*map(int, descriptors.split(",")))
-    watch.until_death_of(int(launcher))
-    watch.end_all(time.monotonic() + float(patience), _open_cgroup(*cgroup) if cgroup else None)
-
-
-def _open_cgroup(path: str) -> GroupCgroup | None:
-    from .cgroup import GroupCgroup  # most groups have none
-
-    try:
-        return GroupCgroup(path)
-    except OSError:
-        return None  # it was removed, or never made; and whatever else there is, the sessions come first
-
-
-class _Watch:
-    """The sessions of the group, kept up to date by what descriptors tell."""
-
-    def __init__(self, pipe: int, launcher: int = -1) -> None:
-        self._sessions: set[int] = set()
-        self._witnesses: dict[int, int] = {}  # pidfd -> session
-        self._pipe, self._launcher = pipe, launcher
-        self._all_registered = False
-        self._poller = select.poll()
-        for fd in (pipe, launcher):
-            if fd >= 0:
-                self._poller.register(fd, select.POLLIN)
-        os.set_blocking(pipe, False)
-
-    def until_death_of(self, launcher: int) -> None:
-        """Return when the launcher, of this number, has died."""
-        while True:
-            ready = {fd for fd, _ in self._poller.poll(_BLIND_POLL_MS if self._launcher < 0 else None)}
-            if self._launcher in ready:
-                return
-            # Without a pidfd. 0 is a launcher in an outer PID namespace, of which this tells nothing.
-            if self._launcher < 0 and os.getppid() not in (launcher, 0):
-                return
-            if self._pipe in ready:
-                self._read()
-            self._renew({self._dismiss(pidfd) for pidfd in ready & self._witnesses.keys()})
-
-    def end_all(self, until: float, cgroup: GroupCgroup | None) -> None:
-        """End everybody, until nobody is left and nobody more can come, or that moment has come."""
-        while True:
-            self._read()
-            if cgroup is not None:
-                try:
-                    cgroup.kill()
-                except OSError:
-                    cgroup = None  # refused, by a mount that is read-only now for example: the sessions are left
-            left = max(0.0, until - time.monotonic())
-            if not kill_members(self._sessions, min(1.0, left)):
-                self._sessions.clear()
-                if self._all_registered:
-                    break
-                _wait_readable(self._pipe, left)
-            if not left:
-                break
-        if cgroup is not None and cgroup.wait_empty(until - time.monotonic()):
-            cgroup.remove()
-
-    def _read(self) -> None:
-        """Take what has been registered."""
-        unseen = set()
-        while not self._all_registered:
-            try:
-                told = os.read(self._pipe, 1024 * _PID_BYTES)
-            except BlockingIOError:
-                break
-            if not told:
-                self._all_registered = True
-                self._poller.unregister(self._pipe)
-            for pid in memoryview(told).cast("i"):
-                self._sessions.add(pid)
-                if not self._appoint(pid, pid):
-                    unseen.add(pid)
-        self._renew(unseen)
-
-    def _appoint(self, pid: int, session: int) -> bool:
-        """Make a process the witness of its session; whether that could be done."""
-        try:
-            pidfd = os.pidfd_open(pid)
-        except (AttributeError, OSError):
-            return False
-        try:
-            if os.getsid(pid) == session:
-                self._poller.register(pidfd, select.POLLIN)
-                self._witnesses[pidfd] = session
-                return True
-        except ProcessLookupError:
-            pass
-        os.close(pidfd)
-        return False
-
-    def _dismiss(self, pidfd: int) -> int:
-        """Let go of a witness that has ended; its session."""
-        self._poller.unregister(pidfd)
-        os.close(pidfd)
-        return self._witnesses.pop(pidfd)
-
-    def _renew(self, sessions: set[int]) -> None:
-        """Find new witnesses for these sessions, and forget those in which nobody is left."""
-        found = members(sessions) if sessions else {}
-        self._sessions -= sessions - set(found.values())
-        for pid, session in found.items():
-            if session in sessions and self._appoint(pid, session):
-                sessions.remove(session)
-
-
-def _wait_readable(fd: int, seconds: float) -> None:
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    poller.poll(seconds * 1000)
+def _open_folder(path: str | os.PathLike[str]) -> int:
+    """A descriptor of the folder itself: what has its name later is not removed."""
+    return _above_stdio(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))

@@ -1,0 +1,172 @@
+/* rankspawn-guard: a program that outlives a launcher, to end what the launcher could not. src/rankspawn/_end/guard.py
+ * starts it, and says how it is sound.
+ *
+ *     rankspawn-guard LAUNCHER PIPE PIDFD PATIENCE FOLDERFD FOLDER CGROUP
+ *
+ * LAUNCHER  its pid             PIPE      where the ranks register: each writes a pid_t
+ * PIDFD     of the launcher, or "-"       PATIENCE  in milliseconds
+ * FOLDERFD  the open temporary folder, or "-", and FOLDER its path
+ * CGROUP    the path of the group's cgroup, which may be there or not, or ""
+ */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include "folders.h"
+#include "sessions.h"
+
+#include <errno.h>
+#include <time.h>
+
+enum {
+    /* Ranks come and go by dozens: after an event the guard sleeps this long, and takes together what has come. */
+    REST_MS = 10,
+    BLIND_MS = 100, /* between two looks where the kernel has no pidfd to wait for */
+    ROUND_MS = 1000,
+    EVENTS_AT_ONCE = 64,
+    PIDS_AT_ONCE = 1024,
+};
+
+/* The data of events that are no witness's. */
+enum { FROM_PIPE = 0, FROM_LAUNCHER = 1 };
+
+struct guard {
+    pid_t launcher;
+    int pipe;           /* -1: at its end, all ranks have registered */
+    int launcher_pidfd; /* -1: none */
+    int64_t patience;
+    int folder; /* -1: none */
+    const char *folder_path;
+    const char *cgroup_path;
+    struct sessions sessions;
+};
+
+/* Take what has been registered. */
+static void
+take_registrations(struct guard *guard)
+{
+    pid_t told[PIDS_AT_ONCE];
+    while (guard->pipe >= 0) {
+        long bytes = read_from(guard->pipe, told, sizeof told);
+        if (bytes == -EAGAIN || bytes == -EINTR) {
+            return;
+        }
+        if (bytes <= 0) {
+            close_fd(guard->pipe);
+            guard->pipe = -1;
+        }
+        for (long i = 0; i < bytes / (long)sizeof *told; i++) {
+            sessions_add(&guard->sessions, told[i]);
+        }
+    }
+}
+
+/* Whether the launcher has died, after a wait for that of so many milliseconds. */
+static bool
+launcher_has_died(const struct guard *guard, int milliseconds)
+{
+    bool died = wait_for(guard->launcher_pidfd, POLLIN, (int64_t)milliseconds * NANOSECONDS_IN_MS);
+    if (guard->launcher_pidfd >= 0) {
+        return died;
+    }
+    /* 0 is a launcher in an outer PID namespace, of which this tells nothing. */
+    pid_t parent = parent_pid();
+    return parent != guard->launcher && parent != 0;
+}
+
+static void
+take_events(struct guard *guard)
+{
+    struct epoll_event events[EVENTS_AT_ONCE];
+    long count;
+    take_registrations(guard);
+    do {
+        count = epoll_next(guard->sessions.epoll, events, EVENTS_AT_ONCE, 0);
+        for (long i = 0; i < count; i++) {
+            if (events[i].data.u64 > FROM_LAUNCHER) {
+                sessions_lose_witness(&guard->sessions, (pid_t)events[i].data.u64);
+            }
+        }
+    } while (count == EVENTS_AT_ONCE);
+}
+
+static void
+until_launcher_dies(struct guard *guard)
+{
+    bool sees_all = guard->launcher_pidfd >= 0;
+    for (;;) {
+        struct epoll_event event;
+        epoll_next(guard->sessions.epoll, &event, 1, sees_all ? -1 : BLIND_MS);
+        if (launcher_has_died(guard, REST_MS)) {
+            return;
+        }
+        take_events(guard);
+        sees_all = sessions_renew(&guard->sessions) && guard->launcher_pidfd >= 0;
+    }
+}
+
+/* End everybody, until nobody is left and nobody more can come, or the guard's patience is over. */
+static void
+end_all(struct guard *guard)
+{
+    int64_t until = now(CLOCK_MONOTONIC) + guard->patience, left;
+    int cgroup = *guard->cgroup_path ? (int)open_at(AT_FDCWD, guard->cgroup_path, O_RDONLY | O_DIRECTORY) : -1;
+    bool nobody, kills_cgroup = cgroup >= 0;
+    take_events(guard);
+    do {
+        take_registrations(guard);
+        /* It may refuse, on a mount that is read-only now for example: the sessions are left then. */
+        kills_cgroup = kills_cgroup && cgroup_kill(cgroup);
+        left = until - now(CLOCK_MONOTONIC);
+        int64_t most = (int64_t)ROUND_MS * NANOSECONDS_IN_MS;
+        nobody = sessions_end(&guard->sessions, now(CLOCK_MONOTONIC) + (left < most ? left : most));
+        if (nobody && guard->pipe >= 0) {
+            wait_for(guard->pipe, POLLIN, left);
+        }
+    } while (left > 0 && (!nobody || guard->pipe >= 0));
+    if (kills_cgroup && cgroup_wait_empty(cgroup, until)) {
+        folder_remove(cgroup, guard->cgroup_path);
+    }
+    if (guard->folder >= 0 && nobody) {
+        folder_remove(guard->folder, guard->folder_path);
+    }
+}
+
+static int
+descriptor_in(const char *text)
+{
+    const char *end;
+    int number = (int)number_in(text, &end);
+    return end == text ? -1 : number;
+}
+
+int
+guard_main(int argc, char *const *argv)
+{
+    static struct guard guard;
+    const char *end;
+    if (argc != 8) {
+        static const char by_hand[] = "rankspawn-guard: rankspawn starts this program, not a person\n";
+        write_to(2, by_hand, sizeof by_hand - 1);
+        return 2;
+    }
+    ignore_signal(SIGINT);
+    ignore_signal(SIGTERM);
+    ignore_signal(SIGHUP);
+    raise_descriptor_limit(); /* a witness for each rank */
+    guard.launcher = (pid_t)number_in(argv[1], &end);
+    guard.pipe = descriptor_in(argv[2]);
+    guard.launcher_pidfd = descriptor_in(argv[3]);
+    guard.patience = number_in(argv[4], &end) * NANOSECONDS_IN_MS;
+    guard.folder = descriptor_in(argv[5]);
+    guard.folder_path = argv[6];
+    guard.cgroup_path = argv[7];
+    guard.sessions.epoll = (int)make_epoll();
+    set_nonblocking(guard.pipe);
+    epoll_watch(guard.sessions.epoll, guard.pipe, FROM_PIPE);
+    if (guard.launcher_pidfd >= 0) {
+        epoll_watch(guard.sessions.epoll, guard.launcher_pidfd, FROM_LAUNCHER);
+    }
+    until_launcher_dies(&guard);
+    end_all(&guard);
+    return 0;
+}

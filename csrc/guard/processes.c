@@ -1,0 +1,172 @@
+/* The processes that /proc shows; see processes.h.
+ *
+ * Fields of /proc/N/stat are counted as proc(5) counts them. Field 2, the name, may hold spaces and parentheses: what
+ * follows is counted from the last parenthesis on.
+ */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include "processes.h"
+
+#include <errno.h>
+#include <time.h>
+
+enum {
+    STAT_STATE = 3,
+    STAT_SESSION = 6,
+    STAT_THREADS = 20,
+    STAT_START = 22,
+    TICKS_IN_S = 100, /* USER_HZ, on every machine that this is built for */
+    MOST_PIDS = 1 << 22,
+    PATH_ROOM = 64,
+    STAT_ROOM = 1024,
+    STATUS_ROOM = 4096,
+};
+
+static long
+read_of(pid_t shown, const char *name, char *text, size_t room)
+{
+    char path[PATH_ROOM];
+    put_text(put_number(put_text(path, "/proc/"), shown), name);
+    return read_file(AT_FDCWD, path, text, room);
+}
+
+/* A field of /proc/N/stat from the third on, or NULL. */
+static const char *
+stat_field(const struct process *process, int field, char text[STAT_ROOM])
+{
+    if (!process->shown || read_of(process->shown, "/stat", text, STAT_ROOM) <= 0) {
+        return NULL;
+    }
+    const char *at = NULL;
+    for (const char *each = text; *each; each++) {
+        at = *each == ')' ? each : at;
+    }
+    for (int number = 2; at && number < field; number++) {
+        do {
+            at++;
+        } while (*at && *at != ' ');
+        at = *at ? at : NULL;
+    }
+    return at ? at + 1 : NULL;
+}
+
+/* Which of the numbers in the line NSpid is the last one of this process: that of its own namespace. 0: not known. */
+static int
+numbers_of(const char *status, int wanted, pid_t *number)
+{
+    const char *at = after_line_start(status, "NSpid:");
+    int count = 0;
+    while (at && *at == '\t') {
+        pid_t one = (pid_t)number_in(at + 1, &at);
+        count++;
+        if (count == wanted) {
+            *number = one;
+        }
+    }
+    return count;
+}
+
+static void
+add(struct processes *processes, pid_t pid, pid_t shown)
+{
+    if (make_room((void **)&processes->all, &processes->room, processes->count, sizeof *processes->all)) {
+        processes->all[processes->count++] = (struct process){pid, shown};
+    }
+}
+
+struct listing {
+    struct processes *processes;
+    int depth; /* of the own number in the line NSpid */
+};
+
+static bool
+list_one(void *context, const char *name)
+{
+    struct listing *listing = context;
+    const char *end;
+    pid_t shown = (pid_t)number_in(name, &end), pid = shown;
+    if (end == name || *end) {
+        return true;
+    }
+    if (listing->depth > 1) {
+        char status[STATUS_ROOM];
+        pid = 0;
+        if (read_of(shown, "/status", status, sizeof status) > 0) {
+            numbers_of(status, listing->depth, &pid);
+        }
+    }
+    if (pid > 0) {
+        add(listing->processes, pid, shown);
+    }
+    return true;
+}
+
+void
+processes_list(struct processes *processes)
+{
+    char status[STATUS_ROOM];
+    struct listing listing = {processes, 0};
+    pid_t own = 0;
+    processes->count = 0;
+    /* Where /proc is another namespace's, /proc/self has the guard's number there; an unrelated one shows no self. */
+    if (read_file(AT_FDCWD, "/proc/self/status", status, sizeof status) > 0) {
+        listing.depth = numbers_of(status, 0, &own);
+        const char *at = after_line_start(status, "Pid:\t");
+        own = at ? (pid_t)number_in(at, &at) : 0;
+    }
+    bool is_own = own == own_pid() && listing.depth <= 1;
+    processes->procfs = is_own ? PROCFS_OWN : listing.depth > 1 ? PROCFS_OUTER : PROCFS_NONE;
+    long folder = processes->procfs == PROCFS_NONE ? -1 : open_at(AT_FDCWD, "/proc", O_RDONLY | O_DIRECTORY);
+    if (folder >= 0) {
+        while (next_names((int)folder, list_one, &listing) > 0) {
+        }
+        close_fd((int)folder);
+        return;
+    }
+    processes->procfs = PROCFS_NONE;
+    for (pid_t pid = 1; pid < MOST_PIDS; pid++) {
+        if (session_of(pid) != -ESRCH) {
+            add(processes, pid, 0);
+        }
+    }
+}
+
+long
+process_session(const struct process *process)
+{
+    char text[STAT_ROOM];
+    long session = session_of(process->pid);
+    if (session == -EPERM && process->shown == process->pid) {
+        const char *field = stat_field(process, STAT_SESSION, text);
+        return field ? (long)number_in(field, &field) : -EPERM;
+    }
+    return session;
+}
+
+bool
+process_has_ended(const struct process *process)
+{
+    char text[STAT_ROOM];
+    const char *state = stat_field(process, STAT_STATE, text);
+    if (!state || (*state != 'Z' && *state != 'X')) {
+        return false;
+    }
+    /* The first thread may have ended and the others run on; all that is said of the process then is "zombie". */
+    const char *threads = stat_field(process, STAT_THREADS, text);
+    return threads && number_in(threads, &threads) <= 1;
+}
+
+int64_t
+process_start(const struct process *process)
+{
+    char text[STAT_ROOM];
+    const char *start = stat_field(process, STAT_START, text);
+    return start ? number_in(start, &start) : -1;
+}
+
+int64_t
+ticks_now(void)
+{
+    return now(CLOCK_BOOTTIME) / (1000000000 / TICKS_IN_S);
+}

@@ -1,0 +1,36 @@
+/* The sessions of a group's ranks: which numbers are still theirs, and the end of everybody in them. */
+#ifndef RANKSPAWN_GUARD_SESSIONS_H
+#define RANKSPAWN_GUARD_SESSIONS_H
+
+#include "processes.h"
+
+struct session {
+    pid_t number;
+    int witness;        /* a pidfd of a member that had not ended when it was last looked at; -1: none */
+    int64_t registered; /* in clock ticks since the machine was started: its leader is not younger */
+    bool is_found;      /* the look that is under way has found a member that lives */
+    bool is_strangers;  /* the number belongs to another session now */
+};
+
+struct sessions {
+    struct session *all; /* by ascending number */
+    size_t count, room;
+    int epoll; /* where witnesses are watched; the event's data is the session's number */
+    struct processes processes;
+};
+
+/* A rank has registered. Returns false where there is no memory for it. */
+bool sessions_add(struct sessions *sessions, pid_t number);
+
+/* The witness of a session has ended. */
+void sessions_lose_witness(struct sessions *sessions, pid_t number);
+
+/* Look for a witness for each session that has none, and forget the sessions in which nobody is left. Returns whether
+ * every session that is left has a witness. */
+bool sessions_renew(struct sessions *sessions);
+
+/* Kill everybody, again and again, until nobody is left or that moment (CLOCK_MONOTONIC) has come. Returns whether
+ * nobody is left. A session in which nobody is left is forgotten at once: its number may be a stranger's soon. */
+bool sessions_end(struct sessions *sessions, int64_t until);
+
+#endif
