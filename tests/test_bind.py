@@ -121,14 +121,15 @@ def test_a_rank_of_each_launcher_is_where_it_belongs(launcher: str) -> None:
         assert place["cpus"] == [cpu]
 
 
-def test_the_default_is_the_node() -> None:
-    said = r"rankspawn: local rank 1: cpus ([\d,-]+), memory inherited"
+def test_the_default_is_auto() -> None:
+    """With one node, it leaves the rank unbound."""
+    said = r"rankspawn: local rank 1: cpus (inherited|[\d,-]+), memory inherited"
     place = found([*BIND, "-v", *PLACE], said=said)
     assert place["cpus"] and set(place["cpus"]) <= set(CPUS)
 
 
 def test_a_memory_policy() -> None:
-    done = ran([*BIND, "--memory-policy", "bind", "--verbose", "--", *PLACE])
+    done = ran([*BIND, "--numa-binding", "node", "--memory-policy", "bind", "--verbose", "--", *PLACE])
     if done.returncode and "set_mempolicy: " in done.stderr:
         pytest.skip(done.stderr.strip())  # the kernel has no NUMA, or the container forbids the call
     assert re.match("bind:[0-9,-]+$", json.loads(done.stdout)["memory"])
@@ -350,7 +351,7 @@ def test_wrong_usage(words: list[str], message: str) -> None:
 def test_a_refused_step(tmp_path: Path) -> None:
     log = tmp_path / "log"
     fault = ["-e", "trace=set_mempolicy", "-e", "inject=set_mempolicy:error=EPERM"]
-    command = ["strace", "-o", str(log), *fault, *BIND, "--memory-policy", "bind"]
+    command = ["strace", "-o", str(log), *fault, *BIND, "--numa-binding", "node", "--memory-policy", "bind"]
     done = ran([*command, *PLACE])
     if "ptrace" in done.stderr:
         pytest.skip(done.stderr.strip())
@@ -360,4 +361,9 @@ def test_a_refused_step(tmp_path: Path) -> None:
     optional = ran([*command, "--numa-binding-optional", *PLACE])
     assert optional.returncode == 0, optional.stderr
     assert not json.loads(optional.stdout)["memory"].startswith("bind")
-    assert optional.stderr == "rankspawn: local rank 1: the system refused set_mempolicy: Operation not permitted\n"
+    refused = "rankspawn: local rank 1: the system refused set_mempolicy: Operation not permitted\n"
+    assert optional.stderr == refused
+    verbose = ran([*command, "--numa-binding-optional", "-v", *PLACE]).stderr
+    assert re.fullmatch(re.escape(refused) + r"rankspawn: local rank 1: cpus [\d,-]+, memory inherited\n", verbose)
+    by_auto = ran([*command[:-4], "--memory-policy", "bind", *PLACE])
+    assert (by_auto.returncode, by_auto.stderr) == (0, refused)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 import rankspawn
-from docs.docstrings import entries, names_of, paragraphs
 from tests.support.pages import BLOCKS, MARKED, PAGES, PROGRAMS, ROOT, Block, missing, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the pages bind processes")
@@ -58,24 +59,48 @@ def test_reference_has(name: str) -> None:
     assert ".. automodule:: rankspawn.torchrun" in REFERENCE
 
 
-# Names that need no entry, or that a sentence describes; and the parameters of classes that users do not make.
+# Names that a sentence describes, and the parameters of classes that users do not make.
 SAID_OTHERWISE = {
     "BindingError": {"step", "binding"},
     "RankGroup": {"resources", "keep_going", "grace", "cgroup", "guard", "called_ns", "run_id"},
     "SubprocessHandler": {"proc"},
     "get_subprocess_handler": {*inspect.signature(rankspawn.get_subprocess_handler).parameters},
 }
+_SECTION = re.compile(r"^(?:Args|Attributes):\n((?: {4,}.*\n|\n)+)", re.MULTILINE)
+_ENTRY = re.compile(r"^ {4}(\*{0,2}\w+)(?: \(.*?\))?: \S", re.MULTILINE)
+
+
+def described(docstring: str) -> list[str]:
+    """The names of the entries in the sections Args and Attributes of a docstring in Google style."""
+    return [name.lstrip("*") for section in _SECTION.findall(docstring + "\n") for name in _ENTRY.findall(section)]
 
 
 @pytest.mark.parametrize("name", sorted({*rankspawn.__all__} - {"AffinityMode"}))
 def test_docstring_speaks_of_each_parameter(name: str) -> None:
     """The docstring also speaks of each attribute."""
-    described = getattr(rankspawn, name)
-    text = inspect.getdoc(described)
+    thing = getattr(rankspawn, name)
+    text = inspect.getdoc(thing)
     assert text
-    said = {term for one in paragraphs(text) for terms, _ in entries(one, names_of(described)) for term in terms}
-    wanted = {one for one in getattr(described, "__annotations__", ()) if not one.startswith("_")}
-    called = described.__init__ if isinstance(described, type) else described
+    wanted = {one for one in getattr(thing, "__annotations__", ()) if not one.startswith("_")}
+    called = thing.__init__ if isinstance(thing, type) else thing
     kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     wanted |= {one.name for one in inspect.signature(called).parameters.values() if one.kind not in kinds}
-    assert wanted - said - {"self", "mechanism", "return"} - SAID_OTHERWISE.get(name, set()) == set()
+    wanted -= {"self", "mechanism", "return"} | SAID_OTHERWISE.get(name, set())
+    assert wanted - {*described(text)} == set()
+
+
+SOURCES = sorted((ROOT / "src" / "rankspawn").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "src")))
+def test_docstrings_speak_of_parameters_that_there_are(path: Path) -> None:
+    """A function whose docstring has a section Args has an entry in it for each parameter, in order, and no other."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        text = ast.get_docstring(node) or ""
+        args = node.args
+        names = [arg.arg for arg in (*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg) if arg]
+        if "Args:\n" in text:
+            wanted = [name for name in names if name not in ("self", "cls")]
+            assert described(text) == wanted, f"{path}:{node.lineno}: {node.name}"

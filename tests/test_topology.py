@@ -18,6 +18,7 @@ from rankspawn._binding import PlacementError
 from rankspawn._ids import parse_mask
 from rankspawn._place.sysfs import TopologyError, Tree
 from rankspawn._place.topology import Topology
+from tests.support.plans import agree
 from tests.support.sysfs_tree import CPU, GIB, NODE, Machine, write
 
 CAPTURED = Path(__file__).resolve().parents[2] / "shared" / "topologies"
@@ -259,6 +260,12 @@ def test_every_captured_tree_is_read(captured: dict[str, Path]) -> None:
         assert topology.allowed_cpus, name
         assert {cpu for core in topology.cores for cpu in core.cpus} == topology.cpus, name
         assert {cpu for socket in topology.sockets for cpu in socket.cpus} == topology.cpus, name
+
+
+def test_plan_shows_what_run_does(captured: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for root in captured.values():
+        for options in ("", "--numa-binding node --numa-binding-optional", "--memory-policy bind"):
+            agree(root, 4, options, capsys)
 
 
 # Where lstopo answers otherwise, and why ours is kept.
