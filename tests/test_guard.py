@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
 import os
 import random
 import select
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +23,7 @@ from typing import Any
 import psutil
 import pytest
 
+import rankspawn
 from rankspawn._end import guard as _guard
 from rankspawn._end.cgroup import GroupCgroup, new_name
 from rankspawn._end.guard import Guard
@@ -457,6 +461,183 @@ def test_number_that_has_become_anothers() -> None:
             if stranger is not None:
                 stranger.kill()
                 stranger.wait()
+
+
+@contextmanager
+def stranger_with(number: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is no rank, in a session of its own, whose number was a rank's."""
+    stranger = take_number(number)
+    try:
+        if stranger is None:
+            pytest.skip("the number could not be had")
+        yield stranger
+    finally:
+        if stranger is not None:
+            stranger.kill()
+            stranger.wait()
+
+
+@contextmanager
+def adopting() -> Iterator[None]:
+    """Make this process the parent of its descendants' orphans, whatever process 1 does about them."""
+    set_child_subreaper = 36  # of linux/prctl.h
+    prctl = ctypes.CDLL(None).prctl
+    assert prctl(set_child_subreaper, 1, 0, 0, 0) == 0
+    try:
+        yield
+    finally:
+        prctl(set_child_subreaper, 0, 0, 0, 0)
+
+
+def test_number_that_becomes_anothers_while_the_guard_is_busy() -> None:
+    """One rank cannot be killed for a while; the session of another is over, and its number is a stranger's."""
+
+    def body(self: Launcher) -> None:
+        self.guard = Guard.start()
+        self.tell([self.guard.process.pid, *(rank.pid for rank in self.start(2, SLEEPING))])
+
+    with adopting(), launcher(body) as killed:
+        guard, stuck, number = killed.hear()
+        with frozen_by_v1(stuck):
+            killed.kill()
+            os.waitpid(number, 0)
+            time.sleep(0.2)
+            with stranger_with(number) as stranger:
+                time.sleep(0.5)
+                assert not has_ended(guard) and not has_ended(stuck)
+                assert stranger.poll() is None
+        os.waitpid(stuck, 0)
+        os.waitpid(guard, 0)
+
+
+def test_number_that_becomes_anothers_while_the_guard_is_stopped() -> None:
+    """The stranger's session leader is younger than the registration of the rank."""
+
+    def body(self: Launcher) -> None:
+        self.guard = Guard.start()
+        (rank,) = self.start(1, SLEEPING)
+        time.sleep(0.1)
+        self.guard.process.send_signal(signal.SIGSTOP)
+        rank.kill()
+        rank.wait()
+        self.tell([self.guard.process.pid, rank.pid])
+
+    with launcher(body) as killed:
+        guard, number = killed.hear()
+        with stranger_with(number) as stranger:
+            killed.kill()
+            os.kill(guard, signal.SIGCONT)
+            eventually(lambda: has_ended(guard))
+            assert stranger.poll() is None
+
+
+@pytest.fixture
+def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Path]:
+    """Run guards under strace, which makes a system call fail; the path of its log."""
+
+    def install(what: str, *options: str) -> Path:
+        if shutil.which("strace") is None:
+            pytest.skip("needs strace (Debian, Ubuntu: apt-get install strace)")
+        log, wrapper = tmp_path / "strace.log", tmp_path / "guard"
+        call = what.partition(":")[0]
+        # -D: the guard, not strace, is the launcher's child.
+        command = ["strace", "-D", "-qq", "-o", str(log), *options, f"--trace={call}", f"--inject={what}"]
+        wrapper.write_text(f'#!/bin/sh\nexec {shlex.join([*command, _guard._program()])} "$@"\n')
+        wrapper.chmod(0o755)
+        monkeypatch.setattr(_guard, "_program", lambda: str(wrapper))
+        return log
+
+    return install
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "pidfd_open:error=ENOSYS",  # before Linux 5.3
+        "pidfd_open:error=EPERM",  # a seccomp profile of that time
+        "pidfd_send_signal:error=EPERM",
+        "getsid:error=EPERM",  # a security module
+    ],
+)
+def test_system_call_that_the_kernel_refuses(what: str, fault: Callable[[str], Path]) -> None:
+    log = fault(what)
+    with launcher(guarded()) as killed:
+        guard = killed.hear()
+        killed.kill()
+        eventually(lambda: not killed.ranks)
+        eventually(lambda: has_ended(guard))
+    assert "(INJECTED)" in log.read_text()
+
+
+def test_number_that_becomes_anothers_without_pidfds(fault: Callable[[str], Path]) -> None:
+    log = fault("pidfd_open:error=ENOSYS")
+
+    def body(self: Launcher) -> None:
+        self.guard = Guard.start()
+        self.start(1, SLEEPING)
+        (rank,) = self.start(1, ["/bin/true"])
+        rank.wait()
+        self.tell([self.guard.process.pid, rank.pid])
+
+    with launcher(body) as killed:
+        guard, number = killed.hear()
+        eventually(lambda: "(INJECTED)" in log.read_text())
+        time.sleep(0.3)
+        with stranger_with(number) as stranger:
+            killed.kill()
+            eventually(lambda: has_ended(guard))
+            assert not killed.ranks
+            assert stranger.poll() is None
+
+
+# A group of 2 ranks, each of which leaves a child in a process group of its own, and a word when all are there.
+IN_A_NAMESPACE = """
+import os, sys, time
+from rankspawn import launch
+family = "import os, time\\nif os.fork() == 0: os.setpgid(0, 0)\\nelse: os.fork()\\nos.write(1, b'.'); time.sleep(1000)"
+reading, writing = os.pipe()
+os.dup2(writing, 1)
+with launch([sys.executable, "-I", "-S", "-c", family], 2, guard=True, rank_env=[{sys.argv[1]: sys.argv[2]}] * 2):
+    for _ in range(6):
+        os.read(reading, 1)
+    os.write(2, b"here\\n")
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize(
+    "proc",
+    [
+        ":",  # unshare --pid without --mount-proc: /proc shows the outer namespace
+        "mount -t proc proc /proc",
+        "mount -t tmpfs tmpfs /proc",  # none
+        "mount -t proc -o hidepid=2 proc /proc",
+    ],
+)
+def test_whatever_proc_shows(proc: str) -> None:
+    tag = f"{os.getpid()}.{random.getrandbits(64)}"
+    inside = f'{proc} || exit 1; "$@" & wait $!; sleep 1000'
+    command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", inside, "sh"]
+    command += [sys.executable, "-c", IN_A_NAMESPACE, TAG, tag]
+    environment = {**os.environ, "PYTHONPATH": str(Path(rankspawn.__file__).parent.parent)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as unshared:
+        try:
+            assert unshared.stderr is not None
+            line = unshared.stderr.readline()
+            if b"unshare" in line or b"mount" in line:
+                pytest.skip(line.decode())
+            assert line == b"here\n"
+            family = running("environ", f"{TAG}={tag}")
+            assert len(family) == 6
+            (launching,) = running("cmdline", f"{TAG}\0{tag}\0") - {unshared.pid, *shells(unshared.pid)}
+            os.kill(launching, signal.SIGKILL)
+            eventually(lambda: not running("environ", f"{TAG}={tag}"))
+        finally:
+            unshared.kill()
+
+
+def shells(pid: int) -> set[int]:
+    return {child.pid for child in psutil.Process(pid).children()}
 
 
 def test_guard_killed_first() -> None:

@@ -51,9 +51,10 @@ stat_field(const struct process *process, int field, char text[STAT_ROOM])
     return at ? at + 1 : NULL;
 }
 
-/* Which of the numbers in the line NSpid is the last one of this process: that of its own namespace. 0: not known. */
+/* How many numbers the line NSpid has: one for each PID namespace, from that of the procfs inwards. *number becomes the
+ * one at `wanted`, counted from 1, where there is one. */
 static int
-numbers_of(const char *status, int wanted, pid_t *number)
+numbers_in(const char *status, int wanted, pid_t *number)
 {
     const char *at = after_line_start(status, "NSpid:");
     int count = 0;
@@ -93,11 +94,11 @@ list_one(void *context, const char *name)
         char status[STATUS_ROOM];
         pid = 0;
         if (read_of(shown, "/status", status, sizeof status) > 0) {
-            numbers_of(status, listing->depth, &pid);
+            numbers_in(status, listing->depth, &pid);
         }
     }
     if (pid > 0) {
-        add(listing->processes, pid, shown);
+        add(listing->processes, pid, listing->depth > 1 ? 0 : shown);
     }
     return true;
 }
@@ -111,7 +112,7 @@ processes_list(struct processes *processes)
     processes->count = 0;
     /* Where /proc is another namespace's, /proc/self has the guard's number there; an unrelated one shows no self. */
     if (read_file(AT_FDCWD, "/proc/self/status", status, sizeof status) > 0) {
-        listing.depth = numbers_of(status, 0, &own);
+        listing.depth = numbers_in(status, 0, &own);
         const char *at = after_line_start(status, "Pid:\t");
         own = at ? (pid_t)number_in(at, &at) : 0;
     }
@@ -132,12 +133,27 @@ processes_list(struct processes *processes)
     }
 }
 
+struct process
+process_numbered(enum procfs procfs, pid_t pid)
+{
+    struct process process = {pid, procfs == PROCFS_OWN ? pid : 0};
+    long pidfd = procfs == PROCFS_OUTER ? pidfd_of(pid) : -1;
+    if (pidfd >= 0) {
+        char path[PATH_ROOM], text[STAT_ROOM];
+        put_number(put_text(path, "/proc/self/fdinfo/"), pidfd);
+        const char *at = read_file(AT_FDCWD, path, text, sizeof text) > 0 ? after_line_start(text, "Pid:\t") : NULL;
+        process.shown = at ? (pid_t)number_in(at, &at) : 0;
+        close_fd((int)pidfd);
+    }
+    return process;
+}
+
 long
 process_session(const struct process *process)
 {
     char text[STAT_ROOM];
     long session = session_of(process->pid);
-    if (session == -EPERM && process->shown == process->pid) {
+    if (session == -EPERM && process->shown) {
         const char *field = stat_field(process, STAT_SESSION, text);
         return field ? (long)number_in(field, &field) : -EPERM;
     }

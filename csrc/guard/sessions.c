@@ -116,11 +116,11 @@ note_ended(struct ended *ended, pid_t pid)
 static void
 mark_strangers(struct sessions *sessions)
 {
-    for (size_t i = 0; i < sessions->processes.count; i++) {
-        const struct process *process = &sessions->processes.all[i];
-        struct session *session = find(sessions, process->pid);
-        if (session && session->witness < 0) {
-            session->is_strangers = process_start(process) > session->registered;
+    for (size_t i = 0; i < sessions->count; i++) {
+        struct session *session = &sessions->all[i];
+        if (session->witness < 0) {
+            const struct process leader = process_numbered(sessions->processes.procfs, session->number);
+            session->is_strangers = process_start(&leader) > session->registered;
         }
     }
 }
