@@ -759,6 +759,109 @@ def test_program_started_by_hand() -> None:
     assert done.stderr == "rankspawn-guard: rankspawn starts this program, not a person\n"
 
 
+# ---- the launcher's temporary folder --------------------------------------------------------------------------------
+
+
+def with_folder(folder: Path, command: list[str] = SLEEPING) -> Callable[[Launcher], None]:
+    """A launcher's body: a guard that knows the folder, and a rank."""
+
+    def body(self: Launcher) -> None:
+        self.guard = Guard.start(folder=folder, patience=2.0)
+        (rank,) = self.start(1, command)
+        self.tell([self.guard.process.pid, rank.pid])
+
+    return body
+
+
+def fill(folder: Path) -> None:
+    """What ranks may leave in a folder: many files, folders in folders, links out of it, a name with any bytes."""
+    (folder / "attempt_0" / "0" / "deeper" / "deepest").mkdir(parents=True)
+    for number in range(300):
+        (folder / "attempt_0" / "0" / f"stdout-{number}.log").write_text("text")
+    (folder / "attempt_0" / os.fsdecode(b"\xff\n *")).mkdir()
+    (folder / "attempt_0" / "0" / "deeper" / "out").symlink_to(folder.parent / "mine", target_is_directory=True)
+    (folder / "file").symlink_to(folder.parent / "mine" / "precious")
+    os.mkfifo(folder / "fifo")
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Iterator[Path]:
+    """A file beside the launcher's folder, which is there at the end of the test, too."""
+    path = tmp_path / "mine" / "precious"
+    path.parent.mkdir()
+    path.write_text("text")
+    yield path
+    assert path.read_text() == "text"
+
+
+def test_temporary_folder_of_a_killed_launcher_is_removed(tmp_path: Path, mine: Path) -> None:
+    folder = tmp_path / "rankspawn-folder"
+    folder.mkdir()
+    fill(folder)
+    with launcher(with_folder(folder)) as killed:
+        guard, _ = killed.hear()
+        killed.kill()
+        eventually(lambda: has_ended(guard))
+        assert list(tmp_path.iterdir()) == [mine.parent]
+
+
+def test_temporary_folder_stays_while_a_rank_is_left(tmp_path: Path) -> None:
+    """The guard's patience is over before the rank can be killed."""
+    folder = tmp_path / "rankspawn-folder"
+    folder.mkdir()
+    with adopting(), launcher(with_folder(folder)) as killed:
+        guard, stuck = killed.hear()
+        with frozen_by_v1(stuck):
+            killed.kill()
+            os.waitpid(guard, 0)
+            assert folder.is_dir()
+        os.waitpid(stuck, 0)
+
+
+@pytest.mark.parametrize("what", ["another folder", "a symbolic link", "nothing"])
+def test_what_has_the_temporary_folders_name_now_stays(what: str, tmp_path: Path, mine: Path) -> None:
+    """The launcher has removed its folder or moved it away before it was killed: the guard holds the folder itself."""
+    folder = tmp_path / "rankspawn-folder"
+    folder.mkdir()
+    with launcher(with_folder(folder)) as killed:
+        guard, _ = killed.hear()
+        folder.rename(tmp_path / "moved")
+        if what == "another folder":
+            folder.mkdir()
+        elif what == "a symbolic link":
+            folder.symlink_to(mine.parent, target_is_directory=True)
+        before = sorted(tmp_path.iterdir())
+        killed.kill()
+        eventually(lambda: has_ended(guard))
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_no_mount_in_the_temporary_folder_is_emptied(tmp_path: Path, mine: Path) -> None:
+    folder = tmp_path / "rankspawn-folder"
+    (folder / "mounted").mkdir(parents=True)
+    (folder / "file").touch()
+    bind = ["mount", "--bind", str(mine.parent), str(folder / "mounted")]
+    if subprocess.run(bind, capture_output=True, check=False).returncode != 0:
+        pytest.skip("no mount can be made here")
+    try:
+        with launcher(with_folder(folder)) as killed:
+            guard, _ = killed.hear()
+            killed.kill()
+            eventually(lambda: has_ended(guard))
+            assert [path.name for path in folder.iterdir()] == ["mounted"]
+            assert mine.exists()
+    finally:
+        subprocess.run(["umount", str(folder / "mounted")], check=True)
+
+
+def test_no_guard_for_what_is_no_folder(tmp_path: Path) -> None:
+    """A link is none: whoever made it may not decide what is removed. conftest.py looks for descriptors."""
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    for name, error in (("link", NotADirectoryError), ("none", FileNotFoundError)):
+        with pytest.raises(error):
+            Guard.start(folder=tmp_path / name)
+
+
 # ---- with a cgroup --------------------------------------------------------------------------------------------------
 
 ESCAPED = ["/bin/sh", "-c", "setsid sleep 1000 & exec sleep 1000"]
@@ -816,6 +919,28 @@ def test_cgroup_that_refuses(what: str, tmp_path: Path) -> None:
         killed.hear()
         killed.kill()
         eventually(lambda: not killed.ranks)
+
+
+def test_cgroup_without_cgroup_kill(parent: Path, fault: Callable[[str, str, str], Path]) -> None:
+    """Before Linux 5.14: the guard freezes the cgroup and kills each process, those of cgroups below it too."""
+    log = fault("openat:error=ENOENT", "-P", "cgroup.kill")
+
+    def body(self: Launcher) -> None:
+        group = GroupCgroup.make(parent)
+        os.mkdir(f"{group.path}/below")
+        self.guard = Guard.start(cgroup=group.path)
+        _, other = self.start(2, ESCAPED, cgroup=group.fd)
+        Path(group.path, "below", "cgroup.procs").write_text(str(other.pid))
+        self.tell(self.guard.process.pid)
+
+    with launcher(body) as killed:
+        guard = killed.hear()
+        eventually(lambda: len(running("cmdline", "sleep\x001000\0") & killed.ranks) == 4)
+        killed.kill()
+        eventually(lambda: has_ended(guard))
+        assert not killed.ranks
+        assert [path for path in parent.iterdir() if path.is_dir()] == []
+    assert "(INJECTED)" in log.read_text()
 
 
 def test_launcher_killed_right_after_it_has_made_the_cgroup(parent: Path) -> None:
