@@ -203,7 +203,7 @@ class BuildSpawn(build_ext):
 
 
 class WheelForOneSystem(bdist_wheel):
-    """Windows' wheel, which is all Python, says that it is for Windows.
+    """A wheel without the extension has no tag of a system, but for Windows' wheel, which says that it is for Windows.
 
     Named py3-none-any it would fit every machine, and pip would take it wherever no other wheel fits (another
     processor, an older libc) instead of the sdist, which builds the engine there.
@@ -217,6 +217,13 @@ class WheelForOneSystem(bdist_wheel):
         if self.plat_name and self.plat_name.startswith("win"):
             self.distribution.ext_modules = []
         super().finalize_options()
+
+    def run_command(self, command: str) -> None:
+        super().run_command(command)
+        if command == "build" and not any(map(os.path.exists, self.get_finalized_command("build_ext").get_outputs())):
+            # BuildSpawn has said why.
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
 
 
 def extensions() -> list[Extension]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import email
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import elf
+from tests.support import elf
 
 ROOT = Path(__file__).parent.parent.parent
 SUFFIXES = {".py", ".pyi", ".typed"}
@@ -120,3 +121,23 @@ def test_windows_has_a_wheel_of_its_own(sdist: Path, tmp_path: Path, version: st
     with zipfile.ZipFile(path) as archive:
         package = {name.partition("/")[2] for name in archive.namelist() if name.startswith("rankspawn/")}
     assert package == source_files()
+
+
+def test_a_wheel_without_the_extension_is_for_no_system(sdist: Path, tmp_path: Path, version: str) -> None:
+    """So it is where there is no compiler. What it installs says so at the first start."""
+    make = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path]
+    environ = {**os.environ, "CC": "/bin/false", "RANKSPAWN_LIBNUMA": "0", "RANKSPAWN_REQUIRE_EXTENSION": "0"}
+    subprocess.run([*make, "--no-cache-dir", str(sdist)], env=environ, check=True)
+    (path,) = tmp_path.iterdir()
+    assert path.name == f"rankspawn-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path / "unpacked")
+    assert {one.name for one in (tmp_path / "unpacked" / "rankspawn").iterdir()}.isdisjoint({"rankspawn-guard"})
+    program = "import rankspawn; rankspawn.Popen(['true']).wait(); rankspawn.Popen(['true']).wait()"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "unpacked")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stderr.count("rankspawn is installed without its engine (No module") == 1

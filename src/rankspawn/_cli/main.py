@@ -139,9 +139,12 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
+    import warnings
+
     from .._start.engine import mechanisms
     from .doctor import report
 
+    warnings.simplefilter("ignore", RuntimeWarning)  # of a missing engine: the report says it
     parser: argparse.ArgumentParser = args.parser
     try:
         mechanisms()

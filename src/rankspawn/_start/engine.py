@@ -12,10 +12,12 @@ from .outcome import GRANTED_IN_PART, BindingError, RefusedStep
 
 EXTENSION_ERROR: str | None = None
 """Why there is no engine in this installation; None where there is one."""
+_IS_PURE = False
 try:
     import rankspawn._spawn as _spawn  # "from . import" would call a missing extension a circular import
 except ImportError as error:
     EXTENSION_ERROR = str(error)
+    _IS_PURE = isinstance(error, ModuleNotFoundError)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,6 +45,16 @@ def mechanisms() -> tuple[int, ...]:
     wanted = os.environ.get("RANKSPAWN_MECHANISM", "clone" if sys.platform == "linux" else "posix_spawn")
     if wanted not in ("clone", "posix_spawn", "subprocess"):
         raise ValueError(f"RANKSPAWN_MECHANISM={wanted!r}: expected clone, posix_spawn or subprocess")
+    if _IS_PURE and sys.platform in ("linux", "darwin"):
+        import warnings
+
+        warnings.warn(
+            f"rankspawn is installed without its engine ({EXTENSION_ERROR}): plain subprocess starts processes, later"
+            " and slower, and memory policies, cgroup and die_with_parent are refused; get a C compiler and Python's"
+            " headers and install again, see `rankspawn doctor`",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if EXTENSION_ERROR is not None or wanted == "subprocess":
         return ()
     # QEMU's user mode and WSL1 run the call as a fork, in which the child's report would never arrive.
