@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .._frozen import Frozen
 from .._ids import format_ids
 from .logs import last_lines, printable, read_regular
+from .write import write_text
 
 _MOST_BYTES = 1 << 20
 _WIDEST = 300  # characters of a line that are printed
@@ -119,8 +120,7 @@ def pass_on(error: RecordedError, returncode: int, path: str | os.PathLike[str])
     found = json.loads(error.raw)
     if isinstance(found["message"], dict):
         found["message"]["errorCode"] = returncode
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(found, file)
+    write_text(json.dumps(found), path)
 
 
 class Failure(Frozen):

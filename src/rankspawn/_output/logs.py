@@ -11,10 +11,15 @@ import errno
 import os
 import re
 import stat
-from contextlib import suppress
+import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .._frozen import Frozen
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOCTTY", 0)
 """For files that others make: with O_NONBLOCK, open(2) of a FIFO does not wait for its other end."""
@@ -67,6 +72,44 @@ class LogFolder:
             import shutil
 
             shutil.rmtree(self.path, ignore_errors=True)
+
+
+@contextmanager
+def claimed(folder: str, attempt: int = 0) -> Iterator[None]:
+    """Keep ``folder/attempt_N`` for one group as long as the block runs, so that no other removes its files.
+
+    The claim is a lock by flock(2) on the folder, which the death of this process ends, too. Where the file system or
+    the platform has no such lock, nothing is claimed.
+
+    Args:
+        folder: is made where it is not there.
+        attempt: the number of the attempt.
+
+    Raises:
+        OSError: EBUSY, where another group, of any process on this machine, has claimed it.
+    """
+    path = os.path.join(os.path.abspath(folder), f"attempt_{attempt}")
+    os.makedirs(path, exist_ok=True)
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    fd = os.open(path, READ_FLAGS)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            told = "the ranks of another group write their logs here now; give each group a folder of its own"
+            raise OSError(errno.EBUSY, told, path) from None
+        except OSError:  # ENOLCK, EOPNOTSUPP: there are network file systems without locks
+            pass
+        yield
+    finally:
+        # Not by close(2) alone: a process that this one has forked has the descriptor, too, and with it the lock.
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
 
 
 def rank_files(folder: str, nprocs: int, attempt: int = 0, *, streams: bool = True) -> list[RankFiles]:

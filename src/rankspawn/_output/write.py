@@ -85,9 +85,7 @@ def _write_to(path: str, data: bytes, interrupt: int | None) -> None:
         left, deadline = memoryview(data), time.monotonic() + _SECONDS
         while left:
             if not _takes(fd, interrupt) or time.monotonic() > deadline:
-                raise TimeoutError(
-                    errno.ETIMEDOUT, f"nobody reads it: {len(left)} of {len(data)} bytes are not written"
-                )
+                raise TimeoutError(errno.ETIMEDOUT, f"nobody reads it; {len(left)} of {len(data)} bytes are missing")
             try:
                 left = left[os.write(fd, left[:PIPE_BUF]) :]
             except BlockingIOError:  # another writer took the room that poll(2) saw
