@@ -591,6 +591,7 @@ LINES = {
     "pidfd": r"yes|no",
     "group signal": r"free of races|only while",
     "cgroup at birth": r"yes, tried in /|no",
+    "guard": r"yes",
     "CPU affinity": r"yes, tried with|refused|not on this system",
     **{f"memory {mode}": r"yes, tried with|refused|unknown" for mode in MEMORY_MODES},
     "NUMA nodes": r"\d+ \(CPUs [\d,-]+\)|unknown",
@@ -623,6 +624,7 @@ def test_doctor_says_it_where_there_is_no_engine() -> None:
     assert status == 1
     assert lines["mechanism"].startswith("subprocess") and lines["pidfd"].startswith("no")
     assert lines["memory bind"].startswith("refused: ")
+    assert lines["guard"].startswith("no: a guard needs rankspawn's engine")
 
 
 @linux

@@ -623,7 +623,8 @@ def test_whatever_proc_shows(proc: str) -> None:
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as unshared:
         try:
             assert unshared.stderr is not None
-            line = unshared.stderr.readline()
+            # Without /proc, AddressSanitizer writes a warning first.
+            line = next(line for line in unshared.stderr if not line.startswith(b"=="))
             if b"unshare" in line or b"mount" in line:
                 pytest.skip(line.decode())
             assert line == b"here\n"
@@ -707,6 +708,8 @@ def test_guard_is_small() -> None:
     try:
         process = Path("/proc", str(guard.process.pid))
         eventually(lambda: (process / "wchan").read_text() not in ("", "0"))
+        if b"libasan" in (process / "maps").read_bytes():
+            pytest.skip("AddressSanitizer's memory is not the guard's")
         rollup = dict(line.split(":") for line in (process / "smaps_rollup").read_text().splitlines()[1:])
         assert int(rollup["Pss"].split()[0]) <= 400  # KiB
         assert (process / "comm").read_text() == "rankspawn-guard\n"

@@ -37,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "_multiprocessing": {"_start", "_spawn", *BASE},
     "_torch": {"_place", "_start", "_end", "_group", "_multiprocessing", *BASE},
     "torchrun": {"_torch", "_start", *BASE},
-    "_cli": {"torchrun", "_place", "_start", "_spawn", "_output", "_group", "__init__", *BASE},
+    "_cli": {"torchrun", "_place", "_start", "_spawn", "_end", "_output", "_group", "__init__", *BASE},
     "__main__": {"_cli"},
     "__init__": {"_place", "_start", "_group", "_multiprocessing", "_torch", *BASE},
 }

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from .._binding import MEMORY_MODES, Binding, MemoryPolicy, PlacementError
+from .._end.guard import Guard
 from .._ids import format_ids
 from .._place.topology import Topology
 from .._start.engine import EXTENSION_ERROR, mechanisms
@@ -28,6 +29,7 @@ def report() -> int:
         "pidfd": _pidfd(),
         "group signal": _group_signal(),
         "cgroup at birth": _cgroup(),
+        "guard": _guard(),
         "CPU affinity": affinity,
         **{f"memory {mode}": _memory(mode) for mode in MEMORY_MODES},
         **_machine(),
@@ -80,6 +82,19 @@ def _cgroup() -> str:
     except OSError as error:
         return f"no: {error} ({folder})"
     return f"yes, tried in {folder}"
+
+
+def _guard() -> str:
+    lack = Guard.why_not()
+    if lack:
+        return f"no: {lack}"
+    try:
+        Guard.start().close()
+    except OSError as error:
+        return f"no: {error}"
+    if not os.path.exists("/proc/self/stat"):
+        return "yes; without /proc it looks for the ranks' processes among all numbers, which takes seconds"
+    return "yes"
 
 
 def _own_cgroup() -> str | None:
