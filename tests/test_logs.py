@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from rankspawn import Popen
+from rankspawn import Job, Popen, launch
 from rankspawn._output.logs import last_lines, printable, rank_files
+from tests.support.processes import eventually
+from tests.support.state import fork
 
 
 def test_the_layout_is_torchruns(tmp_path: Path) -> None:
@@ -115,3 +121,57 @@ def test_last_lines_of_what_is_no_file(tmp_path: Path) -> None:
 )
 def test_printable(text: str, safe: str) -> None:
     assert printable(text) == safe
+
+
+# ---- one folder, several groups -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's locks and signals")
+def test_two_groups_do_not_write_to_one_folder_at_the_same_time(tmp_path: Path) -> None:
+    with launch(["sh", "-c", "echo first; exec sleep 600"], 2, log_dir=tmp_path) as group:
+        assert group.files is not None and group.files[0].stdout is not None
+        eventually(lambda: group.files[0].stdout.exists() and group.files[0].stdout.read_text() == "first\n")
+        with pytest.raises(OSError, match="another group write their logs here") as caught:
+            launch(["true"], 1, log_dir=tmp_path)
+        assert (caught.value.errno, caught.value.filename) == (errno.EBUSY, str(tmp_path / "attempt_0"))
+        other = "import sys, rankspawn\nrankspawn.launch(['true'], 1, log_dir=sys.argv[1])\n"
+        done = subprocess.run([sys.executable, "-c", other, tmp_path], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and "another group write their logs here" in done.stderr
+        assert group.files[0].stdout.read_text() == "first\n"
+        with launch(["true"], 1, log_dir=tmp_path / "another") as elsewhere:
+            assert elsewhere.wait(60) == (0,)
+        again = Job(1, 29500, restart_count=1)
+        with launch(["true"], 1, log_dir=tmp_path, job=again) as elsewhere:
+            assert elsewhere.wait(60) == (0,)
+        group.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's locks and signals")
+@pytest.mark.parametrize("forked", [False, True], ids=["alone", "with a forked process that lives on"])
+def test_one_group_after_the_other_in_one_folder(tmp_path: Path, forked: bool) -> None:
+    child = 0
+    try:
+        for text in ("one", "two", "three"):
+            with launch(["echo", text], 1, log_dir=tmp_path) as group:
+                if forked and not child:
+                    child = fork(signal.pause)
+                assert group.wait(60) == (0,)
+            assert (tmp_path / "attempt_0" / "0" / "stdout.log").read_text() == f"{text}\n"
+    finally:
+        if child:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's locks and signals")
+def test_a_launch_that_fails_or_a_launcher_that_is_killed_claims_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        launch(["/no/such/program"], 2, log_dir=tmp_path)
+    code = (
+        "import os, sys, rankspawn\n"
+        "group = rankspawn.launch(['sleep', '600'], 1, log_dir=sys.argv[1])\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, tmp_path], timeout=60).returncode == -signal.SIGKILL
+    with launch(["echo", "here"], 1, log_dir=tmp_path) as group:
+        assert group.wait(60) == (0,)

@@ -7,6 +7,7 @@ import io
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import termios
@@ -500,3 +501,66 @@ def test_it_may_be_finished_twice_or_never_begun(tmp_path: Path) -> None:
     assert tee.finish() == ()
     tee.start()
     assert tee.finish() == tee.finish() == ()
+
+
+# ---- the end, interrupted -------------------------------------------------------------------------------------------
+
+# Waits for a reader as long as it is let, and says when it begins to.
+PATIENT = """
+import os, sys
+import rankspawn._output.tee as tee
+wait = tee.Tee._wait
+def wait_long(self, thread, timeout, interrupt):
+    os.write(2, b"waiting\\n")
+    wait(self, thread, 1e6, interrupt)
+tee.Tee._wait = wait_long
+"""
+WRITES = [sys.executable, "-c", "print(('x' * 99 + '\\n') * 13000, end='')"]
+IN_PYTHON = f"""{PATIENT}
+import rankspawn
+with rankspawn.launch({WRITES!r}, 2, tee=True) as group:
+    group.wait()
+"""
+IN_SHELL = f"""{PATIENT}
+from rankspawn._cli.main import main
+sys.exit(main(["run", "--nproc-per-node", "2", "--tee", "--no-python", *{WRITES!r}]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="interrupted by poll(2) on a pipe's writing end")
+@pytest.mark.parametrize(
+    ("program", "sig", "status"),
+    [
+        pytest.param(IN_PYTHON, signal.SIGINT, -signal.SIGINT, id="launch"),
+        pytest.param(IN_SHELL, signal.SIGINT, 0, id="run, SIGINT"),
+        pytest.param(IN_SHELL, signal.SIGTERM, 0, id="run, SIGTERM"),
+    ],
+)
+def test_what_was_not_shown_is_kept_when_the_end_is_interrupted(
+    program: str, sig: int, status: int, tmp_path: Path
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as launcher:  # fmt: skip
+        try:
+            assert launcher.stderr is not None
+            assert launcher.stderr.readline() == "waiting\n"
+            launcher.send_signal(sig)
+            told = launcher.stderr.read()
+            assert launcher.wait(LONG) == status
+        finally:
+            launcher.kill()
+    found = re.search(r"not all of the output could be shown; the rest is in (\S+), (\S+)\n", told)
+    assert found is not None, told
+    for path in found.groups():
+        assert path.startswith(str(tmp_path)) and os.path.getsize(path) == 13000 * 100
+
+
+def test_an_interrupted_end_that_had_shown_all_leaves_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IN_SHELL], capture_output=True, text=True, timeout=LONG,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "waiting\n", 26000)
+    assert os.listdir(tmp_path) == []
