@@ -44,6 +44,11 @@ def extension(unpacked: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def guard(unpacked: Path) -> Path:
+    return unpacked / "rankspawn" / "rankspawn-guard"
+
+
+@pytest.fixture(scope="module")
 def libnuma(unpacked: Path) -> Path:
     (path,) = (unpacked / "rankspawn.libs").iterdir()
     return path
@@ -64,12 +69,14 @@ def test_its_name_says_what_it_is_for(wheel: Path, version: str) -> None:
     assert re.fullmatch(rf"rankspawn-{version}-{python}-{abi}-(many|musl)linux_\d+_\d+_{machine}\.whl", wheel.name)
 
 
-def test_it_has_the_package_and_nothing_else(unpacked: Path, extension: Path, libnuma: Path, version: str) -> None:
+def test_it_has_the_package_and_nothing_else(
+    unpacked: Path, extension: Path, guard: Path, libnuma: Path, version: str
+) -> None:
     files = {path for path in unpacked.rglob("*") if path.is_file()}
     package = unpacked / "rankspawn"
-    inside = {path for path in files if package in path.parents} - {extension}
+    inside = {path for path in files if package in path.parents} - {extension, guard}
     assert {path.relative_to(package).as_posix() for path in inside} == source_files()
-    others = files - inside - {extension, libnuma}
+    others = files - inside - {extension, guard, libnuma}
     assert {path.relative_to(unpacked).parts[0] for path in others} == {f"rankspawn-{version}.dist-info"}
 
 
@@ -92,13 +99,30 @@ def test_it_is_linked_to_its_own_libnuma_and_to_libc(extension: Path, libnuma: P
     assert elf.dynamic(extension, "R(?:UN)?PATH") == ["$ORIGIN/../rankspawn.libs"]
 
 
-def test_it_names_no_folder_of_the_machine_that_built_it(extension: Path) -> None:
-    code = extension.read_bytes()
+def test_its_guard_needs_no_library(guard: Path) -> None:
+    """Nobody relocates it, either: csrc/guard/kernel.c."""
+    assert elf.dynamic(guard, "NEEDED") == []
+    assert "INTERP" not in elf.readelf("-l", guard)
+    assert "There are no relocations" in elf.readelf("-r", guard)
+
+
+def test_its_guard_can_be_executed_where_pip_installs_it(wheel: Path, tmp_path: Path) -> None:
+    """pip sets the mode that the wheel's entry has."""
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--target", tmp_path, wheel]
+    subprocess.run(install, check=True)
+    done = subprocess.run([tmp_path / "rankspawn" / "rankspawn-guard"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr[:16]) == (2, "rankspawn-guard:")
+
+
+@pytest.mark.parametrize("which", ["extension", "guard"])
+def test_it_names_no_folder_of_the_machine_that_built_it(which: str, request: pytest.FixtureRequest) -> None:
+    code = request.getfixturevalue(which).read_bytes()
     assert [folder for folder in (str(ROOT), "/tmp/", "/home/", "/root/") if folder.encode() in code] == []
 
 
-def test_it_is_hardened(extension: Path, libnuma: Path) -> None:
+def test_it_is_hardened(extension: Path, guard: Path, libnuma: Path) -> None:
     assert elf.weaknesses(extension, "PyInit__spawn") == []
+    assert elf.memory_weaknesses(guard) == []
     assert elf.memory_weaknesses(libnuma) == []
 
 
