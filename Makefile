@@ -237,6 +237,7 @@ build/.test-tools: | build/.system
 	  command -v strace >/dev/null || echo strace; \
 	  command -v numactl >/dev/null || echo numactl; \
 	  command -v lstopo-no-graphics >/dev/null || echo hwloc-nox; \
+	  command -v busctl >/dev/null || echo systemd; \
 	  command -v qemu-$$(uname -m) >/dev/null || echo qemu-user; \
 	}; \
 	packages=$$(missing); \

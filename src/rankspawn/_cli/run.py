@@ -56,7 +56,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     )
     add("--grace", type=_seconds, metavar="SECONDS", help="from SIGTERM to SIGKILL; 30 if left out")
     add("--guard", action="store_true", help="if this launcher is killed, end what the ranks started, too")
-    add("--cgroup", metavar="DIR", help="a delegated cgroup v2; the ranks live in one that is made there")
+    add("--cgroup", metavar="DIR", help="a delegated cgroup v2, in which one is made for the ranks; auto finds it")
     add = run.add_argument_group("output").add_argument
     add("--log-dir", "--log_dir", metavar="DIR", help="a folder for each rank's stdout.log and stderr.log")
     add("--tee", action="store_true", help="log files, and their lines here too, each behind its [rank N]:")
@@ -113,6 +113,7 @@ def _run(args: argparse.Namespace) -> int:
     from .signals import signals_as_bytes
 
     sys.excepthook = say_traceback
+    warnings.showwarning = lambda message, *where: say(str(message))
     settings = read_settings(args)
     if not settings.engine:
         say("without its engine ranks may outlive this launcher; see rankspawn doctor")
@@ -120,7 +121,6 @@ def _run(args: argparse.Namespace) -> int:
     # A parent that ignores SIGCHLD leaves it ignored in us, and the kernel would then drop the ranks' statuses.
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    warnings.showwarning = lambda message, *where: say(str(message))
     with signals_as_bytes() as signals, _folder(settings.log_dir) as folder:
         return run_attempts(settings, folder, signals)
 

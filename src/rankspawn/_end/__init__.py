@@ -4,6 +4,7 @@ watch      sees that a rank has ended, without reaping it   reap       one rank:
 ranks      all of them: signalled, killed; who is stuck     deadline   moments until which something is waited for
 sessions   everybody in a session, looked for and killed    cgroup     everybody in a cgroup, in one write
 processes  who started whom, by psutil                      guard      when the launcher itself is killed
+delegated  a cgroup that this user may divide
 
 It imports _start alone, and of the engine where its folder is: the guard's program (csrc/guard) lies there.
 """

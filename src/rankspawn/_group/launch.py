@@ -212,12 +212,14 @@ def _open_files(
     resources: ExitStack, log_dir: str | os.PathLike[str] | None, job: Job
 ) -> tuple[list[RankFiles], LogFolder | None]:
     """Where each rank writes: in ``log_dir``, or in a temporary folder, which goes with ``resources``."""
-    from .._output.logs import LogFolder, rank_files
+    from .._output.logs import LogFolder, claimed, rank_files
 
     temporary = None
     if log_dir is None:
         temporary = resources.enter_context(LogFolder())
         log_dir = temporary.path
+    else:
+        resources.enter_context(claimed(os.fspath(log_dir), job.restart_count))
     return rank_files(os.fspath(log_dir), job.nprocs, job.restart_count), temporary
 
 
@@ -232,6 +234,11 @@ def _hold(
     if cgroup is None:
         return resources.enter_context(closing(Guard.start())), None
     from .._end.cgroup import new_name
+
+    if cgroup == "auto":
+        from .._end.delegated import delegated_cgroup
+
+        cgroup = delegated_cgroup()
 
     # The guard starts before its cgroup is made and ends after it has gone: no death in between leaves the directory.
     name = new_name()
