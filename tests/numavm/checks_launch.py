@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import signal
 import struct
@@ -16,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from rankspawn import AffinityMode, MemoryPolicy, NumaOptions, Popen, SubprocessHandler
+from rankspawn import AffinityMode, MemoryPolicy, NumaOptions, Popen, SubprocessHandler, launch
 from rankspawn._binding import PlacementError
+from rankspawn._cli.options import AUTO_BINDS
 from tests.numavm import machine
 from tests.numavm.cgroups import Group, group_of
 from tests.numavm.conftest import Touched, bound
@@ -49,6 +51,56 @@ def run_ranks(folder: Path, count: int, *options: str, **variables: str) -> tupl
     assert said.returncode == 0, said.stderr
     (run,) = folder.iterdir()
     return [Told(run / "attempt_0" / str(rank) / "stdout.log") for rank in range(count)], said.stderr
+
+
+def test_run_binds_to_the_nodes_by_default(tmp_path: Path) -> None:
+    ranks, said = run_ranks(tmp_path, 4)
+    assert [(told.cpus, told.policy, told.threads) for told in ranks] == [
+        (machine.CPUS[i], "default", "2") for i in range(4)
+    ]
+    assert said.splitlines()[0] == f"rankspawn: {AUTO_BINDS}"
+
+
+@pytest.mark.parametrize("options", [("--nproc-per-node", "1"), ("--nproc-per-node", "4", "--numa-binding", "none")])
+def test_run_leaves_ranks_unbound(options: tuple[str, ...], tmp_path: Path) -> None:
+    ranks, said = run_ranks(tmp_path, int(options[1]), *options[2:])
+    assert {told.cpus for told in ranks} == {frozenset(range(machine.CPU_COUNT))}
+    assert {told.threads for told in ranks} == {str(8 // len(ranks))}
+    assert "binding" not in said
+
+
+@pytest.mark.parametrize(
+    "options", ["", "--numa-binding none", "--numa-binding node --memory-policy bind", "--reserve-cores 1"]
+)
+@pytest.mark.parametrize("nprocs", [1, 3, 4, 6])
+def test_plan_shows_what_run_and_launch_do(nprocs: int, options: str, tmp_path: Path) -> None:
+    rankspawn = [sys.executable, "-m", "rankspawn"]
+    words = ["--nproc-per-node", str(nprocs), *options.split()]
+    plan = json.loads(subprocess.run([*rankspawn, "plan", "--json", *words], stdout=subprocess.PIPE, check=True).stdout)
+    ranks, _ = run_ranks(tmp_path / "run", nprocs, *options.split())
+    everything = set(range(machine.CPU_COUNT))
+    wanted = [(set(one["cpus"] or everything), str(one["omp_num_threads"])) for one in plan["ranks"]]
+    assert [(set(told.cpus), told.threads) for told in ranks] == wanted
+    if not options:
+        with launch(["/bin/sh", "-c", TELL], nprocs, log_dir=tmp_path / "launch") as group:
+            group.wait(60)
+        logs = [Told(tmp_path / "launch" / "attempt_0" / str(rank) / "stdout.log") for rank in range(nprocs)]
+        assert [(set(told.cpus), told.threads) for told in logs] == wanted
+
+
+def test_auto_follows_the_gpus_where_they_are_on_all_nodes(tmp_path: Path, gpus: None) -> None:
+    """The machine's GPUs are on nodes 0, 1 and 3, and on the one that is nearest to node 2."""
+    ranks, said = run_ranks(tmp_path, 5)
+    assert [told.cpus for told in ranks] == [
+        machine.CPUS[node] for node in (3, 0, 1, 1, machine.NEAREST_TO_MEMORY_ONLY)
+    ]
+    assert AUTO_BINDS in said
+
+
+def test_auto_leaves_no_node_idle(tmp_path: Path, gpus: None) -> None:
+    ranks, said = run_ranks(tmp_path, 4, CUDA_VISIBLE_DEVICES="0,1")
+    assert {told.cpus for told in ranks} == {frozenset(range(machine.CPU_COUNT))}
+    assert "binding" not in said
 
 
 def test_run_node_gives_each_rank_its_node(tmp_path: Path) -> None:
