@@ -264,7 +264,7 @@ def debugger(pid: int) -> Iterator[None]:
 def test_a_rank_that_a_debugger_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rank's pidfd says that it has ended, and waitid(2) that it has not, until the debugger has waited for it."""
     from rankspawn._end import watch as _watch
-    from rankspawn._group import group as _group
+    from rankspawn._group import ending as _group
 
     monkeypatch.setattr(_group, "KILL_SECONDS", 0.5)
     looks = []
@@ -290,7 +290,7 @@ def test_a_rank_that_a_debugger_holds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_root
 def test_a_rank_that_cannot_be_killed_keeps_nobody_else_alive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from rankspawn._group import group as _group
+    from rankspawn._group import ending as _group
 
     monkeypatch.setattr(_group, "KILL_SECONDS", 0.2)
     # Each rank has a child in a process group of its own, in the rank's session.
@@ -310,7 +310,7 @@ def test_a_rank_that_cannot_be_killed_keeps_nobody_else_alive(monkeypatch: pytes
 @needs_root
 def test_ranks_of_another_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """We may send them neither SIGTERM nor SIGKILL: the errors say so, and no call hangs."""
-    from rankspawn._group import group as _group
+    from rankspawn._group import ending as _group
 
     monkeypatch.setattr(_group, "KILL_SECONDS", 0.2)
     group = launch(SLEEPING, 2)

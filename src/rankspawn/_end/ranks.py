@@ -1,21 +1,24 @@
-"""The end of ranks: their groups signalled, their sessions killed, they themselves reaped; and who stays, and why."""
+"""The end of ranks: they and their sessions signalled and killed, they themselves reaped; and who stays, and why."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .deadline import left, passed, until
 from .processes import ProcessTree
 from .reap import is_unreaped, reap, status
-from .sessions import describe_stuck, kill_members, members
+from .sessions import describe_stuck, kill_members, members, signal_members
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from .._start.popen import Popen
 
 SIGKILL = signal.SIGKILL if sys.platform != "win32" else signal.SIGTERM
@@ -26,52 +29,79 @@ KILL_SECONDS = 10.0
 _MOST_NAMES = 20
 
 
-def signal_groups(ranks: Iterable[Popen], *signals: int) -> None:
-    """Signal the process group of each rank; nothing where nobody is left in it.
+SignalTo: TypeAlias = Literal["rank", "group", "session"]
+"""Who is meant by a rank: the process itself, its process group, or everybody in its session."""
 
-    Windows has no groups: there a rank and what descends from it are signalled, also when the rank has ended.
 
-    Raises PermissionError, when all others have been signalled, if one may not be.
+def signal_ranks(ranks: Sequence[Popen], *signals: int, to: SignalTo = "session", told: SignalTo | None = None) -> None:
+    """Signal ranks, also those that have ended: their children may run. Nothing is done where nobody is left.
+
+    A process group is signalled as one, by the pidfd of its leader; in a session others are then looked for, once for
+    all ranks, and signalled one by one. Windows has neither: there, "group" and "session" are a rank and what descends
+    from it, also when the rank has ended.
+
+    Args:
+        ranks: The ranks, none of which has been reaped by the group. One that somebody else has reaped is signalled
+            only where the kernel can tell whose its number is.
+        *signals: What each process gets, in this order.
+        to: Whom of each rank.
+        told: Whom of each rank not, though ``to`` has them: they have been told before.
+
+    Raises:
+        PermissionError: A rank may not be signalled. All others have been.
     """
     refused = None
     tree = None if os.name == "posix" else ProcessTree()
-    for rank in ranks:
+    for rank in ranks if told is None or tree is not None else ():
         for sig in signals:
             try:
-                if tree is None:
-                    rank.send_signal_group(sig)
+                if tree is not None:
+                    _signal_tree(rank, tree, sig, to, told)
+                elif to == "rank":
+                    _signal_leader(rank, sig)
                 else:
-                    _signal_tree(rank, tree, sig)
+                    rank.send_signal_group(sig)
             except ProcessLookupError:
                 continue
             except PermissionError as error:
                 refused = error
+    if to == "session" and tree is None:
+        # A session's number is its own until its leader is reaped.
+        signal_members({rank.pid for rank in ranks if is_unreaped(rank)}, signals, groups=told == "rank")
     if refused is not None:
         raise refused
 
 
-def _signal_tree(rank: Popen, tree: ProcessTree, sig: int) -> None:
+def _signal_leader(rank: Popen, sig: int) -> None:
+    """Signal the rank's process and nobody else. Popen's own send_signal would reap it."""
+    pidfd = rank._pidfd
+    if pidfd is not None and (refusal := pidfd.send_signal(sig)) in (0, errno.ESRCH, errno.EPERM):
+        if refusal == errno.EPERM:
+            raise PermissionError(refusal, f"process {rank.pid}: {os.strerror(refusal)}")
+    elif is_unreaped(rank):
+        os.kill(rank.pid, sig)
+
+
+def _signal_tree(rank: Popen, tree: ProcessTree, sig: int, to: SignalTo, told: SignalTo | None) -> None:
     import psutil
 
-    below = tree.descendants(rank.pid, rank._born)
-    rank.send_signal(sig)
+    below = tree.descendants(rank.pid, rank._born) if to != "rank" and told != "group" else []
+    if told is None:
+        rank.send_signal(sig)
     for process in below:
         with suppress(psutil.Error):
             process.send_signal(sig)
 
 
-def living(ranks: Iterable[Popen]) -> tuple[dict[int, int] | None, bool]:
-    """Who lives in the sessions of these ranks, which have all been seen to end (pid -> session; None on a system
-    without sessions), and whether one of them is in the process group of a rank. Once there is nobody, nobody comes."""
+def living(ranks: Iterable[Popen]) -> dict[int, int] | None:
+    """Who lives in the sessions of these ranks, which have all been seen to end: pid -> session.
+
+    Once there is nobody, nobody comes. None on a system without sessions.
+    """
     if not hasattr(os, "getpgid"):
-        return None, False
+        return None
     pids = {rank.pid for rank in ranks if is_unreaped(rank)}
-    found = members(pids, pids) if pids else {}
-    for pid, session in found.items():
-        with suppress(ProcessLookupError):
-            if os.getpgid(pid) == session:
-                return found, True
-    return found, False
+    return members(pids, pids) if pids else {}
 
 
 def kill_sessions(
@@ -92,7 +122,7 @@ def kill_sessions(
             # Somebody has waited for it: its number may be another's, and only the kernel can tell (Linux 6.9).
             reap(rank, ended.get(number))
             with suppress(PermissionError):
-                signal_groups([rank], SIGKILL)
+                signal_ranks([rank], SIGKILL, to="group")
     zombies = {pid for pid, number in unreaped.items() if number in ended}
     stuck = kill_members(unreaped.keys(), seconds, zombies, found) if unreaped else {}
     return {pid: f"rank {unreaped[session]}" for pid, session in stuck.items()}
@@ -102,7 +132,7 @@ def end_ranks(ranks: list[Popen]) -> None:
     """Kill those that were started, with their sessions, and reap them; who does not end stays in the list."""
     started = {number: rank for number, rank in enumerate(ranks) if rank._child_created and rank.returncode is None}
     with suppress(PermissionError):
-        signal_groups(started.values(), SIGKILL)
+        signal_ranks([*started.values()], SIGKILL, to="group")
     ended: dict[int, int] = {}
     end = until(KILL_SECONDS)
     for number, rank in started.items():

@@ -12,7 +12,7 @@ Two things make that sound:
  -  A pass that finds nobody proves nothing if a process ended under it: that one may have forked after /proc was
     listed. Then there is another pass. (A process that only forks and ends gets past most single passes.)
 
-The guard's process lives on this module (_guard.py): it imports nothing of ours, and little else.
+It imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import signal
 import sys
 import time
 
-TYPE_CHECKING = False  # as in __init__: typing's own costs more than this module
+TYPE_CHECKING = False  # typing's own costs more than this module
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Set
+    from collections.abc import Iterable, Sequence, Set
 
 _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has one way to end a process, under the other's name
 
@@ -91,6 +91,66 @@ def kill_members(
         pause = min(2 * pause, _LONGEST_PAUSE)
         found = members(sessions, ended, proc, kill=True)
     return found
+
+
+def signal_members(
+    sessions: Set[int],
+    signals: Sequence[int],
+    *,
+    groups: bool = False,
+    proc: str = "/proc",
+) -> None:
+    """Signal the members of these sessions that the leaders' process groups do not hold.
+
+    One pass finds them; a SIGSTOP has passes until one finds nobody new, since who is stopped starts nobody. Each gets
+    the signals through a pidfd of its own, after its session has been asked for again. Another user's process,
+    which may not be signalled, gets none.
+
+    Args:
+        sessions: The numbers of the sessions, which are the leaders' own; as for members().
+        signals: What each gets, in this order.
+        groups: Also those in the leaders' process groups, but for the leaders.
+        proc: As for members().
+    """
+    told: set[int] = set()
+    more = bool(sessions) and hasattr(os, "getpgid")
+    while more:
+        more = False
+        for pid in _pids(sessions, proc):
+            try:
+                sid = os.getsid(pid)
+                if sid in sessions and pid not in told and pid != sid and (groups or os.getpgid(pid) != sid):
+                    told.add(pid)
+                    more = signal.SIGSTOP in signals
+                    signal_one(pid, sid, signals)
+            except OSError:
+                continue  # it has ended; or some systems do not say it of other sessions' processes
+
+
+def signal_one(pid: int, session: int, signals: Iterable[int]) -> None:
+    """Signal a process if it is a member of ``session`` still.
+
+    Raises:
+        OSError: It has ended, or may not be signalled.
+    """
+    pidfd = _pidfd(pid)
+    try:
+        # The pidfd is of this member, or of one that has ended since, which gets nothing.
+        if os.getsid(pid) == session:
+            for sig in signals:
+                _signal(pid, pidfd, sig)
+    finally:
+        if pidfd >= 0:
+            os.close(pidfd)
+
+
+def ignores(pid: int, signals: Iterable[int], proc: str = "/proc") -> bool:
+    """Whether a process ignores all of these signals (proc(5)); False where it cannot be told."""
+    try:
+        mask = int(_line(f"{proc}/{pid}/status", "SigIgn:"), 16)
+    except ValueError:
+        return False
+    return all(mask >> (sig - 1) & 1 for sig in signals)
 
 
 def describe_stuck(pid: int, proc: str = "/proc") -> str:
@@ -186,7 +246,7 @@ def _kill(found: dict[int, int], pause: float) -> None:
             try:
                 # Looked at again: the pidfd is of this member, or of one that has ended since, which gets nothing.
                 if not hasattr(os, "getsid") or os.getsid(pid) == sid:
-                    _kill_one(pid, pidfd)
+                    _signal(pid, pidfd, _KILL)
                     blind = blind or pidfd < 0
             except OSError:
                 continue  # it has ended; or it is another user's, and stays
@@ -199,15 +259,15 @@ def _kill(found: dict[int, int], pause: float) -> None:
         time.sleep(max(0.0, until - time.monotonic()))
 
 
-def _kill_one(pid: int, pidfd: int) -> None:
+def _signal(pid: int, pidfd: int, sig: int) -> None:
     if pidfd >= 0:
         try:
-            return signal.pidfd_send_signal(pidfd, _KILL)
+            return signal.pidfd_send_signal(pidfd, sig)
         except ProcessLookupError:
             return None
         except OSError:
             pass  # a seccomp profile refuses the call; or it is another user's, as the next one will say again
-    os.kill(pid, _KILL)
+    os.kill(pid, sig)
 
 
 def _pidfd(pid: int) -> int:

@@ -13,9 +13,15 @@ from .._public import public
 class Job(NamedTuple):
     """What the ranks are told of the job, by the names that torchrun gives it.
 
-    nprocs: ranks on this machine. run_id: a name for the job. master_addr, master_port: where rank 0 listens.
-    nnodes, node_rank: how many machines, and which this is, from 0. restart_count: which start of the group this is,
-    from 0. max_restarts: how many may follow the first.
+    Attributes:
+        nprocs: Ranks on this machine.
+        master_port: The TCP port on which rank 0 listens.
+        master_addr: The host on which it does.
+        run_id: A name for the job.
+        nnodes: How many machines there are.
+        node_rank: Which of them this is, from 0.
+        restart_count: Which start of the group this is, from 0.
+        max_restarts: How many starts may follow the first.
     """
 
     nprocs: int
@@ -59,7 +65,14 @@ class Job(NamedTuple):
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """A TCP port that is free on ``address`` now. Raises OSError when the address is not this machine's."""
+    """Find a TCP port that is free now.
+
+    Args:
+        address: An address of this machine, by number or name.
+
+    Raises:
+        OSError: The address is not this machine's.
+    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.bind((address, 0))

@@ -11,11 +11,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING
 
-from .._end.ranks import end_ranks
+from .._end.ranks import SignalTo, end_ranks
 from .._public import public
 from .._start.arguments import callers_environment
 from .._start.engine import mechanisms
 from .group import GRACE_SECONDS, RankGroup
+from .handlers import SignalHold
 from .job import Job, free_port
 from .start import start_ranks
 
@@ -48,36 +49,58 @@ def launch(
     cgroup: str | os.PathLike[str] | None = None,
     keep_going: bool = False,
     grace: float | None = None,
+    signal_to: SignalTo = "session",
+    handle_signals: bool = False,
     progress: Callable[[Callable[[], int]], object] | None = None,
 ) -> RankGroup:
     """Start ``nprocs`` ranks at once, each in a session of its own and with torchrun's variables. All or nothing.
 
-    args: the command of every rank, or a function that gives that of a local rank. nprocs: how many ranks.
-    numa: one of torch's modes, as for ``place``; "auto" binds each rank to its NUMA node where several nodes have CPUs
-        and each of these gets ranks, and is optional; "none" or None leaves the ranks unbound. OMP_NUM_THREADS is each
-        rank's share of the cores, unless ``env`` has it. memory: a mode or policy, as for ``place``.
-    bindings: where each rank goes, instead; by local rank. OMP_NUM_THREADS is not touched.
-    env: what all ranks inherit; this process's environment if left out. rank_env: what each has beside it; by local
-        rank. cwd: the directory that they start in.
-    job: what the ranks are told of the whole job; of this machine alone, with a free port, if left out.
-    log_dir: a folder; each rank writes to ``attempt_N/LOCAL_RANK/stdout.log`` and ``stderr.log`` in it, as under
-        torchrun.
-    tee: the lines that the ranks write to their log files are shown here too, with a prefix; without ``log_dir`` the
-        files are temporary ones. tee_ranks: of these ranks only. files: instead of ``log_dir``, made by ``rank_files``.
-    die_with_parent: the kernel kills the ranks when this process ends, however it ends; None: where it can.
-    guard: a small process ends, when this process has been killed, also what the ranks have started. Where it has been
-        killed itself, whoever waits for the group gets a RuntimeWarning.
-    cgroup: a delegated directory of cgroup v2. The ranks are born in a cgroup made in it, which ends with the group,
-        whatever session its processes have moved to; a guard is on, too.
-    keep_going: a rank that fails does not end the others. grace: from SIGTERM to SIGKILL, in seconds; 30 if left out.
-    progress: is called before the first start with a function that tells, in any thread, how many have been started.
+    Args:
+        args: The command of every rank, or a function that gives that of a local rank.
+        nprocs: How many ranks.
+        numa: One of torch's modes, as for ``place``; "auto" binds each rank to its NUMA node where several nodes have
+            CPUs and each of these gets ranks, and is optional; "none" or None leaves the ranks unbound. OMP_NUM_THREADS
+            is each rank's share of the cores, unless ``env`` has it.
+        memory: A mode or policy, as for ``place``.
+        bindings: Where each rank goes, instead; by local rank. OMP_NUM_THREADS is not touched.
+        env: What all ranks inherit; this process's environment if left out.
+        rank_env: What each has beside it; by local rank.
+        cwd: The directory that they start in.
+        job: What the ranks are told of the whole job; of this machine alone, with a free port, if left out.
+        log_dir: A folder; each rank writes to ``attempt_N/LOCAL_RANK/stdout.log`` and ``stderr.log`` in it, as under
+            torchrun.
+        tee: The lines that the ranks write to their log files are shown here too, with a prefix; without ``log_dir``
+            the files are temporary ones.
+        tee_ranks: Those of these ranks only.
+        files: Instead of ``log_dir``, made by ``rank_files``.
+        die_with_parent: The kernel kills the ranks when this process ends, however it ends; None: where it can.
+        guard: A small process ends, when this process has been killed, also what the ranks have started. Where it has
+            been killed itself, whoever waits for the group gets a RuntimeWarning.
+        cgroup: A delegated directory of cgroup v2. The ranks are born in a cgroup made in it, which ends with the
+            group, whatever session its processes have moved to; a guard is on, too.
+        keep_going: A rank that fails does not end the others.
+        grace: From SIGTERM to SIGKILL, in seconds; 30 if left out.
+        signal_to: Who is told first when ranks are to end: everybody in a rank's "session", its process "group", or the
+            "rank" itself. The rest of its session is told when the rank has ended, or half of the grace has gone. The
+            default tells all at once, as a terminal and Slurm do: no program has less than the whole grace, whatever
+            shell or wrapper it runs under. A rank that needs its helpers to come to its end, as a training loop needs
+            the batches of its forked data loader, wants "rank".
+        handle_signals: SIGTERM and SIGHUP, where their action is the default, end the ranks with their grace, and then
+            this process, by that signal; until the group is closed. For the main thread. Without it they end this
+            process at once, and its ranks are killed with it. The default is False, because a program's signals are its
+            own: it dies then without a look at its ``finally`` blocks, as without us, but seconds later.
+        progress: Is called before the first start with a function that tells, in any thread, how many have been
+            started.
 
-    Raises what Popen raises, with the rank's number in ``rank`` and in the message, after the ranks that were started
-    have been killed and reaped; PlacementError where no placement can be made; ValueError for what does not fit;
-    OSError (EMFILE) when there is not a free descriptor for each rank: this process's limit is not raised here.
+    Raises:
+        OSError: What Popen raises, with the rank's number in ``rank`` and in the message, after the ranks that were
+            started have been killed and reaped. EMFILE: there is not a free descriptor for each rank; this process's
+            limit is not raised here.
+        PlacementError: No placement can be made.
+        ValueError: Arguments do not fit.
     """
     called_ns = time.monotonic_ns()
-    job = _checked(nprocs, job, bindings, rank_env, files, log_dir, tee, tee_ranks, grace)
+    job = _checked(nprocs, job, bindings, rank_env, files, log_dir, tee, tee_ranks, grace, signal_to)
     shared, own = _environments(job, env, called_ns)
     if memory is not None and (numa is None or numa == "none"):
         raise ValueError("memory needs numa: without it ranks are left unbound")
@@ -92,6 +115,8 @@ def launch(
     ranks: list[Popen] = []
     # Not a with block: there is no moment at which what was opened is neither this function's to close nor the group's.
     resources = ExitStack()
+    # The first that is taken, and so the last that is given back.
+    signals = resources.enter_context(closing(SignalHold.take())) if handle_signals else None
     try:
         if files is None and (tee or log_dir is not None):
             files, temporary = _open_files(resources, log_dir, job)
@@ -120,7 +145,7 @@ def launch(
             progress=progress,
         )
         with _enough_descriptors(ranks):
-            return RankGroup(
+            group = RankGroup(
                 ranks,
                 resources=resources,
                 keep_going=keep_going,
@@ -130,7 +155,11 @@ def launch(
                 guard=guarding,
                 called_ns=called_ns,
                 run_id=job.run_id,
+                signal_to=signal_to,
             )
+        if signals is not None:
+            signals.give(group)
+        return group
     except BaseException:
         try:
             end_ranks(ranks)
@@ -149,6 +178,7 @@ def _checked(
     tee: bool,
     tee_ranks: object,
     grace: float | None,
+    signal_to: str,
 ) -> Job:
     """The job, made where none was given. Raises ValueError for arguments of launch() that do not fit each other."""
     if nprocs < 1:
@@ -161,6 +191,8 @@ def _checked(
         raise ValueError(f"nprocs is {nprocs}, and {job.nprocs} in job")
     if grace is not None and not grace >= 0:
         raise ValueError(f"grace is {grace}: it is a number of seconds from 0 on")
+    if signal_to not in ("rank", "group", "session"):
+        raise ValueError(f"signal_to is {signal_to!r}: it is 'rank', 'group' or 'session'")
     if files is not None and log_dir is not None:
         raise ValueError("give log_dir or files")
     if tee_ranks is not None and not tee:

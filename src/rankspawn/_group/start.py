@@ -35,18 +35,27 @@ def start_ranks(
 ) -> None:
     """Start a rank for each of ``commands``, each in a session of its own, by as many threads as are worth it.
 
-    ranks: an empty list. It holds all the Popen objects before the first of them is started, so that whoever catches an
-        exception finds the owners there.
-    rank_env, bindings, streams: by rank. A rank's own variables win over ``env``, which all share; None is the caller's
-        environment. streams: stdin, stdout and stderr as Popen takes them, but for PIPE.
-    cgroup: a descriptor of a cgroup v2's directory. guard: a pipe that each rank writes its pid to (a pid_t, 4 bytes)
-        once it leads its session, before its program runs; -1 for none.
-    progress: called once, before the first start, with a function that any thread may call to ask how many ranks have
-        been started so far.
+    Args:
+        ranks: An empty list. It holds all the Popen objects before the first of them is started, so that whoever
+            catches an exception finds the owners there.
+        commands: What each runs.
+        env: The variables that all share; None is the caller's environment.
+        rank_env: By rank, its own variables, which win over ``env``.
+        bindings: By rank.
+        streams: By rank, stdin, stdout and stderr as Popen takes them, but for PIPE.
+        cwd: The directory that they start in.
+        die_with_parent: As for Popen.
+        cgroup: A descriptor of a cgroup v2's directory.
+        guard: A pipe that each rank writes its pid to (a pid_t, 4 bytes) once it leads its session, before its program
+            runs; -1 for none.
+        progress: Called once, before the first start, with a function that any thread may call to ask how many ranks
+            have been started so far.
 
-    Raises what Popen raises when one cannot be started, with the rank in front of its text and as its attribute
-    ``rank``. Those that were started have been killed then, with their sessions, and reaped; ``ranks`` is empty, but
-    for what did not end: this process may not kill it (a set-user-ID program), or it cannot be killed.
+    Raises:
+        OSError: What Popen raises when one cannot be started, with the rank in front of its text and as its attribute
+            ``rank``. Those that were started have been killed then, with their sessions, and reaped; ``ranks`` is
+            empty, but for what did not end: this process may not kill it (a set-user-ID program), or it cannot be
+            killed.
     """
     made: list[RankProcess] = []
     try:

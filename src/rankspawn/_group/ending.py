@@ -1,0 +1,198 @@
+"""How a group's ranks are ended: who is told and when, who is waited for, and when the rest is killed."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from .._end.deadline import left, passed, sooner, until
+from .._end.ranks import KILL_SECONDS, SIGKILL, SignalTo, kill_sessions, living, name_stuck, signal_ranks
+from .._end.reap import reap
+from .._end.sessions import ignores, signal_one
+from .._end.watch import POLL_SECONDS
+
+if TYPE_CHECKING:
+    from .._end.cgroup import GroupCgroup
+    from .._end.watch import Watch
+    from .._start.popen import Popen
+
+_CONTINUE = (signal.SIGCONT,) if hasattr(signal, "SIGCONT") else ()
+
+
+class Ending:
+    """What the ranks of a group have been told, and what is due. A rank is all that is in its session.
+
+    Any thread may call what is here, and signal handlers.
+
+    Attributes:
+        kill_at: When those that still run are killed, in seconds of time.monotonic(); None: they were not told to end.
+        give_up_at: When whoever waits for killed ranks gives up; None: they have not been killed.
+        lingering: Whether the ranks have ended after they were told to, and some of what they started has not.
+        collected: By rank, what reap() has returned.
+    """
+
+    def __init__(
+        self,
+        ranks: Sequence[Popen],
+        watch: Watch,
+        *,
+        grace: float,
+        signal_to: SignalTo,
+        cgroup: GroupCgroup | None,
+    ) -> None:
+        self._ranks, self._watch = ranks, watch
+        self._grace, self._signal_to = grace, signal_to
+        self._cgroup = cgroup
+        self.kill_at: float | None = None
+        self.give_up_at: float | None = None
+        self.lingering = False
+        self.collected: dict[int, tuple[Any, bool]] = {}
+        self._asked: set[int] = set()
+        self._half_at: float | None = None  # when half of the grace has gone
+        # Signals that the rest of a rank's session has yet to get, by the rank's number.
+        self._rest: dict[int, tuple[int, ...]] = {}
+        self._living: dict[int, int] | None = None
+        self._terminated: set[int] = set()
+
+    @property
+    def due(self) -> float | None:
+        """When the next thing is to be done: to tell the rest, to kill, or to give up."""
+        end = self.kill_at if self.give_up_at is None else self.give_up_at
+        if self.lingering:  # nothing tells of the end of what the ranks have started
+            return sooner(end, until(POLL_SECONDS))
+        return sooner(end, self._half_at) if self._rest else end
+
+    def ask(self, sig: int, grace: float | None) -> None:
+        """Tell the ranks to end.
+
+        Args:
+            sig: What they are told by.
+            grace: Seconds until they are killed; the group's if None. A former call's end is not put off.
+
+        Raises:
+            PermissionError: A rank may not be signalled. All others have been.
+        """
+        seconds = self._grace if grace is None else grace
+        self._asked.add(sig)
+        self.kill_at = sooner(self.kill_at, until(seconds))
+        self._half_at = sooner(self._half_at, until(seconds / 2))
+        self._watch.ring()
+        signals = (sig, *_CONTINUE)  # one that is stopped does not act on it before it is continued
+        if self._signal_to != "session":
+            for number in self._watch.running.copy():
+                self._rest[number] = (*self._rest.get(number, ()), *signals)
+        first = [rank for number, rank in enumerate(self._ranks) if number in self._rest]
+        others = [rank for number, rank in enumerate(self._ranks) if number not in self._rest]
+        try:
+            if first:
+                signal_ranks(first, *signals, to=self._signal_to)
+        finally:
+            if others:
+                signal_ranks(others, *signals)
+
+    def do_due(self) -> float | None:
+        """Do what is due now; when the next thing is.
+
+        Raises:
+            TimeoutError: A killed rank does not end.
+        """
+        if self._rest:
+            self._tell_rest()
+        if self.give_up_at is None and passed(self.kill_at) and (self._watch.running or self.lingering):
+            self.kill()
+        if self._watch.running and passed(self.give_up_at):
+            raise TimeoutError(name_stuck(self.stuck()))
+        return self.due
+
+    def _tell_rest(self) -> None:
+        """Signal what has not been told yet: of the ranks that have ended, and of all once half of the grace is over.
+
+        Raises nothing: who may not be signalled was said with the first signal.
+        """
+        half = passed(self._half_at)
+        by_signals: dict[tuple[int, ...], list[Popen]] = {}
+        for number in [number for number in self._rest.copy() if half or number not in self._watch.running]:
+            if (signals := self._rest.pop(number, None)) is not None:
+                by_signals.setdefault(signals, []).append(self._ranks[number])
+        for signals, ranks in by_signals.items():
+            with suppress(PermissionError):
+                signal_ranks(ranks, *signals, told=self._signal_to)
+
+    def look_at_sessions(self) -> None:
+        """After the ranks: note whether somebody in their sessions is to be waited for until the grace is over."""
+        if self._watch.running or self.kill_at is None or self.give_up_at is not None:
+            self._living, self.lingering = None, False
+            return
+        if self._rest:
+            self._tell_rest()
+        if passed(self.kill_at):
+            if self.lingering:
+                self.kill()
+            self._living, self.lingering = None, False
+            return
+        self._living = living(self._ranks)
+        self.lingering = bool(self._living)
+        if self._living and signal.SIGTERM not in self._asked:
+            self._terminate(self._living)
+
+    def _terminate(self, found: dict[int, int]) -> None:
+        """SIGTERM to those who would be waited for in vain.
+
+        That is at once who ignores all that came, as what a shell starts in the background ignores SIGINT, and
+        everybody when half of the grace is over.
+        """
+        if passed(self._half_at):
+            with suppress(PermissionError):
+                self._watch.ring()
+                self._asked.add(signal.SIGTERM)
+                signal_ranks(self._ranks, signal.SIGTERM, *_CONTINUE)
+            return
+        for pid, session in found.items():
+            if pid not in self._terminated and ignores(pid, self._asked):
+                self._terminated.add(pid)
+                with suppress(OSError):
+                    signal_one(pid, session, (signal.SIGTERM, *_CONTINUE))
+
+    def kill(self) -> None:
+        """SIGKILL to everybody. Whoever waits gives up in a while."""
+        self.give_up_at = self.give_up_at or until(KILL_SECONDS)
+        self._rest.clear()
+        self._watch.ring()
+        if self._cgroup is not None:
+            self._cgroup.kill()
+        with suppress(PermissionError):
+            signal_ranks(self._ranks, SIGKILL)
+
+    def kill_and_reap(self, look: Callable[[float | None], object]) -> dict[int, str]:
+        """The end, in time.
+
+        Args:
+            look: Waits for a rank's end, for so many seconds at most.
+
+        Returns:
+            Who is left then, by pid, and whose it is.
+        """
+        if self._watch.running:
+            self.kill()
+        end = (self.give_up_at or time.monotonic() + KILL_SECONDS) - 1.0
+        while self._watch.running and not passed(end):
+            look(left(end))
+        # A second at least is for the sessions: a rank that does not end must not keep the others' children alive.
+        numbered, codes = dict(enumerate(self._ranks)), self._watch.returncodes
+        stuck = kill_sessions(numbered, codes, 1.0 + (left(end) or 0), self._living)
+        if self._cgroup is not None:
+            self._cgroup.kill()
+            if not self._cgroup.wait_empty(1.0 + (left(end) or 0)):
+                stuck.update(dict.fromkeys(self._cgroup.pids(), "the cgroup"))
+        for number, rank in numbered.items():
+            if (collected := reap(rank, codes.get(number))) is not None:
+                self.collected[number] = collected
+        look(0)
+        return {**stuck, **self.stuck()}
+
+    def stuck(self) -> dict[int, str]:
+        """The ranks that still run, by pid, and which it is."""
+        return {rank.pid: f"rank {number}" for number, rank in self._watch.running.copy().items()}
