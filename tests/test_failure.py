@@ -16,6 +16,7 @@ from rankspawn._output.failure import (
     Failure,
     RecordedError,
     describe,
+    describe_interruption,
     failures,
     first_failure,
     how_it_ended,
@@ -106,6 +107,39 @@ def test_the_first_is_who_recorded_first() -> None:
     failures = [Failure(0, 1, 102.5), Failure(1, 1, 104.0, error=late), Failure(2, 1, 105.0, error=early)]
     assert first_failure(failures).rank == 2
     assert first_failure(failures[:2]).rank == 0
+
+
+def test_who_ended_by_the_launchers_own_signal_is_not_the_first() -> None:
+    term, kill = frozenset({signal.SIGTERM}), frozenset({signal.SIGTERM, signal.SIGKILL})
+    killed, as_a_shell = Failure(0, -signal.SIGKILL, 100.0, sent=kill), Failure(1, 143, 100.0, sent=term)
+    failed = Failure(2, 1, 105.0, sent=term)  # it may have failed before the signal came
+    assert first_failure([killed, as_a_shell, failed]) is failed
+    assert first_failure([killed, Failure(1, -signal.SIGKILL, 105.0)]).rank == 1  # another's SIGKILL
+    assert first_failure([killed, as_a_shell]) is killed
+    # It raised, hung on its way out, and was killed because another had failed meanwhile.
+    raised = Failure(3, -signal.SIGKILL, 130.0, error=RecordedError("m", "", 99.0, ""), sent=kill)
+    assert first_failure([killed, failed, raised]) is raised
+
+
+def test_the_launchers_own_sigkill_is_not_said_to_be_the_kernels() -> None:
+    kill = frozenset({signal.SIGTERM, signal.SIGKILL})
+    told = describe(Failure(0, -signal.SIGKILL, 0, pid=7, sent=kill), [Failure(1, -signal.SIGKILL, 0, sent=kill)])
+    assert told == "rank 0 (pid 7) was killed by this launcher's SIGKILL\n  others: 1 killed by SIGKILL\n"
+    assert "memory runs out" in describe(Failure(0, -signal.SIGKILL, 0, sent=frozenset({signal.SIGTERM})))
+
+
+@pytest.mark.parametrize(
+    ("killed", "seconds", "words"),
+    [
+        (set(), 30.0, "interrupted"),
+        ({0, 1}, 30.0, "interrupted; 2 ranks had to be killed after 30 s: 4-5"),
+        ({2}, 0.5, "interrupted; 1 rank had to be killed after 0.5 s: 6"),
+        ({0, 2}, None, "interrupted; 2 ranks were killed: 4,6"),
+        ({3}, None, "interrupted; 1 rank was killed: 7"),
+    ],
+)
+def test_an_interruption_in_words(killed: set[int], seconds: float, words: str) -> None:
+    assert describe_interruption(killed, seconds, first_rank=4) == words
 
 
 def test_within_a_second_the_first_is_who_was_seen_first() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from .._frozen import Frozen
@@ -17,7 +18,7 @@ _MOST_BYTES = 1 << 20
 _WIDEST = 300  # characters of a line that are printed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from .._start.popen import Popen
@@ -134,6 +135,7 @@ class Failure(Frozen):
         binding: its binding in words, or "".
         files: where it wrote; None where it had the launcher's output and no error file.
         error: what it recorded, None where it recorded nothing.
+        sent: the signals that the launcher had sent it before it ended.
     """
 
     rank: int
@@ -143,18 +145,20 @@ class Failure(Frozen):
     binding: str = ""
     files: RankFiles | None = None
     error: RecordedError | None = None
+    sent: frozenset[int] = frozenset()
 
 
 def first_failure(failures: Iterable[Failure]) -> Failure:
     """The failure that came first: by the time that the rank recorded, else by when its end was noticed.
 
     As in torch: recorded times are whole seconds, so both are compared as whole seconds, and of equal ones the one that
-    was noticed first is taken. A rank that raises may need long to end, and others may end before it because of it.
+    was noticed first is taken. A rank that raises may need long to end, and others may end before it because of it. A
+    rank that the launcher's own signal ended, and that recorded nothing, comes after all others.
 
     Raises:
         ValueError: there is no failure.
     """
-    return min(failures, key=lambda failure: (int(_when(failure)), failure.seen_at))
+    return min(failures, key=lambda failure: (_is_ours(failure), int(_when(failure)), failure.seen_at))
 
 
 def failures(
@@ -162,6 +166,7 @@ def failures(
     returncodes: Mapping[int, int],
     exited_ns: Mapping[int, int],
     files: Sequence[RankFiles] | None,
+    sent: Mapping[int, Collection[int]] = MappingProxyType({}),
 ) -> list[Failure]:
     """The ranks that have failed: the first failure, then the others by number.
 
@@ -170,6 +175,7 @@ def failures(
         returncodes: how those that have ended did, by local rank.
         exited_ns: when each was seen to end, of CLOCK_MONOTONIC, by local rank.
         files: where each writes, by local rank; None where all have the launcher's output.
+        sent: the signals that the launcher sent to each rank before it ended, by local rank.
     """
     failed = []
     epoch = time.time() - time.monotonic()  # read once, so that ranks that were seen to end together stay equal
@@ -179,9 +185,15 @@ def failures(
             seen_at = epoch + exited_ns[number] / 1e9
             error = None if of_rank is None else read_error_file(of_rank.error)
             binding = "" if asked is None else str(asked)
-            failed.append(Failure(number, returncode, seen_at, ranks[number].pid, binding, of_rank, error))
+            signals = frozenset(sent.get(number, ()))
+            failed.append(Failure(number, returncode, seen_at, ranks[number].pid, binding, of_rank, error, signals))
     first = first_failure(failed) if failed else None
     return sorted(failed, key=lambda failure: (failure is not first, failure.rank))
+
+
+def _is_ours(failure: Failure) -> bool:
+    """Whether the launcher's own signal ended the rank, or the shell that reports so, and it recorded no error."""
+    return failure.error is None and any(failure.returncode in (-sig, 128 + sig) for sig in failure.sent)
 
 
 def _when(failure: Failure) -> float:
@@ -189,10 +201,17 @@ def _when(failure: Failure) -> float:
     return failure.seen_at if recorded is None else recorded
 
 
-def how_it_ended(returncode: int) -> str:
-    """A returncode in words: "exited with status 1", "was killed by SIGSEGV (...)"."""
+def how_it_ended(returncode: int, sent: Collection[int] = ()) -> str:
+    """A returncode in words: "exited with status 1", "was killed by SIGSEGV (...)".
+
+    Args:
+        returncode: as ``Popen.returncode``.
+        sent: the signals that the launcher had sent.
+    """
     if returncode < 0:
         name = _signal_name(-returncode)
+        if -returncode in sent:
+            return f"was killed by this launcher's {name}"
         return f"was killed by {name}" + (f" ({_MEANINGS[name]})" if name in _MEANINGS else "")
     by_shell = f" (as a shell whose command {_signal_name(returncode - 128)} killed)" if 128 < returncode < 193 else ""
     return f"exited with status {returncode}{by_shell}"
@@ -203,6 +222,23 @@ def _signal_name(sig: int) -> str:
         return signal.Signals(sig).name
     except ValueError:
         return f"signal {sig}"
+
+
+def describe_interruption(killed: Collection[int], seconds: float | None, *, first_rank: int = 0) -> str:
+    """How a job ended that was told to: "interrupted; 2 ranks had to be killed after 30 s: 0-1".
+
+    Args:
+        killed: the local ranks that ended by the launcher's SIGKILL.
+        seconds: how long they had to end; None where they were killed at once, because somebody asked for it.
+        first_rank: the RANK of this machine's local rank 0.
+    """
+    if not killed:
+        return "interrupted"
+    ranks = "1 rank" if len(killed) == 1 else f"{len(killed)} ranks"
+    how = "were killed" if len(killed) > 1 else "was killed"
+    if seconds is not None:
+        how = f"had to be killed after {seconds:g} s"
+    return f"interrupted; {ranks} {how}: {format_ids(first_rank + rank for rank in killed)}"
 
 
 def describe(
@@ -218,7 +254,7 @@ def describe(
         first_rank: the RANK of this machine's local rank 0.
     """
     pid = "" if first.pid is None else f" (pid {first.pid})"
-    told = [f"rank {first_rank + first.rank}{pid} {how_it_ended(first.returncode)}"]
+    told = [f"rank {first_rank + first.rank}{pid} {how_it_ended(first.returncode, first.sent)}"]
     if first.binding:
         told.append(f"  it was bound to {first.binding}")
     traceback: list[str] = []
