@@ -37,6 +37,7 @@
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #ifndef CLOSE_RANGE_UNSHARE
@@ -99,8 +100,15 @@ tell_guard(const struct child_start *start)
 {
     int guard = start->request->guard_fd;
     if (guard >= 0) {
+        struct {
+            long seconds, nanoseconds;
+        } now = {0, 0}; /* struct timespec as this system call takes it: libc's may be wider */
+        syscall(SYS_clock_gettime, CLOCK_BOOTTIME, &now);
+        struct spawn_registration own = {
+            .written_ns = (int64_t)now.seconds * 1000000000 + now.nanoseconds,
+            .pid = (int32_t)syscall(SYS_getpid),
+        };
         /* Fewer bytes than PIPE_BUF: a pipe takes all of them or none. */
-        pid_t own = (pid_t)syscall(SYS_getpid);
         if (syscall(SYS_write, guard, &own, sizeof own) != sizeof own) {
             fail(start, STEP_GUARD);
         }

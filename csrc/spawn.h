@@ -104,7 +104,14 @@ struct spawn_request {
 
     int death_signal; /* 0: none */
     int cgroup_fd;    /* a directory of a cgroup v2; -1: none */
-    int guard_fd;     /* a pipe that the child writes its pid to (a pid_t) once it leads its session; -1: none */
+    int guard_fd;     /* a pipe that the child writes a spawn_registration to once it leads its session; -1: none */
+};
+
+/* What a guard reads. A process that has this pid and was started later is another one. */
+struct spawn_registration {
+    int64_t written_ns; /* CLOCK_BOOTTIME */
+    int32_t pid;
+    int32_t unused;
 };
 
 struct spawn_result {

@@ -103,6 +103,9 @@ def refused(kind: type[OSError], commands: list[list[str]], **keywords: Any) -> 
     return caught.value
 
 
+REGISTRATION = struct.Struct("qi4x")  # spawn_registration of csrc/spawn.h
+
+
 class Guard:
     """The pipe into which ranks write their pids. A rank that finds it full waits in the middle of its start."""
 
@@ -112,7 +115,7 @@ class Guard:
 
     def hold_after(self, ranks: int) -> None:
         """Let the first ``ranks`` ranks write, whichever they are, and hold the others."""
-        self.filled = fcntl.fcntl(self.writing, fcntl.F_SETPIPE_SZ, 1) - 4 * ranks
+        self.filled = fcntl.fcntl(self.writing, fcntl.F_SETPIPE_SZ, 1) - REGISTRATION.size * ranks
         os.write(self.writing, bytes(self.filled))
 
     def let_go(self) -> None:
@@ -128,7 +131,7 @@ class Guard:
         sent = b""
         while more := os.read(self.reading, 4096):
             sent += more
-        return [pid for (pid,) in struct.iter_unpack("i", sent)]
+        return [pid for _, pid in REGISTRATION.iter_unpack(sent)]
 
     @staticmethod
     def close(*fds: int) -> None:

@@ -531,6 +531,27 @@ def test_number_that_becomes_anothers_while_the_guard_is_stopped() -> None:
             assert stranger.poll() is None
 
 
+def test_number_that_becomes_anothers_before_the_guard_is_up() -> None:
+    """A rank has registered, and its number is a stranger's when the guard reads that."""
+
+    def body(self: Launcher) -> None:
+        self.guard = Guard.start()
+        self.guard.process.send_signal(signal.SIGSTOP)
+        (rank,) = self.start(1, ["/bin/true"])
+        rank.wait()
+        time.sleep(0.05)
+        self.tell([self.guard.process.pid, rank.pid])
+
+    with launcher(body) as killed:
+        guard, number = killed.hear()
+        with stranger_with(number) as stranger:
+            os.kill(guard, signal.SIGCONT)
+            time.sleep(0.2)
+            killed.kill()
+            eventually(lambda: has_ended(guard))
+            assert stranger.poll() is None
+
+
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Path]:
     """Run guards under strace, which makes a system call fail; the path of its log."""
@@ -581,7 +602,7 @@ def test_number_that_becomes_anothers_without_pidfds(fault: Callable[[str], Path
 
     with launcher(body) as killed:
         guard, number = killed.hear()
-        eventually(lambda: "(INJECTED)" in log.read_text())
+        eventually(lambda: log.exists() and "(INJECTED)" in log.read_text())
         time.sleep(0.3)
         with stranger_with(number) as stranger:
             killed.kill()

@@ -3,7 +3,7 @@
  *
  *     rankspawn-guard LAUNCHER PIPE PIDFD PATIENCE FOLDERFD FOLDER CGROUP
  *
- * LAUNCHER  its pid             PIPE      where the ranks register: each writes a pid_t
+ * LAUNCHER  its pid             PIPE      where the ranks register: as csrc/spawn.h says
  * PIDFD     of the launcher, or "-"       PATIENCE  in milliseconds
  * FOLDERFD  the open temporary folder, or "-", and FOLDER its path
  * CGROUP    the path of the group's cgroup, which may be there or not, or ""
@@ -13,6 +13,7 @@
 #endif
 #include "folders.h"
 #include "sessions.h"
+#include "spawn.h"
 
 #include <errno.h>
 #include <time.h>
@@ -23,7 +24,7 @@ enum {
     BLIND_MS = 100, /* between two looks where the kernel has no pidfd to wait for */
     ROUND_MS = 1000,
     EVENTS_AT_ONCE = 64,
-    PIDS_AT_ONCE = 1024,
+    RANKS_AT_ONCE = 256,
 };
 
 /* The data of events that are no witness's. */
@@ -44,7 +45,7 @@ struct guard {
 static void
 take_registrations(struct guard *guard)
 {
-    pid_t told[PIDS_AT_ONCE];
+    struct spawn_registration told[RANKS_AT_ONCE];
     while (guard->pipe >= 0) {
         long bytes = read_from(guard->pipe, told, sizeof told);
         if (bytes == -EAGAIN || bytes == -EINTR) {
@@ -55,7 +56,7 @@ take_registrations(struct guard *guard)
             guard->pipe = -1;
         }
         for (long i = 0; i < bytes / (long)sizeof *told; i++) {
-            sessions_add(&guard->sessions, told[i]);
+            sessions_add(&guard->sessions, told[i].pid, ticks_of(told[i].written_ns));
         }
     }
 }
@@ -161,6 +162,7 @@ guard_main(int argc, char *const *argv)
     guard.folder_path = argv[6];
     guard.cgroup_path = argv[7];
     guard.sessions.epoll = (int)make_epoll();
+    processes_begin(&guard.sessions.processes);
     set_nonblocking(guard.pipe);
     epoll_watch(guard.sessions.epoll, guard.pipe, FROM_PIPE);
     if (guard.launcher_pidfd >= 0) {

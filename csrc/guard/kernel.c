@@ -32,21 +32,9 @@
 #define SYS_statx 291
 #endif
 #endif
-#ifndef SYS_openat2
-#define SYS_openat2 437
-#endif
 
-/* As <linux/openat2.h> and <linux/stat.h> have them, which not every C library brings. */
-#define RESOLVE_NO_XDEV UINT64_C(0x01)
-#define RESOLVE_NO_SYMLINKS UINT64_C(0x04)
-#define RESOLVE_BENEATH UINT64_C(0x08)
+/* As <linux/stat.h> has it, which not every C library brings. */
 enum { WANTS_BASIC_STATS = 0x7ff };
-
-struct open_how {
-    uint64_t flags;
-    uint64_t mode;
-    uint64_t resolve;
-};
 
 struct kernel_statx {
     uint64_t first[4];
@@ -336,18 +324,25 @@ identify(int folder, const char *path, struct identity *found)
     return true;
 }
 
+/* The mount that an open file is on, by proc(5); -1 where that cannot be read. */
+static int64_t
+mount_of(int fd)
+{
+    char path[64], text[512];
+    put_number(put_text(path, "/proc/self/fdinfo/"), fd);
+    const char *at = read_file(AT_FDCWD, path, text, sizeof text) > 0 ? after_line_start(text, "mnt_id:\t") : NULL;
+    return at ? number_in(at, &at) : -1;
+}
+
 long
 open_inside(int folder, const char *name)
 {
-    int flags = O_RDONLY | O_DIRECTORY | O_NOFOLLOW;
-    struct open_how how = {
-        .flags = (uint64_t)(flags | O_CLOEXEC),
-        .resolve = RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS | RESOLVE_BENEATH,
-    };
-    long fd = call(SYS_openat2, folder, (long)name, (long)&how, sizeof how, 0, 0);
-    /* Before Linux 5.6, or refused by a seccomp profile of that time: a folder that is mounted there is busy, so that
-     * it stays, but is emptied. Whoever mounts into a temporary folder of ours is a rank. */
-    return fd == -ENOSYS || fd == -EPERM ? open_at(folder, name, flags) : fd;
+    long fd = open_at(folder, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW);
+    if (fd >= 0 && (mount_of((int)fd) < 0 || mount_of((int)fd) != mount_of(folder))) {
+        close_fd((int)fd);
+        return -EXDEV;
+    }
+    return fd;
 }
 
 long

@@ -49,7 +49,7 @@ struct identity {
 };
 bool identify(int folder, const char *path, struct identity *found);
 
-/* Open a folder in a folder: neither through a symbolic link nor on another mount. */
+/* Open a folder in a folder: neither through a symbolic link nor on another mount, which takes /proc. */
 long open_inside(int folder, const char *name);
 
 /* The next names in a folder. Call `each` for every name but . and .., until it returns false. Returns what

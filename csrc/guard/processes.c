@@ -9,7 +9,6 @@
 #include "processes.h"
 
 #include <errno.h>
-#include <time.h>
 
 enum {
     STAT_STATE = 3,
@@ -103,22 +102,36 @@ list_one(void *context, const char *name)
     return true;
 }
 
+/* Find out what /proc is. Returns at which place in the line NSpid a process's own number is, counted from 1. */
+static int
+recognize(struct processes *processes)
+{
+    char status[STATUS_ROOM];
+    pid_t shown = 0;
+    int depth = 0;
+    /* Where /proc is another namespace's, /proc/self has the guard's number there; an unrelated one shows no self. */
+    if (read_file(AT_FDCWD, "/proc/self/status", status, sizeof status) > 0) {
+        const char *at = after_line_start(status, "Pid:\t");
+        depth = numbers_in(status, 1, &shown);
+        shown = at ? (pid_t)number_in(at, &at) : 0; /* also before Linux 4.1 */
+    }
+    bool is_own = shown == own_pid() && depth <= 1;
+    processes->procfs = is_own ? PROCFS_OWN : depth > 1 ? PROCFS_OUTER : PROCFS_NONE;
+    return depth;
+}
+
+void
+processes_begin(struct processes *processes)
+{
+    recognize(processes);
+}
+
 void
 processes_list(struct processes *processes)
 {
-    char status[STATUS_ROOM];
-    struct listing listing = {processes, 0};
-    pid_t own = 0;
-    processes->count = 0;
-    /* Where /proc is another namespace's, /proc/self has the guard's number there; an unrelated one shows no self. */
-    if (read_file(AT_FDCWD, "/proc/self/status", status, sizeof status) > 0) {
-        listing.depth = numbers_in(status, 0, &own);
-        const char *at = after_line_start(status, "Pid:\t");
-        own = at ? (pid_t)number_in(at, &at) : 0;
-    }
-    bool is_own = own == own_pid() && listing.depth <= 1;
-    processes->procfs = is_own ? PROCFS_OWN : listing.depth > 1 ? PROCFS_OUTER : PROCFS_NONE;
+    struct listing listing = {processes, recognize(processes)};
     long folder = processes->procfs == PROCFS_NONE ? -1 : open_at(AT_FDCWD, "/proc", O_RDONLY | O_DIRECTORY);
+    processes->count = 0;
     if (folder >= 0) {
         while (next_names((int)folder, list_one, &listing) > 0) {
         }
@@ -182,7 +195,7 @@ process_start(const struct process *process)
 }
 
 int64_t
-ticks_now(void)
+ticks_of(int64_t nanoseconds)
 {
-    return now(CLOCK_BOOTTIME) / (1000000000 / TICKS_IN_S);
+    return nanoseconds / (1000000000 / TICKS_IN_S);
 }

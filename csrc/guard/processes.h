@@ -18,6 +18,9 @@ struct processes {
     enum procfs procfs;
 };
 
+/* Find out what /proc is, before anything else. */
+void processes_begin(struct processes *processes);
+
 /* List the processes that there are, in the order in which /proc shows them.
  *
  * A procfs of an outer PID namespace (unshare --pid without --mount-proc) shows other numbers; the line NSpid of
@@ -38,7 +41,7 @@ bool process_has_ended(const struct process *process);
 /* When it was started, in clock ticks since the machine was; -1 where that cannot be read. */
 int64_t process_start(const struct process *process);
 
-/* The present moment in the same units. */
-int64_t ticks_now(void);
+/* A moment of CLOCK_BOOTTIME, in nanoseconds, in the same units. */
+int64_t ticks_of(int64_t nanoseconds);
 
 #endif

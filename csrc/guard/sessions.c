@@ -10,9 +10,9 @@
  *     kernel/pid.c). Afterwards it can become the number of a stranger's session. So each session has a witness, a pidfd
  *     of a member that lives. The first is the leader. When a witness ends, another member takes its place; where there
  *     is none, the session is forgotten. Between the two are milliseconds.
- *  4. In those milliseconds, or while somebody has stopped the guard, or for 100 ms where the kernel has no pidfd_open, a
- *     number can come again: then the process of that number, which leads the stranger's session, is younger than the
- *     registration of ours. A rank's own leader never is.
+ *  4. In those milliseconds, or before the guard is up, while somebody has stopped it, or for 100 ms where the kernel has
+ *     no pidfd_open, a number can come again: then the process of that number, which leads the stranger's session, is
+ *     younger than the registration of ours. A rank's own leader never is.
  *  5. A number of a process can come again between a look at it and a signal to it: the signal goes to a pidfd, whose
  *     session is looked at when it is open. Linux before 5.3 has no pidfd_open.
  *  6. A member that cannot be killed (another user's, or in uninterruptible sleep) is there until it ends: whoever calls
@@ -212,7 +212,7 @@ look_through(struct sessions *sessions, struct ended *ended, bool kills)
 /* ---- what the guard asks for --------------------------------------------------------------------------------------*/
 
 bool
-sessions_add(struct sessions *sessions, pid_t number)
+sessions_add(struct sessions *sessions, pid_t number, int64_t registered)
 {
     if (number <= 1 || find(sessions, number)) {
         return true; /* 0 and 1 are no rank's: to kill(2) they mean this process's own group, and everybody */
@@ -224,9 +224,11 @@ sessions_add(struct sessions *sessions, pid_t number)
     for (size_t i = sessions->count++; i > at; i--) {
         sessions->all[i] = sessions->all[i - 1];
     }
-    sessions->all[at] = (struct session){.number = number, .witness = -1, .registered = ticks_now()};
-    const struct process leader = {number, number};
-    meet(sessions, &sessions->all[at], &leader, false);
+    sessions->all[at] = (struct session){.number = number, .witness = -1, .registered = registered};
+    const struct process leader = process_numbered(sessions->processes.procfs, number);
+    if (process_start(&leader) <= registered) {
+        meet(sessions, &sessions->all[at], &leader, false);
+    }
     return true;
 }
 

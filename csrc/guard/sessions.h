@@ -19,8 +19,8 @@ struct sessions {
     struct processes processes;
 };
 
-/* A rank has registered. Returns false where there is no memory for it. */
-bool sessions_add(struct sessions *sessions, pid_t number);
+/* A rank has registered, at that clock tick. Returns false where there is no memory for it. */
+bool sessions_add(struct sessions *sessions, pid_t number, int64_t registered);
 
 /* The witness of a session has ended. */
 void sessions_lose_witness(struct sessions *sessions, pid_t number);

@@ -93,7 +93,7 @@ def _guard() -> str:
     except OSError as error:
         return f"no: {error}"
     if not os.path.exists("/proc/self/stat"):
-        return "yes; without /proc it looks for the ranks' processes among all numbers, which takes seconds"
+        return "yes; without /proc it looks for the ranks' processes among all numbers, which takes a second"
     return "yes"
 
 

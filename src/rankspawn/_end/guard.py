@@ -13,10 +13,10 @@ How it is sound, from the first moment to the last:
 
  1. It is started before the first rank, by exec from our own engine: its cost is flat in the launcher's memory, and the
     launcher does not wait for it to come up. What it has to know is in the pipe until it reads it.
- 2. Each rank registers itself: between setsid and exec it writes its pid, which is its session's number, to the pipe
-    (one write of less than PIPE_BUF bytes: pipe(7)). So no session of ours can exist that is not in the pipe, but those
-    of children that are about to write; and these hold the pipe's write end, which closes with exec. At the end of the
-    file all have registered.
+ 2. Each rank registers itself: between setsid and exec it writes its pid, which is its session's number, and the time
+    to the pipe (one write of less than PIPE_BUF bytes: pipe(7)). So no session of ours can exist that is not in the
+    pipe, but those of children that are about to write; and these hold the pipe's write end, which closes with exec. At
+    the end of the file all have registered.
  3. The launcher's death is seen by a pidfd that the launcher has opened of itself and the guard has inherited: it is
     readable from that death on, also when that was before the guard's first instruction. The end of the pipe does not
     show that death: a forked copy of the launcher holds the pipe, too, and a launcher that closes all its descriptors
@@ -52,7 +52,8 @@ class Guard:
     """The launcher's half: the guard's process, and the write end of its pipe.
 
     Attributes:
-        fd: Where each rank of the group writes its pid, a native int, after setsid and before exec. Close-on-exec.
+        fd: Where each rank of the group writes its pid and the time, after setsid and before exec: a
+            spawn_registration of csrc/spawn.h. Close-on-exec.
         process: The guard. Its pidfd is readable when it has ended before close(): the group is unguarded then.
     """
 
