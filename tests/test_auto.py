@@ -238,16 +238,16 @@ def test_a_glance_says_what_the_topology_says() -> None:
 def test_a_glance_at_other_machines(name: str, tmp_path: Path) -> None:
     root = write(tmp_path, MACHINES[name])
     topology = Topology.read(root)
-    assert core_count(topology.allowed_cpus, str(root)) == len(
+    assert core_count(topology.allowed_cpus, f"{root}/") == len(
         [core for core in topology.cores if not topology.allowed_cpus.isdisjoint(core.cpus)]
     )
     if (root / NODE).exists():
         (root / NODE / "has_cpu").write_text(",".join(str(node.id) for node in topology.nodes_with_cpus()))
-    assert has_one_node(str(root)) == (len(topology.nodes_with_cpus()) == 1)
+    assert has_one_node(f"{root}/") == (len(topology.nodes_with_cpus()) == 1)
     (root / CPU / "smt").mkdir(exist_ok=True)
     (root / CPU / "smt" / "active").write_text("0\n")
     core_count.cache_clear()
-    assert core_count(topology.allowed_cpus, str(root)) == len(topology.allowed_cpus)
+    assert core_count(topology.allowed_cpus, f"{root}/") == len(topology.allowed_cpus)
     core_count.cache_clear()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import cache
 
-from .sysfs import TopologyError, Tree
+from .._ids import parse_ids
 
 _NODES = ("sys/devices/system/node/has_cpu", "sys/devices/system/node/online")
 _CPU = "sys/devices/system/cpu"
@@ -13,14 +13,15 @@ _SIBLINGS = ("thread_siblings_list", "core_cpus_list", "core_cpus", "thread_sibl
 
 
 def has_one_node(root: str = "/") -> bool:
-    """Whether at most one node has CPUs, so that no rank can be bound to a node of its own.
-
-    Raises:
-        TopologyError: The kernel's list of nodes cannot be read.
-    """
-    tree = Tree(root)
-    nodes = next((ids for path in _NODES if (ids := tree.ids(path)) is not None), frozenset())
-    return len(nodes) < 2
+    """Whether at most one node has CPUs, so that no rank can be bound to a node of its own."""
+    for path in _NODES:
+        try:
+            return len(parse_ids(_text(root + path))) < 2
+        except ValueError:
+            return False  # Topology.read() says what is wrong with it
+        except OSError:
+            continue
+    return True
 
 
 def unbound_threads(nprocs: int) -> int:
@@ -35,9 +36,14 @@ def unbound_threads(nprocs: int) -> int:
 @cache
 def core_count(cpus: frozenset[int], root: str = "/") -> int:
     """Count the physical cores that ``cpus`` are on; the CPUs themselves where the kernel does not say the cores."""
+    try:
+        if _text(f"{root}{_CPU}/smt/active").strip() == "0":
+            return len(cpus)
+    except OSError:
+        pass  # before Linux 4.19, and on other systems
+    from .sysfs import TopologyError, Tree
+
     tree = Tree(root)
-    if tree.text(f"{_CPU}/smt/active") == "0":
-        return len(cpus)
     left, cores = set(cpus), 0
     try:
         while left:
@@ -47,3 +53,11 @@ def core_count(cpus: frozenset[int], root: str = "/") -> int:
     except TopologyError:
         return len(cpus)
     return cores
+
+
+def _text(path: str) -> str:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(fd, 4096).decode("ascii", "replace")
+    finally:
+        os.close(fd)
