@@ -32,6 +32,7 @@ class Ending:
         give_up_at: When whoever waits for killed ranks gives up; None: they have not been killed.
         lingering: Whether the ranks have ended after they were told to, and some of what they started has not.
         collected: By rank, what reap() has returned.
+        sent: By rank, the signals that it was told to end by, or was killed by, while it ran.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Ending:
         self.give_up_at: float | None = None
         self.lingering = False
         self.collected: dict[int, tuple[Any, bool]] = {}
+        self.sent: dict[int, set[int]] = {}
         self._asked: set[int] = set()
         self._half_at: float | None = None  # when half of the grace has gone
         # Signals that the rest of a rank's session has yet to get, by the rank's number.
@@ -77,6 +79,7 @@ class Ending:
         """
         seconds = self._grace if grace is None else grace
         self._asked.add(sig)
+        self._note(sig)
         self.kill_at = sooner(self.kill_at, until(seconds))
         self._half_at = sooner(self._half_at, until(seconds / 2))
         self._watch.ring()
@@ -159,12 +162,17 @@ class Ending:
     def kill(self) -> None:
         """SIGKILL to everybody. Whoever waits gives up in a while."""
         self.give_up_at = self.give_up_at or until(KILL_SECONDS)
+        self._note(SIGKILL)
         self._rest.clear()
         self._watch.ring()
         if self._cgroup is not None:
             self._cgroup.kill()
         with suppress(PermissionError):
             signal_ranks(self._ranks, SIGKILL)
+
+    def _note(self, sig: int) -> None:
+        for number in self._watch.running.copy():
+            self.sent.setdefault(number, set()).add(sig)
 
     def kill_and_reap(self, look: Callable[[float | None], object]) -> dict[int, str]:
         """The end, in time.

@@ -354,7 +354,7 @@ class RankGroup:
         """The ranks that have failed, with what is known of each; first the one whose failure came first."""
         from .._output.failure import failures
 
-        return failures(self.ranks, self._watch.returncodes, self._watch.exited_ns, self.files)
+        return failures(self.ranks, self._watch.returncodes, self._watch.exited_ns, self.files, self._ending.sent)
 
     def __enter__(self) -> RankGroup:
         return self

@@ -224,21 +224,17 @@ def _signal_name(sig: int) -> str:
         return f"signal {sig}"
 
 
-def describe_interruption(killed: Collection[int], seconds: float | None, *, first_rank: int = 0) -> str:
+def describe_interruption(killed: Collection[int], seconds: float, *, first_rank: int = 0) -> str:
     """How a job ended that was told to: "interrupted; 2 ranks had to be killed after 30 s: 0-1".
 
     Args:
-        killed: the local ranks that ended by the launcher's SIGKILL.
-        seconds: how long they had to end; None where they were killed at once, because somebody asked for it.
+        killed: the local ranks that ended by the launcher's SIGKILL, at least one.
+        seconds: how long they had had to end.
         first_rank: the RANK of this machine's local rank 0.
     """
-    if not killed:
-        return "interrupted"
-    ranks = "1 rank" if len(killed) == 1 else f"{len(killed)} ranks"
-    how = "were killed" if len(killed) > 1 else "was killed"
-    if seconds is not None:
-        how = f"had to be killed after {seconds:g} s"
-    return f"interrupted; {ranks} {how}: {format_ids(first_rank + rank for rank in killed)}"
+    count = "1 rank" if len(killed) == 1 else f"{len(killed)} ranks"
+    ranks = format_ids(first_rank + rank for rank in killed)
+    return f"interrupted; {count} had to be killed after {round(seconds, 1):g} s: {ranks}"
 
 
 def describe(
