@@ -97,6 +97,17 @@ def _(_: Path) -> str:
     return raised(lambda: Popen(["true"], binding=Binding(None, MemoryPolicy("bind", {1000}))))
 
 
+@provokes("granted only in part")
+def _(_: Path) -> str:
+    return raised(lambda: Popen(["true"], binding=Binding({min(os.sched_getaffinity(0)), 4095})))
+
+
+@provokes("rankspawn is installed without its engine")
+def _(_: Path) -> str:
+    code = "import sys; sys.modules['rankspawn._spawn'] = None; import rankspawn; rankspawn.Popen(['true']).wait()"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+
+
 @provokes(
     "sched_setaffinity: Operation not permitted",
     "set_mempolicy: Operation not permitted",
@@ -295,7 +306,7 @@ def _(folder: Path) -> str:
 @provokes("memory policy ...: node ... is not allowed")
 def _(folder: Path) -> str:
     machine = Machine(nodes=2, allowed="0-3", mems="1")
-    return plan(folder, machine, "--nproc-per-node", "1", "--memory-policy", "bind")
+    return plan(folder, machine, "--nproc-per-node", "1", "--numa-binding", "node", "--memory-policy", "bind")
 
 
 @provokes("gpu_index ...: only ... devices are visible")
@@ -361,9 +372,9 @@ def _(folder: Path) -> str:
 # ---- rankspawn run --------------------------------------------------------------------------------------------------
 
 
-@provokes("needs --numa-binding, or --cpus or --mems")
+@provokes("does not go with --numa-binding none, which leaves ranks unbound")
 def _(_: Path) -> str:
-    return run("--memory-policy", "bind", "x.py")
+    return run("--numa-binding", "none", "--memory-policy", "bind", "x.py")
 
 
 @provokes("--tee takes no value")
