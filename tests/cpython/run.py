@@ -43,7 +43,7 @@ MODULES = ("test.test_subprocess", "test.test_asyncio.test_subprocess")
 MECHANISMS = ("clone", "posix_spawn", "subprocess")
 
 # Products of a build in the checkout: they are neither hashed nor copied for a build.
-BUILT = ("__pycache__", "*.so", "*.pyd", "*.egg-info", "_spawn.c")
+BUILT = ("__pycache__", "rankspawn-guard", "*.so", "*.pyd", "*.egg-info", "_spawn.c")
 
 
 @dataclass

@@ -140,7 +140,7 @@ def _sources(folder: Path) -> Iterator[Path]:
             name for name in folders if name not in BUILT and name[0] != "." and not name.endswith(".egg-info")
         ]
         for name in files:
-            if not name.endswith((".so", ".pyc")) and name != ".git":
+            if not name.endswith((".so", ".pyc", "rankspawn-guard")) and name != ".git":
                 yield Path(where, name).relative_to(folder)
 
 

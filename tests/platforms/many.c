@@ -13,6 +13,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { RANKS = 16, WORKERS = 4, THREADS = 4, STARTS_OF_THREAD = 6, PATIENCE_MS = 60000, SMALL_STACK = 64 * 1024 };
@@ -72,7 +73,8 @@ static void
 check_guard(void)
 {
     struct start start;
-    pid_t said = 0;
+    struct spawn_registration said = {.pid = 0};
+    struct timespec now;
     int ends[2];
     if (!EXPECT(pipe2(ends, O_CLOEXEC) == 0)) {
         return;
@@ -80,7 +82,9 @@ check_guard(void)
     prepare(&start, "--tell");
     start.request.guard_fd = ends[1];
     if (born(&start, false)) {
-        EXPECT(read(ends[0], &said, sizeof said) == sizeof said && said == start.born.pid);
+        EXPECT(read(ends[0], &said, sizeof said) == sizeof said && said.pid == start.born.pid);
+        EXPECT(clock_gettime(CLOCK_BOOTTIME, &now) == 0 && said.written_ns > 0);
+        EXPECT(said.written_ns <= (int64_t)now.tv_sec * 1000000000 + now.tv_nsec);
     }
     close(ends[0]);
     close(ends[1]);

@@ -4,8 +4,10 @@ none."""
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 sys.path.insert(0, "/package")
 
@@ -42,9 +44,27 @@ def group() -> None:
     assert said == ["0 [0]\n", "1 [1]\n", "2 [2]\n", "3 [3]\n"], said
 
 
+def guard() -> None:
+    """The launcher is killed; what its rank has started, in a process group of its own, ends."""
+    reading, writing = os.pipe()
+    launcher = os.fork()
+    if launcher == 0:
+        code = "import os, time; os.fork() or (os.setpgid(0, 0), os.write(1, b'.')); time.sleep(1000)"
+        os.dup2(writing, 1)
+        with launch([*PYTHON, code], 1, guard=True):
+            time.sleep(1000)
+    os.close(writing)
+    assert os.read(reading, 1) == b"."
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    assert os.read(reading, 1) == b"", "the pipe ends when nobody is left who has it open"
+    os.close(reading)
+
+
 topology = Topology.read()
 assert [node.cpus for node in topology.nodes] == NODES
 assert [binding.cpus for binding in place(topology, "node", nprocs=2)] == NODES[:2]
 popen()
 group()
+guard()
 print("python_checks: passed", flush=True)

@@ -133,5 +133,10 @@ def test_python_on_a_kernel(folder: Path) -> None:
     folders = ["-iquote", ROOT / "csrc", "-I", headers / python, "-I", headers, "-isystem", numa]
     libnuma = tree / "usr" / "lib" / "aarch64-linux-gnu" / "libnuma.so.1"
     run([*cross_compiler(), *options, *folders, translated, *ENGINE, libnuma, "-o", extension])
+    alone = ["-fPIE", "-ffreestanding", "-fno-tree-loop-distribute-patterns", "-fno-stack-protector"]
+    alone += ["-nostdlib", "-static-pie"]
+    sources = sorted((ROOT / "csrc" / "guard").glob("*.c"))
+    program = tree / "package" / "rankspawn" / "rankspawn-guard"
+    run([*cross_compiler(), *options[:2], *alone, *folders[:2], *sources, "-o", program])
     said = boot(folder, f"/usr/bin/{python} /python_checks.py\n", tree=tree)
     assert "python_checks: passed" in said, said
