@@ -379,7 +379,7 @@ def test_without_free_descriptors_nobody_is_left(free: int) -> None:
             held.append(os.dup(0))
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(held) + 1 + free, limits[1]))
         try:
-            with launch(["/bin/sh", "-c", "exit $RANK"], 4, keep_going=True, job=Job(4, 1)) as group:
+            with launch(["/bin/sh", "-c", "exit $RANK"], 4, numa=None, keep_going=True, job=Job(4, 1)) as group:
                 assert group.wait(PATIENCE) == (0, 1, 2, 3)
                 assert all(rank.pidfd is not None for rank in group.ranks)
                 enough = True

@@ -94,9 +94,9 @@ def _signal_tree(rank: Popen, tree: ProcessTree, sig: int, to: SignalTo, told: S
 
 
 def living(ranks: Iterable[Popen]) -> dict[int, int] | None:
-    """Who lives in the sessions of these ranks, which have all been seen to end: pid -> session.
+    """Who lives in the sessions of these ranks, beside the ranks: pid -> session. None on a system without sessions.
 
-    Once there is nobody, nobody comes. None on a system without sessions.
+    When the ranks have all been seen to end, and there is nobody, nobody comes.
     """
     if not hasattr(os, "getpgid"):
         return None

@@ -144,13 +144,13 @@ def signal_one(pid: int, session: int, signals: Iterable[int]) -> None:
             os.close(pidfd)
 
 
-def ignores(pid: int, signals: Iterable[int], proc: str = "/proc") -> bool:
-    """Whether a process ignores all of these signals (proc(5)); False where it cannot be told."""
+def ignores(pid: int, sig: int, proc: str = "/proc") -> bool:
+    """Whether a process ignores a signal (proc(5)); False where it cannot be told."""
     try:
         mask = int(_line(f"{proc}/{pid}/status", "SigIgn:"), 16)
     except ValueError:
         return False
-    return all(mask >> (sig - 1) & 1 for sig in signals)
+    return bool(mask >> (sig - 1) & 1)
 
 
 def describe_stuck(pid: int, proc: str = "/proc") -> str:

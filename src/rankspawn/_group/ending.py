@@ -57,7 +57,7 @@ class Ending:
         # Signals that the rest of a rank's session has yet to get, by the rank's number.
         self._rest: dict[int, tuple[int, ...]] = {}
         self._living: dict[int, int] | None = None
-        self._terminated: set[int] = set()
+        self._deaf: set[int] | None = None  # who has ignored all that came, when it came
 
     @property
     def due(self) -> float | None:
@@ -83,6 +83,9 @@ class Ending:
         self.kill_at = sooner(self.kill_at, until(seconds))
         self._half_at = sooner(self._half_at, until(seconds / 2))
         self._watch.ring()
+        if sig != signal.SIGTERM and signal.SIGTERM not in self._asked:
+            deaf = {pid for pid in living(self._ranks) or () if ignores(pid, sig)}
+            self._deaf = deaf if self._deaf is None else self._deaf & deaf
         signals = (sig, *_CONTINUE)  # one that is stopped does not act on it before it is continued
         if self._signal_to != "session":
             for number in self._watch.running.copy():
@@ -138,26 +141,18 @@ class Ending:
             return
         self._living = living(self._ranks)
         self.lingering = bool(self._living)
-        if self._living and signal.SIGTERM not in self._asked:
-            self._terminate(self._living)
+        if self._living and self._deaf and signal.SIGTERM not in self._asked:
+            self._terminate_deaf(self._living)
 
-    def _terminate(self, found: dict[int, int]) -> None:
-        """SIGTERM to those who would be waited for in vain.
+    def _terminate_deaf(self, found: dict[int, int]) -> None:
+        """SIGTERM to those who would be waited for in vain: what a shell starts in the background ignores SIGINT.
 
-        That is at once who ignores all that came, as what a shell starts in the background ignores SIGINT, and
-        everybody when half of the grace is over.
+        Not to who ignores it now and did not when it came: that one may be saving its work.
         """
-        if passed(self._half_at):
-            with suppress(PermissionError):
-                self._watch.ring()
-                self._asked.add(signal.SIGTERM)
-                signal_ranks(self._ranks, signal.SIGTERM, *_CONTINUE)
-            return
-        for pid, session in found.items():
-            if pid not in self._terminated and ignores(pid, self._asked):
-                self._terminated.add(pid)
-                with suppress(OSError):
-                    signal_one(pid, session, (signal.SIGTERM, *_CONTINUE))
+        deaf, self._deaf = self._deaf or set(), None
+        for pid in deaf & found.keys():
+            with suppress(OSError):
+                signal_one(pid, found[pid], (signal.SIGTERM, *_CONTINUE))
 
     def kill(self) -> None:
         """SIGKILL to everybody. Whoever waits gives up in a while."""

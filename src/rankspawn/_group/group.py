@@ -228,8 +228,8 @@ class RankGroup:
         """Ask every rank to end, and return at once. Whoever waits, then or later, kills what still runs in time.
 
         For any thread and for signal handlers, as ``send_signal``. Who is told at once, and who later, is the
-        ``signal_to`` of launch(). What only lives on because it ignores ``sig`` gets SIGTERM after its rank's end, and
-        all that lives on when half of the grace is over.
+        ``signal_to`` of launch(). Who ignores ``sig``, as what a shell starts in the background ignores SIGINT, gets
+        SIGTERM when the ranks have ended.
 
         Args:
             sig: The signal that asks. What was stopped is continued, so that it can act on it.

@@ -126,4 +126,4 @@ def _die(sig: int) -> None:
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {sig})
     signal.raise_signal(sig)
-    os._exit(128 + sig)  # the first process of a container, which default actions do not end
+    raise SystemExit(128 + sig)  # the first process of a container, which default actions do not end
