@@ -24,8 +24,8 @@ class Progress:
     """One line on a terminal while many ranks start, or are waited for. It shows nothing where stderr is no terminal.
 
     Args:
-        on: whether nobody else writes to the terminal meanwhile, and the line may be shown.
-        first_rank: the RANK of local rank 0.
+        on: Whether nobody else writes to the terminal meanwhile, and the line may be shown.
+        first_rank: The RANK of local rank 0.
     """
 
     def __init__(self, on: bool, first_rank: int = 0) -> None:

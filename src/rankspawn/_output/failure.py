@@ -43,11 +43,11 @@ class RecordedError(Frozen):
     """What a rank left in its error file (TORCHELASTIC_ERROR_FILE), as torch's ``@record`` writes it.
 
     Attributes:
-        message: the exception in words.
-        traceback: its traceback, "" where there is none.
-        time: seconds since the epoch, whole seconds in torch's files; None where there is none.
-        raw: the text of the file.
-        problem: why the file cannot be understood, or "".
+        message: The exception in words.
+        traceback: Its traceback, "" where there is none.
+        time: Seconds since the epoch, whole seconds in torch's files; None where there is none.
+        raw: The text of the file.
+        problem: Why the file cannot be understood, or "".
     """
 
     message: str
@@ -109,12 +109,12 @@ def pass_on(error: RecordedError, returncode: int, path: str | os.PathLike[str])
     is not passed on.
 
     Args:
-        error: what the rank recorded.
-        returncode: how the rank ended, as ``Popen.returncode``.
-        path: the launcher's error file.
+        error: What the rank recorded.
+        returncode: How the rank ended, as ``Popen.returncode``.
+        path: The launcher's error file.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: The file cannot be written.
     """
     if error.problem:
         return
@@ -128,14 +128,14 @@ class Failure(Frozen):
     """A rank that failed.
 
     Attributes:
-        rank: its local rank.
-        returncode: as ``Popen.returncode``, negative for a signal.
-        seen_at: when its end was noticed, in seconds since the epoch.
-        pid: its process id, None where it is not known.
-        binding: its binding in words, or "".
-        files: where it wrote; None where it had the launcher's output and no error file.
-        error: what it recorded, None where it recorded nothing.
-        sent: the signals that the launcher had sent it before it ended.
+        rank: Its local rank.
+        returncode: As ``Popen.returncode``, negative for a signal.
+        seen_at: When its end was noticed, in seconds since the epoch.
+        pid: Its process id, None where it is not known.
+        binding: Its binding in words, or "".
+        files: Where it wrote; None where it had the launcher's output and no error file.
+        error: What it recorded, None where it recorded nothing.
+        sent: The signals that the launcher had sent it before it ended.
     """
 
     rank: int
@@ -156,7 +156,7 @@ def first_failure(failures: Iterable[Failure]) -> Failure:
     rank that the launcher's own signal ended, and that recorded nothing, comes after all others.
 
     Raises:
-        ValueError: there is no failure.
+        ValueError: There is no failure.
     """
     return min(failures, key=lambda failure: (_is_ours(failure), int(_when(failure)), failure.seen_at))
 
@@ -171,11 +171,11 @@ def failures(
     """The ranks that have failed: the first failure, then the others by number.
 
     Args:
-        ranks: the processes, by local rank.
-        returncodes: how those that have ended did, by local rank.
-        exited_ns: when each was seen to end, of CLOCK_MONOTONIC, by local rank.
-        files: where each writes, by local rank; None where all have the launcher's output.
-        sent: the signals that the launcher sent to each rank before it ended, by local rank.
+        ranks: The processes, by local rank.
+        returncodes: How those that have ended did, by local rank.
+        exited_ns: When each was seen to end, of CLOCK_MONOTONIC, by local rank.
+        files: Where each writes, by local rank; None where all have the launcher's output.
+        sent: The signals that the launcher sent to each rank before it ended, by local rank.
     """
     failed = []
     epoch = time.time() - time.monotonic()  # read once, so that ranks that were seen to end together stay equal
@@ -205,8 +205,8 @@ def how_it_ended(returncode: int, sent: Collection[int] = ()) -> str:
     """A returncode in words: "exited with status 1", "was killed by SIGSEGV (...)".
 
     Args:
-        returncode: as ``Popen.returncode``.
-        sent: the signals that the launcher had sent.
+        returncode: As ``Popen.returncode``.
+        sent: The signals that the launcher had sent.
     """
     if returncode < 0:
         name = _signal_name(-returncode)
@@ -228,9 +228,9 @@ def describe_interruption(killed: Collection[int], seconds: float, *, first_rank
     """How a job ended that was told to: "interrupted; 2 ranks had to be killed after 30 s: 0-1".
 
     Args:
-        killed: the local ranks that ended by the launcher's SIGKILL, at least one.
-        seconds: how long they had had to end.
-        first_rank: the RANK of this machine's local rank 0.
+        killed: The local ranks that ended by the launcher's SIGKILL, at least one.
+        seconds: How long they had had to end.
+        first_rank: The RANK of this machine's local rank 0.
     """
     count = "1 rank" if len(killed) == 1 else f"{len(killed)} ranks"
     ranks = format_ids(first_rank + rank for rank in killed)
@@ -243,11 +243,11 @@ def describe(
     """What happened, for people: lines of text, each with its newline.
 
     Args:
-        first: the first failure, which is described in full.
-        others: the other failures, of which only the end is described.
-        lines: how many lines of the traceback and of the log are quoted at most.
-        kept: whether the files of ``first`` will still be there when this is read.
-        first_rank: the RANK of this machine's local rank 0.
+        first: The first failure, which is described in full.
+        others: The other failures, of which only the end is described.
+        lines: How many lines of the traceback and of the log are quoted at most.
+        kept: Whether the files of ``first`` will still be there when this is read.
+        first_rank: The RANK of this machine's local rank 0.
     """
     pid = "" if first.pid is None else f" (pid {first.pid})"
     told = [f"rank {first_rank + first.rank}{pid} {how_it_ended(first.returncode, first.sent)}"]

@@ -26,12 +26,12 @@ class Sink:
     """Where lines go: a descriptor, which is written to when poll(2) says so, or a text stream, which may block.
 
     Attributes:
-        fd: the descriptor; None for a text stream that is not the process's stdout or stderr.
-        stream: the text stream; None for a descriptor.
-        dead: whether writing has failed, and nothing more is written.
-        pending: whole lines that are still to be written.
-        source: the file that ``pending`` comes from.
-        unread: the files that have grown and are to be read.
+        fd: The descriptor; None for a text stream that is not the process's stdout or stderr.
+        stream: The text stream; None for a descriptor.
+        dead: Whether writing has failed, and nothing more is written.
+        pending: Whole lines that are still to be written.
+        source: The file that ``pending`` comes from.
+        unread: The files that have grown and are to be read.
     """
 
     def __init__(self, target: int | IO[str] | None) -> None:
@@ -99,14 +99,14 @@ class Followed:
     """A log file, and how far it has been shown.
 
     Attributes:
-        path: of the file.
-        sink: where its lines go.
-        queued: whether it is among the sink's unread files.
-        dropped: whether it could not be read, and is no longer followed.
-        position: of the first line that was not handed to the sink.
-        shown: up to this position the file has been written to the sink.
-        fd: the open file, -1 where it is not open.
-        seen: up to this position the file has been read.
+        path: Of the file.
+        sink: Where its lines go.
+        queued: Whether it is among the sink's unread files.
+        dropped: Whether it could not be read, and is no longer followed.
+        position: Of the first line that was not handed to the sink.
+        shown: Up to this position the file has been written to the sink.
+        fd: The open file, -1 where it is not open.
+        seen: Up to this position the file has been read.
     """
 
     def __init__(self, path: str, prefix: bytes, sink: Sink) -> None:
@@ -125,11 +125,11 @@ class Followed:
         """The next whole lines, as they are to be shown; empty when there are none.
 
         Args:
-            last: no more will be waited for, so the rest is shown even without its newline. The first such call fixes
+            last: No more will be waited for, so the rest is shown even without its newline. The first such call fixes
                 the file's size: a process that the rank left behind may write for ever.
 
         Raises:
-            OSError: the file cannot be read.
+            OSError: The file cannot be read.
         """
         if last and self._end == sys.maxsize:
             self._end = os.lseek(self.fd, 0, os.SEEK_END)

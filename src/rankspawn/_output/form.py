@@ -14,8 +14,8 @@ class Placement(TypedDict):
     """Where a process is bound.
 
     Attributes:
-        cpus: as the kernel lists them, "0-3,8"; None where the mask was not asked for, or where there is none.
-        memory: the policy, "bind:0-1", "local"; None where it was not asked for, or where the system does not say.
+        cpus: As the kernel lists them, "0-3,8"; None where the mask was not asked for, or where there is none.
+        memory: The policy, "bind:0-1", "local"; None where it was not asked for, or where the system does not say.
     """
 
     cpus: str | None
@@ -26,8 +26,10 @@ class Refusal(TypedDict):
     """One optional step of a start that the system refused.
 
     Attributes:
-        step: the system call.
-        errno, name, text: its error, as a number, by name ("EPERM") and in words.
+        step: The system call.
+        errno: The number of its error.
+        name: The name of its error ("EPERM").
+        text: Its error in words.
     """
 
     step: str
@@ -40,10 +42,10 @@ class BindingFacts(TypedDict):
     """A rank's binding.
 
     Attributes:
-        asked: what the launch asked for; None for a rank that inherits its binding.
-        required: whether a refusal would have failed the launch.
-        effective: what the kernel had for the rank when the launcher last looked; None where it never looked.
-        refused: the refused steps of a binding that is not required.
+        asked: What the launch asked for; None for a rank that inherits its binding.
+        required: Whether a refusal would have failed the launch.
+        effective: What the kernel had for the rank when the launcher last looked; None where it never looked.
+        refused: The refused steps of a binding that is not required.
     """
 
     asked: Placement | None
@@ -56,10 +58,10 @@ class Exit(TypedDict):
     """How a rank ended.
 
     Attributes:
-        returncode: as ``Popen.returncode``.
-        status: what it exited with (0 to 255 on POSIX), or None.
-        signal: the name of the signal that ended it, or None.
-        core: whether that left a core dump; None where it is not known.
+        returncode: As ``Popen.returncode``.
+        status: What it exited with (0 to 255 on POSIX), or None.
+        signal: The name of the signal that ended it, or None.
+        core: Whether that left a core dump; None where it is not known.
     """
 
     returncode: int
@@ -72,12 +74,16 @@ class ResourceUsage(TypedDict):
     """What a rank that has ended has used, including children that it waited for: getrusage(2).
 
     Attributes:
-        user, system: CPU seconds.
-        max_rss: the peak of resident bytes of the largest process among them; None where the kernel's figure is the
+        user: CPU seconds in user mode.
+        system: CPU seconds in the kernel.
+        max_rss: The peak of resident bytes of the largest process among them; None where the kernel's figure is the
             launcher's, which Linux carries over the execve(2).
-        minor_faults, major_faults: page faults without and with reading from a device.
-        voluntary_switches, involuntary_switches: context switches.
-        blocks_in, blocks_out: reads and writes of file systems that reached a device, on Linux in units of 512 bytes.
+        minor_faults: Page faults without reading from a device.
+        major_faults: Page faults that read from a device.
+        voluntary_switches: Context switches because it waited.
+        involuntary_switches: Context switches because another process had its turn.
+        blocks_in: Reads of file systems that reached a device, on Linux in units of 512 bytes.
+        blocks_out: Writes of file systems that reached a device, in the same units.
     """
 
     user: float
@@ -95,7 +101,7 @@ class UsageNow(Usage):
     """What a rank that still runs uses when the report is made.
 
     Attributes:
-        children: how many descendants of it run. The other figures are of the rank's process alone.
+        children: How many descendants of it run. The other figures are of the rank's process alone.
     """
 
     children: int
@@ -105,15 +111,15 @@ class RankReport(TypedDict):
     """One rank of one attempt. Times are seconds from the call that launched the attempt.
 
     Attributes:
-        rank: its number.
-        pid: its process id.
-        mechanism: how it was started: "clone", "posix_spawn" or "subprocess".
-        executed: when it had become the program; None where that was not noted.
-        exited: when the launcher saw its end; None while it runs.
-        binding: where it was to run, and where it ran.
-        exit: how it ended; None while it runs.
-        rusage: what it used; None while it runs, or where the kernel was not asked.
-        now: what it uses; None once it has ended.
+        rank: Its number.
+        pid: Its process id.
+        mechanism: How it was started: "clone", "posix_spawn" or "subprocess".
+        executed: When it had become the program; None where that was not noted.
+        exited: When the launcher saw its end; None while it runs.
+        binding: Where it was to run, and where it ran.
+        exit: How it ended; None while it runs.
+        rusage: What it used; None while it runs, or where the kernel was not asked.
+        now: What it uses; None once it has ended.
     """
 
     rank: int
@@ -132,10 +138,10 @@ class AttemptReport(TypedDict):
 
     Attributes:
         attempt: 0, and one more for each restart.
-        called: seconds from the first attempt's launch call to this one's.
-        started: the wall clock at the call, ISO 8601 with its zone.
-        duration: seconds from the call until the last rank was seen to end, or until the report.
-        ranks: in rank order.
+        called: Seconds from the first attempt's launch call to this one's.
+        started: The wall clock at the call, ISO 8601 with its zone.
+        duration: Seconds from the call until the last rank was seen to end, or until the report.
+        ranks: In rank order.
     """
 
     attempt: int
@@ -149,15 +155,15 @@ class GroupReport(TypedDict):
     """A whole job on this machine.
 
     Attributes:
-        version: of this form, see VERSION.
-        rankspawn: the version of the package; None in a tree that is not installed.
-        host: this machine's name.
-        command: what each rank runs.
-        nprocs: how many ranks.
+        version: Of this form, see VERSION.
+        rankspawn: The version of the package; None in a tree that is not installed.
+        host: This machine's name.
+        command: What each rank runs.
+        nprocs: How many ranks.
         job: "run_id", and the batch system's variables that name the job, by their names.
-        duration: seconds from the first launch call until the last rank of the last attempt was seen to end, or until
+        duration: Seconds from the first launch call until the last rank of the last attempt was seen to end, or until
             the report.
-        attempts: in order.
+        attempts: In order.
     """
 
     version: int

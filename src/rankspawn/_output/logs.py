@@ -32,8 +32,9 @@ class RankFiles(Frozen):
     """Where one rank writes.
 
     Attributes:
-        stdout, stderr: its log files; None where it has the launcher's own streams.
-        error: its TORCHELASTIC_ERROR_FILE.
+        stdout: Its log file of stdout; None where it has the launcher's own.
+        stderr: Its log file of stderr; None where it has the launcher's own.
+        error: Its TORCHELASTIC_ERROR_FILE.
     """
 
     stdout: Path | None
@@ -48,14 +49,14 @@ class LogFolder:
     folder, which leaving the ``with`` block removes, unless ``keep`` has been set.
 
     Args:
-        parent: the folder to make it in; None for a temporary folder.
+        parent: The folder to make it in; None for a temporary folder.
 
     Attributes:
-        path: of the folder.
-        keep: whether leaving the ``with`` block leaves it there.
+        path: Of the folder.
+        keep: Whether leaving the ``with`` block leaves it there.
 
     Raises:
-        OSError: no folder can be made.
+        OSError: No folder can be made.
     """
 
     def __init__(self, parent: str | None = None) -> None:
@@ -82,8 +83,8 @@ def claimed(folder: str, attempt: int = 0) -> Iterator[None]:
     the platform has no such lock, nothing is claimed.
 
     Args:
-        folder: is made where it is not there.
-        attempt: the number of the attempt.
+        folder: Is made where it is not there.
+        attempt: The number of the attempt.
 
     Raises:
         OSError: EBUSY, where another group, of any process on this machine, has claimed it.
@@ -119,14 +120,14 @@ def rank_files(folder: str, nprocs: int, attempt: int = 0, *, streams: bool = Tr
     the rank's.
 
     Args:
-        folder: is made where it is not there.
-        nprocs: how many ranks.
-        attempt: the number of the attempt, 0 for the first.
-        streams: whether ranks have log files. False makes no folders: the error files lie in ``folder``, which must be
+        folder: Is made where it is not there.
+        nprocs: How many ranks.
+        attempt: The number of the attempt, 0 for the first.
+        streams: Whether ranks have log files. False makes no folders: the error files lie in ``folder``, which must be
             there.
 
     Raises:
-        OSError: with the rank in its message, and the path as its filename.
+        OSError: With the rank in its message, and the path as its filename.
     """
     attempt_folder = os.path.join(os.path.abspath(folder), f"attempt_{attempt}")
     if not streams:
@@ -157,12 +158,12 @@ def last_lines(path: str | os.PathLike[str], count: int = 20, most_bytes: int = 
     out.
 
     Args:
-        path: of a regular file.
-        count: how many lines at most.
-        most_bytes: how much of the file's end is read.
+        path: Of a regular file.
+        count: How many lines at most.
+        most_bytes: How much of the file's end is read.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: The file cannot be read.
     """
     data, cut = read_regular(path, most_bytes, from_end=True)
     lines = data.rstrip(b"\r\n\0 \t").split(b"\n")

@@ -45,7 +45,7 @@ class Attempt:
     Attributes:
         called_ns: CLOCK_MONOTONIC at the launch call.
         called_at: ``time.time()`` at the launch call.
-        ranks: in rank order.
+        ranks: In rank order.
     """
 
     called_ns: int
@@ -68,16 +68,16 @@ def rank_report(
     """Make the report of one rank.
 
     Args:
-        number: its local rank.
-        rank: the process.
+        number: Its local rank.
+        rank: The process.
         called_ns: CLOCK_MONOTONIC at the launch call.
-        exited_ns: the same clock when the rank was seen to have ended; None while it runs.
-        returncode: as ``Popen.returncode``, None while it runs; ``rank.returncode`` stays None until it is reaped.
-        effective: what ``rank.binding_report.effective`` gave while it ran; None reads it now, unless the rank was
+        exited_ns: The same clock when the rank was seen to have ended; None while it runs.
+        returncode: As ``Popen.returncode``, None while it runs; ``rank.returncode`` stays None until it is reaped.
+        effective: What ``rank.binding_report.effective`` gave while it ran; None reads it now, unless the rank was
             reaped.
-        usage: from wait4(2).
-        core: whether it dumped core; None where that is not known.
-        tree: all processes, read once for all ranks of a report; None reads them now.
+        usage: From wait4(2).
+        core: Whether it dumped core; None where that is not known.
+        tree: All processes, read once for all ranks of a report; None reads them now.
     """
     executed_ns = rank._executed_ns
     report = rank.binding_report
@@ -114,9 +114,12 @@ def attempt(
     """Make the record of one start of all ranks.
 
     Args:
-        ranks: the processes, by local rank; the others are by local rank, too.
-        called_ns, exited_ns, returncodes, effective: as in rank_report().
-        collected: what each rank that was reaped used (from wait4(2)), and whether it dumped core.
+        ranks: The processes, by local rank.
+        called_ns: As in rank_report().
+        exited_ns: As in rank_report(), by local rank.
+        returncodes: As in rank_report(), by local rank.
+        effective: As in rank_report(), by local rank.
+        collected: What each rank that was reaped used (from wait4(2)), and whether it dumped core, by local rank.
     """
     tree = ProcessTree()
     told = []
@@ -150,11 +153,11 @@ def group_report(
     """Make the job's report.
 
     Args:
-        attempts: in order, at least one.
-        command: what each rank runs.
-        nprocs: how many ranks.
-        run_id: the job's name.
-        env: where the batch system's variables are looked up.
+        attempts: In order, at least one.
+        command: What each rank runs.
+        nprocs: How many ranks.
+        run_id: The job's name.
+        env: Where the batch system's variables are looked up.
     """
     import socket
 

@@ -36,9 +36,9 @@ class Source(NamedTuple):
     """A log file to show.
 
     Attributes:
-        rank: whose file it is; the number of the prefix.
-        path: of the file.
-        is_stderr: whether it has what the rank writes to its stderr; False for stdout.
+        rank: Whose file it is; the number of the prefix.
+        path: Of the file.
+        is_stderr: Whether it has what the rank writes to its stderr; False for stdout.
     """
 
     rank: int
@@ -65,14 +65,14 @@ def show(
     """Show what the ranks write for as long as the block runs, and the rest when it ends.
 
     Args:
-        files: where the ranks write, by local rank.
-        first_rank: the RANK of local rank 0.
-        local_ranks: show these alone; None shows all.
-        folder: is kept when something in it could not be shown, also because an exception ended the wait for it.
-        interrupt: a descriptor; once it is readable, nobody is waited for to read the rest.
+        files: Where the ranks write, by local rank.
+        first_rank: The RANK of local rank 0.
+        local_ranks: Show these alone; None shows all.
+        folder: Is kept when something in it could not be shown, also because an exception ended the wait for it.
+        interrupt: A descriptor; once it is readable, nobody is waited for to read the rest.
 
     Raises:
-        RuntimeError, OSError: as ``Tee.start``.
+        RuntimeError, OSError: As ``Tee.start``.
     """
     ranks = None if local_ranks is None else {first_rank + rank for rank in local_ranks}
     tee = Tee(sources(files, first_rank), ranks=ranks).start()
@@ -100,12 +100,13 @@ class Tee:
     (4096) bytes: ``sys.stderr.write("a line\\n")``. With PYTHONUNBUFFERED print() writes word by word.
 
     Args:
-        sources: the files. A file that is not there yet is waited for.
-        ranks: show these ranks only; None shows all.
-        prefix: put before each line; ``{rank}`` is the rank's number.
-        out, err: where lines of the ranks' stdout and stderr go: a descriptor or a text stream; None for sys.stdout and
-            sys.stderr. A text stream on descriptor 1 or 2 is written to by that number: a write to the stream would
-            hold the lock of its buffer while a terminal is stopped, and everybody who prints would hang.
+        sources: The files. A file that is not there yet is waited for.
+        ranks: Show these ranks only; None shows all.
+        prefix: Put before each line; ``{rank}`` is the rank's number.
+        out: Where lines of the ranks' stdout go: a descriptor or a text stream; None for sys.stdout. A text stream on
+            descriptor 1 or 2 is written to by that number: a write to the stream would hold the lock of its buffer
+            while a terminal is stopped, and everybody who prints would hang.
+        err: The same for their stderr; None for sys.stderr.
     """
 
     def __init__(
@@ -148,8 +149,8 @@ class Tee:
         """Show the rest of every file, up to its present size. The last call, for when the ranks have ended.
 
         Args:
-            timeout: seconds after which it gives up, because nobody reads what the launcher prints.
-            interrupt: a descriptor; once that is readable, it gives up after half a second.
+            timeout: Seconds after which it gives up, because nobody reads what the launcher prints.
+            interrupt: A descriptor; once that is readable, it gives up after half a second.
 
         Returns:
             ``unshown``, which is said on ``err`` as well, also when an exception interrupts the wait.

@@ -9,9 +9,10 @@ class Usage(TypedDict):
     """What one process uses now, without its children.
 
     Attributes:
-        user, system: CPU seconds since it was started.
-        rss: resident bytes.
-        threads: how many it has.
+        user: CPU seconds in user mode since it was started.
+        system: CPU seconds in the kernel since it was started.
+        rss: Resident bytes.
+        threads: How many it has.
     """
 
     user: float

@@ -35,12 +35,12 @@ def write_text(text: str, path: str | os.PathLike[str], interrupt: int | None = 
     (/dev/stdout, a FIFO, a symbolic link) is written to, and its reader may take no byte for 5 seconds at most.
 
     Args:
-        text: is encoded as UTF-8.
-        path: of the file.
-        interrupt: a descriptor; once it is readable no reader is waited for.
+        text: Is encoded as UTF-8.
+        path: Of the file.
+        interrupt: A descriptor; once it is readable no reader is waited for.
 
     Raises:
-        OSError: of the class that open() would raise, with ``path`` as its filename; TimeoutError where nobody reads.
+        OSError: Of the class that open() would raise, with ``path`` as its filename; TimeoutError where nobody reads.
     """
     path, data = os.fspath(path), text.encode()
     try:
