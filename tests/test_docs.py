@@ -67,6 +67,7 @@ SAID_OTHERWISE = {
     "get_subprocess_handler": {*inspect.signature(rankspawn.get_subprocess_handler).parameters},
 }
 _SECTION = re.compile(r"^(?:Args|Attributes):\n((?: {4,}.*\n|\n)+)", re.MULTILINE)
+_SEVERAL = re.compile(r"^ {4}\w+(?:, \w+)+: ", re.MULTILINE)
 _ENTRY = re.compile(r"^ {4}(\*{0,2}\w+)(?: \(.*?\))?: \S", re.MULTILINE)
 
 
@@ -96,6 +97,9 @@ SOURCES = sorted((ROOT / "src" / "rankspawn").rglob("*.py"))
 def test_docstrings_speak_of_parameters_that_there_are(path: Path) -> None:
     """A function whose docstring has a section Args has an entry in it for each parameter, in order, and no other."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef):
+            for section in _SECTION.findall(f"{ast.get_docstring(node) or ''}\n"):
+                assert not _SEVERAL.search(section), f"{path}:{node.lineno}: an entry of {node.name} has several names"
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
         text = ast.get_docstring(node) or ""
