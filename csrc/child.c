@@ -126,6 +126,12 @@ reset_handlers(const struct child_start *start)
             syscall(SYS_rt_sigaction, sig, &by_default, NULL, sizeof(uint64_t));
         }
     }
+    for (uint64_t sig = 1, left = start->request->fresh_signals ? start->request->ignored_signals : 0; left; sig++) {
+        if (left & 1) {
+            syscall(SYS_rt_sigaction, sig, &by_default, NULL, sizeof(uint64_t));
+        }
+        left >>= 1;
+    }
     if (start->request->restore_signals) {
         syscall(SYS_rt_sigaction, SIGPIPE, &by_default, NULL, sizeof(uint64_t));
         syscall(SYS_rt_sigaction, SIGXFSZ, &by_default, NULL, sizeof(uint64_t));

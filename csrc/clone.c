@@ -212,6 +212,9 @@ spawn_by_clone(const struct spawn_request *request, struct spawn_result *result,
         /* The kernel's mask is the first bytes of libc's. */
         memcpy(&attempt.start.signal_mask, child_mask, sizeof attempt.start.signal_mask);
     }
+    if (request->fresh_signals) {
+        attempt.start.signal_mask = 0;
+    }
     int outcome = attempt_all(&attempt, result);
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof before);
     if (attempt.start.cgroup_procs >= 0) {

@@ -110,14 +110,25 @@ set_attributes(posix_spawnattr_t *attributes, const struct spawn_request *reques
         flags |= POSIX_SPAWN_SETPGROUP;
         posix_spawnattr_setpgroup(attributes, request->process_group);
     }
+    sigset_t restored, none;
+    sigemptyset(&restored);
+    sigemptyset(&none);
     if (request->restore_signals) {
-        sigset_t restored;
-        sigemptyset(&restored);
         sigaddset(&restored, SIGPIPE);
         sigaddset(&restored, SIGXFSZ);
-        posix_spawnattr_setsigdefault(attributes, &restored);
         flags |= POSIX_SPAWN_SETSIGDEF;
     }
+    if (request->fresh_signals) {
+        uint64_t left = request->ignored_signals;
+        for (int sig = 1; left; sig++, left >>= 1) {
+            if (left & 1) {
+                sigaddset(&restored, sig);
+            }
+        }
+        child_mask = &none;
+        flags |= POSIX_SPAWN_SETSIGDEF;
+    }
+    posix_spawnattr_setsigdefault(attributes, &restored);
     if (child_mask) {
         posix_spawnattr_setsigmask(attributes, child_mask);
         flags |= POSIX_SPAWN_SETSIGMASK;

@@ -45,6 +45,20 @@ spawn_pidfd_signal(int pidfd, int sig, bool group)
 #endif
 }
 
+uint64_t
+spawn_ignored_signals(void)
+{
+    enum { SIGNALS = 64 };
+    uint64_t ignored = 0;
+    for (int sig = 1; sig <= SIGNALS && sig < NSIG; sig++) {
+        struct sigaction action;
+        if (sig != SIGHUP && sigaction(sig, NULL, &action) == 0 && action.sa_handler == SIG_IGN) {
+            ignored |= (uint64_t)1 << (sig - 1);
+        }
+    }
+    return ignored;
+}
+
 void
 spawn_mask_set(unsigned long *mask, unsigned long bits, unsigned int id)
 {

@@ -85,6 +85,8 @@ struct spawn_request {
     bool close_fds;
 
     bool restore_signals; /* SIGPIPE and SIGXFSZ back to their default action */
+    bool fresh_signals;   /* an empty signal mask, and the default action for `ignored_signals` */
+    uint64_t ignored_signals; /* of spawn_ignored_signals(), taken once for many starts: bit N-1 is signal N */
     bool new_session;
     pid_t process_group; /* -1: unchanged */
 
@@ -160,6 +162,10 @@ int spawn_clone_is_honoured(void);
 /* Signal the process behind `pidfd`, or, with `group`, the process group that it leads or led (Linux 6.9).
  * Returns 0 or an errno; EINVAL where the kernel does not know the flag, ENOSYS where there are no pidfds. */
 int spawn_pidfd_signal(int pidfd, int sig, bool group);
+
+/* The signals that this process ignores and that a rank shall not: all but SIGHUP, which nohup(1) ignores for the whole
+ * job on purpose. Bit N-1 is signal N. */
+uint64_t spawn_ignored_signals(void);
 
 /* Set bit `id` in a mask of `bits` bits. */
 void spawn_mask_set(unsigned long *mask, unsigned long bits, unsigned int id);

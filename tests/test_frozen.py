@@ -134,7 +134,7 @@ BINDING = Binding(range(3), POLICY, False)
         (POLICY, "MemoryPolicy(mode='interleave', nodes=frozenset({0, 1}))"),
         (BINDING, f"Binding(cpus=frozenset({{0, 1, 2}}), memory={POLICY!r}, required=False)"),
         (RefusedStep("set_mempolicy", 1), "RefusedStep(step='set_mempolicy', errno=1)"),
-        (BindingReport(None, (), 7), "BindingReport(requested=None, refused=(), pid=7)"),
+        (BindingReport(None, (), 7), "BindingReport(requested=None, refused=(), pid=7, late=False)"),
         (Core((0, 4)), "Core(cpus=(0, 4), kind='')"),
         (
             Placed(Binding(None)),

@@ -601,13 +601,20 @@ def test_binding_without_the_engine(engine: Engine) -> None:
 
 @on(*ENGINES)
 def test_cpus_of_which_some_are_not_there(engine: Engine) -> None:
-    """The kernel takes those CPUs of a mask that exist; the report shows them."""
+    """The kernel takes those CPUs of a mask that exist, which counts as refused; the report shows them."""
     cpu = min(os.sched_getaffinity(0))
-    with Popen(["cat"], binding=Binding(frozenset({cpu, NO_CPU})), stdin=subprocess.PIPE) as process:
+    binding = Binding(frozenset({cpu, NO_CPU}))
+    with pytest.raises(BindingError, match="granted only in part"):
+        Popen(["cat"], binding=binding, stdin=subprocess.PIPE)
+    with Popen(["cat"], binding=binding.replace(required=False), stdin=subprocess.PIPE) as process:
+        assert [step.step for step in process.binding_report.refused] == ["sched_setaffinity"]
         effective = process.binding_report.effective
         assert effective is not None and effective.cpus == {cpu}
         assert process.stdin is not None
         process.stdin.close()
+        # It ends, and nobody has waited for it.
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert process.binding_report.effective is None and process.returncode is None
     assert process.binding_report.effective is None
 
 

@@ -1,6 +1,6 @@
 """What _spawn.pyx uses of C, the interpreter's and csrc's. Declarations only: csrc/*.h say what each name means."""
 
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint64_t
 from posix.types cimport gid_t, pid_t, uid_t
 
 
@@ -48,6 +48,8 @@ cdef extern from "spawn.h" nogil:
         size_t pass_fds_count
         bint close_fds
         bint restore_signals
+        bint fresh_signals
+        uint64_t ignored_signals
         bint new_session
         pid_t process_group
         int umask
@@ -90,6 +92,7 @@ cdef extern from "spawn.h" nogil:
     size_t spawn_many_started(spawn_crew *)
     int spawn_clone_is_honoured()
     int spawn_pidfd_signal(int pidfd, int sig, bint group)
+    uint64_t spawn_ignored_signals()
     void spawn_mask_set(unsigned long *mask, unsigned long bits, unsigned int bit)
     int spawn_set_mempolicy(int mode, const unsigned long *nodes, unsigned long bits)
     bint spawn_has_libnuma()

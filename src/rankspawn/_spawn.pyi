@@ -41,6 +41,7 @@ def spawn(
     binding_required: bool,
     death_signal: int,
     cgroup_fd: int,
+    fresh_signals: bool,
     mechanism: int,
     /,
 ) -> tuple[int, int, int, int] | None: ...

@@ -236,7 +236,7 @@ cdef int _check_pass_fds(tuple fds) except -1:
 
 
 cdef int _set_common(
-    _Arena arena, spawn_request *request, cwd, bint new_session, int death_signal, int cgroup_fd
+    _Arena arena, spawn_request *request, cwd, bint new_session, int death_signal, int cgroup_fd, bint fresh_signals
 ) except -1:
     """Set what the ranks of a crew share. What only a single start can ask for is set as not asked for."""
     request.cwd = NULL if cwd is None else arena.text(cwd)
@@ -246,6 +246,8 @@ cdef int _set_common(
     request.guard_fd = -1
     request.close_fds = True
     request.restore_signals = True
+    request.fresh_signals = fresh_signals
+    request.ignored_signals = spawn_ignored_signals() if fresh_signals else 0
     request.pass_fds = NULL
     request.pass_fds_count = 0
     request.parent_ends[0] = request.parent_ends[1] = request.parent_ends[2] = -1
@@ -313,7 +315,7 @@ cdef object _told(object owner, spawn_result *result, int outcome):
 def spawn(
     owner, argv, executables, env, cwd, streams, parent_ends, tuple pass_fds, bint close_fds, bint restore_signals,
     bint new_session, process_group, gid, groups, uid, umask, bytes cpu_mask, int mem_mode, bytes node_mask,
-    bint binding_required, int death_signal, int cgroup_fd, spawn_mechanism mechanism,
+    bint binding_required, int death_signal, int cgroup_fd, bint fresh_signals, spawn_mechanism mechanism,
 ):
     """Start one process for ``owner``. The other arguments are fields of struct spawn_request in csrc/spawn.h.
 
@@ -329,6 +331,8 @@ def spawn(
         pass_fds: descriptors in ascending order.
         process_group, umask: -1 leaves them unchanged; so does None for gid, groups, uid, cpu_mask and node_mask.
         cpu_mask, node_mask: of pack_ids().
+        fresh_signals: start with an empty signal mask, and with the default action of all signals but an ignored
+            SIGHUP.
         mechanism: CLONE or POSIX_SPAWN.
 
     Returns:
@@ -348,7 +352,7 @@ def spawn(
     request.argv = arena.texts(argv)
     request.executables = <const char **>arena.texts(executables)
     request.envp = arena.environment(env, &variables)
-    _set_common(arena, &request, cwd, new_session, death_signal, cgroup_fd)
+    _set_common(arena, &request, cwd, new_session, death_signal, cgroup_fd, fresh_signals)
     for i in range(3):
         request.parent_ends[i] = parent_ends[i]
     _check_pass_fds(pass_fds)
@@ -368,6 +372,8 @@ def spawn(
 
 cdef class Crew:
     """Ranks that one call starts by several threads: add() each, then run(); any thread may call started().
+
+    They begin with fresh signals, as spawn() has it.
 
     Args:
         count: how many ranks add() will be called for, at most.
@@ -395,7 +401,7 @@ cdef class Crew:
         self.crew.results = <spawn_result *>self.arena.take(count * sizeof(spawn_result))
         self.crew.outcomes = <atomic_int *>self.arena.take(count * sizeof(atomic_int))
         self.common.envp = self.arena.environment(env, &self.variables)
-        _set_common(self.arena, &self.common, cwd, new_session, death_signal, cgroup_fd)
+        _set_common(self.arena, &self.common, cwd, new_session, death_signal, cgroup_fd, True)
         self.common.guard_fd = guard_fd
 
     def add(

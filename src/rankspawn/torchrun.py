@@ -38,12 +38,14 @@ _torchs: dict[tuple[str, str], Any] = {}
 def install(numa_options: NumaOptions | None = None) -> None:
     """From now on, torch elastic in this process starts and watches its ranks through rankspawn, until uninstall().
 
-    numa_options: how ranks are bound that are launched without options of their own (``LaunchConfig.numa_options``,
-        torch's or ours); the memory policy also for ranks whose options are torch's, which have none. Installing again
-        only replaces these.
+    Args:
+        numa_options: How ranks are bound that are launched without options of their own (``LaunchConfig.numa_options``,
+            torch's or ours); the memory policy also for ranks whose options are torch's, which have none. Installing
+            again only replaces these.
 
-    Raises ModuleNotFoundError without torch, and ImportError, having changed nothing, for a torch in which one of SEAMS
-    is not as expected.
+    Raises:
+        ModuleNotFoundError: There is no torch.
+        ImportError: In this torch one of SEAMS is not as expected. Nothing has been changed.
     """
     if not _torchs:
         differences = [difference for seam in SEAMS if (difference := seam.difference())]
@@ -72,7 +74,11 @@ def uninstall() -> None:
 
 @contextmanager
 def installed(numa_options: NumaOptions | None = None) -> Iterator[None]:
-    """install() for the length of a ``with`` block, and then as before. It holds for all threads of the process."""
+    """Install for the length of a ``with`` block, for all threads of the process; afterwards all is as before.
+
+    Args:
+        numa_options: As of install().
+    """
     inside = bool(_torchs)
     before = import_module("rankspawn._torch.elastic").default_numa_options if inside else None
     install(numa_options)
@@ -86,10 +92,17 @@ def installed(numa_options: NumaOptions | None = None) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m rankspawn.torchrun") -> int:
-    """torchrun's command with ``arguments``, by default those of the process; the exit status, which is 0.
+    """Do what torchrun's command does.
 
-    It is 1, with a message, where there is no torch or where the workers cannot be bound as asked. What else a job ends
-    in is raised, as by torchrun's: ChildFailedError, SignalException.
+    Args:
+        arguments: Those of torchrun; None is those of this process.
+        prog: What messages call the command.
+
+    Returns:
+        0 as exit status; or 1, with a message, where there is no torch or the workers cannot be bound as asked.
+
+    Raises:
+        Exception: What else a job ends in, as by torchrun's: ChildFailedError, SignalException.
     """
     try:
         run = _import_run()

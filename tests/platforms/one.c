@@ -282,6 +282,19 @@ check_signals(void)
             EXPECT(start.born.blocked == (bit_of(SIGTERM) | bit_of(SIGRTMIN)));
         }
     }
+    /* A rank: nothing is blocked, and nothing is ignored but by nohup. */
+    for (int nohup = 0; nohup < 2; nohup++) {
+        struct start start;
+        prepare(&start, "--tell");
+        signal(SIGHUP, nohup ? SIG_IGN : do_nothing);
+        start.request.restore_signals = start.request.fresh_signals = true;
+        start.request.ignored_signals = spawn_ignored_signals();
+        EXPECT((start.request.ignored_signals & ~libcs) == (kept | pipes));
+        if (born(&start, true)) {
+            EXPECT((start.born.ignored & ~libcs) == (nohup ? bit_of(SIGHUP) : 0));
+            EXPECT(start.born.blocked == 0);
+        }
+    }
     pthread_sigmask(SIG_SETMASK, &before, &blocked);
     EXPECT(sigismember(&blocked, SIGTERM) == 1 && sigismember(&blocked, SIGUSR1) == 0);
     for (int sig = 1; sig < SIGRTMAX; sig++) {

@@ -30,27 +30,32 @@ if TYPE_CHECKING:
 
 @public
 def get_context(method: str = "spawn", bindings: Bindings = (), *, die_with_parent: bool = False) -> Context:
-    """A context of multiprocessing whose processes are bound, to be used wherever a context is taken.
+    """Make a context of multiprocessing whose processes are bound, to be used wherever a context is taken.
 
-    method: "spawn": a process is born bound, as one of ``rankspawn.Popen`` is, before its interpreter starts.
-        "forkserver": a process binds itself as the first thing after the fork, before it reads what it is to run:
-        before the program's main module and before any thread of its own. What the server has preloaded (from Python
-        3.14 on the main module, unless it is told otherwise) lies where the server ran, and has counted its CPUs.
-    bindings: one for each place, as ``rankspawn.place`` returns them; None in it leaves a process where its parent
-        (with "forkserver" the server) is. A process takes the place that has the fewest living processes of this
-        context; of several, the one that was taken longest ago. So the i-th process has the i-th binding, ended or not
-        as the others may be; the process that replaces an ended worker has the binding of that worker; and a group
-        that is started again is where it was. Or a function that is given the process, which has not started, and
-        returns its binding or None. Nothing at all: the processes are only started by rankspawn.
-    die_with_parent: as of ``rankspawn.Popen``; with "spawn" alone.
+    Args:
+        method: "spawn": a process is born bound, as one of ``rankspawn.Popen`` is, before its interpreter starts.
+            "forkserver": a process binds itself as the first thing after the fork, before it reads what it is to run:
+            before the program's main module and before any thread of its own. What the server has preloaded (from
+            Python 3.14 on the main module, unless it is told otherwise) lies where the server ran, and has counted its
+            CPUs.
+        bindings: One for each place, as ``rankspawn.place`` returns them; None in it leaves a process where its parent
+            (with "forkserver" the server) is. A process takes the place that has the fewest living processes of this
+            context; of several, the one that was taken longest ago. So the i-th process has the i-th binding, ended or
+            not as the others may be; the process that replaces an ended worker has the binding of that worker; and a
+            group that is started again is where it was. Or a function that is given the process, which has not
+            started, and returns its binding or None. Nothing at all: the processes are only started by rankspawn.
+        die_with_parent: As of ``rankspawn.Popen``; with "spawn" alone.
 
-    A process of the context has an attribute ``binding_report``, a BindingReport, once it has started. Its ``start()``
-    raises BindingError, and leaves nothing, when the system refuses a binding that is ``required``. The server process
-    of a Manager is none of the group: it takes no place and is not bound.
+    Returns:
+        The context. A process of it has an attribute ``binding_report``, a BindingReport, once it has started. Its
+        ``start()`` raises BindingError, and leaves nothing, when the system refuses a binding that is ``required``. The
+        server process of a Manager is none of the group: it takes no place and is not bound.
 
-    Raises ValueError for another method, where the system has no such method, and for ``die_with_parent`` with
-    "forkserver", whose processes are children of the server; TypeError for bindings that are none; ImportError when
-    this Python's multiprocessing is not one that this rankspawn knows.
+    Raises:
+        ValueError: There is no such method here; or ``die_with_parent`` is given with "forkserver", whose processes are
+            children of the server.
+        TypeError: A binding is no Binding.
+        ImportError: This Python's multiprocessing is not one that this rankspawn knows.
     """
     if method not in _CONTEXTS or os.name != "posix":
         raise ValueError(f"no context for {method!r}: there are 'spawn' and 'forkserver', on POSIX systems")
@@ -138,7 +143,7 @@ class _BoundProcess:
     def binding_report(self) -> BindingReport | None:
         """What was asked, what was refused and, read on demand, what the process has; None before start()."""
         popen = self._popen
-        return None if popen is None else BindingReport(popen.binding, popen.refused, popen.pid)
+        return None if popen is None else BindingReport(popen.binding, popen.refused, popen.pid, popen.late)
 
     @classmethod
     def _Popen(cls, process: Any) -> Any:

@@ -83,6 +83,7 @@ class _BoundPopen(popen_fork.Popen):
 
     returncode: int | None = None
     refused: tuple[RefusedStep, ...] = ()
+    late = False
     _pidfd: Any = None
     _fds: list[int]
 
@@ -144,6 +145,7 @@ class SpawnPopen(_BoundPopen, popen_spawn_posix.Popen):
         finally:
             _close(*passed)
         self.pid, self._pidfd, self.refused = process.pid, process._pidfd, process._refused
+        self.late = process.binding_report.late
         if self._pidfd is None:
             self.sentinel = parent_r
         else:

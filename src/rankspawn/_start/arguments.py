@@ -37,9 +37,22 @@ def candidates(program: Any, env: Mapping[Any, Any] | None) -> tuple[str | bytes
     name = os.fsencode(program)
     if b"/" in name:
         return (name,)
-    if env is not None:
-        os.fsencode(env.get("PATH", ""))  # TypeError for what no environment can hold
-    return tuple(os.path.join(os.fsencode(folder), name) for folder in os.get_exec_path(env))
+    try:
+        folders = os.get_exec_path(env)
+    except AttributeError:
+        for pair in (env or {}).items():
+            for part in pair:
+                os.fsencode(part)  # TypeError for what no environment can hold
+        raise
+    return tuple(os.path.join(os.fsencode(folder), name) for folder in folders)
+
+
+def variable(env: Mapping[Any, Any], name: str) -> str | None:
+    """The value of a variable in an environment whose names and values may be bytes; None where it is not there."""
+    for key, value in env.items():
+        if os.fsdecode(key) == name:
+            return os.fsdecode(value)
+    return None
 
 
 def callers_environment() -> dict[str, str]:

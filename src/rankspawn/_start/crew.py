@@ -10,8 +10,9 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from .arguments import candidates, command_and_program
+from .ending import Stock
 from .engine import EXTENSION_ERROR, masks, mechanisms
-from .popen import _SEAM, Popen, _Stock
+from .popen import _SEAM, Popen
 
 if EXTENSION_ERROR is None:
     from .. import _spawn
@@ -31,6 +32,7 @@ class RankProcess(Popen):
     """A Popen that is made first, and started later, beside others."""
 
     _seam: tuple[Any, ...] = ()
+    _fresh_signals = True
 
     def __init__(
         self,
@@ -53,7 +55,7 @@ class RankProcess(Popen):
             self._cgroup = cgroup
         # Popen's own would close, when it returns, what the rank needs open until it has started.
         try:
-            _Stock.__init__(
+            Stock.__init__(
                 self,
                 command,
                 stdin=streams[0],
@@ -104,18 +106,19 @@ def start_by_engine(
 
 
 def _enlist(crew: _spawn.Crew, ranks: list[RankProcess], rank_env: Sequence[Mapping[str, str]]) -> None:
-    known: dict[Any, tuple[str | bytes, ...]] = {}
+    known: dict[bytes, tuple[str | bytes, ...]] = {}
     for number, (rank, own) in enumerate(zip(ranks, rank_env, strict=True)):
         seam, binding = rank._seam, rank._binding
         args, cwd, env = seam[0], seam[5], seam[6]
         try:
             command, program = command_and_program(args, None, False)
             sys.audit("subprocess.Popen", program, command, cwd, env)
-            found = None if "PATH" in own else known.get(program)
+            name, shares_path = os.fsencode(program), not _may_have_path(own)
+            found = known.get(name) if shares_path else None
             if found is None:
                 found = candidates(program, env)
-                if "PATH" not in own:
-                    known[program] = found
+                if shares_path:
+                    known[name] = found
             cpu_mask, mem_mode, node_mask = (None, -1, None) if binding is None else masks(binding)
             crew.add(
                 rank, command, found, own, rank._streams(*_child_ends(seam)),
@@ -124,6 +127,11 @@ def _enlist(crew: _spawn.Crew, ranks: list[RankProcess], rank_env: Sequence[Mapp
         except Exception as error:
             name_rank(error, number)
             raise
+
+
+def _may_have_path(own: Mapping[Any, Any]) -> bool:
+    """Whether PATH may be among a rank's own variables, whose names may be bytes: those compare with no text."""
+    return any(type(name) is not str or name == "PATH" for name in own)
 
 
 def _run(crew: _spawn.Crew, ranks: list[RankProcess]) -> None:

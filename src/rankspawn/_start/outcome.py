@@ -31,18 +31,22 @@ class RefusedStep(Frozen):
 class BindingReport(Frozen):
     """What was asked for one process, and what was refused.
 
-    requested: the binding given to Popen; None where none was.
-    refused: the optional steps that the system refused, in order.
-    pid: the process that ``effective`` reads.
+    Attributes:
+        requested: The binding given to Popen; None where none was.
+        refused: The optional steps that the system refused, in order.
+        pid: The process that ``effective`` reads.
+        late: Whether the CPU mask was set only after the start, on the process's main thread: what the process did
+            before, and threads that it had made, were not bound. It is so on Windows, and where no thread can be made.
     """
 
     requested: Binding | None
     refused: tuple[RefusedStep, ...]
     pid: int
+    late: bool = False
 
     @property
     def effective(self) -> Binding | None:
-        """The mask and policy that the process has now, from the kernel; None when it has ended.
+        """The mask and policy that the process has now, from the kernel; None when it has ended, reaped or not.
 
         The policy is the one that /proc/PID/numa_maps shows for memory without a policy of its own
         (proc(5)); it is None where the kernel has no NUMA support or the file may not be read.
@@ -53,19 +57,36 @@ class BindingReport(Frozen):
             cpus = frozenset(os.sched_getaffinity(self.pid))
         except ProcessLookupError:
             return None
-        return Binding(cpus, _policy_of(self.pid))
+        policy = _policy_of(self.pid)
+        # Of an ended process that nobody has waited for, the kernel still has the mask, and no memory.
+        return None if _has_ended(self.pid) else Binding(cpus, policy)
 
 
 @public
 class BindingError(OSError):
-    """The system refused to bind a process. ``step`` names the refused call; ``binding`` is what was asked."""
+    """The system refused to bind a process.
+
+    Attributes:
+        step: The refused call.
+        binding: What was asked.
+    """
 
     step: str
     binding: Binding
 
     @classmethod
     def refused(cls, step: str, code: int, binding: Binding, why: str = "") -> BindingError:
-        """The error for ``step`` refused with errno ``code``: why it may be so, and what to do."""
+        """Make the error of a refused step, whose text says why it may be so, and what to do.
+
+        Args:
+            step: The refused call.
+            code: Its errno.
+            binding: What was asked.
+            why: What to say in place of what is known of the errno.
+
+        Returns:
+            The error, to be raised.
+        """
         asked = f"cpus {format_ids(binding.cpus or ())}" if step == "sched_setaffinity" else f"{binding.memory}"
         why = why or RefusedStep(step, code).why
         error = cls(code, f"{step}: {text_of(code)} (asked: {asked}){why and ': '}{why}")
@@ -116,6 +137,8 @@ def _effective_by_psutil(pid: int) -> Binding | None:
 
     try:
         process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
         # psutil has no cpu_affinity on macOS, where there is none.
         return Binding(frozenset(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else None)
     except psutil.NoSuchProcess:
@@ -131,6 +154,20 @@ _POLICY_MODES = {
     "prefer (many)": "preferred-many",
     "weighted interleave": "weighted-interleave",
 }
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether the process is gone, or ended and not waited for (state Z or X of proc(5))."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+    except (OSError, IndexError):
+        pass  # it ended while it was read, or there is no /proc
+    try:
+        os.sched_getaffinity(pid)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 def _policy_of(pid: int) -> MemoryPolicy | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -20,17 +19,16 @@ from typing import TYPE_CHECKING, Any
 from .._binding import Binding
 from .._public import public
 from .arguments import candidates, cgroup_descriptor, command_and_program, is_fifo, is_path
-from .engine import EXTENSION_ERROR, bind_process, masks, mechanisms, why_no_engine
+from .ending import Started, Stock
+from .engine import EXTENSION_ERROR, masks, mechanisms, why_no_engine
 from .outcome import BindingError, BindingReport, RefusedStep
+from .without import fresh_signals, start_bound
 
 if EXTENSION_ERROR is None:
     from .. import _spawn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-
-# The stock class under a name of ours: where a program sets subprocess.Popen to our class, that name is ourselves.
-_Stock = subprocess.Popen
 
 # What 3.10 passes, and what 3.11 appended. A new Python that changes the list must fail here, at import, and not
 # start processes with the arguments in the wrong places.
@@ -40,7 +38,7 @@ _SEAM = (
 ).split()
 _seam = _SEAM
 if os.name == "posix":
-    _code = _Stock._execute_child.__code__  # type: ignore[attr-defined]
+    _code = Stock._execute_child.__code__  # type: ignore[attr-defined]
     _seam = list(_code.co_varnames[: _code.co_argcount])
     if _seam not in (_SEAM, _SEAM[:-1]):
         raise ImportError(
@@ -55,37 +53,35 @@ _STREAMS = ("stdin", "stdout", "stderr")
 
 
 @public
-class Popen(_Stock):  # type: ignore[type-arg]
-    """``subprocess.Popen``, with four things more.
+class Popen(Started):
+    """``subprocess.Popen``, with four things more: a binding, a death signal, a cgroup, and paths for streams.
 
-    binding: a Binding that the process is born with, or None.
-    die_with_parent: the process gets SIGKILL when this one ends, however it ends (PR_SET_PDEATHSIG, prctl(2)). A
-        program that is set-user-ID or has file capabilities clears that.
-    cgroup: the directory of a cgroup v2, or a descriptor of it, that the process is born in.
-    stdin, stdout, stderr: also an os.PathLike, which the child opens (stdin to read; the others are created or
-        truncated, as ``open(path, "w")`` would). The same path for stdout and stderr is opened once.
+    Args:
+        args: As of ``subprocess.Popen``, like every argument that is not named here, in the same order.
+        stdin: Also an os.PathLike, which the child opens to read.
+        stdout: Also an os.PathLike, which the child creates or truncates, as ``open(path, "w")`` would.
+        stderr: As ``stdout``. The same path for both is opened once.
+        binding: A Binding that the process is born with, or None.
+        die_with_parent: The process gets SIGKILL when this one ends, however it ends (PR_SET_PDEATHSIG, prctl(2)). A
+            program that is set-user-ID or has file capabilities clears that.
+        cgroup: The directory of a cgroup v2, or a descriptor of it, that the process is born in.
 
-    Raises BindingError when the system refuses a binding that is ``required``; ValueError when ``preexec_fn`` is given
-    beside any of the first three; else what ``subprocess.Popen`` raises.
+    Attributes:
+        mechanism: What started the process: "clone", "posix_spawn", or "subprocess" for the standard library's code.
+
+    Raises:
+        BindingError: The system refuses a binding that is ``required``.
+        ValueError: ``preexec_fn`` is given beside ``binding``, ``die_with_parent`` or ``cgroup``.
+        OSError: And all else that ``subprocess.Popen`` raises, when it does.
     """
 
     mechanism: str | None = None
-    """What started the process: "clone", "posix_spawn", or "subprocess" for the standard library's own code."""
-
-    # Other rooms may use these private names of a Popen and no others (tests/test_imports.py holds it): _pidfd, _born,
-    # _executed_ns, _leads_group, _refused; and of the standard class _child_created, _waitpid_lock, _handle_exitstatus.
-    #
-    # What most processes have, and what is replaced, never changed, in those that have something else. Each attribute
-    # that is not set, and each call less, shows in the time of a start: it runs with caches that the child has emptied.
+    # These, too, are not set in most processes: see Started.
     _binding: Binding | None = None
     _die_with_parent = False
     _cgroup: str | os.PathLike[str] | int | None = None
-    _refused: tuple[RefusedStep, ...] = ()
-    _pidfd: Any = None
-    _executed_ns: int | None = None  # CLOCK_MONOTONIC when the engine had executed the program
-    _born: float | None = None  # on Windows: not before this time, as time.time() has it
-    _child_created: bool  # the standard class's
-    _leads_group = False
+    _late = False  # the CPU mask was set after the start
+    _fresh_signals = False  # an empty signal mask, and the default action but for an ignored SIGHUP
     _opened_by_child: dict[int, tuple[str, int]] = {}  # noqa: RUF012
     _opened_here: tuple[int, ...] = ()
 
@@ -119,62 +115,9 @@ class Popen(_Stock):  # type: ignore[type-arg]
                     os.close(fd)
 
     @property
-    def pidfd(self) -> int | None:
-        """A descriptor of the process (pidfd_open(2)), owned by this object; None where there is none.
-
-        It is closed with the last use of this object, and once the process was waited for, unless it leads a process
-        group: send_signal_group() needs it then.
-        """
-        pidfd = self._pidfd  # once: another thread may be waiting for the process
-        return None if pidfd is None else int(pidfd.fd)
-
-    @property
     def binding_report(self) -> BindingReport:
         """What was asked, what was refused and, read on demand, what the process has."""
-        return BindingReport(self._binding, self._refused, self.pid)
-
-    def send_signal_group(self, sig: int) -> None:
-        """Signal the process group that this process leads; nothing is done when nobody is left in it.
-
-        From Linux 6.9 on this is free of races, also when the leader has been waited for. Elsewhere the group is
-        signalled only while the leader has not been waited for, since its number may be another's afterwards.
-
-        Raises ValueError when the process was not started as a leader (``start_new_session``, ``process_group=0``);
-        ProcessLookupError when the leader has been waited for and the system cannot address the group safely;
-        PermissionError when no member may be signalled.
-        """
-        if not self._leads_group:
-            raise ValueError("not a group leader: start it with start_new_session=True or process_group=0")
-        pidfd = self._pidfd
-        if pidfd is not None:
-            refusal = pidfd.send_signal(sig, True)
-            if refusal in (0, errno.ESRCH):
-                return
-            if refusal == errno.EPERM and self.returncode is not None:
-                raise PermissionError(refusal, f"process group {self.pid}: {os.strerror(refusal)}")
-        # A thread that holds the lock is inside waitpid: the leader is still there, or was a moment ago.
-        held = self._waitpid_lock.acquire(blocking=False)  # type: ignore[attr-defined]
-        try:
-            if self.returncode is not None:
-                raise ProcessLookupError(
-                    errno.ESRCH,
-                    f"process group {self.pid}: its leader has been waited for, and this system cannot address the"
-                    " group by pidfd (Linux 6.9)",
-                )
-            os.killpg(self.pid, sig)
-        finally:
-            if held:
-                self._waitpid_lock.release()  # type: ignore[attr-defined]
-
-    def send_signal(self, sig: int) -> None:
-        """As the standard class, but by pidfd: the process is signalled, or nobody."""
-        pidfd = self._pidfd
-        self.poll()
-        if self.returncode is not None:
-            return
-        # Any other refusal is one of pidfds (an old kernel, a seccomp profile), or will be said again.
-        if pidfd is None or pidfd.send_signal(sig) not in (0, errno.ESRCH):
-            super().send_signal(sig)
+        return BindingReport(self._binding, self._refused, self.pid, self._late)
 
     def _get_handles(self, stdin: Any, stdout: Any, stderr: Any) -> tuple[Any, ...]:
         """As the standard class, but on POSIX paths and DEVNULL are left for the child to open.
@@ -202,7 +145,7 @@ class Popen(_Stock):  # type: ignore[type-arg]
             else:
                 continue
             streams[number] = None
-        if 1 in opened and (stderr == subprocess.STDOUT or opened[1] == opened.get(2)):
+        if 1 in opened and (stderr == subprocess.STDOUT or (2 in opened and _same(opened[1], opened[2]))):
             opened[2] = ("", 0)  # no path: what stdout is
             streams[2] = None
         if os.name == "posix":
@@ -233,7 +176,8 @@ class Popen(_Stock):  # type: ignore[type-arg]
                             self, command, candidates(program, env), env, cwd, streams, (p2cwrite, c2pread, errread),
                             kept, close_fds, restore_signals, start_new_session, process_group,
                             gid, gids, uid, umask, cpu_mask, mem_mode, node_mask, binding is None or binding.required,
-                            signal.SIGKILL if self._die_with_parent else 0, cgroup, mechanism,
+                            signal.SIGKILL if self._die_with_parent else 0, cgroup, self._fresh_signals,
+                            mechanism,
                         )  # fmt: skip
                         if outcome is not None:
                             self.mechanism = "clone" if mechanism == _spawn.CLONE else "posix_spawn"
@@ -292,7 +236,7 @@ class Popen(_Stock):  # type: ignore[type-arg]
         return OSError(code, f"{step}: {os.strerror(code)}")
 
     def _execute_by_subprocess(self, seam: list[Any], preexec_fn: object = None) -> None:
-        """The standard library's own path, and for a binding what psutil can do to a process that runs already."""
+        """The standard library's own path, and what of a binding can be had on it."""
         wanted = self._die_with_parent or self._cgroup is not None
         if preexec_fn is not None and (wanted or self._binding is not None):
             raise ValueError("preexec_fn cannot be used beside binding, die_with_parent or cgroup")
@@ -302,62 +246,22 @@ class Popen(_Stock):  # type: ignore[type-arg]
         if binding is not None and binding.memory is not None and binding.required:
             needs = f"it needs rankspawn's engine: {why_no_engine()}"
             raise BindingError.refused("set_mempolicy", errno.ENOTSUP, binding, needs)
+        if self._fresh_signals:
+            seam[_SEAM.index("preexec_fn") - 1] = fresh_signals()
+        execute = super()._execute_child  # type: ignore[misc]
         with _opened_here(self._opened_by_child) as fds:
             for number, fd in fds.items():
                 seam[_SEAM.index(("p2cread", "c2pwrite", "errwrite")[number]) - 1] = fd
-            super()._execute_child(*seam)  # type: ignore[misc]
+            if binding is None:
+                execute(*seam)
+            else:
+                self._refused, self._late = start_bound(binding, lambda: (execute(*seam), self.pid)[1])
         self.mechanism = "subprocess"
-        if binding is not None:
-            self._refused = bind_process(self.pid, binding)
 
-    if os.name == "posix":
 
-        def _handle_exitstatus(
-            self,
-            sts: int,
-            *_: Any,
-            _stop_signal: Any = os.WSTOPSIG,
-            _to_exitcode: Any = os.waitstatus_to_exitcode,
-        ) -> None:
-            # Also called by __del__ at the end of the interpreter, when the names of this module may be gone.
-            try:
-                self.returncode = _to_exitcode(sts)
-            except ValueError:  # it was stopped, and has not ended
-                self.returncode = -_stop_signal(sts)
-            if not self._leads_group:
-                # A thread that waits on it holds a reference: the descriptor is closed after the last.
-                self._pidfd = None
-
-        def _wait(self, timeout: float | None) -> int | None:
-            """As the standard class, but a wait with a timeout sleeps on the pidfd instead of polling."""
-            while timeout is None and self.returncode is None:
-                # The standard library's loop without its inner calls: right after an exit, with cold caches, they are a
-                # measurable part of a short job.
-                with self._waitpid_lock:  # type: ignore[attr-defined]
-                    if self.returncode is not None:
-                        break  # another thread waited
-                    try:
-                        pid, status = os.waitpid(self.pid, 0)
-                    except ChildProcessError:
-                        pid, status = self.pid, 0  # reaped behind our back: nobody can know its status
-                    if pid == self.pid:
-                        self._handle_exitstatus(status)
-                        return self.returncode
-            pidfd = self._pidfd
-            if timeout is None or pidfd is None:
-                return super()._wait(timeout)  # type: ignore[misc, no-any-return]
-            until = time.monotonic() + timeout
-            poller = select.poll()
-            poller.register(pidfd.fd, select.POLLIN)
-            while self._internal_poll() is None:  # type: ignore[attr-defined]
-                remaining = until - time.monotonic()
-                if remaining <= 0:
-                    raise subprocess.TimeoutExpired(self.args, timeout)
-                # A day at a time: poll(2) counts milliseconds in an int, and a timeout may be infinite.
-                if poller.poll(min(86400, remaining) * 1000) and self._waitpid_lock.locked():  # type: ignore[attr-defined]
-                    # It has ended and another thread is about to reap it.
-                    time.sleep(0.0001)
-            return self.returncode
+def _same(one: tuple[Any, int], other: tuple[Any, int]) -> bool:
+    """Whether two streams are opened alike. A path may be text or bytes, which `python -bb` does not let compare."""
+    return (os.fsencode(one[0]), one[1]) == (os.fsencode(other[0]), other[1])
 
 
 @contextmanager

@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any
 
 from .._binding import AffinityMode
 from .._public import public
-from .._start.arguments import callers_environment
+from .._start.arguments import callers_environment, variable
 from .._start.engine import bind_process, bind_thread
 from .._start.outcome import BindingError
 from .._start.popen import Popen
+from .._start.without import in_thread
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from .._binding import Binding, MemoryMode, MemoryPolicy
     from .._start.outcome import RefusedStep
@@ -44,16 +44,25 @@ def _default_signal() -> signal.Signals:
 
 @public
 class SubprocessHandler:
-    """One rank: its process, its log files, its binding.
+    """One rank: its process, its log files, its binding. The rank leads a session of its own.
 
-    entrypoint, args: the program and its arguments, each made text by ``str()``.
-    env: added to ``os.environ`` for the rank.
-    stdout, stderr: paths of log files, created or truncated; None or "" inherits. One path for both is opened once.
-    local_rank_id: the rank on this machine; with ``numa_options`` also the index of its device.
-    numa_options: how to bind it: ours, torch's, or None.
+    Args:
+        entrypoint: The program.
+        args: Its arguments, each made text by ``str()``.
+        env: Variables added to ``os.environ`` for the rank.
+        stdout: The path of a log file, created or truncated; None or "" inherits.
+        stderr: As ``stdout``. One path for both is opened once.
+        local_rank_id: The rank on this machine; with ``numa_options`` also the index of its device.
+        numa_options: How to bind it: ours, torch's, or None.
 
-    The rank leads a session of its own. Raises what Popen raises, and PlacementError when ``numa_options`` cannot be
-    followed on this machine and falling back was not asked for.
+    Attributes:
+        proc: The process, a Popen unless a subclass starts another.
+        local_rank_id: The rank on this machine.
+
+    Raises:
+        PlacementError: ``numa_options`` cannot be followed on this machine, and falling back was not asked for.
+        BindingError: The system refuses the binding, and falling back was not asked for.
+        OSError: And all else that Popen raises, when it does.
     """
 
     proc: subprocess.Popen[Any]
@@ -117,7 +126,9 @@ class SubprocessHandler:
         # A subclass starts the process in its own way. A thread made for it is bound first: what a thread starts
         # inherits its mask and policy, and the caller's own stay untouched.
         if hasattr(os, "sched_setaffinity"):
-            return _in_bound_thread(self._binding, lambda: self._popen(command, env))
+            binding = self._binding
+            refused, process = in_thread(lambda: (bind_thread(binding), self._popen(command, env)))
+            return process, refused
         process = self._popen(command, env)
         try:
             return process, bind_process(process.pid, self._binding)
@@ -145,6 +156,9 @@ class SubprocessHandler:
 
         On Windows the rank itself gets the signal, CTRL_C_EVENT by default. Nothing is signalled when nobody is left in
         the group, so that closing twice is harmless.
+
+        Args:
+            death_sig: The signal; None is the default.
         """
         sig = death_sig or _default_signal()
         try:
@@ -171,7 +185,23 @@ def get_subprocess_handler(
     local_rank_id: int,
     numa_options: NumaOptions | None = None,
 ) -> SubprocessHandler:
-    """A SubprocessHandler, with torch's signature."""
+    """Start a rank. The signature is torch's.
+
+    Args:
+        entrypoint: As of SubprocessHandler, like all others.
+        args: The program's arguments.
+        env: Variables added to ``os.environ``.
+        stdout: The path of a log file, or "".
+        stderr: As ``stdout``.
+        local_rank_id: The rank on this machine.
+        numa_options: How to bind it, or None.
+
+    Returns:
+        The SubprocessHandler of the rank, which runs.
+
+    Raises:
+        PlacementError: As of SubprocessHandler, like all else that it raises.
+    """
     return SubprocessHandler(
         entrypoint=entrypoint,
         args=args,
@@ -188,7 +218,7 @@ def binding_for(local_rank: int, options: NumaOptions | None, env: Mapping[str, 
     if options is None:
         return None
     # Where there are no devices to count, ranks are dealt over the nodes: how many there are, launchers tell the rank.
-    told = env.get("LOCAL_WORLD_SIZE", "")
+    told = variable(env, "LOCAL_WORLD_SIZE") or ""
     nprocs = int(told) if told.isdecimal() and int(told) > local_rank else None
     # Not at import: programs that only start processes need none of it.
     from .._binding import PlacementError
@@ -235,26 +265,4 @@ def _plan(
 def _as_path(path: str | None) -> os.PathLike[str] | None:
     from pathlib import Path  # not at import: it is the most expensive import that this module could need
 
-    return None if path is None else Path(path)
-
-
-def _in_bound_thread(
-    binding: Binding, start: Callable[[], subprocess.Popen[Any]]
-) -> tuple[subprocess.Popen[Any], tuple[RefusedStep, ...]]:
-    """What ``start`` gives in a thread that is bound before, and the steps that were refused to that thread."""
-    outcome: list[Any] = []
-
-    def run() -> None:
-        try:
-            refused = bind_thread(binding)
-            outcome.extend((start(), refused, None))
-        except BaseException as error:  # raised again in the calling thread
-            outcome[:] = (None, (), error)
-
-    thread = threading.Thread(target=run, name="rankspawn-bound")
-    thread.start()
-    thread.join()
-    started, refused, error = outcome
-    if error is not None:
-        raise error
-    return started, refused
+    return None if path is None else Path(os.fsdecode(path))

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 class NumaOptions:
     """How ranks are placed: torch's ``NumaOptions`` and a memory policy.
 
-    affinity_mode: how CPUs follow from the rank's device.
-    should_fall_back_if_binding_fails: start the rank unbound, with a warning, where it cannot be bound.
-    memory_policy: a mode, applied over the nodes of the rank's own CPUs, or a whole MemoryPolicy for every
-        rank alike; None leaves memory to the kernel's default, which is local to the CPU that touches first.
+    Attributes:
+        affinity_mode: How CPUs follow from the rank's device.
+        should_fall_back_if_binding_fails: Start the rank unbound, with a warning, where it cannot be bound.
+        memory_policy: A mode, applied over the nodes of the rank's own CPUs, or a whole MemoryPolicy for every rank
+            alike; None leaves memory to the kernel's default, which is local to the CPU that touches first.
     """
 
     affinity_mode: AffinityMode

@@ -1,0 +1,134 @@
+"""What can be had without the engine, around a start by the standard library: CPUs from birth, and fresh signals."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+from typing import TYPE_CHECKING
+
+from .engine import bind_process, bind_thread
+from .outcome import RefusedStep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeVar
+
+    from .._binding import Binding
+
+    T = TypeVar("T")
+
+
+class NoThreadError(RuntimeError):
+    """No thread could be made: the interpreter ends, or the system has no more. Nothing has been done."""
+
+
+def in_thread(work: Callable[[], T]) -> T:
+    """Do ``work`` in a thread that is made for it.
+
+    What a thread changes of itself, its CPUs or its memory policy, is inherited by the processes that it starts, and
+    ends with it: nothing of the caller's has to be put back.
+
+    Args:
+        work: Called once, without arguments.
+
+    Returns:
+        What ``work`` returned.
+
+    Raises:
+        NoThreadError: ``work`` was not called.
+        BaseException: What ``work`` raised.
+    """
+    outcome: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:  # raised again in the calling thread
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="rankspawn-bound")
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise NoThreadError(str(error)) from None
+    try:
+        thread.join()
+    except BaseException:
+        # A signal handler has raised (Ctrl-C). The start is under way: who ends what it started must find it whole.
+        thread.join()
+        raise
+    if errors:
+        raise errors.pop()
+    return outcome.pop()
+
+
+def start_bound(binding: Binding, start: Callable[[], int]) -> tuple[tuple[RefusedStep, ...], bool]:
+    """Start a process by a thread that has bound itself to the CPUs of ``binding``, and which the process inherits.
+
+    Args:
+        binding: A memory policy in it is refused.
+        start: Starts the process, and returns its pid.
+
+    Returns:
+        The refused steps, and whether the CPU mask was set late: after the start, on the process's main thread alone.
+        That is so where the system has no sched_setaffinity(2), and where no thread can be made.
+
+    Raises:
+        BindingError: A required step was refused. Where the mask is not late, nothing has been started.
+    """
+    if binding.cpus is not None and hasattr(os, "sched_setaffinity"):
+        refused = () if binding.memory is None else (RefusedStep("set_mempolicy", errno.ENOTSUP),)
+
+        def bound() -> tuple[RefusedStep, ...]:
+            steps = bind_thread(binding.replace(memory=None))
+            start()
+            return steps
+
+        try:
+            return (*refused, *in_thread(bound)), False
+        except NoThreadError:
+            pass
+    steps = bind_process(start(), binding)
+    return steps, binding.cpus is not None and "sched_setaffinity" not in [one.step for one in steps]
+
+
+def fresh_signals() -> Callable[[], None] | None:
+    """Find what a forked child has to do before it executes, so that its program begins with fresh signals.
+
+    Fresh is what csrc/spawn.h calls so: an empty mask and default actions, but for an ignored SIGHUP. Here only those
+    signals are known that Python was started with or that were ignored by its module ``signal``.
+
+    Returns:
+        A function for ``preexec_fn``; None where there is nothing to do, and in a sub-interpreter, which may have none.
+    """
+    if os.name != "posix":
+        return None
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    kept = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    ignored: set[Any] = {sig for sig in signal.valid_signals() if signal.getsignal(sig) == signal.SIG_IGN}
+    # subprocess restores these two by itself. A handler of a signal that was blocked must not run in the child.
+    changed = (ignored - {signal.SIGPIPE, signal.SIGXFSZ} | blocked) - kept
+    if (not blocked and not changed) or _in_sub_interpreter():
+        return None
+
+    def refresh() -> None:
+        for sig in changed:
+            signal.signal(sig, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+    return refresh
+
+
+def _in_sub_interpreter() -> bool:
+    for name in ("_interpreters", "_xxsubinterpreters"):
+        try:
+            module = __import__(name)
+        except ImportError:
+            continue
+        # From 3.13 on each is a tuple, whose second part may differ.
+        ids = [one[0] if isinstance(one, tuple) else one for one in (module.get_current(), module.get_main())]
+        return bool(ids[0] != ids[1])
+    return False
