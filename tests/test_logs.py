@@ -14,6 +14,7 @@ import pytest
 
 from rankspawn import Job, Popen, launch
 from rankspawn._output.logs import last_lines, printable, rank_files
+from tests.support.launchers import after, completed, environment_here, in_ranks
 from tests.support.processes import eventually
 from tests.support.state import fork
 
@@ -175,3 +176,15 @@ def test_a_launch_that_fails_or_a_launcher_that_is_killed_claims_nothing(tmp_pat
     assert subprocess.run([sys.executable, "-c", code, tmp_path], timeout=60).returncode == -signal.SIGKILL
     with launch(["echo", "here"], 1, log_dir=tmp_path) as group:
         assert group.wait(60) == (0,)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no file may have a byte: RLIMIT_FSIZE")
+def test_a_job_needs_no_temporary_folder_for_its_launchers_sake() -> None:
+    """tempfile tries each place by writing a file. In a container with a read-only root there may be none at all."""
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))"
+    code = "import os\nprint('TORCHELASTIC_ERROR_FILE' in os.environ)\nraise SystemExit(3)\n"
+    done = completed(after(limit, in_ranks(code, "--nproc-per-node", "2", "--keep-going")), env=environment_here())
+    assert (done.returncode, done.stdout) == (3, "False\nFalse\n")
+    assert done.stderr.startswith("rankspawn: no temporary folder can be made (TMPDIR, /tmp): ")
+    done = completed(after(limit, in_ranks(code, "--tee")))
+    assert done.returncode == 1 and "No usable temporary directory found in " in done.stderr

@@ -50,26 +50,31 @@ class LogFolder:
 
     Args:
         parent: The folder to make it in; None for a temporary folder.
+        optional: Whether the job can do without: the system may have no place for temporary files.
 
     Attributes:
-        path: Of the folder.
+        path: Of the folder; "" where an optional one could not be made.
         keep: Whether leaving the ``with`` block leaves it there.
 
     Raises:
         OSError: No folder can be made.
     """
 
-    def __init__(self, parent: str | None = None) -> None:
+    def __init__(self, parent: str | None = None, *, optional: bool = False) -> None:
         import tempfile
 
-        self.keep = parent is not None
-        self.path = tempfile.mkdtemp(prefix="rankspawn-" if parent is None else "none_", dir=parent)
+        self.keep, self.path = parent is not None, ""
+        try:
+            self.path = tempfile.mkdtemp(prefix="rankspawn-" if parent is None else "none_", dir=parent)
+        except OSError:
+            if not optional:
+                raise
 
     def __enter__(self) -> LogFolder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not self.keep:
+        if self.path and not self.keep:
             import shutil
 
             shutil.rmtree(self.path, ignore_errors=True)
