@@ -60,6 +60,7 @@ class Guard:
     def __init__(self, process: Popen, fd: int) -> None:
         self.process = process
         self.fd = fd
+        self._launcher = os.getpid()
 
     @staticmethod
     def why_not() -> str:
@@ -144,6 +145,8 @@ class Guard:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+        if os.getpid() != self._launcher:
+            return
         self.process.kill()
         try:
             self.process.wait(PATIENCE_SECONDS)
