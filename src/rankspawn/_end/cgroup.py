@@ -12,7 +12,7 @@ import select
 import signal
 import time
 
-TYPE_CHECKING = False  # the guard's process loads this: see _sessions.py
+TYPE_CHECKING = False  # typing's own costs more than this module
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +31,9 @@ def new_name() -> str:
 class GroupCgroup:
     """A cgroup v2 that is ours, by its directory.
 
-    path: the directory. fd: a descriptor of it (O_PATH), for CLONE_INTO_CGROUP; closed by close() and remove().
+    Attributes:
+        path: The directory.
+        fd: A descriptor of it (O_PATH), for CLONE_INTO_CGROUP; -1 once it was closed, by close() or remove().
     """
 
     def __init__(self, path: str) -> None:
@@ -42,11 +44,14 @@ class GroupCgroup:
     def make(cls, parent: str | os.PathLike[str], name: str | None = None) -> GroupCgroup:
         """Make a cgroup in ``parent``, the directory of a delegated cgroup v2.
 
-        name: of the directory; a new one if left out. A guard that is started before the directory is made, and so
-            misses no moment of its life, has to know it.
+        Args:
+            parent: That directory.
+            name: Of the new one; one that nobody has if left out. A guard that is started before the directory is made,
+                and so misses no moment of its life, has to know it.
 
-        Raises OSError, with what to do, when ``parent`` is no cgroup v2, is not delegated to this user, or is of a kind
-        that has no place for processes (``cgroup.type``).
+        Raises:
+            OSError: ``parent`` is no cgroup v2, is not delegated to this user, or is of a kind that has no place for
+                processes (``cgroup.type``). It says what to do.
         """
         parent = os.path.abspath(parent)
         if not os.path.exists(os.path.join(parent, "cgroup.controllers")):
@@ -86,7 +91,8 @@ class GroupCgroup:
     def remove(self) -> None:
         """Remove the directory, and first those that the ranks have made in it. Removed before: nothing is done.
 
-        Raises OSError (EBUSY) while a process is in one of them.
+        Raises:
+            OSError: EBUSY: a process is in one of them.
         """
         self.close()
         for path in _below(self.path):
@@ -96,6 +102,7 @@ class GroupCgroup:
                 continue
 
     def close(self) -> None:
+        """Close the descriptor; the directory stays. Harmless when done twice."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

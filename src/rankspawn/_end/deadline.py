@@ -11,12 +11,15 @@ def until(timeout: float | None) -> float | None:
 
 
 def left(end: float | None) -> float | None:
+    """The seconds until then, 0 when it has passed."""
     return None if end is None else max(0.0, end - time.monotonic())
 
 
 def passed(end: float | None) -> bool:
+    """Whether it is now or was before."""
     return end is not None and time.monotonic() >= end
 
 
 def sooner(one: float | None, other: float | None) -> float | None:
+    """The first of two."""
     return other if one is None else one if other is None else min(one, other)

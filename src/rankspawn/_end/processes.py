@@ -35,13 +35,15 @@ class ProcessTree:
     def descendants(self, pid: int, born: float | None = None) -> list[psutil.Process]:
         """The processes that ``pid`` started, and those that these started, parents first; not those that have ended.
 
-        born: when ``pid`` was created, as ``psutil.Process.create_time`` gives it; None asks, and finds nothing below a
-            process that has ended. It is of use where orphans keep the number of their parent (Windows).
-
         Nobody is taken for the child of somebody younger: a parent's number that another process has by now leads to no
         stranger. psutil's methods that signal check by the time of creation, too, that the number is still the
         process's own. The number of ``pid`` itself must be held meanwhile: by a Popen that has not been waited for, or
         on Windows by one that exists.
+
+        Args:
+            pid: The number of the process.
+            born: When it was created, as ``psutil.Process.create_time`` gives it; None asks, and finds nothing below a
+                process that has ended. It is of use where orphans keep the number of their parent (Windows).
         """
         import psutil
 

@@ -107,9 +107,16 @@ def living(ranks: Iterable[Popen]) -> dict[int, int] | None:
 def kill_sessions(
     ranks: Mapping[int, Popen], ended: Mapping[int, int], seconds: float, found: dict[int, int] | None = None
 ) -> dict[int, str]:
-    """Kill what is left in the sessions of ``ranks``, by number; who does not end, by pid, and whose it is.
+    """Kill what is left in the sessions of ranks.
 
-    ended: the returncodes of those that have been seen to end. found: as for kill_members().
+    Args:
+        ranks: The ranks, by number.
+        ended: The returncodes of those that have been seen to end.
+        seconds: How long it may take.
+        found: As for kill_members().
+
+    Returns:
+        Who does not end, by pid, and whose it is.
     """
     unreaped = {}
     for number, rank in ranks.items():

@@ -37,9 +37,10 @@ def status(rank: Popen) -> int | None:
 
 
 def wait_without_reaping(rank: Popen) -> os.waitid_result | None:
-    """How a rank has ended; None while it runs. Raises ChildProcessError when somebody has reaped it.
+    """How a rank has ended; None while it runs. By its pidfd where that can be: a number may be another child's by now.
 
-    By its pidfd where that can be: a number may be another child's by now.
+    Raises:
+        ChildProcessError: Somebody has reaped it.
     """
     flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
     pidfd = rank.pidfd
@@ -65,10 +66,15 @@ def is_unreaped(rank: Popen) -> bool:
 
 
 def reap(rank: Popen, returncode: int | None) -> tuple[Any, bool] | None:
-    """Collect a rank if it has ended: what it used (resource.struct_rusage), and whether it dumped core.
+    """Collect a rank if it has ended.
 
-    None where somebody else has collected it, or where wait4(2) cannot be called.
-    returncode: what it was seen to end with.
+    Args:
+        rank: The rank.
+        returncode: What it was seen to end with.
+
+    Returns:
+        What it used (resource.struct_rusage), and whether it dumped core. None where it runs, where somebody else has
+        collected it, or where wait4(2) cannot be called.
     """
     # At the end of the interpreter wait4 reaps, and then fails to import the type of what it returns. A group is looked
     # at so late by its finalizer, in a free-threaded build.

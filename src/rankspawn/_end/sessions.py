@@ -44,13 +44,15 @@ def members(
 ) -> dict[int, int]:
     """The processes that live in these sessions, leaders included: pid -> session. Zombies do not live.
 
-    ended: pids known to be zombies, the leaders' for example; they are passed over.
-    proc: where procfs is mounted. Where it is not, or is another PID namespace's, only leaders are found. Where it
-        hides processes (hidepid, proc(5)), what is set-user-ID is not found.
-    kill: SIGKILL to each when it is found; by the end of the pass it may have forked and ended.
-
     A pass over all processes takes a system call for each, and a few more for each member. Windows has no sessions:
     there, what is found is the trees below these processes, by psutil.
+
+    Args:
+        sessions: Their numbers.
+        ended: Pids known to be zombies, the leaders' for example; they are passed over.
+        proc: Where procfs is mounted. Where it is not, or is another PID namespace's, only leaders are found. Where it
+            hides processes (hidepid, proc(5)), what is set-user-ID is not found.
+        kill: SIGKILL to each when it is found; by the end of the pass it may have forked and ended.
     """
     before = ended
     for _ in range(_MOST_PASSES):
@@ -68,11 +70,19 @@ def kill_members(
     found: dict[int, int] | None = None,
     proc: str = "/proc",
 ) -> dict[int, int]:
-    """End every process of these sessions by SIGKILL; returns who is left after ``timeout`` seconds: pid -> session.
+    """End every process of these sessions by SIGKILL.
 
-    That is nobody, as a rule; describe_stuck() says what keeps one that is. found: what members() has said, where it
-    has been asked since the leaders ended. The other arguments are as for members().
     What has left its session by a setsid of its own is not found: only a cgroup ends that.
+
+    Args:
+        sessions: As for members().
+        timeout: How many seconds it may take.
+        ended: As for members().
+        found: What members() has said, where it has been asked since the leaders ended.
+        proc: As for members().
+
+    Returns:
+        Who is left: pid -> session. That is nobody, as a rule; describe_stuck() says what keeps one that is.
     """
     until = time.monotonic() + timeout
     # No rank has these numbers; to killpg they are this process's own group, and every process there is.

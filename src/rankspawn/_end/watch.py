@@ -28,13 +28,15 @@ _LONGEST = 86400.0
 class Watch:
     """Sees ranks end, without reaping them.
 
-    running: the ranks that have not been seen to end, by number, in rank order.
-    returncodes: of the others, as ``Popen.returncode``. exited_ns: when that was seen, in ns of CLOCK_MONOTONIC.
-    first_failure: the number of the first that was seen to end with another returncode than 0; None while none has.
-
     One thread looks at a time; another that wants to waits for it. A signal handler may look while its own thread does.
     Nothing is lost when one raises in the middle of it. Whoever goes through ``running`` goes through a copy: a look of
     another thread may shorten it meanwhile.
+
+    Attributes:
+        running: The ranks that have not been seen to end, by number, in rank order.
+        returncodes: Of the others, as ``Popen.returncode``.
+        exited_ns: When that was seen, in ns of CLOCK_MONOTONIC.
+        first_failure: The number of the first that was seen to end with another returncode than 0; None while none has.
     """
 
     def __init__(self, ranks: Sequence[Popen]) -> None:
@@ -74,10 +76,14 @@ class Watch:
         return None if fileno is None else int(fileno())
 
     def look(self, timeout: float | None) -> list[int]:
-        """The ranks that have ended since the last look, after a wait of at most ``timeout`` seconds for the first.
+        """See who has ended.
 
-        An empty list also means that an added descriptor is readable, that somebody rang, or that it is time to look
-        again.
+        Args:
+            timeout: Seconds that are waited for the first; None waits without end.
+
+        Returns:
+            The ranks that have ended since the last look. An empty list also means that an added descriptor is
+            readable, that somebody rang, or that it is time to look again.
         """
         if not self._looking.acquire(blocking=False):
             # Behind another thread. What it has seen may be all that this one waits for.
