@@ -130,7 +130,7 @@ def test_a_gpu_of_an_unknown_node_leaves_all_unbound_with_the_reason(tmp_path: P
     topology = Topology.read(write(tmp_path, MACHINES["four nodes, a GPU of an unknown node"]))
     ranks = plan_auto(topology)
     assert {rank.binding.cpus for rank in ranks} == {None}
-    assert all(rank.notes[0].startswith("auto leaves all ranks unbound: device 0000:13:00.0") for rank in ranks)
+    assert all(rank.notes[0].startswith("auto binds no rank to a node: device 0000:13:00.0") for rank in ranks)
 
 
 def test_options_that_hold_without_a_binding_to_nodes(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_variable_that_cannot_be_understood_fails_no_run(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,0")
     bindings, _ = place_ranks(PlacementOptions.read(parsed(add_run_options, ["x.py"])), 4, str(root))
     assert bindings == (None,) * 4
-    assert "auto leaves all ranks unbound: CUDA_VISIBLE_DEVICES='0,0'" in capsys.readouterr().err
+    assert "auto binds no rank to a node: CUDA_VISIBLE_DEVICES='0,0'" in capsys.readouterr().err
     with pytest.raises(PlacementError, match="0,0"):
         place(Topology.read(root), "node")
 
@@ -277,3 +277,14 @@ def test_launch_binds_by_auto(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert [binding and sorted(binding.cpus or ()) for binding in bindings] == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
     assert threads == [2] * 4
     assert _launch._place("auto", "bind", 1)[0][0].memory is not None  # type: ignore[union-attr]
+
+
+def test_a_rank_with_a_memory_policy_is_not_called_unbound(tmp_path: Path) -> None:
+    from rankspawn._place.plan import plan
+
+    topology = Topology.read(write(tmp_path, machine(FOUR, gpus=gpus(0, -1))))
+    for memory, words in ((None, "is left unbound"), ("local", "keeps the CPUs that it inherits")):
+        rank = plan(topology, "node", memory=memory, required=False)[1]  # type: ignore[arg-type]
+        assert rank.notes[-1].startswith(f"rank 1 {words}: device 0000:11:00.0: its NUMA node is unknown")
+    auto = plan_auto(topology, memory="bind")
+    assert all("unbound" not in note for rank in auto for note in rank.notes)

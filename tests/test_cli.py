@@ -20,6 +20,7 @@ from rankspawn import AffinityMode
 from rankspawn._binding import MEMORY_MODES
 from rankspawn._cli.main import main
 from rankspawn._ids import parse_ids
+from rankspawn._place.glance import unbound_threads
 from tests.support.launchers import (
     ARGUMENTS,
     ENVIRONMENT,
@@ -80,9 +81,10 @@ def test_each_rank_is_told_when_it_was_called() -> None:
 
 
 def test_omp_num_threads_is_the_users_where_set() -> None:
+    """Else it is each rank's share of the cores."""
     for ranks, environment, expected in (
-        ("2", environment_here(), "1"),  # as torchrun does, so that not every rank uses all cores
-        ("1", environment_here(), None),
+        ("2", environment_here(), str(unbound_threads(2))),
+        ("1", environment_here(), str(unbound_threads(1))),
         ("2", environment_here(OMP_NUM_THREADS="5"), "5"),
     ):
         done = completed(in_ranks(ENVIRONMENT, "--nproc-per-node", ranks), env=environment)

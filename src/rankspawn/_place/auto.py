@@ -52,7 +52,7 @@ def plan_auto(
     problem = problem or next((home.problem for home in homes if home.problem), "")
     is_bound = not problem and len(machine.cores) > 1 and {home.node for home in homes} == machine.cores.keys()
     if not is_bound:
-        note = [f"auto leaves all ranks unbound: {problem}"] if problem and len(machine.cores) > 1 else []
+        note = [f"auto binds no rank to a node: {problem}"] if problem and len(machine.cores) > 1 else []
         alone = next(iter(machine.cores)) if len(machine.cores) == 1 else None
         homes = [Home(home.node if home.device else alone, list(note), home.device) for home in homes]
     whole = frozenset().union(*map(machine.on, machine.cores))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import cache
 
+from .._binding import PlacementError
 from .._ids import parse_ids
 
 _NODES = ("sys/devices/system/node/has_cpu", "sys/devices/system/node/online")
@@ -26,32 +27,36 @@ def has_one_node(root: str = "/") -> bool:
 
 def unbound_threads(nprocs: int) -> int:
     """Compute OMP_NUM_THREADS of ``nprocs`` ranks that inherit this thread's CPUs, as ``omp_num_threads`` does."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = core_count(frozenset(os.sched_getaffinity(0)))
-    else:
-        cores = os.cpu_count() or 1
+    if not hasattr(os, "sched_getaffinity"):
+        return max(1, (os.cpu_count() or 1) // nprocs)
+    cpus = frozenset(os.sched_getaffinity(0))
+    try:
+        cores = core_count(cpus)
+    except PlacementError:  # the kernel does not say the cores, or no descriptor is free
+        cores = len(cpus)
     return max(1, cores // nprocs)
 
 
 @cache
 def core_count(cpus: frozenset[int], root: str = "/") -> int:
-    """Count the physical cores that ``cpus`` are on; the CPUs themselves where the kernel does not say the cores."""
+    """Count the physical cores that ``cpus`` are on.
+
+    Raises:
+        TopologyError: The kernel's files cannot be read.
+    """
     try:
         if _text(f"{root}{_CPU}/smt/active").strip() == "0":
             return len(cpus)
     except OSError:
         pass  # before Linux 4.19, and on other systems
-    from .sysfs import TopologyError, Tree
+    from .sysfs import Tree
 
     tree = Tree(root)
     left, cores = set(cpus), 0
-    try:
-        while left:
-            cpu = left.pop()
-            left -= tree.first_ids(f"{_CPU}/cpu{cpu}/topology", _SIBLINGS, cpu) or frozenset()
-            cores += 1
-    except TopologyError:
-        return len(cpus)
+    while left:
+        cpu = left.pop()
+        left -= tree.first_ids(f"{_CPU}/cpu{cpu}/topology", _SIBLINGS, cpu) or frozenset()
+        cores += 1
     return cores
 
 
