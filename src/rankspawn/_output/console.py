@@ -141,8 +141,9 @@ class _Writer:
 
     def _run(self) -> None:
         if hasattr(signal, "pthread_sigmask"):
-            # Signals are for the main thread. A blocked SIGTTOU also lets a background job write: credentials(7).
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            # With SIGTTOU blocked a background job may write to its terminal, and is not stopped: credentials(7). The
+            # others are an errno, whatever their actions.
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU, signal.SIGPIPE, signal.SIGXFSZ))
         self._write_all()
 
     def _write_all(self) -> None:

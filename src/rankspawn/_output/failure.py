@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from .._frozen import Frozen
 from .._ids import format_ids
 from .logs import last_lines, printable, read_regular
-from .write import write_text
 
 _MOST_BYTES = 1 << 20
 _WIDEST = 300  # characters of a line that are printed
@@ -118,6 +117,8 @@ def pass_on(error: RecordedError, returncode: int, path: str | os.PathLike[str])
     """
     if error.problem:
         return
+    from .write import write_text
+
     found = json.loads(error.raw)
     if isinstance(found["message"], dict):
         found["message"]["errorCode"] = returncode
