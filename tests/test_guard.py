@@ -956,13 +956,14 @@ def test_cgroup_without_cgroup_kill(parent: Path, fault: Callable[[str, str, str
         group = GroupCgroup.make(parent)
         os.mkdir(f"{group.path}/below")
         self.guard = Guard.start(cgroup=group.path)
-        _, other = self.start(2, ESCAPED, cgroup=group.fd)
-        Path(group.path, "below", "cgroup.procs").write_text(str(other.pid))
-        self.tell(self.guard.process.pid)
+        self.start(2, ESCAPED, cgroup=group.fd)
+        self.tell([self.guard.process.pid, group.path])
 
     with launcher(body) as killed:
-        guard = killed.hear()
+        guard, path = killed.hear()
         eventually(lambda: len(running("cmdline", "sleep\x001000\0") & killed.ranks) == 4)
+        for pid in sorted(killed.ranks)[1:]:
+            Path(path, "below", "cgroup.procs").write_text(str(pid))
         killed.kill()
         eventually(lambda: has_ended(guard))
         assert not killed.ranks
