@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from .._group.launch import launch
-from .._output.failure import describe, pass_on
+from .._output.failure import describe, describe_interruption, pass_on
 from .._output.logs import rank_files
 from .._start.outcome import BindingError
 from .options import CommandError
@@ -18,21 +19,38 @@ from .progress import Progress, say
 from .refusals import refusals
 from .reports import Reports
 from .settings import usable_port
-from .signals import asks_for_suspension, read_signals, suspend
+from .signals import name_of, status_of, suspend
 
 if TYPE_CHECKING:
-    import socket
-
     from .._group.group import RankGroup
     from .._group.job import Job
+    from .._output.failure import Failure
     from .._output.logs import LogFolder, RankFiles
     from .settings import RunSettings
+    from .signals import Signals
 
+SIGKILL = getattr(signal, "SIGKILL", None)
 _TOO_MANY = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
+_MOMENT = 0.05
+"""Seconds in which a signal that is sent to all processes of a job (Slurm) reaches the launcher behind a rank."""
 
-def run_attempts(settings: RunSettings, folder: LogFolder, signals: socket.socket) -> int:
-    """Start the ranks, and after a failure start them again, as often as the job allows; the exit status."""
+
+def run_attempts(settings: RunSettings, folder: LogFolder, signals: Signals) -> int:
+    """Start the ranks, and after a failure start them again, as often as the job allows.
+
+    Args:
+        settings: What was asked.
+        folder: Where the ranks' files are made.
+        signals: The signals that are sent to this process.
+
+    Returns:
+        The exit status; negative for a signal that this process is to die of.
+
+    Raises:
+        CommandError: What was asked cannot be done.
+        OSError: The system refuses something, other than to start a rank.
+    """
     reports = Reports(settings, signals.fileno())
     job = settings.job
     try:
@@ -40,9 +58,9 @@ def run_attempts(settings: RunSettings, folder: LogFolder, signals: socket.socke
             status, final = _run_attempt(settings, job, folder, signals, reports)
             if final:
                 return status
-            for sig in read_signals(signals):  # that came when there was no rank to hand them to
-                if not asks_for_suspension(sig):
-                    return 128 + sig
+            for sig in signals.read():  # that came when there was no rank to hand them to
+                if signals.asks_for_end(sig):
+                    return status_of(sig)
             # Another port: the last attempt's ranks may have left theirs in a state that refuses a listener.
             port = usable_port(job.master_addr) if settings.new_port else job.master_port
             job = job._replace(restart_count=job.restart_count + 1, master_port=port)
@@ -52,16 +70,18 @@ def run_attempts(settings: RunSettings, folder: LogFolder, signals: socket.socke
 
 
 def _run_attempt(
-    settings: RunSettings, job: Job, folder: LogFolder, signals: socket.socket, reports: Reports
+    settings: RunSettings, job: Job, folder: LogFolder, signals: Signals, reports: Reports
 ) -> tuple[int, bool]:
-    """One start of all ranks: the exit status, and whether it is the last word."""
+    """Start all ranks once and watch them end; the status, and whether it is the last word."""
     logged = settings.log_dir is not None
-    files = rank_files(folder.path, job.nprocs, job.restart_count, streams=logged or settings.tee)
+    files = None
+    if folder.path:
+        files = rank_files(folder.path, job.nprocs, job.restart_count, streams=logged or settings.tee)
     # A rank that writes to the terminal itself, or by --tee, would do so behind a line that is to be wiped out.
     progress = Progress(logged and not settings.tee, job.first_rank)
-    with _shown(settings, job, files, folder, signals):
+    with _shown(settings, job, files or (), folder, signals):
         try:
-            group = _launch(settings, job, files, progress)
+            group = _launch(settings, job, files, progress, None if folder.keep else folder.path or None)
         except OSError as error:
             if not hasattr(error, "rank") or isinstance(error, BindingError):
                 raise
@@ -70,18 +90,22 @@ def _run_attempt(
             return 1 if error.errno in _TOO_MANY else 127 if isinstance(error, FileNotFoundError) else 126, True
         try:
             with group:
+                reports.note_bindings(group)
                 for line in refusals(group, job.first_rank):
                     say(line)
                 reports.write_first(group)
-                asked, signalled = _supervise(group, job, signals, progress)
+                supervision = Supervision(group, job, signals, progress)
+                supervision.run()
         finally:
             reports.add(group)
     # A job that somebody wanted to end is not started again, whatever it was that ended it.
-    last = signalled or job.restart_count == job.max_restarts
-    return _tell_end(group, job, asked, last=last, kept=folder.keep)
+    last = supervision.interrupted or job.restart_count == job.max_restarts
+    return _tell_end(supervision, job, last=last, kept=folder.keep)
 
 
-def _launch(settings: RunSettings, job: Job, files: Sequence[RankFiles], progress: Progress) -> RankGroup:
+def _launch(
+    settings: RunSettings, job: Job, files: Sequence[RankFiles] | None, progress: Progress, temporary: str | None
+) -> RankGroup:
     with progress.starting(job.nprocs) as follow:
         return launch(
             list(settings.command),
@@ -95,57 +119,131 @@ def _launch(settings: RunSettings, job: Job, files: Sequence[RankFiles], progres
             files=files,
             guard=settings.guard,
             cgroup=settings.cgroup,
+            temporary=temporary,
             keep_going=settings.keep_going,
             grace=settings.grace,
+            signal_to=settings.signal_to,
             progress=follow,
         )
 
 
-def _supervise(group: RankGroup, job: Job, signals: socket.socket, progress: Progress) -> tuple[int | None, bool]:
-    """Watch until every rank has ended; the signal because of which they were told to end, and whether any came."""
-    asked: int | None = None
-    failed = killing = signalled = False
-    group.watch(signals.fileno())
-    running = True
-    while running:
-        try:
-            running = group.advance(progress.ending(group))
-            if running and not failed and asked is None and group.first_failure is not None:
-                failed = True
-                progress.say(
-                    f"rank {job.first_rank + group.first_failure} has failed"
-                    + (": ending the others" if group.stopping else "")
-                )
-            if group.killing and not killing:
-                killing = True
-                progress.say("what did not end in time is killed")
-            for sig in read_signals(signals):
-                if asks_for_suspension(sig):
-                    progress.clear()
-                    suspend(group)
-                    continue
-                signalled = True
-                if sig == signal.SIGINT and group.stopping:
-                    killing = True
-                    progress.say("killing the ranks")
-                    group.kill()
+class Supervision:
+    """Watches the ranks of one attempt until all have ended, and does what signals ask.
+
+    Args:
+        group: The ranks.
+        job: What they were told.
+        signals: The signals that are sent to this process.
+        progress: Where it is shown who still runs.
+
+    Attributes:
+        group: The ranks.
+        asked: The signal because of which the ranks were told to end; None where none was the cause.
+        interrupted: Whether a signal has come that asks for the end, be it after a failure.
+        seconds: How long they had had to end by then.
+    """
+
+    def __init__(self, group: RankGroup, job: Job, signals: Signals, progress: Progress) -> None:
+        self.group = group
+        self.asked: int | None = None
+        self.interrupted = False
+        self.seconds = 0.0
+        self._job, self._signals, self._progress = job, signals, progress
+        self._told_at: float | None = None
+        self._failed = self._killing = False
+
+    def run(self) -> None:
+        """Return when every rank has ended.
+
+        Raises:
+            TimeoutError: A rank does not end although it was killed.
+        """
+        self.group.watch(self._signals.fileno())
+        running = True
+        while running:
+            try:
+                running = self.group.advance(self._progress.ending(self.group))
+                if self.group.stopping and self._told_at is None:
+                    self._told_at = time.monotonic()
+                if self.group.killing and not self._killing:
+                    self._say_killing("what did not end in time is killed")
+                self._act(self._signals.read())
+                self._note_failure(running)
+            except PermissionError as error:
+                # All others have been signalled. Whoever is not ours to kill is named when the time is over.
+                self._progress.say(f"a rank may not be signalled: {error.strerror}")
+        self._progress.clear()
+
+    def _act(self, came: bytes) -> None:
+        """Do what these signals ask."""
+        for sig in came:
+            if self._signals.hands_on(sig):
+                self.group.send_signal(sig, to="rank")
+            elif self._signals.asks_for_suspension(sig):
+                self._progress.clear()
+                suspend(self.group)
+            elif self._signals.asks_for_end(sig):
+                self.interrupted = True
+                if sig == signal.SIGINT and self.group.stopping and self.asked_or_failed:
+                    self._say_killing("killing the ranks")
+                    self.group.kill()
                 else:
-                    if not group.stopping:
-                        asked = sig
-                        progress.say(f"{signal.Signals(sig).name}: ending the ranks")
-                    group.stop(sig)
-        except PermissionError as error:
-            # All others have been signalled. Whoever is not ours to kill is named when the time is over.
-            progress.say(f"a rank may not be signalled: {error.strerror}")
-    progress.clear()
-    return asked, signalled
+                    self._end(sig)
+
+    @property
+    def asked_or_failed(self) -> bool:
+        """Whether it has been said why the ranks are told to end."""
+        return self.asked is not None or self._failed
+
+    def _end(self, sig: int) -> None:
+        """Tell the ranks to end because of a signal."""
+        if self.asked is None and (not self.group.stopping or self._is_cause(sig)):
+            self.asked = sig
+            self._progress.say(f"{name_of(sig)}: ending the ranks")
+        if self._told_at is None:
+            self._told_at = time.monotonic()
+        self.group.stop(self._signals.for_ranks(sig))
+
+    def _say_killing(self, text: str) -> None:
+        self._killing = True
+        self.seconds = round(time.monotonic() - (self._told_at or time.monotonic()), 1)
+        self._progress.say(text)
+
+    def _note_failure(self, running: bool) -> None:
+        """Say, once, that a rank has failed; not of one that died of what the launcher was sent, too."""
+        first = self.group.first_failure
+        if first is None or self._failed or self.asked is not None:
+            return
+        if self._signals.asks_for_end(_signal_of(self.group.returncodes[first])):
+            self._act(self._signals.read(_MOMENT))
+        if self.asked is None:
+            self._failed = True
+            if running:
+                self._progress.say(
+                    f"rank {self._job.first_rank + first} has failed"
+                    + (": ending the others" if self.group.stopping else "")
+                )
+
+    def _is_cause(self, sig: int) -> bool:
+        """Whether the first failure is a rank that died of the same signal a moment ago: it was sent to both."""
+        first = self.group.first_failure
+        return not self._failed and first is not None and _signal_of(self.group.returncodes[first]) == sig
+
+
+def _signal_of(returncode: int) -> int:
+    """The signal that a process died of, or by a shell's status that its command did; 0 where there is none."""
+    return -returncode if returncode < 0 else returncode - 128 if returncode > 128 else 0
 
 
 @contextmanager
 def _shown(
-    settings: RunSettings, job: Job, files: Sequence[RankFiles], folder: LogFolder, signals: socket.socket
+    settings: RunSettings, job: Job, files: Sequence[RankFiles], folder: LogFolder, signals: Signals
 ) -> Iterator[None]:
-    """Show what the ranks write, for --tee."""
+    """Show what the ranks write, for --tee, as long as the block runs.
+
+    Raises:
+        CommandError: No thread can be had for it.
+    """
     if not settings.tee:
         yield
         return
@@ -159,12 +257,12 @@ def _shown(
         yield
 
 
-def _tell_end(group: RankGroup, job: Job, asked: int | None, *, last: bool, kept: bool) -> tuple[int, bool]:
-    """Say how the ranks ended; the exit status as a shell says it, and whether it is the job's."""
-    failures = group.failures()
+def _tell_end(supervision: Supervision, job: Job, *, last: bool, kept: bool) -> tuple[int, bool]:
+    """Say how the ranks ended; the status (as of ``run_attempts``), and whether it is the job's."""
+    failures = supervision.group.failures()
+    asked = supervision.asked
     if asked is not None:
-        # Who ended as it was told to has nothing to tell.
-        failures = [failure for failure in failures if failure.returncode not in (-asked, 128 + asked)]
+        failures = _unasked(failures, supervision, job)
     if failures:
         say(describe(failures[0], failures[1:], kept=kept, first_rank=job.first_rank).rstrip("\n"))
         theirs = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -174,8 +272,22 @@ def _tell_end(group: RankGroup, job: Job, asked: int | None, *, last: bool, kept
             except OSError as error:
                 say(f"TORCHELASTIC_ERROR_FILE: {error.strerror}: {theirs}")
     if asked is not None:
-        return 128 + asked, True
+        return status_of(asked), True
     if not failures:
         return 0, True
     failed = failures[0].returncode
     return (failed if failed > 0 else 128 - failed), last
+
+
+def _unasked(failures: Sequence[Failure], supervision: Supervision, job: Job) -> list[Failure]:
+    """Of an interrupted job: those that ended neither as they were told to nor because the launcher killed them."""
+    by_us = {
+        failure.rank: _signal_of(failure.returncode)
+        for failure in failures
+        # Where the signal was sent to all processes of the job, a rank may have died of it before it was sent ours.
+        if _signal_of(failure.returncode) in {*failure.sent, supervision.asked}
+    }
+    forced = [rank for rank, sig in by_us.items() if sig == SIGKILL]
+    if forced:
+        say(describe_interruption(forced, supervision.seconds, first_rank=job.first_rank))
+    return [failure for failure in failures if failure.rank not in by_us]

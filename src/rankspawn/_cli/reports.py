@@ -17,8 +17,8 @@ class Reports:
     """Collects the attempts of a run and writes them to the files that --report and --timeline name.
 
     Args:
-        settings: of the run.
-        interrupt: a descriptor; once it is readable, the reader of a FIFO is not waited for.
+        settings: Of the run.
+        interrupt: A descriptor; once it is readable, the reader of a FIFO is not waited for.
     """
 
     def __init__(self, settings: RunSettings, interrupt: int | None = None) -> None:
@@ -27,13 +27,18 @@ class Reports:
         self._interrupt = interrupt
         self._attempts: list[Attempt] = []
 
+    def note_bindings(self, group: RankGroup) -> None:
+        """Read what each rank is bound to, for the files, as soon as it runs: of one that has ended it is not known."""
+        if self._is_asked:
+            group.note_effective()
+
     def write_first(self, group: RankGroup) -> None:
         """Write what is known as soon as the ranks run, so that a bad path is reported before their work.
 
         After a restart the job has work to lose: a file that cannot be written is said, and the job runs on.
 
         Raises:
-            CommandError: a file cannot be written in the first attempt; nothing is written at the end then.
+            CommandError: A file cannot be written in the first attempt; nothing is written at the end then.
         """
         if not self._is_asked:
             return

@@ -54,8 +54,33 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         metavar="N",
         help="after a failure start all again, at most N times",
     )
-    add("--grace", type=_seconds, metavar="SECONDS", help="from SIGTERM to SIGKILL; 30 if left out")
-    add("--guard", action="store_true", help="if this launcher is killed, end what the ranks started, too")
+    add(
+        "--grace",
+        "--shutdown-timeout",
+        "--shutdown_timeout",
+        type=_seconds,
+        metavar="SECONDS",
+        help="from SIGTERM to SIGKILL; 30 if left out",
+    )
+    add(
+        "--signal-to",
+        choices=("rank", "group", "session"),
+        default="session",
+        metavar="WHOM",
+        help="who is told first to end: rank, group, session (the default); the rest half of the grace later",
+    )
+    add(
+        "--signals-to-handle",
+        "--signals_to_handle",
+        type=_signals,
+        metavar="LIST",
+        help="end the ranks by these, too: SIGUSR1 and SIGUSR2 are otherwise handed on to them, and the job goes on",
+    )
+    add(
+        "--guard",
+        action=argparse.BooleanOptionalAction,
+        help="if this launcher is killed, end what the ranks started, too; on where it can be",
+    )
     add("--cgroup", metavar="DIR", help="a delegated cgroup v2, in which one is made for the ranks; auto finds it")
     add = run.add_argument_group("output").add_argument
     add("--log-dir", "--log_dir", metavar="DIR", help="a folder for each rank's stdout.log and stderr.log")
@@ -106,11 +131,20 @@ def _ids(text: str) -> frozenset[int]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _signals(text: str) -> frozenset[int]:
+    from .signals import parse_signals
+
+    try:
+        return parse_signals(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _run(args: argparse.Namespace) -> int:
     """Start the ranks, and again as often as --max-restarts allows; return the exit status."""
     from .._output.console import say_traceback
     from .attempts import run_attempts
-    from .signals import signals_as_bytes
+    from .signals import catch_signals, die_of
 
     sys.excepthook = say_traceback
     warnings.showwarning = lambda message, *where: say(str(message))
@@ -121,13 +155,21 @@ def _run(args: argparse.Namespace) -> int:
     # A parent that ignores SIGCHLD leaves it ignored in us, and the kernel would then drop the ranks' statuses.
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    with signals_as_bytes() as signals, _folder(settings.log_dir) as folder:
-        return run_attempts(settings, folder, signals)
+    with (
+        catch_signals(settings.signals_to_handle) as signals,
+        _folder(settings.log_dir, optional=not settings.tee) as folder,
+    ):
+        status = run_attempts(settings, folder, signals)
+    if status < 0:
+        die_of(-status)
+    return status if status >= 0 else 128 - status
 
 
 @contextmanager
-def _folder(parent: str | None) -> Iterator[LogFolder]:
+def _folder(parent: str | None, *, optional: bool) -> Iterator[LogFolder]:
     """Make the folder of the log files and the error files: a new one in ``parent``, or a temporary one.
+
+    A job whose ranks only record their errors in the temporary one runs without it.
 
     Raises:
         CommandError: The system refuses a folder.
@@ -137,12 +179,14 @@ def _folder(parent: str | None) -> Iterator[LogFolder]:
     try:
         if parent is not None:
             os.makedirs(parent, exist_ok=True)
-        folder = LogFolder(parent)
+        folder = LogFolder(parent, optional=optional and parent is None)
     except OSError as error:
         raise CommandError(f"{'' if parent is None else '--log-dir: '}{error.strerror}: {error.filename}") from error
     with folder:
         if parent is not None:
             say(f"logs in {folder.path}")
+        elif not folder.path:
+            say("no temporary folder can be made (TMPDIR, /tmp): errors that ranks record will not be shown")
         yield folder
 
 

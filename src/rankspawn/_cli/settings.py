@@ -17,6 +17,7 @@ from .progress import say
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Literal
 
     from .._binding import Binding
     from .._group.job import Job
@@ -33,8 +34,17 @@ class RunSettings(Frozen):
         omp_threads: OMP_NUM_THREADS of each rank, by local rank.
         new_port: Whether each restart takes another port, because none was given.
         engine: Whether the engine starts the ranks, and the kernel can end them with the launcher.
-        log_dir, tee, shown_ranks, report, timeline, keep_going, grace, guard, cgroup: the options of these names;
-            shown_ranks are the local ranks of --local-ranks-filter, None for all.
+        log_dir: The option of this name, as the others below; None where it was not given.
+        tee: Whether the ranks' lines are shown.
+        shown_ranks: The local ranks of --local-ranks-filter; None for all.
+        report: The file for the report.
+        timeline: The file for the drawing.
+        keep_going: Whether a rank that fails leaves the others alone.
+        grace: Seconds.
+        signal_to: Whom of a rank a signal reaches first.
+        signals_to_handle: The signals of --signals-to-handle; none where it was not given.
+        guard: None where neither --guard nor --no-guard was given.
+        cgroup: The delegated cgroup.
     """
 
     command: tuple[str, ...]
@@ -50,7 +60,9 @@ class RunSettings(Frozen):
     timeline: str | None
     keep_going: bool
     grace: float | None
-    guard: bool
+    signal_to: Literal["rank", "group", "session"]
+    signals_to_handle: frozenset[int]
+    guard: bool | None
     cgroup: str | None
 
 
@@ -84,6 +96,8 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
         timeline=args.timeline,
         keep_going=args.keep_going,
         grace=args.grace,
+        signal_to=args.signal_to,
+        signals_to_handle=args.signals_to_handle or frozenset(),
         guard=args.guard,
         cgroup=args.cgroup,
     )

@@ -45,12 +45,13 @@ def launch(
     tee_ranks: Collection[int] | None = None,
     files: Sequence[RankFiles] | None = None,
     die_with_parent: bool | None = None,
-    guard: bool = False,
+    guard: bool | None = None,
     cgroup: str | os.PathLike[str] | None = None,
     keep_going: bool = False,
     grace: float | None = None,
     signal_to: SignalTo = "session",
     handle_signals: bool = False,
+    temporary: str | os.PathLike[str] | None = None,
     progress: Callable[[Callable[[], int]], object] | None = None,
 ) -> RankGroup:
     """Start ``nprocs`` ranks at once, each in a session of its own and with torchrun's variables. All or nothing.
@@ -68,14 +69,14 @@ def launch(
         cwd: The directory that they start in.
         job: What the ranks are told of the whole job; of this machine alone, with a free port, if left out.
         log_dir: A folder; each rank writes to ``attempt_N/LOCAL_RANK/stdout.log`` and ``stderr.log`` in it, as under
-            torchrun.
+            torchrun. As long as the group lives no other may write there: that is an OSError (EBUSY).
         tee: The lines that the ranks write to their log files are shown here too, with a prefix; without ``log_dir``
             the files are temporary ones.
         tee_ranks: Those of these ranks only.
         files: Instead of ``log_dir``, made by ``rank_files``.
         die_with_parent: The kernel kills the ranks when this process ends, however it ends; None: where it can.
-        guard: A small process ends, when this process has been killed, also what the ranks have started. Where it has
-            been killed itself, whoever waits for the group gets a RuntimeWarning.
+        guard: A small process ends, when this process has been killed, also what the ranks have started; None: where
+            it can. Where it has been killed itself, whoever waits for the group gets a RuntimeWarning.
         cgroup: A delegated directory of cgroup v2. The ranks are born in a cgroup made in it, which ends with the
             group, whatever session its processes have moved to; a guard is on, too.
         keep_going: A rank that fails does not end the others.
@@ -89,6 +90,7 @@ def launch(
             this process, by that signal; until the group is closed. For the main thread. Without it they end this
             process at once, and its ranks are killed with it. The default is False, because a program's signals are its
             own: it dies then without a look at its ``finally`` blocks, as without us, but seconds later.
+        temporary: A folder that this process removes in the end, with its ``files``; the guard does if it is killed.
         progress: Is called before the first start with a function that tells, in any thread, how many have been
             started.
 
@@ -115,22 +117,27 @@ def launch(
     ranks: list[Popen] = []
     # Not a with block: there is no moment at which what was opened is neither this function's to close nor the group's.
     resources = ExitStack()
-    # The first that is taken, and so the last that is given back.
-    signals = resources.enter_context(closing(SignalHold.take())) if handle_signals else None
+    signals = None
+    if handle_signals:
+        from .handlers import SignalHold
+
+        # The first that is taken, and so the last that is given back.
+        signals = resources.enter_context(closing(SignalHold.take()))
     try:
         if files is None and (tee or log_dir is not None):
-            files, temporary = _open_files(resources, log_dir, job)
+            files, own_folder = _open_files(resources, log_dir, job)
+            temporary = temporary if own_folder is None else own_folder.path
         else:
-            temporary = None
+            own_folder = None
         for number, of_rank in enumerate(files or ()):
             own[number]["TORCHELASTIC_ERROR_FILE"] = of_rank.error
         for variables, more in zip(own, rank_env or (), strict=False):
-            variables.update(more)
+            variables.update(named_by_text(more))
         if tee:
             from .._output.tee import show
 
-            resources.enter_context(show(files or (), job.first_rank, tee_ranks, temporary))
-        guarding, own_cgroup = _hold(resources, guard, cgroup)
+            resources.enter_context(show(files or (), job.first_rank, tee_ranks, own_folder))
+        guarding, own_cgroup = _hold(resources, guard, cgroup, temporary)
         start_ranks(
             ranks,
             [args(rank) for rank in range(nprocs)] if callable(args) else [args] * nprocs,
@@ -256,25 +263,32 @@ def _open_files(
 
 
 def _hold(
-    resources: ExitStack, guard: bool, cgroup: str | os.PathLike[str] | None
+    resources: ExitStack,
+    guard: bool | None,
+    cgroup: str | os.PathLike[str] | None,
+    temporary: str | os.PathLike[str] | None,
 ) -> tuple[Guard | None, GroupCgroup | None]:
     """The guard and the cgroup that hold what the ranks will start, until ``resources`` are closed."""
-    if cgroup is None and not guard:
+    if cgroup is None and (guard is False or (guard is None and not _can_die_with_parent())):
         return None, None
     from .._end.guard import Guard
 
     if cgroup is None:
-        return resources.enter_context(closing(Guard.start())), None
+        if guard is None and Guard.why_not():
+            return None, None
+        return resources.enter_context(closing(Guard.start(folder=temporary))), None
     from .._end.cgroup import new_name
 
-    if cgroup == "auto":
+    if isinstance(cgroup, str) and cgroup == "auto":  # bytes compare with no text
         from .._end.delegated import delegated_cgroup
 
         cgroup = delegated_cgroup()
 
     # The guard starts before its cgroup is made and ends after it has gone: no death in between leaves the directory.
     name = new_name()
-    guarding = resources.enter_context(closing(Guard.start(os.path.join(os.path.abspath(cgroup), name))))
+    guarding = resources.enter_context(
+        closing(Guard.start(os.path.join(os.path.abspath(cgroup), name), folder=temporary))
+    )
     return guarding, _make_cgroup(resources, cgroup, name)
 
 
