@@ -105,6 +105,27 @@ check_memory_policy(void)
 }
 
 static void
+check_binding_granted_in_part(void)
+{
+    unsigned long mask[MASK_WORDS];
+    memcpy(mask, own_cpus, sizeof mask);
+    spawn_mask_set(mask, MASK_BITS, MASK_BITS - 1); /* the kernel leaves it out without a word */
+    for (int required = 0; required < 2; required++) {
+        struct start start;
+        prepare(&start, "--tell");
+        start.request.cpu_mask = mask;
+        start.request.cpu_mask_bytes = sizeof mask;
+        start.request.binding_required = required;
+        if (required) {
+            fails(&start, STEP_AFFINITY, ERANGE);
+        } else if (born(&start, false)) {
+            EXPECT(start.result.affinity_error == ERANGE);
+            EXPECT(memcmp(start.born.cpus, own_cpus, sizeof own_cpus) == 0);
+        }
+    }
+}
+
+static void
 check_refused_binding(void)
 {
     struct start start;
@@ -390,6 +411,7 @@ const struct check checks_of_one[] = {
     {"affinity", check_affinity},
     {"memory policy", check_memory_policy},
     {"refused binding", check_refused_binding},
+    {"a binding granted in part", check_binding_granted_in_part},
     {"streams", check_streams},
     {"descriptors", check_descriptors},
     {"folder and umask", check_folder_and_umask},
