@@ -16,7 +16,6 @@ from .._public import public
 from .._start.arguments import callers_environment
 from .._start.engine import mechanisms
 from .group import GRACE_SECONDS, RankGroup
-from .handlers import SignalHold
 from .job import Job, free_port
 from .start import start_ranks
 
@@ -132,7 +131,7 @@ def launch(
         for number, of_rank in enumerate(files or ()):
             own[number]["TORCHELASTIC_ERROR_FILE"] = of_rank.error
         for variables, more in zip(own, rank_env or (), strict=False):
-            variables.update(named_by_text(more))
+            variables.update(more)
         if tee:
             from .._output.tee import show
 
