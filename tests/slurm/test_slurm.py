@@ -319,19 +319,22 @@ def marked(mark: str) -> dict[int, str]:
 
 
 @contextmanager
-def job(slurm: Cluster, command: list[str], ranks: int) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def job(
+    slurm: Cluster, command: list[str], ranks: int, timeout: float = TIMEOUT
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A srun whose ranks all run by now, and the mark that its processes carry."""
     mark = uuid.uuid4().hex
     environ = {**slurm.environ, MARK: mark}
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as srun:
         assert srun.stdout is not None and srun.stderr is not None
-        watchdog = threading.Timer(TIMEOUT, srun.kill)
+        watchdog = threading.Timer(timeout, srun.kill)
         watchdog.start()
         try:
             here = [srun.stdout.readline() for _ in range(ranks)]
             assert here == [b"here\n"] * ranks, srun.stderr.read()
             yield srun, mark
-            srun.communicate()
+            if srun.returncode is None:
+                srun.communicate()
             left = gone(mark)
             assert left == {}
         finally:
@@ -370,6 +373,46 @@ def test_a_cancelled_job_whose_ranks_ignore_signals_leaves_nothing(any_slurm: Cl
     options = [] if any_slurm.holds_all else ["--grace", "0.5"]
     with job(any_slurm, [*in_ranks(deaf, *options), "stay"], 4):
         any_slurm.asked("scancel", job_id(any_slurm))
+
+
+# Saves a checkpoint at each notice, and ends well after it.
+SAVES = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+def save(*_):
+    Path(sys.argv[1], os.environ["RANK"]).write_text("saved")
+    told.append(1)
+told = []
+signal.signal(signal.SIGUSR1, save)
+os.write(1, b"here\\n")
+deadline = time.monotonic() + 100
+while not told and time.monotonic() < deadline:
+    time.sleep(0.05)
+time.sleep(0.5)
+"""
+
+
+@pytest.mark.parametrize("notice", ["--signal", "scancel"])
+def test_each_rank_saves_a_checkpoint_at_slurm_s_notice(slurm: Cluster, tmp_path: Path, notice: str) -> None:
+    """Slurm looks every 30 s for jobs that are to get it, and counts 30 s more to the seconds that were asked for."""
+    command = [*in_ranks(SAVES), str(tmp_path)]
+    if notice == "--signal":
+        command[1:1] = ["--time=1", "--signal=USR1@50"]
+    with job(slurm, command, 4, timeout=90.0) as (srun, _):
+        if notice == "scancel":
+            slurm.asked("scancel", "--signal=USR1", job_id(slurm))
+        _, said = srun.communicate()
+        assert srun.returncode == 0, said
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys("0123", "saved")
+
+
+def test_a_cancelled_job_is_not_blamed_on_a_rank(any_slurm: Cluster) -> None:
+    """Slurm signals all processes of a step, and ranks often die before their launcher has read its own signal."""
+    with job(any_slurm, in_ranks(ALONE), 4) as (srun, _):
+        any_slurm.asked("scancel", job_id(any_slurm))
+        _, said = srun.communicate()
+    assert b"SIGTERM: ending the ranks" in said
+    assert re.search(rb"rankspawn: rank \d+ (has failed|was killed|failed)", said) is None, said
 
 
 def launchers(mark: str) -> list[int]:
