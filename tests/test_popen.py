@@ -633,3 +633,124 @@ def test_asyncio_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_public_names() -> None:
     assert set(rankspawn.__all__) == {name for name in rankspawn.__all__ if hasattr(rankspawn, name)}
+
+
+# ---- the end of a process that another thread waits for --------------------------------------------------------------
+
+needs_pidfd = pytest.mark.skipif(sys.platform != "linux", reason="needs a pidfd")
+
+
+@needs_pidfd
+@pytest.mark.parametrize("mechanism", ["clone", "posix_spawn"])
+def test_poll_sees_an_end_beside_a_wait(mechanism: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKSPAWN_MECHANISM", mechanism)
+    _popen.mechanisms.cache_clear()
+    try:
+        for _ in range(100):
+            with Popen(["/bin/cat"], stdin=subprocess.PIPE) as process:
+                waiting = threading.Thread(target=process.wait)
+                waiting.start()
+                assert process.poll() is None
+                assert process.stdin is not None and process.pidfd is not None
+                watched = os.dup(process.pidfd)
+                process.stdin.close()
+                select.select([watched], [], [])
+                os.close(watched)
+                assert process.poll() == 0
+                waiting.join()
+    finally:
+        monkeypatch.undo()
+        _popen.mechanisms.cache_clear()
+
+
+@needs_pidfd
+def test_poll_in_a_handler_that_interrupts_a_wait() -> None:
+    """The handler runs inside the wait that holds the lock: it must not wait for that lock."""
+    found: list[int | None] = []
+
+    def poll(*_: object) -> None:
+        select.select([pidfd], [], [])
+        found.append(process.poll())
+
+    with Popen(["/bin/cat"], stdin=subprocess.PIPE) as process:
+        assert process.pidfd is not None and process.stdin is not None
+        pidfd = os.dup(process.pidfd)
+        before = signal.signal(signal.SIGUSR1, poll)
+        closing = process.stdin
+        interrupting = threading.Timer(
+            0.1, lambda: (signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1), closing.close())
+        )
+        interrupting.start()
+        try:
+            assert process.wait() == 0
+        finally:
+            interrupting.join()
+            signal.signal(signal.SIGUSR1, before)
+            os.close(pidfd)
+    assert found in ([None], [0])
+
+
+@needs_pidfd
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGKILL])
+def test_signal_leaves_the_end_to_who_waits(sig: signal.Signals) -> None:
+    """subprocess reaps a process that has ended before it signals it; an event loop would not find its exit status."""
+    with Popen(["/bin/sh", "-c", "exit 7"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        process.send_signal(sig)
+        assert process.returncode is None
+        assert os.waitstatus_to_exitcode(os.waitpid(process.pid, 0)[1]) == 7
+        process.send_signal(sig)  # somebody else has reaped it: nobody is signalled
+        assert process.returncode == 0
+
+
+def test_signal_after_the_end_is_none(popen: Callable[..., Any]) -> None:
+    process = popen(["/bin/sh", "-c", "exit 7"])
+    assert process.wait() == 7
+    process.send_signal(signal.SIGTERM)
+    process.kill()
+    assert process.poll() == 7
+
+
+# ---- without the engine ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs sched_setaffinity(2)")
+@pytest.mark.parametrize("required", [True, False])
+def test_cpus_are_inherited_at_birth_without_the_engine(required: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_popen, "mechanisms", lambda: ())
+    before = os.sched_getaffinity(0)
+    binding = Binding({max(before)}, required=required)
+    wanted = f"Cpus_allowed_list:\t{max(before)}\n".encode()
+    for _ in range(100):
+        look = ["/bin/grep", "Cpus_allowed_list", "/proc/self/status"]
+        with Popen(look, binding=binding, stdout=subprocess.PIPE) as process:
+            assert process.communicate()[0] == wanted
+        assert process.mechanism == "subprocess"
+        assert not process.binding_report.late and not process.binding_report.refused
+    assert os.sched_getaffinity(0) == before
+
+
+def test_mask_that_comes_late_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, and where no thread can be made."""
+    from rankspawn._start import without
+
+    def refused(_: object) -> None:
+        raise without.NoThreadError("can't start new thread")
+
+    monkeypatch.setattr(_popen, "mechanisms", lambda: ())
+    monkeypatch.setattr(without, "in_thread", refused)
+    with Popen(["/bin/cat"], stdin=subprocess.PIPE, binding=Binding({max(os.sched_getaffinity(0))})) as process:
+        assert process.binding_report.late and not process.binding_report.refused
+        effective = process.binding_report.effective
+        assert effective is not None and effective.cpus == {max(os.sched_getaffinity(0))}
+    with Popen(["/bin/true"], binding=None) as process:
+        assert not process.binding_report.late
+
+
+def test_mask_that_is_refused_without_the_engine_starts_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(_popen, "mechanisms", lambda: ())
+    with pytest.raises(BindingError, match="sched_setaffinity"):
+        Popen(["/usr/bin/touch", str(tmp_path / "file")], binding=Binding({5000}))
+    assert not (tmp_path / "file").exists()

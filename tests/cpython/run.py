@@ -202,7 +202,8 @@ def run_module(
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "RANKSPAWN_"))}
     if popen and mechanism:
         environment["RANKSPAWN_MECHANISM"] = mechanism
-    command = [interpreter.executable, str(HERE / "replaced.py")]
+    # -bb: bytes compared with text are an error, as in CPython's own runs of its tests.
+    command = [interpreter.executable, "-bb", str(HERE / "replaced.py")]
     if popen:
         command += ["--popen", popen]
         for path in paths:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from .._end.ranks import SignalTo, end_ranks
 from .._public import public
-from .._start.arguments import callers_environment
+from .._start.arguments import callers_environment, named_by_text
 from .._start.engine import mechanisms
 from .group import GRACE_SECONDS, RankGroup
 from .job import Job, free_port
@@ -131,7 +131,7 @@ def launch(
         for number, of_rank in enumerate(files or ()):
             own[number]["TORCHELASTIC_ERROR_FILE"] = of_rank.error
         for variables, more in zip(own, rank_env or (), strict=False):
-            variables.update(more)
+            variables.update(named_by_text(more))
         if tee:
             from .._output.tee import show
 
@@ -210,7 +210,7 @@ def _environments(
     job: Job, env: Mapping[str, str] | None, called_ns: int
 ) -> tuple[dict[str, str], list[dict[str, str]]]:
     """The variables that all ranks share, and by local rank those that each has beside them."""
-    shared = {**(callers_environment() if env is None else env), **job.environment()}
+    shared = {**(callers_environment() if env is None else named_by_text(env)), **job.environment()}
     shared["RANKSPAWN_CALL_NS"] = str(called_ns)
     return shared, [job.environment_of(rank) for rank in range(job.nprocs)]
 
@@ -220,17 +220,17 @@ def _place(
 ) -> tuple[list[Binding | None], list[int]]:
     """Find the binding of each rank on this machine, and its OMP_NUM_THREADS."""
     from .._place.glance import has_one_node, unbound_threads
-    from .._place.sysfs import TopologyError
 
     is_free = numa == "auto" and memory is None
-    try:
-        # On a machine with one node there is nothing to choose, and no need to read it.
-        if numa is None or numa == "none" or (is_free and has_one_node()):
-            return [None] * nprocs, [unbound_threads(nprocs)] * nprocs
-        from .._place.auto import plan_auto
-        from .._place.plan import plan
-        from .._place.topology import Topology
+    # On a machine with one node there is nothing to choose, and no need to read it.
+    if numa is None or numa == "none" or (is_free and has_one_node()):
+        return [None] * nprocs, [unbound_threads(nprocs)] * nprocs
+    from .._place.auto import plan_auto
+    from .._place.plan import plan
+    from .._place.sysfs import TopologyError
+    from .._place.topology import Topology
 
+    try:
         topology = Topology.read()
         if numa == "auto":
             ranks = plan_auto(topology, nprocs=nprocs, memory=memory)
@@ -286,7 +286,7 @@ def _hold(
     # The guard starts before its cgroup is made and ends after it has gone: no death in between leaves the directory.
     name = new_name()
     guarding = resources.enter_context(
-        closing(Guard.start(os.path.join(os.path.abspath(cgroup), name), folder=temporary))
+        closing(Guard.start(os.path.join(os.path.abspath(os.fsdecode(cgroup)), name), folder=temporary))
     )
     return guarding, _make_cgroup(resources, cgroup, name)
 

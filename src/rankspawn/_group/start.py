@@ -8,6 +8,7 @@ from collections import ChainMap
 from typing import TYPE_CHECKING
 
 from .._end.ranks import end_ranks
+from .._start.arguments import named_by_text
 from .._start.crew import RankProcess, name_rank, start_by_engine
 from .._start.engine import mechanisms, why_no_engine
 
@@ -58,6 +59,8 @@ def start_ranks(
             killed.
     """
     made: list[RankProcess] = []
+    env = None if env is None else named_by_text(env)
+    rank_env = [named_by_text(own) for own in rank_env]
     try:
         for command, own, three, binding in zip(commands, rank_env, streams, bindings, strict=True):
             whole = env if not own else ChainMap(own, os.environ if env is None else env)  # type: ignore[arg-type]

@@ -55,6 +55,17 @@ def variable(env: Mapping[Any, Any], name: str) -> str | None:
     return None
 
 
+def named_by_text(env: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """``env`` itself, or, where names in it are bytes, a copy in which they are text.
+
+    Bytes and text are different names to a dict, and the same to a process: where one environment is put over another
+    each variable must have one name. ``python -bb`` does not let the two be compared.
+    """
+    if all(type(name) is str for name in env):
+        return env
+    return {os.fsdecode(name) if isinstance(name, bytes) else name: value for name, value in env.items()}
+
+
 def callers_environment() -> dict[str, str]:
     """A copy of os.environ, whose own copy() fails when another thread removes a variable meanwhile."""
     while True:

@@ -113,7 +113,7 @@ def _enlist(crew: _spawn.Crew, ranks: list[RankProcess], rank_env: Sequence[Mapp
         try:
             command, program = command_and_program(args, None, False)
             sys.audit("subprocess.Popen", program, command, cwd, env)
-            name, shares_path = os.fsencode(program), not _may_have_path(own)
+            name, shares_path = os.fsencode(program), "PATH" not in own
             found = known.get(name) if shares_path else None
             if found is None:
                 found = candidates(program, env)
@@ -127,11 +127,6 @@ def _enlist(crew: _spawn.Crew, ranks: list[RankProcess], rank_env: Sequence[Mapp
         except Exception as error:
             name_rank(error, number)
             raise
-
-
-def _may_have_path(own: Mapping[Any, Any]) -> bool:
-    """Whether PATH may be among a rank's own variables, whose names may be bytes: those compare with no text."""
-    return any(type(name) is not str or name == "PATH" for name in own)
 
 
 def _run(crew: _spawn.Crew, ranks: list[RankProcess]) -> None:
