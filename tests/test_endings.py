@@ -504,6 +504,6 @@ def test_ignores(tmp_path: Path) -> None:
     try:
         assert ignores(os.getpid(), signal.SIGHUP)
         assert not ignores(os.getpid(), signal.SIGTERM)
-        assert not ignores(os.getpid(), signal.SIGHUP, proc=str(tmp_path))
+        assert ignores(os.getpid(), signal.SIGTERM, proc=str(tmp_path))
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -43,10 +43,10 @@ def wait_without_reaping(rank: Popen) -> os.waitid_result | None:
         ChildProcessError: Somebody has reaped it.
     """
     flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-    pidfd = rank.pidfd
+    pidfd = rank._pidfd  # the object: another thread may let go of it, and its descriptor would be closed
     if pidfd is not None and hasattr(os, "P_PIDFD"):
         try:
-            return os.waitid(os.P_PIDFD, pidfd, flags)
+            return os.waitid(os.P_PIDFD, pidfd.fd, flags)
         except OSError as error:
             if error.errno != errno.EINVAL:  # before Linux 5.4
                 raise

@@ -155,11 +155,11 @@ def signal_one(pid: int, session: int, signals: Iterable[int]) -> None:
 
 
 def ignores(pid: int, sig: int, proc: str = "/proc") -> bool:
-    """Whether a process ignores a signal (proc(5)); False where it cannot be told."""
+    """Whether a process ignores a signal (proc(5)); True where it cannot be told."""
     try:
         mask = int(_line(f"{proc}/{pid}/status", "SigIgn:"), 16)
     except ValueError:
-        return False
+        return True
     return bool(mask >> (sig - 1) & 1)
 
 
