@@ -1120,3 +1120,19 @@ def test_storm_of_signals(tmp_path: Path, without: str) -> None:
     wrong, threads, busy, changed, here, in_crew, elsewhere = told
     assert (wrong, threads, busy, changed) == ([], 3, True, {})
     assert here > 100 and (in_crew, elsewhere) == (0, 0)
+
+
+@pytest.mark.parametrize("own", [0, 1], ids=["a CPU for all", "a CPU each"])
+def test_ranks_are_born_bound_by_every_mechanism(mechanism: str, own: int, tmp_path: Path) -> None:
+    """Each looks at its mask first of all; without the engine a thread that has bound itself starts it."""
+    cpus = [CPUS[own * number % len(CPUS)] for number in range(100)]
+    logs = [tmp_path / str(number) for number in range(100)]
+    ranks = start(
+        [["/bin/grep", "Cpus_allowed_list", "/proc/self/status"]] * 100,
+        bindings=[Binding({cpu}) for cpu in cpus],
+        streams=[(None, log, None) for log in logs],
+    )
+    assert ended(ranks) == [0] * 100
+    assert [log.read_text().split() for log in logs] == [["Cpus_allowed_list:", str(cpu)] for cpu in cpus]
+    assert not any(rank.binding_report.late for rank in ranks)
+    assert sorted(os.sched_getaffinity(0)) == CPUS
