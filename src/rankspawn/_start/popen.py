@@ -22,7 +22,6 @@ from .arguments import candidates, cgroup_descriptor, command_and_program, is_fi
 from .ending import Started, Stock
 from .engine import EXTENSION_ERROR, masks, mechanisms, why_no_engine
 from .outcome import BindingError, BindingReport, RefusedStep
-from .without import fresh_signals, start_bound
 
 if EXTENSION_ERROR is None:
     from .. import _spawn
@@ -246,6 +245,8 @@ class Popen(Started):
         if binding is not None and binding.memory is not None and binding.required:
             needs = f"it needs rankspawn's engine: {why_no_engine()}"
             raise BindingError.refused("set_mempolicy", errno.ENOTSUP, binding, needs)
+        from .without import fresh_signals, start_bound  # not at import: few starts need it
+
         if self._fresh_signals:
             seam[_SEAM.index("preexec_fn") - 1] = fresh_signals()
         execute = super()._execute_child  # type: ignore[misc]

@@ -14,7 +14,6 @@ from .._start.arguments import callers_environment, variable
 from .._start.engine import bind_process, bind_thread
 from .._start.outcome import BindingError
 from .._start.popen import Popen
-from .._start.without import in_thread
 
 if TYPE_CHECKING:
     import subprocess
@@ -126,6 +125,8 @@ class SubprocessHandler:
         # A subclass starts the process in its own way. A thread made for it is bound first: what a thread starts
         # inherits its mask and policy, and the caller's own stay untouched.
         if hasattr(os, "sched_setaffinity"):
+            from .._start.without import in_thread
+
             binding = self._binding
             refused, process = in_thread(lambda: (bind_thread(binding), self._popen(command, env)))
             return process, refused
