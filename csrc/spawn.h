@@ -84,8 +84,8 @@ struct spawn_request {
     size_t pass_fds_count;
     bool close_fds;
 
-    bool restore_signals; /* SIGPIPE and SIGXFSZ back to their default action */
-    bool fresh_signals;   /* an empty signal mask, and the default action for `ignored_signals` */
+    bool restore_signals;     /* SIGPIPE and SIGXFSZ back to their default action */
+    bool fresh_signals;       /* an empty signal mask, and the default action for `ignored_signals` */
     uint64_t ignored_signals; /* of spawn_ignored_signals(), taken once for many starts: bit N-1 is signal N */
     bool new_session;
     pid_t process_group; /* -1: unchanged */
