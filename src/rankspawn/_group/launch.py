@@ -75,7 +75,8 @@ def launch(
         files: Instead of ``log_dir``, made by ``rank_files``.
         die_with_parent: The kernel kills the ranks when this process ends, however it ends; None: where it can.
         guard: A small process ends, when this process has been killed, also what the ranks have started; None: where
-            it can. Where it has been killed itself, whoever waits for the group gets a RuntimeWarning.
+            it can, and ``die_with_parent`` is not False. Where it has been killed itself, whoever waits for the group
+            gets a RuntimeWarning.
         cgroup: A delegated directory of cgroup v2. The ranks are born in a cgroup made in it, which ends with the
             group, whatever session its processes have moved to; a guard is on, too.
         keep_going: A rank that fails does not end the others.
@@ -136,6 +137,8 @@ def launch(
             from .._output.tee import show
 
             resources.enter_context(show(files or (), job.first_rank, tee_ranks, own_folder))
+        if guard is None and die_with_parent is False:
+            guard = False  # the ranks are to live on
         guarding, own_cgroup = _hold(resources, guard, cgroup, temporary)
         start_ranks(
             ranks,
