@@ -150,9 +150,11 @@ guard_main(int argc, char *const *argv)
         write_to(2, by_hand, sizeof by_hand - 1);
         return 2;
     }
-    ignore_signal(SIGINT);
-    ignore_signal(SIGTERM);
-    ignore_signal(SIGHUP);
+    /* Slurm sends what is meant for a job to all its processes: the notice before the time limit, too. */
+    static const int for_others[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM, SIGXCPU};
+    for (unsigned i = 0; i < sizeof for_others / sizeof *for_others; ++i) {
+        ignore_signal(for_others[i]);
+    }
     raise_descriptor_limit(); /* a witness for each rank */
     guard.launcher = (pid_t)number_in(argv[1], &end);
     guard.pipe = descriptor_in(argv[2]);

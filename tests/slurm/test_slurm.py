@@ -451,3 +451,41 @@ def test_the_status_of_a_program_is_srun_s(slurm: Cluster) -> None:
     done = ran(slurm, ["srun", "-n1", *BIND, "no-such-program"])
     assert done.returncode == 127
     assert "rankspawn: no-such-program: No such file or directory" in done.stderr
+
+
+# ---- the notice before the time limit -------------------------------------------------------------------------------
+
+CHECKPOINT = """
+import json, os, signal, sys, time
+saved = []
+def save(number, frame):
+    saved.append(number)
+signal.signal(signal.SIGUSR1, save)
+print("here", flush=True)
+end = time.monotonic() + 50
+while not saved and time.monotonic() < end:
+    time.sleep(0.05)
+time.sleep(1)  # a job that has saved goes on
+open(os.path.join(sys.argv[1], os.environ["RANK"]), "w").write(str(len(saved) > 0))
+"""
+
+
+def test_each_rank_saves_a_checkpoint_at_slurms_notice(slurm: Cluster, tmp_path: Path) -> None:
+    """As --signal=USR1@60 has it: the notice comes to the processes of the step, and the job goes on."""
+    # Slurm looks at time limits every 30 seconds: a limit of 1 minute, and a notice that is due at once.
+    command = in_ranks(CHECKPOINT)
+    at = command.index("-N2") + 1
+    command[at:at] = ["--time=1", "--signal=USR1@59"]
+    done = subprocess.run([*command, str(tmp_path)], env=slurm.environ, capture_output=True, text=True, timeout=90)
+    told = WAITED.sub("", done.stderr)
+    assert (done.returncode, "has failed" in told, "guard" in told) == (0, False, False), told
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {str(rank): "True" for rank in range(4)}
+
+
+def test_a_cancelled_job_is_no_failure_of_a_rank(slurm: Cluster) -> None:
+    with job(slurm, in_ranks(ALONE), 4) as (srun, _):
+        slurm.asked("scancel", job_id(slurm))
+        assert srun.stderr is not None
+        told = srun.stderr.read().decode()
+        assert "SIGTERM: ending the ranks" in told
+        assert "has failed" not in told and "was killed by" not in told, told
