@@ -297,6 +297,14 @@ def test_a_rank_that_needs_its_helper(end: str, tmp_path: Path) -> None:
     assert saved(tmp_path).keys() == {"0", "1"}
 
 
+def test_a_rank_of_run_that_needs_its_helper(tmp_path: Path) -> None:
+    (tmp_path / "load.py").write_text(LOADING)
+    with run(LOADER, tmp_path, "--signal-to=rank", "--grace=10") as launcher:
+        launcher.terminate()
+        launcher.wait(PATIENCE)
+        assert saved(tmp_path).keys() == {"0", "1"}
+
+
 @wrapped
 @pytest.mark.parametrize("signal_to", ["rank", "group"])
 def test_the_rest_is_told_later(wrapper: str, signal_to: Any, tmp_path: Path) -> None:
