@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from rankspawn import Binding, BindingError, MemoryPolicy, Popen
+from rankspawn import Binding, BindingError, MemoryPolicy, Popen, launch
 from rankspawn._end import ranks as _ending
 from rankspawn._group.start import start_ranks
 from rankspawn._start import crew as _crew
@@ -1136,3 +1136,18 @@ def test_ranks_are_born_bound_by_every_mechanism(mechanism: str, own: int, tmp_p
     assert [log.read_text().split() for log in logs] == [["Cpus_allowed_list:", str(cpu)] for cpu in cpus]
     assert not any(rank.binding_report.late for rank in ranks)
     assert sorted(os.sched_getaffinity(0)) == CPUS
+
+
+def test_launch_by_a_thread_that_blocks_sigterm() -> None:
+    found: list[tuple[int, ...]] = []
+
+    def run() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        with launch(FOREVER, 2, keep_going=True) as group:
+            group.terminate()
+            found.append(group.wait(PATIENCE))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [(-signal.SIGTERM, -signal.SIGTERM)]

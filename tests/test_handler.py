@@ -283,6 +283,19 @@ def test_binding_applies_when_a_subclass_starts_the_process(tmp_path: Path, monk
     assert shown_binding(handler, out) == (str(cpu), "interleave:0")
 
 
+def test_cpus_from_birth_without_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = max(os.sched_getaffinity(0))
+    monkeypatch.setattr(_handler, "binding_for", lambda *_: Binding({cpu}))
+    monkeypatch.setattr("rankspawn._start.popen.mechanisms", lambda: ())
+    for number in range(100):
+        out = tmp_path / str(number)
+        look = ("-c", "grep Cpus_allowed_list /proc/self/status")
+        handler = rankspawn.SubprocessHandler(SH, look, {}, str(out), None, number)
+        assert handler.proc.wait() == 0
+        handler.close()
+        assert out.read_text().split()[1] == str(cpu)
+
+
 def test_errors_of_a_subclass_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_handler, "binding_for", lambda *_: Binding({5000}))
 
