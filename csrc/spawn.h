@@ -109,7 +109,8 @@ struct spawn_request {
     int guard_fd;     /* a pipe that the child writes a spawn_registration to once it leads its session; -1: none */
 };
 
-/* What a guard reads. A process that has this pid and was started later is another one. */
+/* What a guard reads. A process that has this pid and was started later is another one. Pid 0: the launcher has
+ * started its last rank, all have ended, and what they have left is to be ended. */
 struct spawn_registration {
     int64_t written_ns; /* CLOCK_BOOTTIME */
     int32_t pid;

@@ -174,6 +174,38 @@ def test_nothing_is_left_of_it_when_closed() -> None:
     guard.close()
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_reaped_ranks_have_left_is_ended_when_the_launcher_says_so(copied: bool) -> None:
+    """copied: a forked copy of the launcher holds the pipe, and does not hold up the end."""
+    guard = Guard.start()
+    told, telling = os.pipe()
+    copy = 0
+    try:
+        ranks: list[rankspawn.Popen] = []
+        # The child is in a process group of its own: the rank's group is gone with the rank.
+        code = "import os; pid = os.fork(); pid or os.setpgid(0, 0); pid or os.execlp('sleep', 'sleep', '1000')"
+        command = [sys.executable, "-c", f"{code}; os.write(1, b'%7d' % pid)"]
+        start_ranks(
+            ranks, [command] * 2, env=None, rank_env=[{}] * 2, bindings=[None] * 2, streams=[(None, telling, None)] * 2,
+            guard=guard.fd,
+        )  # fmt: skip
+        assert [rank.wait() for rank in ranks] == [0, 0]
+        left = [int(os.read(told, 7)) for _ in ranks]
+        assert not any(map(has_ended, left))
+        if copied and (copy := os.fork()) == 0:
+            signal.pause()
+        guard.end_what_is_left()
+        assert guard.process.returncode == 0
+        assert all(map(has_ended, left))
+    finally:
+        if copy:
+            os.kill(copy, signal.SIGKILL)
+            os.waitpid(copy, 0)
+        guard.close()
+        os.close(told)
+        os.close(telling)
+
+
 @pytest.mark.parametrize("die_with_parent", [False, True])
 def test_launcher_killed(die_with_parent: bool) -> None:
     with launcher(guarded(die_with_parent=die_with_parent)) as killed:

@@ -32,6 +32,7 @@ enum { FROM_PIPE = 0, FROM_LAUNCHER = 1 };
 
 struct guard {
     pid_t launcher;
+    bool is_told_to_end; /* by the launcher, whose job has ended */
     int pipe;           /* -1: at its end, all ranks have registered */
     int launcher_pidfd; /* -1: none */
     int64_t patience;
@@ -56,7 +57,11 @@ take_registrations(struct guard *guard)
             guard->pipe = -1;
         }
         for (long i = 0; i < bytes / (long)sizeof *told; i++) {
-            sessions_add(&guard->sessions, told[i].pid, ticks_of(told[i].written_ns));
+            if (told[i].pid == 0) {
+                guard->is_told_to_end = true;
+            } else {
+                sessions_add(&guard->sessions, told[i].pid, ticks_of(told[i].written_ns));
+            }
         }
     }
 }
@@ -91,7 +96,7 @@ take_events(struct guard *guard)
 }
 
 static void
-until_launcher_dies(struct guard *guard)
+until_launcher_dies_or_tells(struct guard *guard)
 {
     bool sees_all = guard->launcher_pidfd >= 0;
     for (;;) {
@@ -101,6 +106,14 @@ until_launcher_dies(struct guard *guard)
             return;
         }
         take_events(guard);
+        if (guard->is_told_to_end) {
+            /* All have registered before, and a forked copy of the launcher may hold the pipe for ever. */
+            if (guard->pipe >= 0) {
+                close_fd(guard->pipe);
+                guard->pipe = -1;
+            }
+            return;
+        }
         sees_all = sessions_renew(&guard->sessions) && guard->launcher_pidfd >= 0;
     }
 }
@@ -170,7 +183,7 @@ guard_main(int argc, char *const *argv)
     if (guard.launcher_pidfd >= 0) {
         epoll_watch(guard.sessions.epoll, guard.launcher_pidfd, FROM_LAUNCHER);
     }
-    until_launcher_dies(&guard);
+    until_launcher_dies_or_tells(&guard);
     end_all(&guard);
     return 0;
 }

@@ -35,13 +35,15 @@ _torchs: dict[tuple[str, str], Any] = {}
 """What was there before; empty when nothing is installed."""
 
 
-def install(numa_options: NumaOptions | None = None) -> None:
+def install(numa_options: NumaOptions | None = None, guard: bool = True) -> None:
     """From now on, torch elastic in this process starts and watches its ranks through rankspawn, until uninstall().
 
     Args:
         numa_options: How ranks are bound that are launched without options of their own (``LaunchConfig.numa_options``,
             torch's or ours); the memory policy also for ranks whose options are torch's, which have none. Installing
             again only replaces these.
+        guard: Whether a guard, where one can run, ends what ranks that are programs leave behind in their sessions,
+            when they have ended and when this process is killed.
 
     Raises:
         ModuleNotFoundError: There is no torch.
@@ -59,6 +61,7 @@ def install(numa_options: NumaOptions | None = None) -> None:
     from ._torch import elastic
 
     elastic.default_numa_options = numa_options
+    elastic.guards = guard
     for module, name in _REPLACED:
         place = import_module(module)
         _torchs.setdefault((module, name), getattr(place, name))
@@ -73,20 +76,22 @@ def uninstall() -> None:
 
 
 @contextmanager
-def installed(numa_options: NumaOptions | None = None) -> Iterator[None]:
+def installed(numa_options: NumaOptions | None = None, guard: bool = True) -> Iterator[None]:
     """Install for the length of a ``with`` block, for all threads of the process; afterwards all is as before.
 
     Args:
         numa_options: As of install().
+        guard: As of install().
     """
     inside = bool(_torchs)
-    before = import_module("rankspawn._torch.elastic").default_numa_options if inside else None
-    install(numa_options)
+    elastic = import_module("rankspawn._torch.elastic") if inside else None
+    before = (elastic.default_numa_options, elastic.guards) if elastic else (None, True)
+    install(numa_options, guard)
     try:
         yield
     finally:
         if inside:
-            install(before)
+            install(*before)
         else:
             uninstall()
 
@@ -120,6 +125,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m rankspaw
         "--memory-policy", "--memory_policy", choices=MEMORY_MODES, metavar="MODE",
         help=f"Of rankspawn, with --numa-binding: over each worker's own nodes; {', '.join(MEMORY_MODES)}.",
     )  # fmt: skip
+    parser.add_argument(
+        "--no-guard", dest="guard", action="store_false",
+        help="Of rankspawn: leave alone what workers have started when they end or torchrun is killed.",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     numa_options = None
     if options.numa_binding:
@@ -128,7 +137,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m rankspaw
     elif options.memory_policy:
         parser.error("--memory-policy needs --numa-binding")
     try:
-        with installed(numa_options):
+        with installed(numa_options, options.guard):
             run.record(run.run)(options)
     except (PlacementError, BindingError) as error:
         print(f"{prog}: {error}", file=sys.stderr)

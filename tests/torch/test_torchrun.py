@@ -361,6 +361,40 @@ def test_ranks_die_with_the_agent(both: Both) -> None:
     assert alive == {"torchrun": [True, True], "ours": [False, False]}
 
 
+LEAVES = """
+import os, pathlib, subprocess, sys
+rank = os.environ["RANK"]
+folder = pathlib.Path(__file__).parent
+# In a process group of its own, and without the pipes that the launcher's output is read from.
+left = subprocess.Popen(["sleep", "1000"], process_group=0, stdin=-3, stdout=-3, stderr=-3)
+(folder / f"pid-{rank}").write_text(str(left.pid))
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or sys.version_info < (3, 11), reason="the guard; process_group")
+@pytest.mark.parametrize("status", [0, 3])
+def test_what_ranks_leave_behind_ends_with_the_job(both: Both, status: int) -> None:
+    """torchrun leaves it, which is the one difference here."""
+    theirs, ours = both([*TWO, "FOLDER/script.py", str(status)], LEAVES)
+    alive = {outcome.folder.name: [not gone(pid, 0.5) for pid in pids(outcome.folder)] for outcome in (theirs, ours)}
+    for pid in pids(theirs.folder):
+        os.kill(pid, signal.SIGKILL)
+    assert alive == {"torchrun": [True, True], "ours": [False, False]}
+    assert (theirs.status, ours.status) == (status and 1, status and 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or sys.version_info < (3, 11), reason="the guard; process_group")
+def test_no_guard_leaves_what_ranks_leave_behind(tmp_path: Path) -> None:
+    folder = tmp_path / "ours"
+    done = finish(start("ours", folder, ["--no-guard", *TWO, "FOLDER/script.py", "0"], LEAVES, {}), folder)
+    left = pids(folder)
+    alive = [not gone(pid, 0.5) for pid in left]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert (done.status, alive) == (0, [True, True])
+
+
 @pytest.mark.parametrize("first", LAUNCHERS)
 def test_two_agents_of_one_job_one_of_them_torchs(tmp_path: Path, first: str) -> None:
     with socket.socket() as probe:

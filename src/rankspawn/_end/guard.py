@@ -38,6 +38,8 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
+from contextlib import suppress
 
 TYPE_CHECKING = False  # typing's own costs more than this module
 
@@ -134,6 +136,18 @@ class Guard:
             RuntimeWarning,
             stacklevel=2,
         )
+
+    def end_what_is_left(self) -> None:
+        """Have the guard end what the ranks have started, and wait until that is done. No rank starts afterwards.
+
+        The guard knows the ranks' sessions also where somebody else has waited for the ranks.
+        """
+        from subprocess import TimeoutExpired
+
+        with suppress(BrokenPipeError):  # the guard has ended
+            os.write(self.fd, struct.pack("=qii", 0, 0, 0))  # struct spawn_registration
+        with suppress(TimeoutExpired):
+            self.process.wait(PATIENCE_SECONDS)
 
     def close(self) -> None:
         """End the guard, after the group has ended: there is nothing left for it to do. Closing again is harmless.

@@ -23,8 +23,8 @@ _PATIENCE = 1.0  # seconds, of which a thread that polls needs some microseconds
 class Started(Stock):  # type: ignore[type-arg]
     """``subprocess.Popen``, whose signals reach the process or nobody, and whose ``poll()`` sees every end."""
 
-    # Other rooms may use these private names of a Popen and no others (tests/test_imports.py holds it): _pidfd, _born,
-    # _executed_ns, _leads_group, _refused; and of the standard class _child_created, _waitpid_lock, _handle_exitstatus.
+    # Other rooms may use these private names of a Popen and no others (tests/test_imports.py holds it): _born,
+    # _executed_ns, _leads_group, _refused; and of the standard class _child_created, _handle_exitstatus.
     #
     # What most processes have, and what is replaced, never changed, in those that have something else. Each attribute
     # that is not set, and each call less, shows in the time of a start: it runs with caches that the child has emptied.

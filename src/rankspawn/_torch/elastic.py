@@ -16,6 +16,7 @@ import torch.distributed.elastic.agent.server.local_elastic_agent as agents
 import torch.distributed.elastic.multiprocessing.api as contexts
 
 from .._binding import AffinityMode
+from .._end.guard import Guard
 from .._end.watch import Watch
 from .._group.start import start_ranks
 from .._multiprocessing.context import get_context
@@ -36,6 +37,8 @@ _DIE_WITH_AGENT = sys.platform == "linux" and bool(mechanisms())
 
 default_numa_options: NumaOptions | None = None
 """For launches that name none themselves; rankspawn.torchrun.install() sets it."""
+guards = True
+"""Whether a guard ends what programs started by these classes leave; rankspawn.torchrun.install() sets it."""
 
 
 def _numa_options(launched: NumaOptions | None) -> NumaOptions | None:
@@ -107,10 +110,21 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
 
     subprocess_handlers: dict[int, SubprocessHandler]
     _watch: Watch | None = None
+    _guard: Guard | None = None
 
     def _start(self) -> None:
         if self.subprocess_handlers:
             super()._start()  # which raises
+        if guards and not Guard.why_not():
+            self._guard = Guard.start()
+        try:
+            self._start_ranks()
+        except BaseException:
+            if self._guard is not None:
+                self._guard.close()
+            raise
+
+    def _start_ranks(self) -> None:
         numbers = range(self.nprocs)
         logs = [(self.stdouts[number], self.stderrs[number]) for number in numbers]
         ranks: list[Popen] = []
@@ -122,6 +136,7 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
             bindings=self._bindings(),
             streams=[(None, Path(out) if out else None, Path(err) if err else None) for out, err in logs],
             die_with_parent=_DIE_WITH_AGENT,
+            guard=-1 if self._guard is None else self._guard.fd,
         )
         self.subprocess_handlers = {number: Worker.started(ranks[number], number, *logs[number]) for number in numbers}
         for number in numbers:
@@ -143,6 +158,11 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
                 if handler.proc.poll() is not None:
                     handler.close(death_sig)
         super()._close(death_sig, timeout)
+        if self._guard is not None:
+            # torch has reaped the ranks, so that the guard alone knows which sessions are still theirs.
+            self._guard.end_what_is_left()
+            self._guard.close()
+            self._guard = None
         if self._watch is not None:
             self._watch.close()
             self._watch = None
