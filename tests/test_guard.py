@@ -30,7 +30,7 @@ from rankspawn._end.guard import Guard
 from rankspawn._start import engine as _engine
 from rankspawn._start.engine import EXTENSION_ERROR
 from tests.support.processes import PATIENCE, eventually, frozen_by_v1, has_ended, new_cgroup
-from tests.support.state import fork
+from tests.support.state import NOBODY, become, fork, in_child
 
 if sys.platform.startswith("linux") and EXTENSION_ERROR is None:
     from rankspawn._group.start import start_ranks
@@ -172,6 +172,17 @@ def test_nothing_is_left_of_it_when_closed() -> None:
     guard.close()
     assert (guard.fd, guard.process.returncode) == (-1, -signal.SIGKILL)
     guard.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_launcher_that_has_become_another_user() -> None:
+    def close() -> list[object]:
+        guard = Guard.start()
+        become(NOBODY)
+        guard.close()
+        return [guard.fd, guard.process.returncode]
+
+    assert in_child(close) == [-1, 0]
 
 
 @pytest.mark.parametrize("copied", [False, True])

@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 import psutil
 import pytest
 
+from rankspawn._ids import format_ids
 from tests.support.launchers import (
     ENVIRONMENT,
     LAUNCHER,
@@ -329,6 +330,18 @@ def test_a_report_that_cannot_be_written_is_known_at_once(option: str, tmp_path:
         # The ranks would sleep for longer than a test may take.
         done = completed([*LAUNCHER, "run", option, str(path), "--no-python", "sleep", "120"])
         assert (done.returncode, done.stderr) == (1, f"rankspawn: {path}: {words}\n")
+
+
+@linux
+@pytest.mark.parametrize("placed", [False, True])
+def test_a_report_has_the_bindings_of_ranks_that_end_at_once(placed: bool, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    cpus = os.sched_getaffinity(0)
+    options = ["--nproc-per-node", "16", *(["--cpus", str(min(cpus))] if placed else []), "--report", str(report)]
+    done = completed([*LAUNCHER, "run", *options, "--no-python", "true"])
+    assert done.returncode == 0, done.stderr
+    ranks = json.loads(report.read_text())["attempts"][0]["ranks"]
+    assert {rank["binding"]["effective"]["cpus"] for rank in ranks} == {format_ids({min(cpus)} if placed else cpus)}
 
 
 def test_a_report_is_there_while_the_ranks_run_and_when_a_signal_ended_them(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ enum { FROM_PIPE = 0, FROM_LAUNCHER = 1 };
 struct guard {
     pid_t launcher;
     bool is_told_to_end; /* by the launcher, whose job has ended */
-    int pipe;           /* -1: at its end, all ranks have registered */
-    int launcher_pidfd; /* -1: none */
+    int pipe;            /* -1: at its end, all ranks have registered */
+    int launcher_pidfd;  /* -1: none */
     int64_t patience;
     int folder; /* -1: none */
     const char *folder_path;

@@ -39,12 +39,10 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import subprocess
 from contextlib import suppress
 
-TYPE_CHECKING = False  # typing's own costs more than this module
-
-if TYPE_CHECKING:
-    from .._start.popen import Popen
+from .._start.popen import Popen
 
 PATIENCE_SECONDS = 10.0
 NAME = "rankspawn-guard"
@@ -95,10 +93,6 @@ class Guard:
         Raises:
             OSError: ENOTSUP where this install has no guard, and what Popen raises.
         """
-        import subprocess
-
-        from .._start.popen import Popen
-
         lack = cls.why_not()
         if lack:
             raise OSError(errno.ENOTSUP, lack)
@@ -142,11 +136,9 @@ class Guard:
 
         The guard knows the ranks' sessions also where somebody else has waited for the ranks.
         """
-        from subprocess import TimeoutExpired
-
         with suppress(BrokenPipeError):  # the guard has ended
             os.write(self.fd, struct.pack("=qii", 0, 0, 0))  # struct spawn_registration
-        with suppress(TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(PATIENCE_SECONDS)
 
     def close(self) -> None:
@@ -154,18 +146,18 @@ class Guard:
 
         A forked copy of the launcher, whose child it is not, lets go of the descriptor only.
         """
-        from subprocess import TimeoutExpired
-
+        is_ours = os.getpid() == self._launcher
+        if is_ours:
+            try:
+                self.process.kill()
+            except PermissionError:  # this process has become another user; the guard still obeys the pipe
+                self.end_what_is_left()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-        if os.getpid() != self._launcher:
-            return
-        self.process.kill()
-        try:
-            self.process.wait(PATIENCE_SECONDS)
-        except TimeoutExpired:
-            pass  # in uninterruptible sleep, or frozen: it ends when it can
+        if is_ours:
+            with suppress(subprocess.TimeoutExpired):  # in uninterruptible sleep, or frozen: it ends when it can
+                self.process.wait(PATIENCE_SECONDS)
 
 
 def _own_pidfd() -> list[int]:

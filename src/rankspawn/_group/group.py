@@ -77,6 +77,7 @@ class RankGroup:
         if guard is not None and guard.process.pidfd is not None:
             self._watch.once(guard.process.pidfd, guard.warn_of_its_end)
         self._effective: dict[int, Binding | None] = {}
+        self._inherited = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
         self._ending = Ending(self.ranks, self._watch, grace=grace, signal_to=signal_to, cgroup=cgroup)
         self._owner, self._closed = os.getpid(), False
 
@@ -323,7 +324,8 @@ class RankGroup:
     def report(self) -> GroupReport:
         """What was asked, what took effect, when each rank started and ended, and what it used, as plain data.
 
-        What a rank is bound to can be read while it runs only: the first report, or ``note_effective``, keeps it.
+        What a rank is bound to can be read while it runs only: the first report, or ``note_effective``, keeps it. Of a
+        rank that has ended by then, the report has what it was born with.
         """
         from .._output.report import group_report
 
@@ -345,10 +347,16 @@ class RankGroup:
         )
 
     def note_effective(self) -> None:
-        """Read from the kernel what each running rank is bound to, for ``report``."""
-        for number, rank in self._watch.running.copy().items():
+        """Read from the kernel what each running rank is bound to, for ``report``.
+
+        Of a rank that has ended before the first look, it is what the rank was born with.
+        """
+        running = self._watch.running.copy()
+        for number, rank in enumerate(self.ranks):
             if self._effective.get(number) is None:
-                self._effective[number] = rank.binding_report.effective
+                report = rank.binding_report
+                now = report.effective if number in running else None
+                self._effective[number] = now or report.at_birth(self._inherited)
 
     def failures(self) -> list[Failure]:
         """The ranks that have failed, with what is known of each; first the one whose failure came first."""

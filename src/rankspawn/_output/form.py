@@ -44,7 +44,8 @@ class BindingFacts(TypedDict):
     Attributes:
         asked: What the launch asked for; None for a rank that inherits its binding.
         required: Whether a refusal would have failed the launch.
-        effective: What the kernel had for the rank when the launcher last looked; None where it never looked.
+        effective: What the kernel had for the rank when the launcher last looked; what the rank was born with where it
+            had ended before the first look; None where neither is known.
         refused: The refused steps of a binding that is not required.
     """
 

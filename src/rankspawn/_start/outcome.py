@@ -61,6 +61,24 @@ class BindingReport(Frozen):
         # Of an ended process that nobody has waited for, the kernel still has the mask, and no memory.
         return None if _has_ended(self.pid) else Binding(cpus, policy)
 
+    def at_birth(self, inherited: frozenset[int] | None) -> Binding | None:
+        """Say what the process was born with: what was asked, which the child has compared with what it got.
+
+        Args:
+            inherited: The CPUs of the thread that started it; None where the system has no masks.
+
+        Returns:
+            The mask and policy; the policy is None where none was asked for. None where the process was bound late, or
+            what was asked was granted only in part.
+        """
+        if self.late or any(one.errno == GRANTED_IN_PART for one in self.refused):
+            return None
+        refused = {one.step for one in self.refused}
+        asked = self.requested or Binding(None)
+        cpus = None if "sched_setaffinity" in refused else asked.cpus
+        memory = None if "set_mempolicy" in refused else asked.memory
+        return Binding(inherited if cpus is None else cpus, memory)
+
 
 @public
 class BindingError(OSError):
