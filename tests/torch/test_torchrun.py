@@ -361,6 +361,33 @@ def test_ranks_die_with_the_agent(both: Both) -> None:
     assert alive == {"torchrun": [True, True], "ours": [False, False]}
 
 
+STAYS = """
+import os, pathlib, signal, sys, time
+rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+ready = pathlib.Path(__file__).parent / f"ready-{attempt}"
+if rank == "0":
+    while not ready.exists():
+        time.sleep(0.01)
+    sys.exit(3)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+ready.touch()
+time.sleep(600)
+"""
+
+
+def test_shutdown_timeout_holds_when_a_rank_has_failed(tmp_path: Path) -> None:
+    """torch gives the other ranks 30 seconds then, in each attempt."""
+    if "--shutdown-timeout" not in OPTIONS:
+        pytest.skip("this torch has no --shutdown-timeout")
+    folder = tmp_path / "ours"
+    options = ["--shutdown-timeout", "1", "--max-restarts", "1", *TWO, "FOLDER/script.py"]
+    began = time.monotonic()
+    done = finish(start("ours", folder, options, STAYS, {}), folder)
+    assert done.status == 1
+    assert (folder / "ready-1").exists()
+    assert time.monotonic() - began < 2 * 30  # what torch takes for two attempts
+
+
 LEAVES = """
 import os, pathlib, subprocess, sys
 rank = os.environ["RANK"]

@@ -89,10 +89,15 @@ class _Waiting:
     envs: dict[int, dict[str, str]]
     _poll: Any
     _numa_options: NumaOptions | None = None  # torch before 2.9 has none
+    grace = 30
+    """Seconds from the death signal to SIGKILL where close() is given none, as when a rank has failed."""
 
     def _bindings(self) -> list[Binding | None]:
         options = _numa_options(self._numa_options)
         return [binding_for(number, options, self.envs[number]) for number in range(self.nprocs)]
+
+    def close(self, death_sig: Any = None, timeout: int | None = None) -> None:
+        super().close(death_sig, self.grace if timeout is None else timeout)  # type: ignore[misc]
 
     def wait(self, timeout: float = -1, period: float = 1) -> Any:
         end = math.inf if timeout < 0 else time.monotonic() + timeout
@@ -246,6 +251,19 @@ class LocalElasticAgent(agents.LocalElasticAgent):  # type: ignore[misc]
     def __init__(self, spec: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(replace(spec, monitor_interval=_NO_PAUSE), *args, **kwargs)
         self._pause = spec.monitor_interval
+
+    def _start_workers(self, worker_group: Any) -> Any:
+        started = super()._start_workers(worker_group)
+        if isinstance(self._pcontext, _Waiting):
+            self._pcontext.grace = getattr(self, "_shutdown_timeout", _Waiting.grace)  # torch before 2.9 has none
+        return started
+
+    def _stop_workers(self, worker_group: Any) -> None:
+        # Before a restart torch gives the ranks 30 seconds, whatever --shutdown-timeout says (pytorch#192815).
+        if hasattr(self, "_shutdown_timeout"):
+            self._shutdown(timeout=self._shutdown_timeout)
+        else:
+            super()._stop_workers(worker_group)
 
     def _monitor_workers(self, worker_group: Any) -> Any:
         rest = getattr(self._pcontext, "rest", time.sleep)  # contexts of others have none
