@@ -328,9 +328,10 @@ def test_what_holds_of_every_plan(machine, nprocs, mode, reserve, threads, requi
         return
     assert len(ranks) == nprocs
     masks = [rank.binding.cpus for rank in ranks if rank.binding.cpus is not None]
-    assert len(masks) == nprocs or (
-        not required and any("left unbound" in note for rank in ranks for note in rank.notes)
-    )
+    for rank in ranks:
+        if rank.binding.cpus is None:
+            said = "is left unbound" if rank.binding.memory is None else "keeps the CPUs that it inherits"
+            assert not required and any(said in note for note in rank.notes), rank
     for rank in ranks:
         cpus, policy = rank.binding.cpus, rank.binding.memory
         assert cpus is None or (cpus and cpus <= topology.allowed_cpus)
