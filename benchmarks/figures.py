@@ -281,7 +281,7 @@ NOTES = (
     "Log files: the caller opens them for subprocess, and closes them; for rankspawn they are opened by the child.",
     "Plans: 8 ranks, exclusive, 8 GPUs, on a made-up tree of 256 CPUs in 2 sockets, in memory. torch's functions are",
     "patched to read below its root and to be told its GPUs; they read its files again for each rank.",
-    "Starts: python -I with compiled files; plan is what the installed script runs. Neither import loads rich, psutil,",
+    "Starts: python -I with compiled files; plan is what the installed script runs. Neither import loads psutil,",
     "asyncio, pynvml or torch, which is checked.",
 )
 SECTIONS = (

@@ -295,7 +295,7 @@ def files_job(place: Place) -> Job:
 
 
 # Modules that importing the package must not load.
-HEAVY = {"asyncio", "psutil", "pynvml", "rich", "torch"}
+HEAVY = {"asyncio", "psutil", "pynvml", "torch"}
 
 
 def interpreter_job(place: Place, *, code: str, light: bool = False) -> Job:
