@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m rankspaw
     options = parser.parse_args(arguments)
     numa_options = None
     if options.numa_binding:
-        # torch is told of it too: where nobody names a binding, it initializes CUDA here, to see whether to.
+        # torch gets the option as well: without one it initializes CUDA in this process, to see whether to bind.
         numa_options = NumaOptions(AffinityMode(options.numa_binding), memory_policy=options.memory_policy)
     elif options.memory_policy:
         parser.error("--memory-policy needs --numa-binding")

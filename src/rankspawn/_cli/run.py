@@ -67,7 +67,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         choices=("rank", "group", "session"),
         default="session",
         metavar="WHOM",
-        help="who is told first to end: rank, group, session (the default); the rest half of the grace later",
+        help="who gets SIGTERM first: rank, group or session (default); the rest follows after half of the grace",
     )
     add(
         "--signals-to-handle",

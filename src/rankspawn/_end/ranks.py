@@ -96,7 +96,7 @@ def _signal_tree(rank: Popen, tree: ProcessTree, sig: int, to: SignalTo, told: S
 def living(ranks: Iterable[Popen]) -> dict[int, int] | None:
     """Who lives in the sessions of these ranks, beside the ranks: pid -> session. None on a system without sessions.
 
-    When the ranks have all been seen to end, and there is nobody, nobody comes.
+    An empty session cannot gain members: once all ranks have ended and nobody is found, nobody will be.
     """
     if not hasattr(os, "getpgid"):
         return None

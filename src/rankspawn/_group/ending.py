@@ -1,4 +1,4 @@
-"""How a group's ranks are ended: who is told and when, who is waited for, and when the rest is killed."""
+"""How a group's ranks are ended: who is signalled and when, who is waited for, and when the rest is killed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Ending:
     def due(self) -> float | None:
         """When the next thing is to be done: to tell the rest, to kill, or to give up."""
         end = self.kill_at if self.give_up_at is None else self.give_up_at
-        if self.lingering:  # nothing tells of the end of what the ranks have started
+        if self.lingering:  # no descriptor shows the end of what the ranks have started
             return sooner(end, until(POLL_SECONDS))
         return sooner(end, self._half_at) if self._rest else end
 

@@ -40,9 +40,9 @@ GRACE_SECONDS = 30.0
 class RankGroup:
     """Ranks that live and die together. Leaving the ``with`` block ends those that still run, and what they started.
 
-    A rank is told, waited for and killed with all that is in its session: what it has started, and what that has, but
-    for what calls setsid itself. It is not reaped before the group is: until then its number, and that of its session,
-    is its own, and whatever it left behind can be found and signalled without a race on every kernel.
+    A rank is signalled, waited for and killed with all that is in its session: what it has started, and what that has,
+    but for what calls setsid itself. It is not reaped before the group is: until then its number, and that of its
+    session, is its own, and whatever it left behind can be found and signalled without a race on every kernel.
 
     ``stop`` and ``send_signal`` are for any thread. Of those that wait one does so at a time, the others behind it; in
     one asyncio loop any number of tasks may. A signal handler may call all of it. A group that nobody holds any more,
@@ -198,7 +198,7 @@ class RankGroup:
     # ---- ending -----------------------------------------------------------------------------------------------------
 
     def send_signal(self, sig: int, to: SignalTo = "session") -> None:
-        """Signal every rank, also those that have ended: their children may run. Nobody is told to end by it.
+        """Signal every rank, also those that have ended: their children may run. This asks nobody to end.
 
         Args:
             sig: The signal.

@@ -59,7 +59,7 @@ class Job(NamedTuple):
         }
 
     def environment_of(self, local_rank: int) -> dict[str, str]:
-        """What one rank is told beside that."""
+        """The variables that one rank has beside those."""
         rank = str(self.first_rank + local_rank)
         return {"RANK": rank, "LOCAL_RANK": str(local_rank), "ROLE_RANK": rank}
 

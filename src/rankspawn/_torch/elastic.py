@@ -158,7 +158,7 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
 
     def _close(self, death_sig: Any, timeout: int = 30) -> None:
         if self._failures:
-            # torch signals the groups of ranks that run. What a failed rank has left behind is told to end as well.
+            # torch signals the groups of ranks that run. Those of failed ranks hold what the ranks have left behind.
             for handler in self.subprocess_handlers.values():
                 if handler.proc.poll() is not None:
                     handler.close(death_sig)
