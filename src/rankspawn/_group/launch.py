@@ -82,10 +82,10 @@ def launch(
         keep_going: A rank that fails does not end the others.
         grace: From SIGTERM to SIGKILL, in seconds; 30 if left out.
         signal_to: Who is signalled first when ranks are to end: everybody in a rank's "session", its process "group",
-            or the "rank" itself. The rest of its session follows when the rank has ended, or half of the grace has gone. The
-            default signals all at once, as a terminal and Slurm do: no program has less than the whole grace, whatever
-            shell or wrapper it runs under. A rank that needs its helpers to come to its end, as a training loop needs
-            the batches of its forked data loader, wants "rank".
+            or the "rank" itself. The rest of its session follows when the rank has ended, or half of the grace has
+            gone. The default signals all at once, as a terminal and Slurm do: no program has less than the whole grace,
+            whatever shell or wrapper it runs under. A rank that needs its helpers to come to its end, as a training
+            loop needs the batches of its forked data loader, wants "rank".
         handle_signals: SIGTERM and SIGHUP, where their action is the default, end the ranks with their grace, and then
             this process, by that signal; until the group is closed. For the main thread. Without it they end this
             process at once, and its ranks are killed with it. The default is False, because a program's signals are its
