@@ -69,6 +69,10 @@ for name, start in starts.items():
 class Both(dict):
     def items(self):
         return [("PATH", "/bin"), (b"RS_A", b"1"), ("RS_B", "2")]
+    def keys(self):  # Python 3.15 starts a process like this one by os.posix_spawn, which asks for these two
+        return [name for name, _ in self.items()]
+    def values(self):
+        return [value for _, value in self.items()]
     def __len__(self):
         return 3
 for popen in (subprocess.Popen, rankspawn.Popen):
