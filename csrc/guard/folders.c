@@ -1,7 +1,7 @@
 /* The group's cgroup, and the launcher's temporary folder; see folders.h.
  *
- * Whoever can write to the temporary folder could put a symbolic link, or another folder, where one of its names was a
- * moment ago. So each folder is opened by its name in the one above it, no link is followed and no mount entered
+ * A process that can write to the temporary folder could replace one of its names by a symbolic link or another folder
+ * at any moment. So each folder is opened by its name in the one above it, no link is followed and no mount entered
  * (open_inside), and what is removed is named by that descriptor. The cgroup's own files cannot be removed: rmdir of the
  * folder ends them.
  */
@@ -15,7 +15,7 @@
 
 enum {
     DEEPEST = 64,
-    MOST_ROUNDS = 100, /* a process that has left its session may go on to make files */
+    MOST_ROUNDS = 100, /* a process that has left its session may still make files */
     EVENTS_ROOM = 256,
     PIDS_ROOM = 4096,
     FREEZE_MS = 1000,
@@ -140,7 +140,7 @@ kill_below(void *context, const char *name)
     return true;
 }
 
-/* Where there is no cgroup.kill (Linux 5.14): freeze it first, so that nobody forks and no number changes hands. */
+/* Where there is no cgroup.kill (Linux 5.14): freeze it first, so that no process forks and no pid is reused. */
 static void
 kill_each(int cgroup)
 {

@@ -12,7 +12,7 @@ void folder_remove(int folder, const char *path);
 bool cgroup_kill(int cgroup);
 
 /* Wait for the last process in it and below it to end, until that moment (CLOCK_MONOTONIC). A zombie does not count.
- * Returns whether nobody is left. */
+ * Returns whether it is empty. */
 bool cgroup_wait_empty(int cgroup, int64_t until);
 
 #endif

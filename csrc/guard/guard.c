@@ -1,5 +1,5 @@
 /* rankspawn-guard: a program that outlives a launcher, to end what the launcher could not. src/rankspawn/_end/guard.py
- * starts it, and says how it is sound.
+ * starts it, and says why it is sound.
  *
  *     rankspawn-guard LAUNCHER PIPE PIDFD PATIENCE FOLDERFD FOLDER CGROUP
  *
@@ -27,7 +27,7 @@ enum {
     RANKS_AT_ONCE = 256,
 };
 
-/* The data of events that are no witness's. */
+/* The data of events that do not come from a witness. */
 enum { FROM_PIPE = 0, FROM_LAUNCHER = 1 };
 
 struct guard {
@@ -66,7 +66,7 @@ take_registrations(struct guard *guard)
     }
 }
 
-/* Whether the launcher has died, after a wait for that of so many milliseconds. */
+/* Wait at most so many milliseconds for the launcher's death. Returns whether it has died. */
 static bool
 launcher_has_died(const struct guard *guard, int milliseconds)
 {
@@ -74,7 +74,7 @@ launcher_has_died(const struct guard *guard, int milliseconds)
     if (guard->launcher_pidfd >= 0) {
         return died;
     }
-    /* 0 is a launcher in an outer PID namespace, of which this tells nothing. */
+    /* 0: the launcher is in an outer PID namespace, and getppid cannot show its death. */
     pid_t parent = parent_pid();
     return parent != guard->launcher && parent != 0;
 }
@@ -118,7 +118,7 @@ until_launcher_dies_or_tells(struct guard *guard)
     }
 }
 
-/* End everybody, until nobody is left and nobody more can come, or the guard's patience is over. */
+/* Kill all members, until none is left and no rank can register, or the guard's patience is over. */
 static void
 end_all(struct guard *guard)
 {

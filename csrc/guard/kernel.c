@@ -2,11 +2,11 @@
  *
  * Without it, this file is all that there is below guard.c. The hazards:
  *
- *  1. Nobody relocates the program (it is position-independent, and has no dynamic linker): no initialised pointers in
+ *  1. The program is not relocated (it is position-independent, and has no dynamic linker): no initialised pointers in
  *     static memory. The linker refuses those that it could not write in read-only memory (-z text); tests/wheel looks.
  *  2. Thread-local storage is not set up: no stack protector, no errno.
  *  3. The compiler calls memcpy, memmove and memset wherever it likes: they are here, and are compiled so that they do
- *     not become calls of themselves (-fno-tree-loop-distribute-patterns, -ffreestanding).
+ *     not call themselves (-fno-tree-loop-distribute-patterns, -ffreestanding).
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE

@@ -181,7 +181,7 @@ process_has_ended(const struct process *process)
     if (!state || (*state != 'Z' && *state != 'X')) {
         return false;
     }
-    /* The first thread may have ended and the others run on; all that is said of the process then is "zombie". */
+    /* Where only the first thread has ended, the kernel calls the whole process a zombie. */
     const char *threads = stat_field(process, STAT_THREADS, text);
     return threads && number_in(threads, &threads) <= 1;
 }

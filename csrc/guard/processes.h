@@ -24,15 +24,16 @@ void processes_begin(struct processes *processes);
 /* List the processes that there are, in the order in which /proc shows them.
  *
  * A procfs of an outer PID namespace (unshare --pid without --mount-proc) shows other numbers; the line NSpid of
- * /proc/N/status has the own one beside them (Linux 4.1). It may be one that a process of a sibling namespace has there, so
- * it is only a number to look at: whoever uses it asks the kernel for the session of that number. Where there is no procfs that shows the guard itself, every number that a process can have is listed. */
+ * /proc/N/status has the own one beside them (Linux 4.1). That number may be one of a process
+ * in a sibling namespace, so the user of it asks the kernel for its session. Where no procfs shows the guard itself,
+ * every number that a process can have is listed. */
 void processes_list(struct processes *processes);
 
-/* A process by its number. In a procfs of an outer PID namespace, the kernel says by its pidfd what it is called there:
+/* A process by its number. In a procfs of an outer PID namespace, the kernel gives its number there by its pidfd:
  * in the line Pid of /proc/self/fdinfo/N (Linux 5.3). */
 struct process process_numbered(enum procfs procfs, pid_t pid);
 
-/* The session of a process; -ESRCH: it is no more. A security module may refuse getsid(2): /proc says it, too. */
+/* The session of a process; -ESRCH: it has ended. A security module may refuse getsid(2): /proc says it, too. */
 long process_session(const struct process *process);
 
 /* Whether all of its threads have ended, by /proc. What cannot be read has not. */

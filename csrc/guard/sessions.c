@@ -2,10 +2,10 @@
  *
  * The hazards, and what solves each:
  *
- *  1. A session cannot be signalled as a process group can. So its members are looked for among all processes and
- *     signalled one by one, again and again, until a look finds nobody.
- *  2. A look that finds nobody proves nothing if a process ended under it: that one may have forked after the list was
- *     made. Then there is another look.
+ *  1. A session cannot be signalled as a process group can. So the guard looks for its members among all processes
+ *     and signals them one by one, again and again, until a look finds none.
+ *  2. A look that finds no member proves nothing if a process ended during it, because that process may have forked
+ *     after the list was made. Then there is another look.
  *  3. A session's number is taken for as long as the session has a member, zombies included (free_pid in the kernel's
  *     kernel/pid.c). Afterwards it can become the number of a stranger's session. So each session has a witness, a pidfd
  *     of a member that lives. The first is the leader. When a witness ends, another member takes its place; where there
@@ -15,8 +15,8 @@
  *     younger than the registration of ours. A rank's own leader never is.
  *  5. A number of a process can come again between a look at it and a signal to it: the signal goes to a pidfd, whose
  *     session is looked at when it is open. Linux before 5.3 has no pidfd_open.
- *  6. A member that cannot be killed (another user's, or in uninterruptible sleep) is there until it ends: whoever calls
- *     says for how long.
+ *  6. A member that cannot be killed (another user's, or in uninterruptible sleep) stays until it ends: the caller
+ *     says how long to try.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -26,12 +26,12 @@
 #include <errno.h>
 #include <time.h>
 
-enum { MOST_LOOKS = 100 }; /* where thousands of processes come and go, every look has one that ended under it */
+enum { MOST_LOOKS = 100 }; /* where thousands of processes come and go, one ends during every look */
 
-/* Between two rounds of signals: what an end takes, and what it takes with much memory to free. */
+/* Between two rounds of signals: the time in which a killed process ends, and one that has much memory to free. */
 enum { FIRST_PAUSE = 1 * NANOSECONDS_IN_MS, LONGEST_PAUSE = 100 * NANOSECONDS_IN_MS };
 
-/* The processes that had ended when a look came to them, or were no more: they fork no more. */
+/* The processes that had ended when a look came to them, or did not exist: they cannot fork. */
 struct ended {
     pid_t *all;
     size_t count, room;
@@ -77,7 +77,7 @@ has_ended(int pidfd)
     return wait_for(pidfd, POLLIN, 0);
 }
 
-/* Forget the sessions of which the last look has found nobody, and those whose number is a stranger's. */
+/* Forget the sessions without a member in the last look, and those whose number a stranger's session has. */
 static void
 forget(struct sessions *sessions)
 {
@@ -132,7 +132,7 @@ meet(struct sessions *sessions, struct session *session, const struct process *p
 {
     int pidfd = (int)pidfd_of(process->pid);
     if (pidfd == -ESRCH || pidfd == -EINVAL || pidfd == -ENOENT) {
-        return false; /* no more, or a thread: without /proc these are listed, too */
+        return false; /* it has ended, or is a thread: without /proc these are listed, too */
     }
     if (pidfd < 0) {
         if (kills) {
@@ -158,8 +158,8 @@ meet(struct sessions *sessions, struct session *session, const struct process *p
     return lives;
 }
 
-/* Look at all processes once, the youngest first, which are listed last: who forks and ends again and again is met in
- * time. Returns whether somebody has ended under the look whom the one before had not noted. */
+/* Look at all processes once, the youngest first, which are listed last: a process that forks and ends again and
+ * again is met in time. Returns whether a process has ended during this look that the one before had not noted. */
 static bool
 look(struct sessions *sessions, struct ended *ended, bool kills)
 {
@@ -187,7 +187,7 @@ look(struct sessions *sessions, struct ended *ended, bool kills)
     return was_disturbed;
 }
 
-/* Look until everybody who can be found is found, and forget the sessions without anybody. */
+/* Look until no more members can be found, and forget the sessions without members. */
 static void
 look_through(struct sessions *sessions, struct ended *ended, bool kills)
 {
@@ -262,7 +262,7 @@ sessions_renew(struct sessions *sessions)
     return true;
 }
 
-/* Kill what needs no look: the witnesses, and with each the whole process group of its session's leader at once. A fork
+/* Kill without a look: the witnesses, and with each the whole process group of its session's leader at once. A fork
  * that is under way in the group fails then. */
 static void
 kill_at_once(struct sessions *sessions)

@@ -1,4 +1,4 @@
-/* The sessions of a group's ranks: which numbers are still theirs, and the end of everybody in them. */
+/* The sessions of a group's ranks: which numbers are still theirs, and how all their members are killed. */
 #ifndef RANKSPAWN_GUARD_SESSIONS_H
 #define RANKSPAWN_GUARD_SESSIONS_H
 
@@ -25,12 +25,12 @@ bool sessions_add(struct sessions *sessions, pid_t number, int64_t registered);
 /* The witness of a session has ended. */
 void sessions_lose_witness(struct sessions *sessions, pid_t number);
 
-/* Look for a witness for each session that has none, and forget the sessions in which nobody is left. Returns whether
+/* Look for a witness for each session that has none, and forget the sessions without members. Returns whether
  * every session that is left has a witness. */
 bool sessions_renew(struct sessions *sessions);
 
-/* Kill everybody, again and again, until nobody is left or that moment (CLOCK_MONOTONIC) has come. Returns whether
- * nobody is left. A session in which nobody is left is forgotten at once: its number may be a stranger's soon. */
+/* Kill all members, again and again, until none is left or that moment (CLOCK_MONOTONIC) has come. Returns whether
+ * none is left. A session without members is forgotten at once, because a stranger may get its number. */
 bool sessions_end(struct sessions *sessions, int64_t until);
 
 #endif

@@ -29,7 +29,7 @@ _REPLACED = (
     (MULTIPROCESSING, "MultiprocessContext"),
     ("torch.distributed.launcher.api", "LocalElasticAgent"),
 )
-"""Where torch looks for what ``_torch.elastic`` has another of."""
+"""Where torch looks up the names that ``_torch.elastic`` replaces."""
 
 _torchs: dict[tuple[str, str], Any] = {}
 """What was there before; empty when nothing is installed."""
@@ -69,7 +69,7 @@ def install(numa_options: NumaOptions | None = None, guard: bool = True) -> None
 
 
 def uninstall() -> None:
-    """Give torch its own back; ranks that run go on as they are. Nothing happens when nothing is installed."""
+    """Give torch its own back; running ranks are left alone. Does nothing when nothing is installed."""
     for (module, name), torchs in _torchs.items():
         setattr(import_module(module), name, torchs)
     _torchs.clear()
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m rankspaw
         0 as exit status; or 1, with a message, where there is no torch or the workers cannot be bound as asked.
 
     Raises:
-        Exception: What else a job ends in, as by torchrun's: ChildFailedError, SignalException.
+        Exception: What torchrun's command raises, too: ChildFailedError, SignalException.
     """
     try:
         run = _import_run()
@@ -148,8 +148,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m rankspaw
 def _import_run() -> Any:
     """torch.distributed.run, imported for good.
 
-    What torch's import makes stays until this process ends. To look through it for garbage, time and again, is a tenth
-    of the import, and at the end of the interpreter it is most of that end.
+    The objects of torch's import live until this process ends. Searching them for garbage takes a tenth of the import,
+    and most of the time of the interpreter's shutdown.
     """
     gc.disable()
     try:

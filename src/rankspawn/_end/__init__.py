@@ -1,4 +1,4 @@
-"""How ranks end, and nothing is left.
+"""How ranks are ended so that no process is left.
 
 watch      sees that a rank has ended, without reaping it   reap       one rank: how it ended, collected
 ranks      all of them: signalled, killed; who is stuck     deadline   moments until which something is waited for
@@ -6,5 +6,5 @@ sessions   everybody in a session, looked for and killed    cgroup     everybody
 processes  who started whom, by psutil                      guard      when the launcher itself is killed
 delegated  a cgroup that this user may divide
 
-It imports _start alone, and of the engine where its folder is: the guard's program (csrc/guard) lies there.
+It imports only _start, and the engine for its folder, where the guard's program (csrc/guard) lies.
 """

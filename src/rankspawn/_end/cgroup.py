@@ -1,4 +1,4 @@
-"""A cgroup of the group's own: what is in it is ended in one write, whatever sessions it has made.
+"""The group's own cgroup: one write kills every process in it, in whatever session.
 
 Everything here is cgroup v2's (the kernel's Documentation/admin-guide/cgroup-v2.rst, cgroups(7)). No controller is
 enabled: the cgroup holds processes together, and limits nothing that the one above it does not.
@@ -24,7 +24,7 @@ _DELEGATION = (
 
 
 def new_name() -> str:
-    """The name of a directory that nobody else has: launchers in two PID namespaces may have the same number."""
+    """A unique name for a directory: launchers in two PID namespaces may have the same number."""
     return f"rankspawn-{os.getpid()}-{os.urandom(4).hex()}"
 
 
@@ -46,7 +46,7 @@ class GroupCgroup:
 
         Args:
             parent: That directory.
-            name: Of the new one; one that nobody has if left out. A guard that is started before the directory is made,
+            name: Of the new one; a unique one if left out. A guard that is started before the directory is made,
                 and so misses no moment of its life, has to know it.
 
         Raises:
@@ -89,7 +89,7 @@ class GroupCgroup:
         return self._wait_for("populated 0", timeout)
 
     def remove(self) -> None:
-        """Remove the directory, and first those that the ranks have made in it. Removed before: nothing is done.
+        """Remove the directory, and first those that the ranks have made in it. Does nothing if it was removed before.
 
         Raises:
             OSError: EBUSY: a process is in one of them.
@@ -118,7 +118,7 @@ class GroupCgroup:
         return found
 
     def _kill_each(self) -> None:
-        """As kill(), where there is no cgroup.kill: frozen first, so that nobody forks, and no number changes hands."""
+        """As kill(), where there is no cgroup.kill: frozen first, so that no process forks and no pid is reused."""
         try:
             _write(self.path, "cgroup.freeze", "1")
             self._wait_for("frozen 1", 1.0)
@@ -183,7 +183,7 @@ def _read(path: str, name: str) -> str:
 
 
 def _write(path: str, name: str, text: str) -> None:
-    # Not open(..., "w"): with O_CREAT, a file that is not there is refused for another reason than its absence.
+    # Not open(..., "w"): with O_CREAT, a file that is not there fails with another error than ENOENT.
     fd = os.open(os.path.join(path, name), os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, text.encode())

@@ -1,4 +1,4 @@
-"""Moments until which something is waited for, in seconds of time.monotonic(); None is never."""
+"""Deadlines, in seconds of time.monotonic(); None is never."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def left(end: float | None) -> float | None:
 
 
 def passed(end: float | None) -> bool:
-    """Whether it is now or was before."""
+    """Whether the deadline has come."""
     return end is not None and time.monotonic() >= end
 
 
 def sooner(one: float | None, other: float | None) -> float | None:
-    """The first of two."""
+    """The earlier of two."""
     return other if one is None else one if other is None else min(one, other)

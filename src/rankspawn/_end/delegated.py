@@ -1,6 +1,6 @@
 """A delegated cgroup, found or asked for: ``cgroup="auto"``.
 
-Whose cgroup this process may divide is the service manager's to say (systemd's "Control Group APIs and Delegation"). A
+The service manager decides which cgroup this process may divide (systemd's "Control Group APIs and Delegation"). A
 user's session is not delegated, and its processes cannot be moved out of it by the user. The user's own service manager
 can have it done: it makes a scope unit, puts this process into it, and hands the scope over (Delegate=yes).
 """
@@ -88,7 +88,7 @@ def _is_writable(folder: str) -> bool:
 
 
 def _enter_scope(own: str, proc: str) -> str:
-    """Have the user's systemd put this process into a delegated scope; why that was not done, "" where it was."""
+    """Have the user's systemd move this process to a delegated scope; returns why it could not, or ""."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if not runtime or not os.path.exists(f"{runtime}/systemd/private"):
         return "none runs (XDG_RUNTIME_DIR has no systemd/private)"

@@ -1,18 +1,18 @@
 """The guard: a small process that outlives the launcher, to end what the launcher could not.
 
 When the launcher is killed with SIGKILL, death signals (PR_SET_PDEATHSIG) end its ranks; what the ranks have started
-lives on. The guard ends every member of the ranks' sessions then, and what is in the group's cgroup, and removes the
+lives on. The guard then kills every member of the ranks' sessions and of the group's cgroup, and removes the
 launcher's temporary folder.
 
 It is a program of our own in C (csrc/guard), which lies beside the engine. A forked child that never returns to Python
-would keep the launcher's memory, and to make it takes longer the more of that there is; one that shares the launcher's
+would keep the launcher's memory, and fork(2) is slower the more of that there is; a child that shares the launcher's
 memory dies with it when memory runs out. A program needs its own few pages only, and no interpreter: it works in frozen
-programs and embedded interpreters. Where a mount forbids to execute it (noexec), it forbids to load the engine, too.
+programs and embedded interpreters. A mount that forbids executing it (noexec) also forbids loading the engine.
 
-How it is sound, from the first moment to the last:
+Why it is sound, from the first moment to the last:
 
  1. It is started before the first rank, by exec from our own engine: its cost is flat in the launcher's memory, and the
-    launcher does not wait for it to come up. What it has to know is in the pipe until it reads it.
+    launcher does not wait for it to come up. The pipe keeps what it has to know until it reads it.
  2. Each rank registers itself: between setsid and exec it writes its pid, which is its session's number, and the time
     to the pipe (one write of less than PIPE_BUF bytes: pipe(7)). So no session of ours can exist that is not in the
     pipe, but those of children that are about to write; and these hold the pipe's write end, which closes with exec. At
@@ -26,7 +26,7 @@ How it is sound, from the first moment to the last:
  5. It has a session of its own (no terminal's signal, no signal to the launcher's group reaches it), / as its folder,
     nothing of the launcher's open but its temporary folder, and ignores SIGINT, SIGTERM and SIGHUP. It does not run in
     the group's cgroup.
- 6. Killed itself, it ends no rank and no launcher; the launcher can see it (Guard.process), and launch() says it.
+ 6. Killed itself, it ends no rank and no launcher; the launcher can see it (Guard.process), and launch() warns of it.
 
 A forked copy of the launcher may hold the pipe for days: after the launcher's death the guard waits for the end of the
 file for ``patience`` seconds at most. A child is between clone and its registration for microseconds.
@@ -85,10 +85,10 @@ class Guard:
         Args:
             cgroup: The directory of the group's cgroup, which the guard ends and removes, too. It need not be there
                 yet: made after the guard is started and removed before it is closed, it is never without one.
-            patience: After the launcher's death, how many seconds the guard goes on at most, while somebody is left or
-                the pipe is held open.
+            patience: After the launcher's death, how many seconds the guard stays at most, while a member is left or a
+                process holds the pipe open.
             folder: A temporary folder that the launcher has made, which the guard removes with all that is in it when
-                the launcher has died and nobody is left.
+                the launcher has died and no member is left.
 
         Raises:
             OSError: ENOTSUP where this install has no guard, and what Popen raises.
@@ -134,7 +134,7 @@ class Guard:
     def end_what_is_left(self) -> None:
         """Have the guard end what the ranks have started, and wait until that is done. No rank starts afterwards.
 
-        The guard knows the ranks' sessions also where somebody else has waited for the ranks.
+        The guard knows the ranks' sessions also where other code has reaped the ranks.
         """
         with suppress(BrokenPipeError):  # the guard has ended
             os.write(self.fd, struct.pack("=qii", 0, 0, 0))  # struct spawn_registration
@@ -142,15 +142,15 @@ class Guard:
             self.process.wait(PATIENCE_SECONDS)
 
     def close(self) -> None:
-        """End the guard, after the group has ended: there is nothing left for it to do. Closing again is harmless.
+        """End the guard, after the group has ended: it has nothing left to do. Closing again is harmless.
 
-        A forked copy of the launcher, whose child it is not, lets go of the descriptor only.
+        A forked copy of the launcher only closes the descriptor, because the guard is not its child.
         """
         is_ours = os.getpid() == self._launcher
         if is_ours:
             try:
                 self.process.kill()
-            except PermissionError:  # this process has become another user; the guard still obeys the pipe
+            except PermissionError:  # this process has changed its user; the guard still reads the pipe
                 self.end_what_is_left()
         if self.fd >= 0:
             os.close(self.fd)
@@ -188,5 +188,5 @@ def _program() -> str:
 
 
 def _open_folder(path: str | os.PathLike[str]) -> int:
-    """A descriptor of the folder itself: what has its name later is not removed."""
+    """A descriptor of the folder itself, so that no later folder of that name is removed."""
     return _above_stdio(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))

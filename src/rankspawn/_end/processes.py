@@ -1,4 +1,4 @@
-"""Other processes as psutil sees them: what descends from a rank, and what a rank uses now."""
+"""Other processes as psutil sees them: the descendants of a rank, and what a rank uses now."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class ProcessTree:
                     if process.status() != psutil.STATUS_ZOMBIE:
                         children.setdefault(process.ppid(), []).append((process, process.create_time()))
             except psutil.Error:
-                continue  # it ended meanwhile, or is none of our business
+                continue  # it ended meanwhile, or we may not read it
         return children
 
     def descendants(self, pid: int, born: float | None = None) -> list[psutil.Process]:
         """The processes that ``pid`` started, and those that these started, parents first; not those that have ended.
 
-        Nobody is taken for the child of somebody younger: a parent's number that another process has by now leads to no
-        stranger. psutil's methods that signal check by the time of creation, too, that the number is still the
+        A process is no child of a younger one: the number of an ended parent may belong to another process
+        by now. psutil's methods that signal check by the time of creation, too, that the number is still the
         process's own. The number of ``pid`` itself must be held meanwhile: by a Popen that has not been waited for, or
         on Windows by one that exists.
 

@@ -1,4 +1,4 @@
-"""The end of ranks: they and their sessions signalled and killed, they themselves reaped; and who stays, and why."""
+"""The end of ranks: they and their sessions are signalled and killed, and they are reaped; what remains, and why."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SIGKILL = signal.SIGKILL if sys.platform != "win32" else signal.SIGTERM
 
 KILL_SECONDS = 10.0
-"""How long a killed process may take to be gone; one in uninterruptible sleep may never be."""
+"""How long a killed process may take to end; one in uninterruptible sleep may never end."""
 
 _MOST_NAMES = 20
 
@@ -34,18 +34,18 @@ SignalTo: TypeAlias = Literal["rank", "group", "session"]
 
 
 def signal_ranks(ranks: Sequence[Popen], *signals: int, to: SignalTo = "session", told: SignalTo | None = None) -> None:
-    """Signal ranks, also those that have ended: their children may run. Nothing is done where nobody is left.
+    """Signal ranks, also those that have ended: their children may run. A rank without processes is no error.
 
-    A process group is signalled as one, by the pidfd of its leader; in a session others are then looked for, once for
-    all ranks, and signalled one by one. Windows has neither: there, "group" and "session" are a rank and what descends
-    from it, also when the rank has ended.
+    A process group is signalled as one, by the pidfd of its leader; the other members of a session are then found, once
+    for all ranks, and signalled one by one. Windows has neither: there, "group" and "session" are a rank and its
+    descendants, also when the rank has ended.
 
     Args:
         ranks: The ranks, none of which has been reaped by the group. One that somebody else has reaped is signalled
             only where the kernel can tell whose its number is.
         *signals: What each process gets, in this order.
-        to: Whom of each rank.
-        told: Whom of each rank not, though ``to`` has them: they have been told before.
+        to: Which processes of each rank.
+        told: Which of them to skip, because they have had the signals before.
 
     Raises:
         PermissionError: A rank may not be signalled. All others have been.
@@ -73,7 +73,7 @@ def signal_ranks(ranks: Sequence[Popen], *signals: int, to: SignalTo = "session"
 
 
 def _signal_leader(rank: Popen, sig: int) -> None:
-    """Signal the rank's process and nobody else. Popen's own send_signal would reap it."""
+    """Signal the rank's process alone. Popen's own send_signal would reap it."""
     pidfd = rank._pidfd
     if pidfd is not None and (refusal := pidfd.send_signal(sig)) in (0, errno.ESRCH, errno.EPERM):
         if refusal == errno.EPERM:
@@ -94,9 +94,9 @@ def _signal_tree(rank: Popen, tree: ProcessTree, sig: int, to: SignalTo, told: S
 
 
 def living(ranks: Iterable[Popen]) -> dict[int, int] | None:
-    """Who lives in the sessions of these ranks, beside the ranks: pid -> session. None on a system without sessions.
+    """The living members of the ranks' sessions, without the ranks: pid -> session. None on a system without sessions.
 
-    An empty session cannot gain members: once all ranks have ended and nobody is found, nobody will be.
+    An empty session cannot gain members: once all ranks have ended and no member is found, the sessions stay empty.
     """
     if not hasattr(os, "getpgid"):
         return None
@@ -116,17 +116,17 @@ def kill_sessions(
         found: As for kill_members().
 
     Returns:
-        Who does not end, by pid, and whose it is.
+        The processes that do not end: pid -> whose it is.
     """
     unreaped = {}
     for number, rank in ranks.items():
         if is_unreaped(rank):
             unreaped[rank.pid] = number
             if number in ended:
-                # Its number is its own until it is reaped. And to look at processes takes a free descriptor.
+                # Its number is its own until it is reaped. The search for members needs a free descriptor.
                 rank._pidfd = None
         else:
-            # Somebody has waited for it: its number may be another's, and only the kernel can tell (Linux 6.9).
+            # Other code has reaped it: another process may have its number, and only the kernel can tell (Linux 6.9).
             reap(rank, ended.get(number))
             with suppress(PermissionError):
                 signal_ranks([rank], SIGKILL, to="group")
@@ -136,7 +136,7 @@ def kill_sessions(
 
 
 def end_ranks(ranks: list[Popen]) -> None:
-    """Kill those that were started, with their sessions, and reap them; who does not end stays in the list."""
+    """Kill those that were started, with their sessions, and reap them; those that do not end stay in the list."""
     started = {number: rank for number, rank in enumerate(ranks) if rank._child_created and rank.returncode is None}
     with suppress(PermissionError):
         signal_ranks([*started.values()], SIGKILL, to="group")
@@ -163,6 +163,6 @@ def name_running(running: Sequence[int], count: int) -> str:
 
 
 def name_stuck(stuck: Mapping[int, str]) -> str:
-    """For the error: who survives SIGKILL, and why."""
+    """For the error: which processes survive SIGKILL, and why."""
     told = [f"{whose}: {describe_stuck(pid)}" for pid, whose in list(stuck.items())[:_MOST_NAMES]]
     return "; ".join(told) + (f"; and {len(stuck) - len(told)} more" if len(stuck) > len(told) else "")

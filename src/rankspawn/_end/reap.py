@@ -24,7 +24,7 @@ def status(rank: Popen) -> int | None:
     try:
         ended = wait_without_reaping(rank)
     except ChildProcessError:
-        # Reaped behind our back. Not poll(): it would wait for whoever has the number now.
+        # Other code has reaped it. Not poll(), because it would wait for the process that has the number now.
         lock = rank._waitpid_lock  # type: ignore[attr-defined]
         if lock.acquire(blocking=False):
             if rank.returncode is None:
@@ -40,7 +40,7 @@ def wait_without_reaping(rank: Popen) -> os.waitid_result | None:
     """How a rank has ended; None while it runs. By its pidfd where that can be: a number may be another child's by now.
 
     Raises:
-        ChildProcessError: Somebody has reaped it.
+        ChildProcessError: Other code has reaped it.
     """
     flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
     pidfd = rank._pidfd  # the object: another thread may let go of it, and its descriptor would be closed
@@ -76,13 +76,13 @@ def reap(rank: Popen, returncode: int | None) -> tuple[Any, bool] | None:
         What it used (resource.struct_rusage), and whether it dumped core. None where it runs, where somebody else has
         collected it, or where wait4(2) cannot be called.
     """
-    # At the end of the interpreter wait4 reaps, and then fails to import the type of what it returns. A group is looked
-    # at so late by its finalizer, in a free-threaded build.
+    # At the end of the interpreter wait4 reaps, and then fails to import the type of what it returns. In a
+    # free-threaded build, a group's finalizer may run that late.
     if not hasattr(os, "wait4") or sys.is_finalizing():
         rank.poll()
         return None
     lock = rank._waitpid_lock  # type: ignore[attr-defined]
-    # Whoever waits for it in another thread holds the lock, and is about to collect it if it has ended.
+    # A thread that waits for it holds the lock, and is about to collect it if it has ended.
     if rank.returncode is not None or not lock.acquire(timeout=0.1):
         return None
     try:
@@ -101,9 +101,9 @@ def reap(rank: Popen, returncode: int | None) -> tuple[Any, bool] | None:
 
 
 def _status_of_reaped(pidfd: int) -> int:
-    """The status of a process that somebody has waited for, as from waitpid(2).
+    """The status of a process that other code has reaped, as from waitpid(2).
 
-    Before Linux 6.15 nobody can know: 0 then, as in the standard class.
+    Before Linux 6.15 it is lost: 0 then, as in the standard class.
     """
     import fcntl
 

@@ -1,16 +1,16 @@
-"""Who is in a session, and the end of all of them.
+"""The members of a session, and how all of them are killed.
 
 A rank is started with setsid(2): it leads a session, whose number is the rank's own, and what it starts is in that
-session until it calls setsid itself. A session cannot be signalled as a process group can, so its members are looked
-for and signalled one by one, pass after pass, until a pass finds nobody.
+session until it calls setsid itself. A session cannot be signalled as a process group can, so its members are
+found and signalled one by one, pass after pass, until a pass finds none.
 
 Two things make that sound:
 
  -  A session's number stays taken for as long as the session has a member, zombies included (free_pid in the kernel's
-    kernel/pid.c). It is safe to look for as long as its leader has not been reaped, or somebody in it is known to be
-    there. Whoever calls the functions here sees to that.
- -  A pass that finds nobody proves nothing if a process ended under it: that one may have forked after /proc was
-    listed. Then there is another pass. (A process that only forks and ends gets past most single passes.)
+    kernel/pid.c). It is safe to look for as long as its leader has not been reaped, or a member is known to exist.
+    The callers of these functions ensure that.
+ -  A pass that finds no member proves nothing if a process ended during it, because that process may have forked
+    after /proc was listed. Then there is another pass. (A process that only forks and ends escapes most passes.)
 
 It imports nothing of ours.
 """
@@ -28,12 +28,12 @@ TYPE_CHECKING = False  # typing's own costs more than this module
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence, Set
 
-_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has one way to end a process, under the other's name
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has one way to end a process, named SIGTERM
 
-# Between two passes, for those that were signalled: what an end takes, and what it takes with much memory to free.
+# Between two passes: the time in which a killed process ends, and one that has much memory to free.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.1
 
-# Where thousands of processes come and go, every pass has one that ended under it.
+# Where thousands of processes come and go, one ends during every pass.
 _MOST_PASSES = 100
 
 _NOBODY: frozenset[int] = frozenset()
@@ -45,13 +45,13 @@ def members(
     """The processes that live in these sessions, leaders included: pid -> session. Zombies do not live.
 
     A pass over all processes takes a system call for each, and a few more for each member. Windows has no sessions:
-    there, what is found is the trees below these processes, by psutil.
+    there, psutil finds the trees below these processes.
 
     Args:
         sessions: Their numbers.
-        ended: Pids known to be zombies, the leaders' for example; they are passed over.
+        ended: Pids known to be zombies, the leaders' for example; they are skipped.
         proc: Where procfs is mounted. Where it is not, or is another PID namespace's, only leaders are found. Where it
-            hides processes (hidepid, proc(5)), what is set-user-ID is not found.
+            hides processes (hidepid, proc(5)), set-user-ID programs are not found.
         kill: SIGKILL to each when it is found; by the end of the pass it may have forked and ended.
     """
     before = ended
@@ -72,7 +72,7 @@ def kill_members(
 ) -> dict[int, int]:
     """End every process of these sessions by SIGKILL.
 
-    What has left its session by a setsid of its own is not found: only a cgroup ends that.
+    A process that has called setsid itself is not found: only a cgroup holds it.
 
     Args:
         sessions: As for members().
@@ -82,17 +82,17 @@ def kill_members(
         proc: As for members().
 
     Returns:
-        Who is left: pid -> session. That is nobody, as a rule; describe_stuck() says what keeps one that is.
+        Those that are left: pid -> session; normally none. describe_stuck() says what keeps one.
     """
     until = time.monotonic() + timeout
     # No rank has these numbers; to killpg they are this process's own group, and every process there is.
     sessions = sessions - {0, 1}
     for sid in sessions if hasattr(os, "killpg") else ():
-        # The whole group of the leader at once: a fork that is under way in it fails, nobody slips between two passes.
+        # The whole group of the leader at once: a fork that is under way in it fails, so no child escapes.
         try:
             os.killpg(sid, _KILL)
         except OSError:
-            continue  # nobody is left in it, or nobody that we may signal
+            continue  # it has no member, or none that we may signal
     pause = _FIRST_PAUSE
     if found is None:
         found = members(sessions, ended, proc, kill=True)
@@ -138,7 +138,7 @@ def signal_members(
 
 
 def signal_one(pid: int, session: int, signals: Iterable[int]) -> None:
-    """Signal a process if it is a member of ``session`` still.
+    """Signal a process if it is still a member of ``session``.
 
     Raises:
         OSError: It has ended, or may not be signalled.
@@ -189,7 +189,7 @@ def describe_stuck(pid: int, proc: str = "/proc") -> str:
 
 
 def _look(sessions: Set[int], ended: Set[int], proc: str, kill: bool) -> tuple[dict[int, int], set[int]]:
-    """The members, and who ended under the look at them, or before it and is no more than a zombie."""
+    """The members, and the processes that ended during the look or were zombies before."""
     if not hasattr(os, "getsid"):
         return _trees(sessions), set()
     found: dict[int, int] = {}
@@ -217,7 +217,7 @@ def _look(sessions: Set[int], ended: Set[int], proc: str, kill: bool) -> tuple[d
 def _pids(sessions: Set[int], proc: str) -> Iterable[int]:
     try:
         if os.readlink(f"{proc}/self") == str(os.getpid()):
-            # The youngest first, which are listed last: who forks and ends again and again is looked at in time.
+            # The youngest first, which are listed last: a process that forks and ends again and again is met in time.
             return [int(name) for name in reversed(os.listdir(proc)) if name.isdecimal()]
     except OSError:
         if not sys.platform.startswith("linux"):
@@ -228,7 +228,7 @@ def _pids(sessions: Set[int], proc: str) -> Iterable[int]:
 
 
 def _has_ended(pid: int, proc: str) -> bool:
-    """Whether all threads of a process have ended. What cannot be told of lives: the next pass will know."""
+    """Whether all threads of a process have ended. One that cannot be read counts as living until the next pass."""
     pidfd = _pidfd(pid)
     if pidfd >= 0:
         try:
@@ -239,7 +239,7 @@ def _has_ended(pid: int, proc: str) -> bool:
         _, state, threads = _stat(pid, proc)
     except (OSError, ValueError):
         return False
-    # The first thread may have ended and the others run on; all that is said of the process then is "zombie".
+    # Where only the first thread has ended, the kernel calls the whole process a zombie.
     return state in "ZX" and threads <= 1
 
 
@@ -276,12 +276,12 @@ def _signal(pid: int, pidfd: int, sig: int) -> None:
         except ProcessLookupError:
             return None
         except OSError:
-            pass  # a seccomp profile refuses the call; or it is another user's, as the next one will say again
+            pass  # a seccomp profile refuses the call; or it is another user's, and kill(2) fails, too
     os.kill(pid, sig)
 
 
 def _pidfd(pid: int) -> int:
-    """A descriptor of a process; -1 where none is to be had."""
+    """A pidfd of a process; -1 where there is none."""
     try:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):

@@ -1,4 +1,4 @@
-"""Who of a group's ranks has ended: one selector (epoll(7) on Linux) over their pidfds."""
+"""Which of a group's ranks have ended: one selector (epoll(7) on Linux) over their pidfds."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ POLL_SECONDS = 0.02
 """How often a rank is looked at whose end no descriptor tells: without a pidfd (not Linux), or held by a debugger."""
 
 _LONGEST = 86400.0
-"""Seconds that are slept in one piece: epoll_wait(2) counts milliseconds in an int, and a timeout may be infinite."""
+"""The longest single sleep, in seconds: epoll_wait(2) counts milliseconds in an int, and a timeout may be infinite."""
 
 
 class Watch:
     """Sees ranks end, without reaping them.
 
-    One thread looks at a time; another that wants to waits for it. A signal handler may look while its own thread does.
-    Nothing is lost when one raises in the middle of it. Whoever goes through ``running`` goes through a copy: a look of
-    another thread may shorten it meanwhile.
+    One thread looks at a time, and others wait for it. A signal handler may look while its own thread does. Nothing is
+    lost when a handler raises in the middle of a look. Iterate over a copy of ``running``, because another thread's
+    look may shorten it meanwhile.
 
     Attributes:
         running: The ranks that have not been seen to end, by number, in rank order.
@@ -70,20 +70,20 @@ class Watch:
         self._selector.register(descriptor, selectors.EVENT_READ, call)
 
     def fileno(self) -> int | None:
-        """A descriptor that is readable when ``look`` has something to say; None where there is none."""
+        """A descriptor that is readable when ``look`` has something to return; None where there is none."""
         self._register()
         fileno = None if self._polled else getattr(self._selector, "fileno", None)
         return None if fileno is None else int(fileno())
 
     def look(self, timeout: float | None) -> list[int]:
-        """See who has ended.
+        """See which ranks have ended.
 
         Args:
-            timeout: Seconds that are waited for the first; None waits without end.
+            timeout: Seconds to wait for the first; None waits without end.
 
         Returns:
             The ranks that have ended since the last look. An empty list also means that an added descriptor is
-            readable, that somebody rang, or that it is time to look again.
+            readable, that ring() was called, or that it is time to look again.
         """
         if not self._looking.acquire(blocking=False):
             # Behind another thread. What it has seen may be all that this one waits for.
@@ -103,14 +103,14 @@ class Watch:
         return ended
 
     def ring(self) -> None:
-        """Have whoever sleeps in a look return from it. For any thread, and for signal handlers."""
+        """Make a look that sleeps return. For any thread, and for signal handlers."""
         with self._ringing:  # or the bell's number might be another file's by the time of the write
             if self._bell >= 0:
                 os.eventfd_write(self._bell, 1)
         self._wake_sleepers()
 
     async def sleep(self, due: float | None) -> None:
-        """Sleep in the running asyncio loop until ``look`` has something to say, somebody rang, or ``due`` is past."""
+        """Sleep in the running asyncio loop until ``look`` has something to return, ring() is called, or ``due``."""
         import asyncio
 
         descriptor = self.fileno()
@@ -133,7 +133,7 @@ class Watch:
                 timer.cancel()
 
     def close(self) -> None:
-        """Let go of the descriptors. Who runs still can be looked at, by polling. Harmless when done twice."""
+        """Close the descriptors. Ranks that still run are polled from then on. Harmless when done twice."""
         with self._ringing:
             bell, self._bell = self._bell, -1
             if bell >= 0:

@@ -4,5 +4,5 @@ job        what the ranks of a job are told                 launch     a job pla
 start      all its ranks started, or none                   group      its ranks, until the last has ended
 ending     whom a group tells to end, waits for and kills   handlers   signals that end the ranks before the launcher
 
-It knows no command and no torch: it imports neither _cli nor _torch nor _multiprocessing.
+It imports neither _cli nor _torch nor _multiprocessing.
 """

@@ -23,16 +23,16 @@ _CONTINUE = (signal.SIGCONT,) if hasattr(signal, "SIGCONT") else ()
 
 
 class Ending:
-    """What the ranks of a group have been told, and what is due. A rank is all that is in its session.
+    """Which signals the ranks of a group have had, and what is due. A rank here means all of its session.
 
     Any thread may call what is here, and signal handlers.
 
     Attributes:
-        kill_at: When those that still run are killed, in seconds of time.monotonic(); None: they were not told to end.
-        give_up_at: When whoever waits for killed ranks gives up; None: they have not been killed.
-        lingering: Whether the ranks have ended after they were told to, and some of what they started has not.
+        kill_at: When those that still run are killed, in seconds of time.monotonic(); None: they were not asked to end.
+        give_up_at: When the wait for killed ranks gives up; None: they have not been killed.
+        lingering: Whether the ranks have ended as asked, and some of what they started has not.
         collected: By rank, what reap() has returned.
-        sent: By rank, the signals that it was told to end by, or was killed by, while it ran.
+        sent: By rank, the signals that asked it to end, or killed it, while it ran.
     """
 
     def __init__(
@@ -57,22 +57,22 @@ class Ending:
         # Signals that the rest of a rank's session has yet to get, by the rank's number.
         self._rest: dict[int, tuple[int, ...]] = {}
         self._living: dict[int, int] | None = None
-        self._deaf: set[int] | None = None  # who has ignored all that came, when it came
+        self._deaf: set[int] | None = None  # the processes that ignored every signal when it was sent
 
     @property
     def due(self) -> float | None:
-        """When the next thing is to be done: to tell the rest, to kill, or to give up."""
+        """When the next thing is to be done: to signal the rest, to kill, or to give up."""
         end = self.kill_at if self.give_up_at is None else self.give_up_at
         if self.lingering:  # no descriptor shows the end of what the ranks have started
             return sooner(end, until(POLL_SECONDS))
         return sooner(end, self._half_at) if self._rest else end
 
     def ask(self, sig: int, grace: float | None) -> None:
-        """Tell the ranks to end.
+        """Ask the ranks to end.
 
         Args:
-            sig: What they are told by.
-            grace: Seconds until they are killed; the group's if None. A former call's end is not put off.
+            sig: The signal.
+            grace: Seconds until they are killed; the group's if None. It cannot delay the end set by an earlier call.
 
         Raises:
             PermissionError: A rank may not be signalled. All others have been.
@@ -86,7 +86,7 @@ class Ending:
         if sig != signal.SIGTERM and signal.SIGTERM not in self._asked:
             deaf = {pid for pid in living(self._ranks) or () if ignores(pid, sig)}
             self._deaf = deaf if self._deaf is None else self._deaf & deaf
-        signals = (sig, *_CONTINUE)  # one that is stopped does not act on it before it is continued
+        signals = (sig, *_CONTINUE)  # a stopped process acts on it only once it is continued
         if self._signal_to != "session":
             for number in self._watch.running.copy():
                 self._rest[number] = (*self._rest.get(number, ()), *signals)
@@ -114,9 +114,9 @@ class Ending:
         return self.due
 
     def _tell_rest(self) -> None:
-        """Signal what has not been told yet: of the ranks that have ended, and of all once half of the grace is over.
+        """Signal the rest of the sessions: of ranks that have ended, and of all once half of the grace is over.
 
-        Raises nothing: who may not be signalled was said with the first signal.
+        Raises nothing: the first signal has raised for those that may not be signalled.
         """
         half = passed(self._half_at)
         by_signals: dict[tuple[int, ...], list[Popen]] = {}
@@ -128,7 +128,7 @@ class Ending:
                 signal_ranks(ranks, *signals, told=self._signal_to)
 
     def look_at_sessions(self) -> None:
-        """After the ranks: note whether somebody in their sessions is to be waited for until the grace is over."""
+        """After the ranks: note whether their sessions have members to wait for until the grace is over."""
         if self._watch.running or self.kill_at is None or self.give_up_at is not None:
             self._living, self.lingering = None, False
             return
@@ -145,9 +145,9 @@ class Ending:
             self._terminate_deaf(self._living)
 
     def _terminate_deaf(self, found: dict[int, int]) -> None:
-        """SIGTERM to those who would be waited for in vain: what a shell starts in the background ignores SIGINT.
+        """Send SIGTERM to processes that ignored the signal: what a shell starts in the background ignores SIGINT.
 
-        Not to who ignores it now and did not when it came: that one may be saving its work.
+        Not to a process that ignores the signal only now: it may be saving its work.
         """
         deaf, self._deaf = self._deaf or set(), None
         for pid in deaf & found.keys():
@@ -155,7 +155,7 @@ class Ending:
                 signal_one(pid, found[pid], (signal.SIGTERM, *_CONTINUE))
 
     def kill(self) -> None:
-        """SIGKILL to everybody. Whoever waits gives up in a while."""
+        """Send SIGKILL to all. A wait for their end gives up after a while."""
         self.give_up_at = self.give_up_at or until(KILL_SECONDS)
         self._note(SIGKILL)
         self._rest.clear()
@@ -170,13 +170,13 @@ class Ending:
             self.sent.setdefault(number, set()).add(sig)
 
     def kill_and_reap(self, look: Callable[[float | None], object]) -> dict[int, str]:
-        """The end, in time.
+        """Kill and reap all, within a limited time.
 
         Args:
-            look: Waits for a rank's end, for so many seconds at most.
+            look: Waits for a rank's end, at most the given seconds.
 
         Returns:
-            Who is left then, by pid, and whose it is.
+            The processes that are left: pid -> whose it is.
         """
         if self._watch.running:
             self.kill()
@@ -197,5 +197,5 @@ class Ending:
         return {**stuck, **self.stuck()}
 
     def stuck(self) -> dict[int, str]:
-        """The ranks that still run, by pid, and which it is."""
+        """The ranks that still run: pid -> which rank it is."""
         return {rank.pid: f"rank {number}" for number, rank in self._watch.running.copy().items()}

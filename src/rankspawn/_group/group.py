@@ -1,7 +1,7 @@
 """The ranks of one job on this machine: watched at once, ended together, none left behind.
 
 ``launch`` makes a group. Whoever waits, here or in asyncio, does two things in turn: look who has ended
-(``_end.watch``), and do what is due: a failure ends the others, and what was told to end and does not is killed.
+(``_end.watch``), and do what is due: a failure ends the others, and SIGKILL ends what does not end when asked.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .._start.popen import Popen
 
 GRACE_SECONDS = 30.0
-"""How long ranks that were told to end may take until they are killed; torchrun waits as long."""
+"""Seconds from asking ranks to end until they are killed; torchrun waits as long."""
 
 
 @public
@@ -44,9 +44,9 @@ class RankGroup:
     but for what calls setsid itself. It is not reaped before the group is: until then its number, and that of its
     session, is its own, and whatever it left behind can be found and signalled without a race on every kernel.
 
-    ``stop`` and ``send_signal`` are for any thread. Of those that wait one does so at a time, the others behind it; in
-    one asyncio loop any number of tasks may. A signal handler may call all of it. A group that nobody holds any more,
-    and that was not closed, is killed, with a ResourceWarning.
+    ``stop`` and ``send_signal`` are for any thread. One thread waits at a time, and others wait for it; in
+    one asyncio loop any number of tasks may. A signal handler may call all of it. A group that is garbage-collected
+    before it was closed is killed, with a ResourceWarning.
 
     Attributes:
         ranks: The Popen objects, in rank order.
@@ -108,7 +108,7 @@ class RankGroup:
         return tuple(self._watch.returncodes.get(number) for number in range(len(self.ranks)))
 
     def wait_any(self, timeout: float | None = None) -> list[int]:
-        """Wait until a rank ends. A failure ends nobody here.
+        """Wait until a rank ends. A failure ends no other rank here.
 
         Args:
             timeout: Seconds; None waits without end.
@@ -139,7 +139,7 @@ class RankGroup:
 
         Returns:
             What each ended with, as ``Popen.returncode``. Before Linux 6.15 a rank that somebody else has waited for
-            (os.waitpid(-1, ...), an ignored SIGCHLD) has ended with 0, as for ``Popen``: nobody can know.
+            (os.waitpid(-1, ...), an ignored SIGCHLD) has ended with 0, as for ``Popen``: its status is lost.
 
         Raises:
             TimeoutError: The time is over, or a killed rank does not end. It names the ranks.
@@ -198,11 +198,11 @@ class RankGroup:
     # ---- ending -----------------------------------------------------------------------------------------------------
 
     def send_signal(self, sig: int, to: SignalTo = "session") -> None:
-        """Signal every rank, also those that have ended: their children may run. This asks nobody to end.
+        """Signal every rank, also those that have ended: their children may run. It is no request to end.
 
         Args:
             sig: The signal.
-            to: Whom of each rank: everybody in its "session", its process "group", or the "rank" itself.
+            to: Which processes of each rank: all in its "session", its process "group", or the "rank" itself.
 
         Raises:
             PermissionError: A rank may not be signalled: it runs as another user. All others have been.
@@ -226,15 +226,15 @@ class RankGroup:
         return self._ending.kill_at
 
     def stop(self, sig: int = signal.SIGTERM, grace: float | None = None) -> None:
-        """Ask every rank to end, and return at once. Whoever waits, then or later, kills what still runs in time.
+        """Ask every rank to end, and return at once. A wait, then or later, kills what outlives the grace.
 
-        For any thread and for signal handlers, as ``send_signal``. Who is told at once, and who later, is the
-        ``signal_to`` of launch(). Who ignores ``sig``, as what a shell starts in the background ignores SIGINT, gets
+        For any thread and for signal handlers, as ``send_signal``. ``signal_to`` of launch() says which processes
+        get it at once. What ignores ``sig``, as what a shell starts in the background ignores SIGINT, gets
         SIGTERM when the ranks have ended.
 
         Args:
             sig: The signal that asks. What was stopped is continued, so that it can act on it.
-            grace: Seconds until SIGKILL; the group's own if left out. Who asks again cannot make it longer.
+            grace: Seconds until SIGKILL; the group's own if left out. Asking again cannot make it longer.
 
         Raises:
             PermissionError: As from ``send_signal``.
@@ -272,14 +272,14 @@ class RankGroup:
         try:
             stuck = self._ending.kill_and_reap(self._look)
         except BaseException:
-            # What a signal handler raises, as Ctrl-C's does, waits until nobody is left.
+            # What a signal handler raises, as Ctrl-C's does, waits until no process is left.
             self._ending.kill_and_reap(self._look)
             raise
         if stuck:
             raise TimeoutError(name_stuck(stuck))
 
     def close(self) -> None:
-        """End what runs, as ``terminate``, and let go of descriptors, guard and cgroup. Harmless when done twice.
+        """End what runs, as ``terminate``, and close descriptors, guard and cgroup. Harmless when done twice.
 
         A forked copy of this process (os.fork) that closes its copy of the group, or ends, does nothing to the ranks.
 

@@ -1,7 +1,7 @@
 """``launch(handle_signals=True)``: SIGTERM and SIGHUP end the ranks, with their grace, and then this process.
 
-One handler serves all groups that were launched so. It runs in the main thread, wherever that is: in ``group.wait()``,
-in other Python code, in an asyncio loop. It closes the groups there and then, gives the signal its default action back,
+One handler serves all such groups. It runs in the main thread, whatever that is doing: in ``group.wait()``,
+in other Python code, in an asyncio loop. It closes the groups at once, gives the signal its default action back,
 and sends it to this process again.
 """
 
@@ -54,13 +54,13 @@ class SignalHold:
         return hold
 
     def give(self, group: RankGroup) -> None:
-        """The group is there now, and is ended by the signals. Does not return if one has come already."""
+        """From now on the signals end ``group``. Does not return if one has come already."""
         self._group = weakref.ref(group)
         if _came is not None and not _is_between():
             _end_all(_came)
 
     def close(self) -> None:
-        """Give the signals back that nobody has given another action since. Does not return if one has come."""
+        """Restore the default action, unless it was changed since. Does not return if a signal has come."""
         if os.getpid() != _owner or self not in _holds:
             return
         _holds.remove(self)
@@ -109,7 +109,7 @@ def _end_all(sig: int) -> None:
             with suppress(OSError):
                 group.stop()
         for group in groups:
-            # Who does not end when it is killed has been waited for. There is nobody to tell.
+            # A killed process that does not end has been waited for, and no caller is there to catch the error.
             with suppress(OSError):
                 group.close()
     except BaseException:

@@ -1,4 +1,4 @@
-"""What the ranks of a job are told: torchrun's variables."""
+"""The environment of a job's ranks: torchrun's variables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .._public import public
 
 @public
 class Job(NamedTuple):
-    """What the ranks are told of the job, by the names that torchrun gives it.
+    """What the ranks know of the job, by torchrun's names.
 
     Attributes:
         nprocs: Ranks on this machine.
@@ -39,7 +39,7 @@ class Job(NamedTuple):
         return self.node_rank * self.nprocs
 
     def environment(self) -> dict[str, str]:
-        """What all ranks of this machine are told (torch.distributed.run has the names)."""
+        """The variables of all ranks of this machine (torch.distributed.run has the names)."""
         local, world = str(self.nprocs), str(self.nprocs * self.nnodes)
         return {
             "WORLD_SIZE": world,

@@ -1,4 +1,4 @@
-"""``launch``: the ranks of a job on this machine, placed, started at once, and told what torchrun tells them."""
+"""``launch``: the ranks of a job on this machine, placed, started at once, and with torchrun's variables."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def launch(
         env: What all ranks inherit; this process's environment if left out.
         rank_env: What each has beside it; by local rank.
         cwd: The directory that they start in.
-        job: What the ranks are told of the whole job; of this machine alone, with a free port, if left out.
+        job: The whole job, for the ranks' variables; this machine alone, with a free port, if left out.
         log_dir: A folder; each rank writes to ``attempt_N/LOCAL_RANK/stdout.log`` and ``stderr.log`` in it, as under
             torchrun. As long as the group lives no other may write there: that is an OSError (EBUSY).
         tee: The lines that the ranks write to their log files are shown here too, with a prefix; without ``log_dir``
@@ -81,7 +81,7 @@ def launch(
             group, whatever session its processes have moved to; a guard is on, too.
         keep_going: A rank that fails does not end the others.
         grace: From SIGTERM to SIGKILL, in seconds; 30 if left out.
-        signal_to: Who is signalled first when ranks are to end: everybody in a rank's "session", its process "group",
+        signal_to: What is signalled first when ranks are to end: all in a rank's "session", its process "group",
             or the "rank" itself. The rest of its session follows when the rank has ended, or half of the grace has
             gone. The default signals all at once, as a terminal and Slurm do: no program has less than the whole grace,
             whatever shell or wrapper it runs under. A rank that needs its helpers to come to its end, as a training
@@ -115,13 +115,13 @@ def launch(
         raise ValueError("give numa, with or without memory, or bindings")
     _check_descriptors(nprocs)
     ranks: list[Popen] = []
-    # Not a with block: there is no moment at which what was opened is neither this function's to close nor the group's.
+    # Not a with block: at every moment either this function or the group owns what was opened and closes it.
     resources = ExitStack()
     signals = None
     if handle_signals:
         from .handlers import SignalHold
 
-        # The first that is taken, and so the last that is given back.
+        # Taken first, and so given back last.
         signals = resources.enter_context(closing(SignalHold.take()))
     try:
         if files is None and (tee or log_dir is not None):
@@ -138,7 +138,7 @@ def launch(
 
             resources.enter_context(show(files or (), job.first_rank, tee_ranks, own_folder))
         if guard is None and die_with_parent is False:
-            guard = False  # the ranks are to live on
+            guard = False  # the ranks shall outlive this process
         guarding, own_cgroup = _hold(resources, guard, cgroup, temporary)
         start_ranks(
             ranks,
@@ -295,7 +295,7 @@ def _hold(
 
 
 def _check_descriptors(nprocs: int) -> None:
-    """Refuse what cannot be: a descriptor for each rank, and one to watch them all by."""
+    """Raise if there cannot be a descriptor for each rank, and one to watch them all."""
     if sys.platform == "linux":
         import resource
 
@@ -306,7 +306,7 @@ def _check_descriptors(nprocs: int) -> None:
 
 @contextmanager
 def _enough_descriptors(ranks: Sequence[Popen]) -> Iterator[None]:
-    """Refuse to go on with a rank that has no pidfd for want of a descriptor: it would be polled as long as it runs."""
+    """Raise for a rank that has no pidfd for want of a descriptor, because it would be polled as long as it runs."""
     try:
         lacking = next((rank for rank in ranks if rank.pidfd is None), None)
         if lacking is not None and hasattr(os, "pidfd_open"):
@@ -345,7 +345,7 @@ def _make_cgroup(resources: ExitStack, parent: str | os.PathLike[str], name: str
         if made.wait_empty(1.0):
             made.remove()
         else:
-            made.close()  # who does not end has been named
+            made.close()  # the error names what does not end
 
     resources.callback(end)
     return made

@@ -34,11 +34,11 @@ def start_ranks(
     guard: int = -1,
     progress: Callable[[Callable[[], int]], object] | None = None,
 ) -> None:
-    """Start a rank for each of ``commands``, each in a session of its own, by as many threads as are worth it.
+    """Start a rank for each of ``commands``, each in a session of its own, by as many threads as make it faster.
 
     Args:
-        ranks: An empty list. It holds all the Popen objects before the first of them is started, so that whoever
-            catches an exception finds the owners there.
+        ranks: An empty list. It holds all the Popen objects before the first of them is started, so that the
+            code that catches an exception can end them.
         commands: What each runs.
         env: The variables that all share; None is the caller's environment.
         rank_env: By rank, its own variables, which win over ``env``.

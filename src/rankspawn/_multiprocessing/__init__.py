@@ -3,5 +3,5 @@
 context    get_context()                                    methods    the start methods spawn and forkserver, ours
 forked     what a process of the fork server does first
 
-It imports _start alone; and forked nothing of ours but the engine, since each forked process loads it.
+It imports only _start; forked.py imports only the engine, because each forked process loads it.
 """

@@ -1,8 +1,8 @@
 """``get_context``: a context of multiprocessing whose processes are bound before they run anything of the program's.
 
 Everything that takes a context takes this one: ``concurrent.futures.ProcessPoolExecutor(mp_context=...)``, a pool,
-``torch.utils.data.DataLoader(multiprocessing_context=...)``. It is an object beside the stock contexts. Nothing of the
-process is set: neither its start method nor its executable, nor a mask that would be put back later.
+``torch.utils.data.DataLoader(multiprocessing_context=...)``. It is an object beside the stock contexts. It changes
+nothing in the calling process: not the start method, not the executable, and no mask.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ def get_context(method: str = "spawn", bindings: Bindings = (), *, die_with_pare
             CPUs.
         bindings: One for each place, as ``rankspawn.place`` returns them; None in it leaves a process where its parent
             (with "forkserver" the server) is. A process takes the place that has the fewest living processes of this
-            context; of several, the one that was taken longest ago. So the i-th process has the i-th binding, ended or
-            not as the others may be; the process that replaces an ended worker has the binding of that worker; and a
-            group that is started again is where it was. Or a function that is given the process, which has not
-            started, and returns its binding or None. Nothing at all: the processes are only started by rankspawn.
+            context; of several, the one that was taken longest ago. So the i-th process has the i-th binding, whether
+            or not others have ended; the process that replaces an ended worker has the binding of that worker; and a
+            group that is started again gets the same places. Or a function that is given the process, which has not
+            started, and returns its binding or None. Empty: rankspawn starts the processes and binds none.
         die_with_parent: As of ``rankspawn.Popen``; with "spawn" alone.
 
     Returns:
         The context. A process of it has an attribute ``binding_report``, a BindingReport, once it has started. Its
         ``start()`` raises BindingError, and leaves nothing, when the system refuses a binding that is ``required``. The
-        server process of a Manager is none of the group: it takes no place and is not bound.
+        server process of a Manager is not one of them: it takes no place and is not bound.
 
     Raises:
         ValueError: There is no such method here; or ``die_with_parent`` is given with "forkserver", whose processes are
@@ -63,7 +63,7 @@ def get_context(method: str = "spawn", bindings: Bindings = (), *, die_with_pare
         raise ValueError("die_with_parent is for 'spawn': with 'forkserver' the server is the parent")
     if not callable(bindings):
         bindings = tuple(map(_checked, bindings))
-    from . import methods  # noqa: F401  An unknown Python is said here, and not when the first process starts.
+    from . import methods  # noqa: F401  An unknown Python fails here, not at the first start.
 
     return _CONTEXTS[method](bindings, die_with_parent)
 
@@ -83,13 +83,13 @@ class Context(context.BaseContext):
         self._taken = [0] * (0 if callable(bindings) else len(bindings))
         """By place: the number of the start that took it last."""
         self._places: weakref.WeakKeyDictionary[Popen, tuple[int, int]] = weakref.WeakKeyDictionary()
-        """The place of a process, and what ``_taken`` said of it before."""
+        """The place of a process, and the number that ``_taken`` had for it before."""
         self._lock = threading.Lock()
         # A class, because programs derive from it. It has the stock name, which is in the name of each process.
         self.Process = type(stock.Process.__name__, (_BoundProcess, stock.Process), {"_rankspawn_context": self})
 
     def Manager(self) -> SyncManager:
-        """As the stock context, and by it: the server process takes no place and is not bound."""
+        """Made by the stock context: the server process takes no place and is not bound."""
         manager: SyncManager = self._stock.Manager()
         return manager
 
@@ -112,7 +112,7 @@ class Context(context.BaseContext):
         return self._bindings[place]
 
     def _leave(self, popen: Popen) -> None:
-        """``popen`` has not been started: its place is as it was before."""
+        """Give back the place of ``popen``, which has not been started."""
         with self._lock:
             if popen in self._places:
                 place, self._taken[place] = self._places.pop(popen)
@@ -125,7 +125,7 @@ class SpawnContext(Context):
 
 
 class ForkServerContext(Context):
-    """Processes are forks of a server's, and bind themselves first of all."""
+    """Processes are forks of a server, and bind themselves first."""
 
     _name = "forkserver"
 
@@ -154,7 +154,7 @@ class _BoundProcess:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The new process cannot import a class that a context has made: there it is the stock class, which has all that
-        # a process needs of itself. A class that the program has derived is importable, and stays.
+        # a process needs in itself. A class that the program has derived is importable, and stays.
         reduced: Any = super().__reduce_ex__(protocol)
         of = self._rankspawn_context
         return (object.__new__, (of._stock.Process,), *reduced[2:]) if type(self) is of.Process else reduced

@@ -1,10 +1,10 @@
 """What a process of multiprocessing's fork server does first: it binds itself.
 
 The server's fork reads two pickles from its pipe: the preparation data, by which it finds the program's main module,
-and then what it is to run. The first is read before anything else is done, and to read it is a call of ``_bind`` here.
+and then what it is to run. It reads the first before it does anything else, and unpickling it calls ``_bind`` here.
 The process has one thread at that moment, as every process has after a fork, so that all it will start is bound too.
 
-This is imported in each such process that the server has not preloaded it for, and so imports next to nothing.
+Each such process imports this module unless the server has preloaded it, so it imports as little as possible.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REPORT = struct.Struct("ii")
 
 
 class _Call:
-    """A call that is made where this is unpickled; the answer stands there in its place."""
+    """A call that unpickling makes; its result takes the place of this object."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self._call = function, arguments
@@ -45,10 +45,10 @@ def binding(data: dict[str, Any], *arguments: Any) -> object:
 def _bind(
     data: dict[str, Any], report: int, cpus: frozenset[int] | None, mode: int, nodes: bytes | None
 ) -> dict[str, Any]:
-    """Bind this process, say to the launcher how it went, and return the preparation data.
+    """Bind this process, report the result to the launcher, and return the preparation data.
 
     report: which of the descriptors that came with the request the report is written to.
-    mode, nodes: as the engine takes a memory policy; -1 where there is none.
+    mode, nodes: a memory policy, encoded for the engine; -1 where there is none.
 
     The launcher ends the process, and sends it nothing to run, when a binding was required and is refused.
     """

@@ -79,7 +79,7 @@ class _Child(Popen):
 
 
 class _BoundPopen(popen_fork.Popen):
-    """What both ways have: a place in the context, and signals that reach the process or nobody."""
+    """What both methods share: a place in the context, and signals that reach this process or none."""
 
     returncode: int | None = None
     refused: tuple[RefusedStep, ...] = ()
@@ -97,7 +97,7 @@ class _BoundPopen(popen_fork.Popen):
             raise
 
     def _send_signal(self, sig: int) -> None:
-        # As rankspawn.Popen does: any other refusal is one of pidfds, or will be said again.
+        # As in rankspawn.Popen: another error means that pidfds are refused, or kill(2) fails with it again.
         if self.returncode is None and (self._pidfd is None or self._pidfd.send_signal(sig) not in (0, errno.ESRCH)):
             super()._send_signal(sig)  # type: ignore[misc]
 
@@ -149,7 +149,7 @@ class SpawnPopen(_BoundPopen, popen_spawn_posix.Popen):
         if self._pidfd is None:
             self.sentinel = parent_r
         else:
-            # It says that the process has ended. A pipe says that nobody holds its other end, which a grandchild may.
+            # A pidfd shows that the process has ended. A pipe would not, because a grandchild may hold its other end.
             self.sentinel = self._pidfd.fd
             os.close(kept.pop())
         self.finalizer = util.Finalize(self, _close, kept)
@@ -170,7 +170,7 @@ class ForkServerPopen(_BoundPopen, popen_forkserver.Popen):
             return
         reading, writing = os.pipe()
         with open(reading, "rb", 0) as report:
-            with open(writing, "wb", 0):  # the child's end: it has got it when this one is closed
+            with open(writing, "wb", 0):  # the child's end: by the time this one is closed, the child has its copy
                 number = self.duplicate_for_child(writing)
                 data = spawn.get_preparation_data(process_obj._name)
                 how = masks(binding)[1:] if EXTENSION_ERROR is None else (-1 if binding.memory is None else 0, None)
@@ -181,20 +181,20 @@ class ForkServerPopen(_BoundPopen, popen_forkserver.Popen):
             try:
                 self.pid = forkserver.read_signed(self.sentinel)
                 pidfd = _open_pidfd(self.pid)
-                with suppress(BrokenPipeError):  # It has ended, which is said next.
+                with suppress(BrokenPipeError):  # It has ended: _read_report raises for that.
                     _write(parent_w, first)
                 self._read_report(report)
-                self._pidfd = pidfd  # The process has answered after that: it is its own.
+                self._pidfd = pidfd  # The process has answered since, so the pidfd is its own.
                 if self.refused and binding.required:
                     self._abandon()
                     raise BindingError.refused(self.refused[0].step, self.refused[0].errno, binding)
                 _write(parent_w, second)
             except BaseException:
-                self.close()  # A process that reads finds that nobody writes.
+                self.close()  # The process reads the end of the pipe.
                 raise
 
     def _read_report(self, report: Any) -> None:
-        # Where somebody else holds the child's end (a fork of another thread), its death does not end the pipe.
+        # Where another process holds the child's end (a fork of another thread), its death does not end the pipe.
         answer = report.read(forked.REPORT.size) if report in wait([report, self.sentinel]) else b""
         if len(answer) != forked.REPORT.size:
             raise EOFError("the process ended before it was bound: see what it wrote to stderr")
@@ -216,7 +216,7 @@ def _close(*fds: int) -> None:
 
 
 def _open_pidfd(pid: int) -> Any:
-    """A pidfd of whoever has this number; None where there is none."""
+    """A pidfd of the process that has this number now; None where there is none."""
     if EXTENSION_ERROR is not None or not hasattr(os, "pidfd_open"):
         return None
     try:

@@ -1,4 +1,4 @@
-"""What Popen's arguments say, put the way the engine takes it."""
+"""Popen's arguments, encoded for the engine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def command_and_program(args: Any, executable: Any, shell: bool) -> tuple[list[A
 
 
 def candidates(program: Any, env: Mapping[Any, Any] | None) -> tuple[str | bytes, ...]:
-    """What to execute, in order: the program; one named without a folder, in each folder of the child's PATH."""
+    """What to execute, in order: the program; a name without a folder is tried in each folder of the child's PATH."""
     if type(program) is str and "/" in program:
         return (program,)
     name = os.fsencode(program)
@@ -42,7 +42,7 @@ def candidates(program: Any, env: Mapping[Any, Any] | None) -> tuple[str | bytes
     except AttributeError:
         for pair in (env or {}).items():
             for part in pair:
-                os.fsencode(part)  # TypeError for what no environment can hold
+                os.fsencode(part)  # TypeError for a value that no environment can hold
         raise
     return tuple(os.path.join(os.fsencode(folder), name) for folder in folders)
 
@@ -79,7 +79,7 @@ def is_fifo(path: str) -> bool:
     try:
         return stat.S_ISFIFO(os.stat(path).st_mode)
     except OSError:
-        return False  # whoever opens it will say what is wrong
+        return False  # opening it will raise the error
 
 
 def is_path(stream: object) -> bool:

@@ -1,4 +1,4 @@
-"""Many processes started in one call of the engine, by as many threads as are worth it."""
+"""Many processes started in one call of the engine, by as many threads as make it faster."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class RankProcess(Popen):
             self._die_with_parent = True
         if cgroup is not None:
             self._cgroup = cgroup
-        # Popen's own would close, when it returns, what the rank needs open until it has started.
+        # Popen's __init__ would close, when it returns, descriptors that the rank needs open until it has started.
         try:
             Stock.__init__(
                 self,
@@ -75,11 +75,11 @@ class RankProcess(Popen):
         self._leads_group = os.name == "posix"
 
     def start_alone(self) -> None:
-        """Start it as a Popen starts."""
+        """Start it alone, as any Popen."""
         super()._execute_child(*self._seam)  # type: ignore[no-untyped-call]
 
     def let_go(self) -> None:
-        """Close what was opened for the start alone."""
+        """Close what was opened only for the start."""
         for fd in self._opened_here:
             os.close(fd)
         self._opened_here = ()

@@ -1,4 +1,4 @@
-"""What is done to a process that was started: it is signalled, polled and waited for, by its pidfd where it has one."""
+"""A started process is signalled, polled and waited for, by its pidfd where it has one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from .outcome import RefusedStep
 
-# The stock class under a name of ours: where a program sets subprocess.Popen to our class, that name is ourselves.
+# The stock class under a name of ours: where a program sets subprocess.Popen to our class, that name is our own class.
 Stock = subprocess.Popen
 
 _P_PIDFD = getattr(os, "P_PIDFD", 3)
@@ -21,9 +21,9 @@ _PATIENCE = 1.0  # seconds, of which a thread that polls needs some microseconds
 
 
 class Started(Stock):  # type: ignore[type-arg]
-    """``subprocess.Popen``, whose signals reach the process or nobody, and whose ``poll()`` sees every end."""
+    """``subprocess.Popen``, whose signals reach this process or none, and whose ``poll()`` sees every end."""
 
-    # Other rooms may use these private names of a Popen and no others (tests/test_imports.py holds it): _born,
+    # Other folders may use these private names of a Popen and no others (tests/test_imports.py holds it): _born,
     # _executed_ns, _leads_group, _refused; and of the standard class _child_created, _handle_exitstatus.
     #
     # What most processes have, and what is replaced, never changed, in those that have something else. Each attribute
@@ -47,10 +47,10 @@ class Started(Stock):  # type: ignore[type-arg]
         return None if pidfd is None else int(pidfd.fd)
 
     def send_signal_group(self, sig: int) -> None:
-        """Signal the process group that this process leads; nothing is done when nobody is left in it.
+        """Signal the process group that this process leads; a group without members is no error.
 
         From Linux 6.9 on this is free of races, also when the leader has been waited for. Elsewhere the group is
-        signalled only while the leader has not been waited for, since its number may be another's afterwards.
+        signalled only while the leader has not been waited for, since another group may have its number afterwards.
 
         Args:
             sig: the signal's number.
@@ -84,9 +84,9 @@ class Started(Stock):  # type: ignore[type-arg]
                 self._waitpid_lock.release()  # type: ignore[attr-defined]
 
     def send_signal(self, sig: int) -> None:
-        """As the standard class; but by pidfd, so that the process is signalled, or nobody, and it is not reaped first.
+        """As the standard class; but by pidfd, so that no other process can get the signal; and without reaping first.
 
-        Whoever else waits for the process (an event loop, another thread) finds its exit status where it was.
+        Another waiter (an event loop, another thread) can still collect the exit status.
 
         Args:
             sig: the signal's number.
@@ -94,8 +94,8 @@ class Started(Stock):  # type: ignore[type-arg]
         pidfd = self._pidfd
         if self.returncode is not None:
             return
-        # Any other refusal is one of pidfds (an old kernel, a seccomp profile), or will be said again. ESRCH: somebody
-        # has reaped it, and the standard class finds out what is known of its end.
+        # Another error: pidfds are refused (an old kernel, a seccomp profile), or kill(2) will fail with it again.
+        # ESRCH: other code has reaped it, and the standard class finds out what is known of its end.
         if pidfd is None or pidfd.send_signal(sig) != 0:
             super().send_signal(sig)
 
@@ -118,7 +118,7 @@ class Started(Stock):  # type: ignore[type-arg]
                 self._pidfd = None
 
         def poll(self) -> int | None:
-            """As the standard class; but an end is seen also while another thread waits for the process."""
+            """As the standard class; but it sees the end also while another thread waits for the process."""
             pidfd = self._pidfd
             if self.returncode is None and pidfd is not None:
                 try:
@@ -146,7 +146,7 @@ class Started(Stock):  # type: ignore[type-arg]
                     try:
                         pid, status = os.waitpid(self.pid, 0)
                     except ChildProcessError:
-                        pid, status = self.pid, 0  # reaped behind our back: nobody can know its status
+                        pid, status = self.pid, 0  # other code has reaped it, and its status is lost
                     finally:
                         self._waits_in = 0
                     if pid == self.pid:

@@ -1,4 +1,4 @@
-"""The engine as this installation and this machine have it, and bindings as the kernel takes them."""
+"""Which engine this installation and this machine have, and bindings encoded for the kernel."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def why_no_engine() -> str:
 
 
 def masks(binding: Binding) -> tuple[bytes | None, int, bytes | None]:
-    """``binding`` as the engine takes it: CPU mask, policy's number (-1: none), node mask.
+    """``binding`` encoded for the engine: CPU mask, policy's number (-1: none), node mask.
 
     They are kept with the binding, which never changes: hashing it for a cache takes longer than all else in a start.
     """
@@ -84,7 +84,7 @@ def masks(binding: Binding) -> tuple[bytes | None, int, bytes | None]:
 
 
 def bind_process(pid: int, binding: Binding) -> tuple[RefusedStep, ...]:
-    """Do to a process that runs already what psutil can: set its CPU mask. A memory policy is always refused.
+    """Set the CPU mask of a running process by psutil. A memory policy is always refused.
 
     Returns the refused steps. Raises BindingError for the first refused step of a required binding.
     """
@@ -122,12 +122,12 @@ def _set_affinity(pid: int, cpus: Set[int]) -> int:
         return errno.EPERM
     except AttributeError:  # psutil has no cpu_affinity on macOS
         return errno.ENOTSUP
-    except ValueError:  # psutil's word for CPUs that are not there, or not allowed
+    except ValueError:  # psutil raises it for CPUs that do not exist or are not allowed
         return errno.EINVAL
 
 
 def bind_thread(binding: Binding) -> tuple[RefusedStep, ...]:
-    """Bind the calling thread, and what it will start; returns the refused steps where they are not required.
+    """Bind the calling thread, and so what it will start; returns the refused steps where they are not required.
 
     Raises BindingError for a refused step of a required binding.
     """

@@ -1,4 +1,4 @@
-"""What became of a binding: the steps that the system refused, and what the kernel has for a running process."""
+"""The outcome of a binding: the steps that the system refused, and the mask and policy of a running process."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ class BindingReport(Frozen):
         except ProcessLookupError:
             return None
         policy = _policy_of(self.pid)
-        # Of an ended process that nobody has waited for, the kernel still has the mask, and no memory.
+        # Of an ended process that nobody has waited for, the kernel still has the mask, but no memory.
         return None if _has_ended(self.pid) else Binding(cpus, policy)
 
     def at_birth(self, inherited: frozenset[int] | None) -> Binding | None:
-        """Say what the process was born with: what was asked, which the child has compared with what it got.
+        """Return what the process was born with: the request, which the child has compared with what it got.
 
         Args:
             inherited: The CPUs of the thread that started it; None where the system has no masks.
@@ -94,13 +94,13 @@ class BindingError(OSError):
 
     @classmethod
     def refused(cls, step: str, code: int, binding: Binding, why: str = "") -> BindingError:
-        """Make the error of a refused step, whose text says why it may be so, and what to do.
+        """Make the error of a refused step, whose text says why the step may be refused, and what to do.
 
         Args:
             step: The refused call.
             code: Its errno.
             binding: What was asked.
-            why: What to say in place of what is known of the errno.
+            why: The reason to give instead of the usual one for the errno.
 
         Returns:
             The error, to be raised.
@@ -113,7 +113,7 @@ class BindingError(OSError):
 
 
 GRANTED_IN_PART = errno.ERANGE
-"""The errno of a step that the kernel did in part, without a word: csrc/granted.h. Neither system call has it."""
+"""The errno of a step that the kernel did in part, without an error: csrc/granted.h. Neither system call returns it."""
 
 
 def text_of(code: int) -> str:

@@ -29,8 +29,8 @@ if EXTENSION_ERROR is None:
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-# What 3.10 passes, and what 3.11 appended. A new Python that changes the list must fail here, at import, and not
-# start processes with the arguments in the wrong places.
+# What 3.10 passes, and what 3.11 appended. A new Python that changes the list must fail here, at import,
+# because it would start processes with the arguments in the wrong places.
 _SEAM = (
     "self args executable preexec_fn close_fds pass_fds cwd env startupinfo creationflags shell p2cread p2cwrite"
     " c2pread c2pwrite errread errwrite restore_signals gid gids uid umask start_new_session process_group"
@@ -53,7 +53,7 @@ _STREAMS = ("stdin", "stdout", "stderr")
 
 @public
 class Popen(Started):
-    """``subprocess.Popen``, with four things more: a binding, a death signal, a cgroup, and paths for streams.
+    """``subprocess.Popen``, with four additions: a binding, a death signal, a cgroup, and paths for streams.
 
     Args:
         args: As of ``subprocess.Popen``, like every argument that is not named here, in the same order.
@@ -75,7 +75,7 @@ class Popen(Started):
     """
 
     mechanism: str | None = None
-    # These, too, are not set in most processes: see Started.
+    # These are not set in most processes either: see Started.
     _binding: Binding | None = None
     _die_with_parent = False
     _cgroup: str | os.PathLike[str] | int | None = None
@@ -104,7 +104,7 @@ class Popen(Started):
             super().__init__(*args, **kwargs)
         except BaseException:
             if self._child_created and self.returncode is None:
-                # A signal handler raised after the start (Ctrl-C): the caller gets no object to end the child by.
+                # A signal handler raised after the start (Ctrl-C): the caller gets no object that could end the child.
                 self.kill()
                 self.wait()
             raise
@@ -134,7 +134,7 @@ class Popen(Started):
             if is_path(stream):
                 path, flags = os.path.abspath(stream), _WRITE if number else _READ
                 if is_fifo(path):
-                    # Opening one waits for its other end. Here a signal can end that; in the child it could not.
+                    # open(2) of a FIFO waits for its other end. Here a signal can interrupt it, in the child none.
                     streams[number] = os.open(path, flags)
                     self._opened_here += (streams[number],)
                     continue
@@ -205,9 +205,9 @@ class Popen(Started):
             self._execute_by_subprocess(list(seam))
 
     def _streams(self, p2cread: int, c2pwrite: int, errwrite: int) -> list[int | tuple[str, int]]:
-        """The child's three streams as the engine takes them."""
+        """The child's three streams, encoded for the engine."""
         if p2cread < -1 or c2pwrite < -1 or errwrite < -1:
-            # Below the standard library's "none" are numbers that mean something to the engine.
+            # -1 is the standard library's "none"; lower numbers have a meaning for the engine.
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         streams: list[int | tuple[str, int]] = [p2cread, c2pwrite, errwrite]
         for number, (path, flags) in self._opened_by_child.items():
@@ -215,7 +215,7 @@ class Popen(Started):
         return streams
 
     def _check(self, step: int, error: int, affinity_error: int, mempolicy_error: int, program: Any, cwd: Any) -> None:
-        """Raise what subprocess would for a step that failed; write down the optional ones that were refused."""
+        """Raise what subprocess would for a step that failed; record the optional steps that were refused."""
         if step:
             raise self._error(_spawn.STEP_NAMES[step], error, program, cwd)
         if affinity_error or mempolicy_error:
@@ -235,7 +235,7 @@ class Popen(Started):
         return OSError(code, f"{step}: {os.strerror(code)}")
 
     def _execute_by_subprocess(self, seam: list[Any], preexec_fn: object = None) -> None:
-        """The standard library's own path, and what of a binding can be had on it."""
+        """Start by the standard library's code, with as much of the binding as it allows."""
         wanted = self._die_with_parent or self._cgroup is not None
         if preexec_fn is not None and (wanted or self._binding is not None):
             raise ValueError("preexec_fn cannot be used beside binding, die_with_parent or cgroup")
@@ -261,7 +261,7 @@ class Popen(Started):
 
 
 def _same(one: tuple[Any, int], other: tuple[Any, int]) -> bool:
-    """Whether two streams are opened alike. A path may be text or bytes, which `python -bb` does not let compare."""
+    """Whether two streams are opened alike. Paths may be text or bytes, and `python -bb` forbids comparing the two."""
     return (os.fsencode(one[0]), one[1]) == (os.fsencode(other[0]), other[1])
 
 

@@ -1,4 +1,4 @@
-"""What can be had without the engine, around a start by the standard library: CPUs from birth, and fresh signals."""
+"""What works without the engine, around a start by the standard library: CPUs from birth, and fresh signals."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class NoThreadError(RuntimeError):
-    """No thread could be made: the interpreter ends, or the system has no more. Nothing has been done."""
+    """No thread could be made: the interpreter shuts down, or the system allows no more. Nothing has been done."""
 
 
 def in_thread(work: Callable[[], T]) -> T:
     """Do ``work`` in a thread that is made for it.
 
-    What a thread changes of itself, its CPUs or its memory policy, is inherited by the processes that it starts, and
-    ends with it: nothing of the caller's has to be put back.
+    Processes inherit the CPUs and the memory policy of the thread that starts them. The calling thread's own do not
+    change, so nothing has to be restored.
 
     Args:
         work: Called once, without arguments.
@@ -57,7 +57,7 @@ def in_thread(work: Callable[[], T]) -> T:
     try:
         thread.join()
     except BaseException:
-        # A signal handler has raised (Ctrl-C). The start is under way: who ends what it started must find it whole.
+        # A signal handler has raised (Ctrl-C) during the start: wait, because only a finished start can be undone.
         thread.join()
         raise
     if errors:
@@ -66,7 +66,7 @@ def in_thread(work: Callable[[], T]) -> T:
 
 
 def start_bound(binding: Binding, start: Callable[[], int]) -> tuple[tuple[RefusedStep, ...], bool]:
-    """Start a process by a thread that has bound itself to the CPUs of ``binding``, and which the process inherits.
+    """Start a process by a thread that has bound itself to the CPUs of ``binding``; the process inherits them.
 
     Args:
         binding: A memory policy in it is refused.
@@ -98,11 +98,11 @@ def start_bound(binding: Binding, start: Callable[[], int]) -> tuple[tuple[Refus
 def fresh_signals() -> Callable[[], None] | None:
     """Find what a forked child has to do before it executes, so that its program begins with fresh signals.
 
-    Fresh is what csrc/spawn.h calls so: an empty mask and default actions, but for an ignored SIGHUP. Here only those
+    As in csrc/spawn.h, fresh means an empty mask and default actions, but for an ignored SIGHUP. Here only those
     signals are known that Python was started with or that were ignored by its module ``signal``.
 
     Returns:
-        A function for ``preexec_fn``; None where there is nothing to do, and in a sub-interpreter, which may have none.
+        A function for ``preexec_fn``; None where there is nothing to do, and in a sub-interpreter, which forbids it.
     """
     if os.name != "posix":
         return None

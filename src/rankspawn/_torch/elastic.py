@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     from .numa_options import NumaOptions
 
 _SIBLINGS_SECONDS = 0.1
-"""Once a rank has failed, how long the others have to end by themselves. What broke one has often broken all, and a
-rank that the agent ends is reported with the agent's signal and not with what it died of. torch leaves them what
-remains of its interval, which is as long by default, and may be nothing."""
-_NO_PAUSE = 1e-9  # seconds; torch wants more than none
+"""Once a rank has failed, how long the others have to end by themselves. The same cause often breaks all ranks, and a
+rank that the agent ends is reported with the agent's signal instead of its own error. torch leaves them the rest of
+its interval, which is as long by default, and may be nothing."""
+_NO_PAUSE = 1e-9  # seconds; torch requires more than 0
 _DIE_WITH_AGENT = sys.platform == "linux" and bool(mechanisms())
 
 default_numa_options: NumaOptions | None = None
 """For launches that name none themselves; rankspawn.torchrun.install() sets it."""
 guards = True
-"""Whether a guard ends what programs started by these classes leave; rankspawn.torchrun.install() sets it."""
+"""Whether a guard ends what the programs of these classes leave running; rankspawn.torchrun.install() sets it."""
 
 
 def _numa_options(launched: NumaOptions | None) -> NumaOptions | None:
-    """What a launch named, or else the default. torch's own have no memory policy: the default's is theirs as well."""
+    """The options of the launch, or the default. torch's own have no memory policy and get the default's."""
     if launched is None or default_numa_options is None:
         return launched or default_numa_options
     if hasattr(launched, "memory_policy"):
@@ -76,12 +76,12 @@ def get_subprocess_handler(
     local_rank_id: int,
     numa_options: NumaOptions | None = None,
 ) -> Worker:
-    """A rank, with torch's signature: for contexts of others, who derive from torch's."""
+    """Start a rank, with torch's signature: for other people's contexts that derive from torch's."""
     return Worker(entrypoint, args, env, stdout, stderr, local_rank_id, _numa_options(numa_options))
 
 
 class _Waiting:
-    """What ours add to both of torch's contexts: waiting for ranks is sleeping until they end."""
+    """What ours add to both of torch's contexts: to wait for ranks, sleep until they end."""
 
     nprocs: int
     entrypoint: Any
@@ -158,7 +158,7 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
 
     def _close(self, death_sig: Any, timeout: int = 30) -> None:
         if self._failures:
-            # torch signals the groups of ranks that run. Those of failed ranks hold what the ranks have left behind.
+            # torch signals only the groups of running ranks. The groups of failed ranks may still have members.
             for handler in self.subprocess_handlers.values():
                 if handler.proc.poll() is not None:
                     handler.close(death_sig)
@@ -194,7 +194,7 @@ class MultiprocessContext(_Waiting, contexts.MultiprocessContext):  # type: igno
             processes.append(process)
             return bindings[len(processes) - 1]
 
-        # torch asks multiprocessing for a context by its name: there is one more for so long.
+        # torch asks multiprocessing for a context by its name, so ours is registered during the start.
         name = f"rankspawn-{id(self)}"
         known: dict[str, Any] = context._concrete_contexts  # type: ignore[attr-defined]
         known[name] = get_context(method, place, die_with_parent=method == "spawn" and _DIE_WITH_AGENT)
@@ -214,7 +214,7 @@ class MultiprocessContext(_Waiting, contexts.MultiprocessContext):  # type: igno
             warn_of_refused(number, process.binding_report.refused)
 
     def _bind_after_fork(self, bindings: list[Binding | None]) -> None:
-        """There is nothing to import and one thread: it is early enough in the process itself."""
+        """Bind in the process itself: after a fork it has one thread and imports nothing first."""
         entrypoint = self.entrypoint
 
         @functools.wraps(entrypoint)
@@ -242,7 +242,7 @@ class MultiprocessContext(_Waiting, contexts.MultiprocessContext):  # type: igno
 
 
 class LocalElasticAgent(agents.LocalElasticAgent):  # type: ignore[misc]
-    """torch's, but the pause between two looks at the ranks is over when they have ended.
+    """torch's, but the pause between two looks at the ranks is cut short when they have ended.
 
     torch's loop sleeps for the interval of its spec and calls ``_monitor_workers``, which agents define for themselves:
     the pause is taken from the loop and made there.

@@ -90,7 +90,7 @@ class SubprocessHandler:
             self._close_logs()
             raise
         if isinstance(self.proc, Popen):
-            # The thread that it was started in may have been refused the same.
+            # The system may have refused the same step to the thread that started it.
             refused = tuple(dict.fromkeys((*refused, *self.proc.binding_report.refused)))
         warn_of_refused(local_rank_id, refused)
 
@@ -119,7 +119,7 @@ class SubprocessHandler:
     def _start(
         self, command: tuple[str, ...], env: dict[str, str]
     ) -> tuple[subprocess.Popen[Any], tuple[RefusedStep, ...]]:
-        """The process, and the steps of its binding that were refused to what started it."""
+        """The process, and the refused steps of the thread that was bound to start it."""
         if type(self)._popen is SubprocessHandler._popen or self._binding is None:
             return self._popen(command, env), ()
         # A subclass starts the process in its own way. A thread made for it is bound first: what a thread starts
@@ -155,8 +155,8 @@ class SubprocessHandler:
     def close(self, death_sig: signal.Signals | None = None) -> None:
         """Signal the rank's process group, SIGTERM unless ``death_sig`` is given, and close the log files.
 
-        On Windows the rank itself gets the signal, CTRL_C_EVENT by default. Nothing is signalled when nobody is left in
-        the group, so that closing twice is harmless.
+        On Windows the rank itself gets the signal, CTRL_C_EVENT by default. A group without members is no error, so
+        closing twice is harmless.
 
         Args:
             death_sig: The signal; None is the default.
@@ -218,7 +218,7 @@ def binding_for(local_rank: int, options: NumaOptions | None, env: Mapping[str, 
     """The binding of one rank; torch's own NumaOptions has the first two attributes of ours."""
     if options is None:
         return None
-    # Where there are no devices to count, ranks are dealt over the nodes: how many there are, launchers tell the rank.
+    # Where there are no devices to count, ranks are dealt over the nodes; LOCAL_WORLD_SIZE is the number of ranks.
     told = variable(env, "LOCAL_WORLD_SIZE") or ""
     nprocs = int(told) if told.isdecimal() and int(told) > local_rank else None
     # Not at import: programs that only start processes need none of it.
@@ -234,7 +234,7 @@ def binding_for(local_rank: int, options: NumaOptions | None, env: Mapping[str, 
     except PlacementError as error:
         if not fall_back:
             raise
-        # As text: a log record that keeps the error keeps its frames, and in them this handler with its descriptors.
+        # As text, because a log record that keeps the error keeps its frames, and so this handler and its descriptors.
         _warn("local rank %d starts unbound: %s", local_rank, str(error))
         return None
     for note in notes:
@@ -252,7 +252,7 @@ def _plan(
     inherited: frozenset[int],
     visible: tuple[str | None, ...],
 ) -> tuple[Binding, tuple[str, ...]]:
-    """One rank's binding and what there is to say of it, kept for as long as what it follows from stays the same.
+    """One rank's binding and the warning about it, cached by everything that they depend on.
 
     The machine itself is read once for each inherited mask: reading it again for each rank takes longer than its start.
     """

@@ -1,6 +1,6 @@
 """``NumaOptions``, a real dataclass, as torch's is: torch calls ``dataclasses.asdict`` on it.
 
-In a module of its own, so that only who uses it imports ``dataclasses``.
+In a module of its own, so that only its users import ``dataclasses``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The functions of torch's on which ours rest, and whether the installed torch has them as expected."""
+"""The torch functions that ours rely on, and whether the installed torch has them as expected."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SERVER = "torch.distributed.elastic.agent.server"
 
 
 class Seam(NamedTuple):
-    """A function of torch's on which ours rest.
+    """A torch function that ours rely on.
 
     takes: its parameters; "[one]" may be missing, and "..." stands for any others.
-    names: what its code looks up. Replacing or overriding that has an effect only as long as it does.
+    names: what its code looks up. Replacing or overriding a name has an effect only while the code looks it up.
     """
 
     module: str
@@ -27,7 +27,7 @@ class Seam(NamedTuple):
     names: tuple[str, ...] = ()
 
     def difference(self) -> str | None:
-        """What is not as expected in the torch that is installed, in words."""
+        """What differs in the installed torch, in words."""
         try:
             found = attrgetter(self.function)(import_module(self.module))
         except (ImportError, AttributeError) as error:
