@@ -96,7 +96,7 @@ def test_an_exclusive_split(launcher: str) -> None:
 @two_cpus
 def test_mpirun_s_own_binding_is_kept_and_said() -> None:
     """mpirun binds each of two ranks to a core, unless it is told otherwise."""
-    done = ran([*OPEN_MPI, "-np", "2", "--bind-to", "core", *BIND, "-v", *IN_PLACE])
+    done = ran([*OPEN_MPI, "-np", "2", "--bind-to", "core", *BIND, "--numa-binding", "node", "-v", *IN_PLACE])
     assert done.returncode == 0, done.stderr
     found = {int(one["OMPI_COMM_WORLD_RANK"]): one["cpus"] for one in map(json.loads, done.stdout.splitlines())}
     assert set(found[0]) | set(found[1]) < set(CPUS) or not set(found[0]) & set(found[1])
