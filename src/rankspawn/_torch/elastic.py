@@ -127,6 +127,7 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
         except BaseException:
             if self._guard is not None:
                 self._guard.close()
+                self._guard = None
             raise
 
     def _start_ranks(self) -> None:
