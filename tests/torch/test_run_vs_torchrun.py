@@ -100,4 +100,7 @@ def test_the_same_ranks(both: tuple[Outcome, Outcome]) -> None:
     for rank_of_theirs, rank_of_ours in zip(theirs.ranks, ours.ranks, strict=True):
         environments = rank_of_theirs.pop("environment"), rank_of_ours.pop("environment")
         assert rank_of_ours == rank_of_theirs
+        # torchrun sets 1 for several ranks, and nothing for one; ours have their share of the cores.
+        threads = [environment.pop("OMP_NUM_THREADS", None) for environment in environments]  # type: ignore[attr-defined]
+        assert threads[0] == (None if len(theirs.ranks) == 1 else "1") and int(threads[1]) >= 1
         assert differences(*environments) == DIFFERENCES  # type: ignore[arg-type]
