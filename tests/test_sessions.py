@@ -143,6 +143,29 @@ def test_zombies_are_no_members(session: Callable[[str], Session]) -> None:
 
 
 @pytest.mark.parametrize("pidfds", [True, False])
+def test_who_is_reaped_during_the_look_is_no_member(
+    session: Callable[[str], Session], pidfds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends after its session was asked for, and before it is asked whether it has ended."""
+    if not pidfds:
+        monkeypatch.delattr(os, "pidfd_open")
+    brief = session("tell(); rest()")
+    brief.hear(1)
+    getsid = os.getsid
+
+    def getsid_and_reap(pid: int) -> int:
+        sid = getsid(pid)
+        if pid == brief.sid:
+            brief.leader.kill()
+            brief.leader.wait()
+        return sid
+
+    monkeypatch.setattr(os, "getsid", getsid_and_reap)
+    assert members({brief.sid}) == {}
+    assert brief.leader.returncode == -signal.SIGKILL, "it lived until the look came to it"
+
+
+@pytest.mark.parametrize("pidfds", [True, False])
 def test_process_whose_first_thread_has_ended_lives(
     session: Callable[[str], Session], pidfds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,7 +178,10 @@ process_has_ended(const struct process *process)
 {
     char text[STAT_ROOM];
     const char *state = stat_field(process, STAT_STATE, text);
-    if (!state || (*state != 'Z' && *state != 'X')) {
+    if (!state) {
+        return session_of(process->pid) == -ESRCH;
+    }
+    if (*state != 'Z' && *state != 'X') {
         return false;
     }
     /* Where only the first thread has ended, the kernel calls the whole process a zombie. */

@@ -36,7 +36,7 @@ struct process process_numbered(enum procfs procfs, pid_t pid);
 /* The session of a process; -ESRCH: it has ended. A security module may refuse getsid(2): /proc says it, too. */
 long process_session(const struct process *process);
 
-/* Whether all of its threads have ended, by /proc. What cannot be read has not. */
+/* Whether all of its threads have ended, by /proc; or whether it has been reaped. */
 bool process_has_ended(const struct process *process);
 
 /* When it was started, in clock ticks since the machine was; -1 where that cannot be read. */

@@ -228,8 +228,13 @@ def _pids(sessions: Set[int], proc: str) -> Iterable[int]:
 
 
 def _has_ended(pid: int, proc: str) -> bool:
-    """Whether all threads of a process have ended. One that cannot be read counts as living until the next pass."""
-    pidfd = _pidfd(pid)
+    """Whether all threads of a process have ended, or it has been reaped meanwhile."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    except (AttributeError, OSError):
+        pidfd = -1
     if pidfd >= 0:
         try:
             return _wait(pidfd, 0)
@@ -238,9 +243,19 @@ def _has_ended(pid: int, proc: str) -> bool:
     try:
         _, state, threads = _stat(pid, proc)
     except (OSError, ValueError):
-        return False
+        return _is_gone(pid)  # a file that is not there says nothing where there is no procfs
     # Where only the first thread has ended, the kernel calls the whole process a zombie.
     return state in "ZX" and threads <= 1
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.getsid(pid)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _kill(found: dict[int, int], pause: float) -> None:
