@@ -473,12 +473,3 @@ def test_each_rank_saves_a_checkpoint_at_slurms_notice(slurm: Cluster, tmp_path:
     told = WAITED.sub("", done.stderr)
     assert (done.returncode, "has failed" in told, "guard" in told) == (0, False, False), told
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {str(rank): "True" for rank in range(4)}
-
-
-def test_a_cancelled_job_is_no_failure_of_a_rank(slurm: Cluster) -> None:
-    with job(slurm, in_ranks(ALONE), 4) as (srun, _):
-        slurm.asked("scancel", job_id(slurm))
-        assert srun.stderr is not None
-        told = srun.stderr.read().decode()
-        assert "SIGTERM: ending the ranks" in told
-        assert "has failed" not in told and "was killed by" not in told, told
