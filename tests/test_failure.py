@@ -23,6 +23,7 @@ from rankspawn._output.failure import (
     how_it_ended,
     pass_on,
     read_error_file,
+    read_last_lines,
 )
 from rankspawn._output.logs import RankFiles, rank_files
 
@@ -145,13 +146,13 @@ def test_a_group_knows_whom_it_has_signalled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("killed", "seconds", "words"),
     [
-        ({0, 1}, 30.04, "interrupted; 2 ranks had to be killed after 30 s: 4-5"),
-        ({2}, 0.5, "interrupted; 1 rank had to be killed after 0.5 s: 6"),
-        ({0, 2}, 0.01, "interrupted; 2 ranks had to be killed after 0 s: 4,6"),
+        ({4, 5}, 30.04, "interrupted; 2 ranks had to be killed after 30 s: 4-5"),
+        ({6}, 0.5, "interrupted; 1 rank had to be killed after 0.5 s: 6"),
+        ({4, 6}, 0.01, "interrupted; 2 ranks had to be killed after 0 s: 4,6"),
     ],
 )
 def test_an_interruption_in_words(killed: set[int], seconds: float, words: str) -> None:
-    assert describe_interruption(killed, seconds, first_rank=4) == words
+    assert describe_interruption(killed, seconds) == words
 
 
 def test_within_a_second_the_first_is_who_was_seen_first() -> None:
@@ -198,8 +199,9 @@ def ran(folder: Path, script: str, error: str | None = None) -> Failure:
         rank.wait(60)
     if error is not None:
         Path(files.error).write_text(error)
+    error_file, output = read_error_file(files.error), read_last_lines(files)
     return Failure(
-        0, rank.returncode, time.time(), rank.pid, "cpus 0-3, memory bind:0", files, read_error_file(files.error)
+        0, rank.returncode, time.time(), rank.pid, "cpus 0-3, memory bind:0", files, error_file, output=output
     )
 
 
@@ -286,7 +288,7 @@ def test_lines_without_end(tmp_path: Path) -> None:
 
 def test_a_log_that_cannot_be_read(tmp_path: Path) -> None:
     files = RankFiles(tmp_path, tmp_path, str(tmp_path / "none"))
-    told = describe(Failure(0, 1, 0.0, files=files))
+    told = describe(Failure(0, 1, 0.0, files=files, output=read_last_lines(files)))
     assert f"  its stderr cannot be read: not a regular file: {tmp_path}\n" in told
 
 

@@ -39,7 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "torchrun": {"_torch", "_start", *BASE},
     "_cli": {"torchrun", "_place", "_start", "_spawn", "_end", "_output", "_group", "__init__", *BASE},
     "__main__": {"_cli"},
-    "__init__": {"_place", "_start", "_group", "_multiprocessing", "_torch", *BASE},
+    "__init__": {"_place", "_start", "_output", "_group", "_multiprocessing", "_torch", *BASE},
 }
 
 # What a module may import though it is less than its room may: module -> the modules of ours, and why.
@@ -67,6 +67,10 @@ PUBLIC = {
     "launch",
     "Job",
     "RankGroup",
+    "RankFiles",
+    "Failure",
+    "RanksFailedError",
+    "GroupReport",
     "Popen",
     "SubprocessHandler",
     "get_subprocess_handler",
@@ -79,6 +83,7 @@ PUBLIC = {
     "NumaOptions",
     "PlacementError",
     "Topology",
+    "TopologyError",
     "place",
 }
 

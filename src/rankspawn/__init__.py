@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from ._group.job import Job
     from ._group.launch import launch
     from ._multiprocessing.context import get_context
+    from ._output.failure import Failure, RanksFailedError
+    from ._output.form import GroupReport
+    from ._output.logs import RankFiles
     from ._place.plan import place
+    from ._place.sysfs import TopologyError
     from ._place.topology import Topology
     from ._start.outcome import BindingError, BindingReport
     from ._start.popen import Popen
@@ -23,14 +27,19 @@ __all__ = [
     "Binding",
     "BindingError",
     "BindingReport",
+    "Failure",
+    "GroupReport",
     "Job",
     "MemoryPolicy",
     "NumaOptions",
     "PlacementError",
     "Popen",
+    "RankFiles",
     "RankGroup",
+    "RanksFailedError",
     "SubprocessHandler",
     "Topology",
+    "TopologyError",
     "get_context",
     "get_subprocess_handler",
     "launch",
@@ -42,14 +51,19 @@ _MODULES = {
     "Binding": "_binding",
     "BindingError": "_start.outcome",
     "BindingReport": "_start.outcome",
+    "Failure": "_output.failure",
+    "GroupReport": "_output.form",
     "Job": "_group.job",
     "MemoryPolicy": "_binding",
     "NumaOptions": "_torch.numa_options",
     "PlacementError": "_binding",
     "Popen": "_start.popen",
+    "RankFiles": "_output.logs",
     "RankGroup": "_group.group",
+    "RanksFailedError": "_output.failure",
     "SubprocessHandler": "_torch.handler",
     "Topology": "_place.topology",
+    "TopologyError": "_place.sysfs",
     "get_context": "_multiprocessing.context",
     "get_subprocess_handler": "_torch.handler",
     "launch": "_group.launch",

@@ -100,7 +100,7 @@ def _run_attempt(
             reports.add(group)
     # A job that somebody wanted to end is not started again, whatever it was that ended it.
     last = supervision.interrupted or job.restart_count == job.max_restarts
-    return _tell_end(supervision, job, last=last, kept=folder.keep)
+    return _tell_end(supervision, last=last, kept=folder.keep)
 
 
 def _launch(
@@ -257,14 +257,14 @@ def _shown(
         yield
 
 
-def _tell_end(supervision: Supervision, job: Job, *, last: bool, kept: bool) -> tuple[int, bool]:
+def _tell_end(supervision: Supervision, *, last: bool, kept: bool) -> tuple[int, bool]:
     """Say how the ranks ended; the status (as of ``run_attempts``), and whether it is the job's."""
     failures = supervision.group.failures()
     asked = supervision.asked
     if asked is not None:
-        failures = _unasked(failures, supervision, job)
+        failures = _unasked(failures, supervision)
     if failures:
-        say(describe(failures[0], failures[1:], kept=kept, first_rank=job.first_rank).rstrip("\n"))
+        say(describe(failures[0], failures[1:], kept=kept).rstrip("\n"))
         theirs = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if theirs and failures[0].error is not None and last:
             try:
@@ -279,7 +279,7 @@ def _tell_end(supervision: Supervision, job: Job, *, last: bool, kept: bool) -> 
     return (failed if failed > 0 else 128 - failed), last
 
 
-def _unasked(failures: Sequence[Failure], supervision: Supervision, job: Job) -> list[Failure]:
+def _unasked(failures: Sequence[Failure], supervision: Supervision) -> list[Failure]:
     """Of an interrupted job: those that ended neither as they were told to nor because the launcher killed them."""
     by_us = {
         failure.rank: _signal_of(failure.returncode)
@@ -289,5 +289,5 @@ def _unasked(failures: Sequence[Failure], supervision: Supervision, job: Job) ->
     }
     forced = [rank for rank, sig in by_us.items() if sig == SIGKILL]
     if forced:
-        say(describe_interruption(forced, supervision.seconds, first_rank=job.first_rank))
+        say(describe_interruption(forced, supervision.seconds))
     return [failure for failure in failures if failure.rank not in by_us]

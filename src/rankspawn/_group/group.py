@@ -19,25 +19,23 @@ from .._end.ranks import SignalTo, name_running, name_stuck, signal_ranks
 from .._end.watch import Watch
 from .._public import public
 from .ending import Ending
+from .reporting import Reporting
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from .._binding import Binding
     from .._end.cgroup import GroupCgroup
     from .._end.guard import Guard
-    from .._output.failure import Failure
-    from .._output.form import GroupReport
     from .._output.logs import RankFiles
-    from .._output.report import Attempt
     from .._start.popen import Popen
+    from .job import Job
 
 GRACE_SECONDS = 30.0
 """Seconds from asking ranks to end until they are killed; torchrun waits as long."""
 
 
 @public
-class RankGroup:
+class RankGroup(Reporting):
     """Ranks that live and die together. Leaving the ``with`` block ends those that still run, and what they started.
 
     A rank is signalled, waited for and killed with all that is in its session: what it has started, and what that has,
@@ -48,9 +46,12 @@ class RankGroup:
     one asyncio loop any number of tasks may. A signal handler may call all of it. A group that is garbage-collected
     before it was closed is killed, with a ResourceWarning.
 
+    ``len(group)``, ``group[local_rank]`` and ``for rank in group`` are those of ``group.ranks``.
+
     Attributes:
         ranks: The Popen objects, in rank order.
         files: Where each rank writes; None where they have this process's output.
+        job: What the ranks know of the job: their variables.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class RankGroup:
         cgroup: GroupCgroup | None,
         guard: Guard | None,
         called_ns: int,
-        run_id: str,
+        job: Job,
         signal_to: SignalTo = "session",
     ) -> None:
         self.ranks = tuple(ranks)
@@ -72,35 +73,15 @@ class RankGroup:
         self._resources = resources
         self._keep_going = keep_going
         self._called_ns = called_ns
-        self._run_id = run_id
+        self.job = job
         self._watch = Watch(self.ranks)
         if guard is not None and guard.process.pidfd is not None:
             self._watch.once(guard.process.pidfd, guard.warn_of_its_end)
-        self._effective: dict[int, Binding | None] = {}
-        self._inherited = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        self._note_birth()
         self._ending = Ending(self.ranks, self._watch, grace=grace, signal_to=signal_to, cgroup=cgroup)
         self._owner, self._closed = os.getpid(), False
 
     # ---- watching ---------------------------------------------------------------------------------------------------
-
-    @property
-    def running(self) -> tuple[int, ...]:
-        """The ranks that have not been seen to end, by number."""
-        return tuple(self._watch.running.copy())
-
-    @property
-    def returncodes(self) -> dict[int, int]:
-        """What the others ended with, by number, as ``Popen.returncode``."""
-        return dict(self._watch.returncodes)
-
-    @property
-    def first_failure(self) -> int | None:
-        """The rank that was the first to be seen to fail; None while none has."""
-        return self._watch.first_failure
-
-    def pids(self) -> tuple[int, ...]:
-        """The process ids, in rank order; each is its rank's own until the group is closed."""
-        return tuple(rank.pid for rank in self.ranks)
 
     def poll(self) -> tuple[int | None, ...]:
         """What each rank has ended with, as ``Popen.returncode``; None for those that run. Nothing is waited for."""
@@ -127,7 +108,7 @@ class RankGroup:
                 return ended
         return []
 
-    def wait(self, timeout: float | None = None) -> tuple[int, ...]:
+    def wait(self, timeout: float | None = None, *, check: bool = False) -> tuple[int, ...]:
         """Wait until every rank has ended.
 
         The first rank that fails ends the others: SIGTERM, and SIGKILL for what still runs after the group's grace;
@@ -136,6 +117,7 @@ class RankGroup:
 
         Args:
             timeout: Seconds; None waits without end.
+            check: Raise when a rank has ended with another returncode than 0.
 
         Returns:
             What each ended with, as ``Popen.returncode``. Before Linux 6.15 a rank that somebody else has waited for
@@ -143,11 +125,14 @@ class RankGroup:
 
         Raises:
             TimeoutError: The time is over, or a killed rank does not end. It names the ranks.
+            RanksFailedError: A rank has failed, and ``check`` is true.
         """
         end = until(timeout)
         while self.advance(left(end)):
             if passed(end):
                 raise TimeoutError(name_running(self.running, len(self.ranks)))
+        if check:
+            self.check()
         return self._all_returncodes()
 
     def advance(self, timeout: float | None = 0) -> bool:
@@ -318,51 +303,6 @@ class RankGroup:
         if self.first_failure is not None and not self.stopping and self._watch.running and not self._keep_going:
             with suppress(PermissionError):
                 self.stop()
-
-    # ---- telling ----------------------------------------------------------------------------------------------------
-
-    def report(self) -> GroupReport:
-        """What was asked, what took effect, when each rank started and ended, and what it used, as plain data.
-
-        What a rank is bound to can be read while it runs only: the first report, or ``note_effective``, keeps it. Of a
-        rank that has ended by then, the report has what it was born with.
-        """
-        from .._output.report import group_report
-
-        command: Any = self.ranks[0].args
-        return group_report([self.attempt()], command=command, nprocs=len(self.ranks), run_id=self._run_id)
-
-    def attempt(self) -> Attempt:
-        """The same, as one of several attempts that a report is made of."""
-        from .._output.report import attempt
-
-        self.note_effective()
-        return attempt(
-            self.ranks,
-            called_ns=self._called_ns,
-            exited_ns=self._watch.exited_ns,
-            returncodes=self._watch.returncodes,
-            effective=self._effective,
-            collected=self._ending.collected,
-        )
-
-    def note_effective(self) -> None:
-        """Read from the kernel what each running rank is bound to, for ``report``.
-
-        Of a rank that has ended before the first look, it is what the rank was born with.
-        """
-        running = self._watch.running.copy()
-        for number, rank in enumerate(self.ranks):
-            if self._effective.get(number) is None:
-                report = rank.binding_report
-                now = report.effective if number in running else None
-                self._effective[number] = now or report.at_birth(self._inherited)
-
-    def failures(self) -> list[Failure]:
-        """The ranks that have failed, with what is known of each; first the one whose failure came first."""
-        from .._output.failure import failures
-
-        return failures(self.ranks, self._watch.returncodes, self._watch.exited_ns, self.files, self._ending.sent)
 
     def __enter__(self) -> RankGroup:
         return self

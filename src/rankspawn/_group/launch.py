@@ -163,7 +163,7 @@ def launch(
                 cgroup=own_cgroup,
                 guard=guarding,
                 called_ns=called_ns,
-                run_id=job.run_id,
+                job=job,
                 signal_to=signal_to,
             )
         if signals is not None:

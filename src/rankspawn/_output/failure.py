@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from .._frozen import Frozen
 from .._ids import format_ids
+from .._public import public
 from .logs import last_lines, printable, read_regular
 
 _MOST_BYTES = 1 << 20
+_MOST_LINES = 20
 _WIDEST = 300  # characters of a line that are printed
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
-    from pathlib import Path
+    from typing import Any, Literal
 
     from .._start.popen import Popen
     from .logs import RankFiles
@@ -125,11 +128,43 @@ def pass_on(error: RecordedError, returncode: int, path: str | os.PathLike[str])
     write_text(json.dumps(found), path)
 
 
-class Failure(Frozen):
-    """A rank that failed.
+class LastLines(Frozen):
+    """The end of what a rank wrote, as it was when its failure was looked at: at most 20 lines.
 
     Attributes:
-        rank: Its local rank.
+        stream: "stderr", or "stdout" where it wrote nothing to stderr.
+        lines: The lines without their newlines, printable; none where it wrote nothing at all.
+        problem: Why the file cannot be read, or "".
+    """
+
+    stream: Literal["stderr", "stdout"]
+    lines: tuple[str, ...]
+    problem: str = ""
+
+
+def read_last_lines(files: RankFiles | None) -> LastLines | None:
+    """Read the end of what a rank wrote; None where it has no log files."""
+    if files is None or files.stderr is None or files.stdout is None:
+        return None
+    streams: tuple[tuple[Literal["stderr", "stdout"], Any], ...] = ("stderr", files.stderr), ("stdout", files.stdout)
+    for stream, path in streams:
+        try:
+            lines = last_lines(path, _MOST_LINES)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            return LastLines(stream, (), f"cannot be read: {error.strerror}: {path}")
+        if lines:
+            return LastLines(stream, tuple(lines))
+    return LastLines("stdout", ())
+
+
+@public
+class Failure(Frozen):
+    """A rank that failed. Its text, ``str(failure)``, is what ``rankspawn run`` says of it.
+
+    Attributes:
+        rank: Its RANK, which counts the ranks of all machines.
         returncode: As ``Popen.returncode``, negative for a signal.
         seen_at: When its end was noticed, in seconds since the epoch.
         pid: Its process id, None where it is not known.
@@ -137,6 +172,8 @@ class Failure(Frozen):
         files: Where it wrote; None where it had the launcher's output and no error file.
         error: What it recorded, None where it recorded nothing.
         sent: The signals that the launcher had sent it before it ended.
+        output: The end of what it wrote; None where it had the launcher's output.
+        first_rank: The RANK of this machine's local rank 0.
     """
 
     rank: int
@@ -147,6 +184,34 @@ class Failure(Frozen):
     files: RankFiles | None = None
     error: RecordedError | None = None
     sent: frozenset[int] = frozenset()
+    output: LastLines | None = None
+    first_rank: int = 0
+
+    @property
+    def local_rank(self) -> int:
+        """Its LOCAL_RANK, which counts the ranks of this machine: ``group[failure.local_rank]`` is its process."""
+        return self.rank - self.first_rank
+
+    def __str__(self) -> str:
+        return describe(self).rstrip("\n")
+
+
+@public
+class RanksFailedError(subprocess.CalledProcessError):
+    """Ranks of a group have failed. Its text is what ``rankspawn run`` says then: who, how, where it was bound, why.
+
+    Attributes:
+        failures: The ranks that failed: first the one whose failure came first.
+        returncode: What that rank ended with, as ``Popen.returncode``.
+        cmd: What that rank ran.
+    """
+
+    def __init__(self, failures: Sequence[Failure], cmd: Any) -> None:
+        super().__init__(failures[0].returncode, cmd)
+        self.failures = tuple(failures)
+
+    def __str__(self) -> str:
+        return describe(self.failures[0], self.failures[1:]).rstrip("\n")
 
 
 def first_failure(failures: Iterable[Failure]) -> Failure:
@@ -168,6 +233,7 @@ def failures(
     exited_ns: Mapping[int, int],
     files: Sequence[RankFiles] | None,
     sent: Mapping[int, Collection[int]] = MappingProxyType({}),
+    first_rank: int = 0,
 ) -> list[Failure]:
     """The ranks that have failed: the first failure, then the others by number.
 
@@ -177,17 +243,27 @@ def failures(
         exited_ns: When each was seen to end, of CLOCK_MONOTONIC, by local rank.
         files: Where each writes, by local rank; None where all have the launcher's output.
         sent: The signals that the launcher sent to each rank before it ended, by local rank.
+        first_rank: The RANK of this machine's local rank 0.
     """
     failed = []
     epoch = time.time() - time.monotonic()  # read once, so that ranks that were seen to end together stay equal
     for number, returncode in returncodes.items():
         if returncode:
             asked, of_rank = ranks[number].binding_report.requested, None if files is None else files[number]
-            seen_at = epoch + exited_ns[number] / 1e9
-            error = None if of_rank is None else read_error_file(of_rank.error)
-            binding = "" if asked is None else str(asked)
-            signals = frozenset(sent.get(number, ()))
-            failed.append(Failure(number, returncode, seen_at, ranks[number].pid, binding, of_rank, error, signals))
+            failed.append(
+                Failure(
+                    first_rank + number,
+                    returncode,
+                    seen_at=epoch + exited_ns[number] / 1e9,
+                    pid=ranks[number].pid,
+                    binding="" if asked is None else str(asked),
+                    files=of_rank,
+                    error=None if of_rank is None else read_error_file(of_rank.error),
+                    sent=frozenset(sent.get(number, ())),
+                    output=read_last_lines(of_rank),
+                    first_rank=first_rank,
+                )
+            )
     first = first_failure(failed) if failed else None
     return sorted(failed, key=lambda failure: (failure is not first, failure.rank))
 
@@ -225,21 +301,19 @@ def _signal_name(sig: int) -> str:
         return f"signal {sig}"
 
 
-def describe_interruption(killed: Collection[int], seconds: float, *, first_rank: int = 0) -> str:
+def describe_interruption(killed: Collection[int], seconds: float) -> str:
     """How a job ended that was told to: "interrupted; 2 ranks had to be killed after 30 s: 0-1".
 
     Args:
-        killed: The local ranks that ended by the launcher's SIGKILL, at least one.
+        killed: The ranks that ended by the launcher's SIGKILL, at least one.
         seconds: How long they had had to end.
-        first_rank: The RANK of this machine's local rank 0.
     """
     count = "1 rank" if len(killed) == 1 else f"{len(killed)} ranks"
-    ranks = format_ids(first_rank + rank for rank in killed)
-    return f"interrupted; {count} had to be killed after {round(seconds, 1):g} s: {ranks}"
+    return f"interrupted; {count} had to be killed after {round(seconds, 1):g} s: {format_ids(killed)}"
 
 
 def describe(
-    first: Failure, others: Iterable[Failure] = (), *, lines: int = 20, kept: bool = True, first_rank: int = 0
+    first: Failure, others: Iterable[Failure] = (), *, lines: int = _MOST_LINES, kept: bool | None = None
 ) -> str:
     """What happened, for people: lines of text, each with its newline.
 
@@ -247,25 +321,26 @@ def describe(
         first: The first failure, which is described in full.
         others: The other failures, of which only the end is described.
         lines: How many lines of the traceback and of the log are quoted at most.
-        kept: Whether the files of ``first`` will still be there when this is read.
-        first_rank: The RANK of this machine's local rank 0.
+        kept: Whether the files of ``first`` will still be there when this is read; None where they are there now.
     """
     pid = "" if first.pid is None else f" (pid {first.pid})"
-    told = [f"rank {first_rank + first.rank}{pid} {how_it_ended(first.returncode, first.sent)}"]
+    told = [f"rank {first.rank}{pid} {how_it_ended(first.returncode, first.sent)}"]
     if first.binding:
         told.append(f"  it was bound to {first.binding}")
     traceback: list[str] = []
     if first.error is not None and first.files is not None:
         traceback = _text_lines(first.error.traceback)
         told += _recorded(first.error, first.files.error, traceback, lines)
-    if first.files is not None and first.files.stderr is not None and first.files.stdout is not None:
-        told += _end_of_logs(first.files.stderr, first.files.stdout, traceback, lines)
-        if kept:
-            told.append(f"  its files are in {first.files.stderr.parent}")
+    if first.output is not None:
+        told += _end_of_logs(first.output, traceback, lines)
+    if first.files is not None and first.files.stderr is not None:
+        folder = first.files.stderr.parent
+        if folder.exists() if kept is None else kept:
+            told.append(f"  its files are in {folder}")
     ended: dict[str, list[int]] = {}
     for other in others:
         how = f"killed by {_signal_name(-other.returncode)}" if other.returncode < 0 else f"status {other.returncode}"
-        ended.setdefault(how, []).append(first_rank + other.rank)
+        ended.setdefault(how, []).append(other.rank)
     if ended:
         told.append("  others: " + "; ".join(f"{format_ids(ranks)} {how}" for how, ranks in ended.items()))
     return "".join(f"{line}\n" for line in told)
@@ -282,23 +357,17 @@ def _recorded(error: RecordedError, path: str, traceback: Sequence[str], most: i
     return [f"  it recorded{when}: {_short(headline)}", *_indented([*left_out, *texts[-most:]])]
 
 
-def _end_of_logs(stderr: Path, stdout: Path, traceback: Sequence[str], most: int) -> list[str]:
+def _end_of_logs(output: LastLines, traceback: Sequence[str], most: int) -> list[str]:
     """The end of what it wrote to stderr, or else to stdout, after the traceback that ``_recorded`` has quoted."""
-    for name, path in (("stderr", stderr), ("stdout", stdout)):
-        try:
-            tail = last_lines(path, most)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            return [f"  its {name} cannot be read: {error.strerror}: {path}"]
-        if not tail:
-            continue
-        for number in range(len(tail) - 1, -1, -1):
-            if traceback and tail[number] == traceback[-1]:
-                del tail[: number + 1]
-                break
-        return [f"  its {name} ends with:", *_indented(tail)] if tail else []
-    return ["  it wrote nothing"]
+    if output.problem:
+        return [f"  its {output.stream} {output.problem}"]
+    if not output.lines:
+        return ["  it wrote nothing"]
+    quoted = 0
+    if traceback:
+        quoted = next((n for n in range(len(output.lines), 0, -1) if output.lines[n - 1] == traceback[-1]), 0)
+    tail = output.lines[quoted:][-most:]
+    return [f"  its {output.stream} ends with:", *_indented(tail)] if tail else []
 
 
 def _text_lines(text: str) -> list[str]:

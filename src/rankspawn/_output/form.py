@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+from .._public import public
 from .usage import Usage
 
 VERSION = 1
@@ -152,6 +153,7 @@ class AttemptReport(TypedDict):
     ranks: list[RankReport]
 
 
+@public
 class GroupReport(TypedDict):
     """A whole job on this machine.
 

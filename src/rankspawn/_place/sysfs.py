@@ -7,10 +7,12 @@ import re
 
 from .._binding import PlacementError
 from .._ids import parse_ids, parse_mask
+from .._public import public
 
 _PAIR = re.compile(r"[0-9]{1,6}(?:,[0-9]{1,6})?")  # a core's threads, in most machines
 
 
+@public
 class TopologyError(PlacementError):
     """A file below the sysfs root cannot be read, or does not say what it should."""
 

@@ -1,0 +1,143 @@
+"""What a group can say of its ranks: who they are, how they ended, why they failed, and a report of it all."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, overload
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .._binding import Binding
+    from .._end.watch import Watch
+    from .._output.failure import Failure
+    from .._output.form import GroupReport
+    from .._output.logs import RankFiles
+    from .._output.report import Attempt
+    from .._start.popen import Popen
+    from .ending import Ending
+    from .job import Job
+
+
+class Reporting:
+    """The part of a RankGroup that changes nothing. The group makes the attributes.
+
+    Attributes:
+        ranks: As of the group, and the two below.
+        files: Where each rank writes.
+        job: What the ranks know of the job.
+    """
+
+    ranks: tuple[Popen, ...]
+    files: tuple[RankFiles, ...] | None
+    job: Job
+    _watch: Watch
+    _ending: Ending
+    _called_ns: int
+    _closed: bool
+
+    def _note_birth(self) -> None:
+        """Note what ranks inherit, when they have just been started."""
+        self._effective: dict[int, Binding | None] = {}
+        self._inherited = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def __iter__(self) -> Iterator[Popen]:
+        return iter(self.ranks)
+
+    @overload
+    def __getitem__(self, local_rank: int) -> Popen: ...
+    @overload
+    def __getitem__(self, local_rank: slice) -> tuple[Popen, ...]: ...
+    def __getitem__(self, local_rank: int | slice) -> Popen | tuple[Popen, ...]:
+        return self.ranks[local_rank]
+
+    def __repr__(self) -> str:
+        count, running = len(self.ranks), len(self._watch.running)
+        state = [f"{running} run" if running else "all have ended"]
+        if 0 < running == count:
+            state = ["all run"]
+        if self.first_failure is not None:
+            state.append(f"rank {self.job.first_rank + self.first_failure} failed first")
+        if self._closed:
+            state.append("closed")
+        elif running and self._ending.kill_at is not None:
+            state.append("being killed" if self._ending.give_up_at is not None else "asked to end")
+        return f"<RankGroup of {count} rank{'s' * (count > 1)}: {', '.join(state)}>"
+
+    @property
+    def running(self) -> tuple[int, ...]:
+        """The ranks that have not been seen to end, by number."""
+        return tuple(self._watch.running.copy())
+
+    @property
+    def returncodes(self) -> dict[int, int]:
+        """What the others ended with, by number, as ``Popen.returncode``."""
+        return dict(self._watch.returncodes)
+
+    @property
+    def first_failure(self) -> int | None:
+        """The rank that was the first to be seen to fail; None while none has."""
+        return self._watch.first_failure
+
+    def pids(self) -> tuple[int, ...]:
+        """The process ids, in rank order; each is its rank's own until the group is closed."""
+        return tuple(rank.pid for rank in self.ranks)
+
+    def failures(self) -> list[Failure]:
+        """The ranks that have failed, with what is known of each; first the one whose failure came first."""
+        from .._output.failure import failures
+
+        watch, sent = self._watch, self._ending.sent
+        return failures(self.ranks, watch.returncodes, watch.exited_ns, self.files, sent, self.job.first_rank)
+
+    def check(self) -> None:
+        """Raise if a rank has been seen to fail: after ``await group``, or between looks of one's own.
+
+        Raises:
+            RanksFailedError: With all that have failed so far, and its text says who and why.
+        """
+        if self.first_failure is not None:
+            from .._output.failure import RanksFailedError
+
+            failed = self.failures()
+            raise RanksFailedError(failed, self.ranks[failed[0].local_rank].args)
+
+    def report(self) -> GroupReport:
+        """What was asked, what took effect, when each rank started and ended, and what it used, as plain data.
+
+        What a rank is bound to can be read while it runs only: the first report, or ``note_effective``, keeps it. Of a
+        rank that has ended by then, the report has what it was born with.
+        """
+        from .._output.report import group_report
+
+        command: Any = self.ranks[0].args
+        return group_report([self.attempt()], command=command, nprocs=len(self.ranks), run_id=self.job.run_id)
+
+    def attempt(self) -> Attempt:
+        """The same, as one of several attempts that a report is made of."""
+        from .._output.report import attempt
+
+        self.note_effective()
+        return attempt(
+            self.ranks,
+            called_ns=self._called_ns,
+            exited_ns=self._watch.exited_ns,
+            returncodes=self._watch.returncodes,
+            effective=self._effective,
+            collected=self._ending.collected,
+        )
+
+    def note_effective(self) -> None:
+        """Read from the kernel what each running rank is bound to, for ``report``.
+
+        Of a rank that has ended before the first look, it is what the rank was born with.
+        """
+        running = self._watch.running.copy()
+        for number, rank in enumerate(self.ranks):
+            if self._effective.get(number) is None:
+                report = rank.binding_report
+                now = report.effective if number in running else None
+                self._effective[number] = now or report.at_birth(self._inherited)
