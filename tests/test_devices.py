@@ -10,7 +10,17 @@ import pytest
 
 from rankspawn._binding import PlacementError
 from rankspawn._place import devices as _devices
-from rankspawn._place.devices import as_devices, find_devices, locate, parse_devices, read_device_files
+from rankspawn._place.auto import plan_auto
+from rankspawn._place.devices import (
+    as_devices,
+    find_devices,
+    find_visible,
+    locate,
+    parse_devices,
+    read_device_files,
+)
+from rankspawn._place.glance import hidden_devices
+from rankspawn._place.plan import plan
 from rankspawn._place.sysfs import Tree
 from rankspawn._place.topology import Topology
 from rankspawn._place.visible import Device, DeviceError
@@ -51,6 +61,15 @@ def test_nvidia_by_the_drivers_proc_files(tmp_path: Path) -> None:
         ("", []),
         ("-1", []),
         ("1,-1,0", [1]),
+        ("NoDevFiles", []),
+        ("2,0,", [2, 0]),
+        ("0,,1", [0]),
+        (",1", []),
+        ("0,gpu1", [0]),
+        ("1gpu,2x,+3", [1, 2, 3]),
+        ("0-2", [0]),
+        (f"0,{UUIDS[2]}", [0]),
+        (f"{UUIDS[2]},0", [2]),
         ("1,7,0", [1]),
         (f"{UUIDS[3]},{UUIDS[0]}", [3, 0]),
         ("GPU-bb,GPU-cc,GPU-aa0", [1, 2, 0]),
@@ -65,9 +84,7 @@ def test_cuda_visible_devices(visible: str, chosen: list[int], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("visible", "message"),
     [
-        ("0,gpu1", r"CUDA_VISIBLE_DEVICES='0,gpu1': 'gpu1' is neither a number nor a UUID"),
         ("0,1,0", r"CUDA_VISIBLE_DEVICES='0,1,0': '0' is there twice"),
-        ("0,,1", r"'' is neither a number nor a UUID"),
         ("GPU-aa", r"CUDA_VISIBLE_DEVICES: 'GPU-aa' is the beginning of 2 UUIDS"),
         ("MIG-1234", r"only NVML knows which GPU has 'MIG-1234': install nvidia-ml-py"),
     ],
@@ -75,6 +92,47 @@ def test_cuda_visible_devices(visible: str, chosen: list[int], tmp_path: Path) -
 def test_cuda_visible_devices_that_cannot_be_understood(visible: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match=f"(?i){message}"):
         find_devices(four_gpus(tmp_path), {"CUDA_VISIBLE_DEVICES": visible})
+
+
+ALL = "hides all accelerators (4)"
+
+
+@pytest.mark.parametrize(
+    ("visible", "note"),
+    [
+        (None, ""),
+        ("1,0", ""),
+        ("1,0,", ""),
+        ("1,-1", ""),
+        ("", f"CUDA_VISIBLE_DEVICES='' {ALL}"),
+        ("-1", f"CUDA_VISIBLE_DEVICES='-1' {ALL}"),
+        ("NoDevFiles", f"CUDA_VISIBLE_DEVICES='NoDevFiles' {ALL}"),
+        ("9,0", f"CUDA_VISIBLE_DEVICES='9,0' {ALL}"),
+        ("0,9", "CUDA_VISIBLE_DEVICES='0,9': '9' is no device here, and the list ends before it: 1 device is visible"),
+        (
+            "1,0,,2",
+            "CUDA_VISIBLE_DEVICES='1,0,,2': '' is no device here, and the list ends before it: 2 devices are visible",
+        ),
+        ("0-3", "CUDA_VISIBLE_DEVICES='0-3': '0-3' is read as 0: 1 device is visible"),
+    ],
+)
+def test_what_a_variable_hides_is_said(visible: str | None, note: str, tmp_path: Path) -> None:
+    topology, environ = four_gpus(tmp_path), {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert find_visible(topology, environ).notes == ((note,) if note else ())
+    assert hidden_devices(environ, topology.root) == ((note,) if note else ())
+
+
+def test_hidden_devices_are_said_by_every_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = four_gpus(tmp_path)
+    monkeypatch.setattr(_devices, "is_live", lambda root: True)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,9")
+    for ranks in (plan(topology, "node"), plan_auto(topology, nprocs=2), plan(topology, "node", gpu_index=0)):
+        assert [("'9' is no device here" in " ".join(rank.notes)) for rank in ranks] == [
+            i == 0 for i in range(len(ranks))
+        ]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert any(ALL in note for rank in plan_auto(topology, nprocs=2) for note in rank.notes)
 
 
 def test_uuids_that_the_driver_does_not_tell(tmp_path: Path) -> None:
@@ -261,6 +319,14 @@ def amd(tmp_path: Path) -> Topology:
         ({"HIP_VISIBLE_DEVICES": "2", "CUDA_VISIBLE_DEVICES": "0"}, ["c6"]),
         ({"CUDA_VISIBLE_DEVICES": "2,1"}, ["c6", "c1"]),
         ({"HIP_VISIBLE_DEVICES": "-1"}, []),
+        ({"HIP_VISIBLE_DEVICES": "", "CUDA_VISIBLE_DEVICES": "2"}, ["c6"]),
+        ({"ROCR_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "0"}, []),
+        ({"ROCR_VISIBLE_DEVICES": "2, 0,2,1"}, ["c6", "c1"]),
+        ({"HIP_VISIBLE_DEVICES": "2,2,0,1"}, ["c6", "c1", "c1"]),
+        ({"HIP_VISIBLE_DEVICES": "2, 0"}, ["c6"]),
+        ({"ROCR_VISIBLE_DEVICES": "2,0,"}, ["c6", "c1"]),
+        ({"ROCR_VISIBLE_DEVICES": "NoDevFiles"}, []),
+        ({"GPU_DEVICE_ORDINAL": "2"}, ["c1", "c1", "c6"]),
     ],
 )
 def test_amd_by_kfd(environ: dict[str, str], buses: list[str], tmp_path: Path) -> None:
@@ -294,7 +360,15 @@ def intel(tmp_path: Path) -> Topology:
         ({}, ["29", "29", "4d", "4d", "00"]),
         ({"ZE_FLAT_DEVICE_HIERARCHY": "COMPOSITE"}, ["29", "4d", "00"]),
         ({"ZE_AFFINITY_MASK": "3,0"}, ["29", "4d"]),
+        ({"ZE_AFFINITY_MASK": "3,,0,"}, ["29", "4d"]),
         ({"ZE_FLAT_DEVICE_HIERARCHY": "COMPOSITE", "ZE_AFFINITY_MASK": "1.0,1.1"}, ["4d"]),
+        ({"ONEAPI_DEVICE_SELECTOR": "level_zero:gpu"}, ["29", "29", "4d", "4d", "00"]),
+        ({"ONEAPI_DEVICE_SELECTOR": "level_zero:2,0"}, ["29", "4d"]),
+        ({"ONEAPI_DEVICE_SELECTOR": "*:gpu;!Level_Zero:0,1"}, ["4d", "4d", "00"]),
+        ({"ONEAPI_DEVICE_SELECTOR": "!level_zero:4"}, ["29", "29", "4d", "4d"]),
+        ({"ONEAPI_DEVICE_SELECTOR": "!*:cpu"}, ["29", "29", "4d", "4d", "00"]),
+        ({"ONEAPI_DEVICE_SELECTOR": "opencl:gpu"}, []),
+        ({"ONEAPI_DEVICE_SELECTOR": "level_zero:1", "ZE_AFFINITY_MASK": "1,2"}, ["4d"]),
     ],
 )
 def test_intel_by_drm(environ: dict[str, str], buses: list[str], tmp_path: Path) -> None:
@@ -316,6 +390,24 @@ def test_the_tiles_that_i915_shows(tmp_path: Path) -> None:
 def test_a_malformed_affinity_mask(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match=r"ZE_AFFINITY_MASK='0,x': 'x' is not a device number"):
         find_devices(intel(tmp_path), {"ZE_AFFINITY_MASK": "0,x"})
+
+
+@pytest.mark.parametrize(
+    ("selector", "message"),
+    [("gpu", "'gpu' is not a term like level_zero:0,1"), ("level_zero:x", "'x' is not a device like gpu, [*] or 0")],
+)
+def test_a_malformed_device_selector(selector: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match=f"ONEAPI_DEVICE_SELECTOR='{selector}': {message}"):
+        find_devices(intel(tmp_path), {"ONEAPI_DEVICE_SELECTOR": selector})
+
+
+def test_hidden_intel_and_amd_devices_are_said(tmp_path: Path) -> None:
+    (note,) = find_visible(intel(tmp_path / "intel"), {"ONEAPI_DEVICE_SELECTOR": "opencl:*"}).notes
+    assert note == "ONEAPI_DEVICE_SELECTOR='opencl:*' hides all accelerators (5)"
+    (note,) = find_visible(amd(tmp_path / "amd"), {"ROCR_VISIBLE_DEVICES": "2,7", "HIP_VISIBLE_DEVICES": "0"}).notes
+    assert note == "ROCR_VISIBLE_DEVICES='2,7': '7' is no device here, and the list ends before it: 1 device is visible"
+    (note,) = find_visible(amd(tmp_path / "both"), {"ROCR_VISIBLE_DEVICES": "2", "HIP_VISIBLE_DEVICES": "1"}).notes
+    assert note == "HIP_VISIBLE_DEVICES='1' hides all accelerators (1)"
 
 
 def test_a_captured_tree_is_read_with_no_variables_of_this_process(

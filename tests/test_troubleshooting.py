@@ -341,6 +341,24 @@ def _(_: Path) -> str:
     return raised(lambda: nvidia_visible((), {"CUDA_VISIBLE_DEVICES": "MIG-1234"}))
 
 
+def hidden(folder: Path, visible: str) -> str:
+    from rankspawn._place.glance import hidden_devices
+
+    extra = {"proc/driver/nvidia/gpus/0000:3b:00.0/information": "Model: H\nGPU UUID: GPU-aa"}
+    root = write(folder, Machine(gpus=(Gpu(0, "0000:3b:00.0"),), extra=extra))
+    return " ".join(hidden_devices({"CUDA_VISIBLE_DEVICES": visible}, str(root)))
+
+
+@provokes("hides all accelerators")
+def _(folder: Path) -> str:
+    return hidden(folder, "NoDevFiles")
+
+
+@provokes("is no device here, and the list ends before it")
+def _(folder: Path) -> str:
+    return hidden(folder, "0,9")
+
+
 @provokes("is there twice, which hides all devices")
 def _(folder: Path) -> str:
     from rankspawn._place.devices import find_devices

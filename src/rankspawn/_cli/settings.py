@@ -8,7 +8,7 @@ import re
 import sys
 
 from .._frozen import Frozen
-from .._place.glance import has_one_node, unbound_threads
+from .._place.glance import has_one_node, hidden_devices, unbound_threads
 from .._place.openmp import affinity_warnings
 from .._place.sysfs import TopologyError
 from .options import AUTO_BINDS, CommandError, PlacementOptions, placement
@@ -146,7 +146,9 @@ def place_ranks(
     mode = options.numa_binding if options.say_only_mode else ""
     try:
         # Without options, and on a machine with one node, there is nothing to choose, and no need to read the machine.
-        if not (root == "/" and (mode == "none" or (mode == "auto" and has_one_node()))):
+        if root == "/" and (mode == "none" or (mode == "auto" and has_one_node())):
+            notes += hidden_devices(os.environ)
+        else:
             from .._place.topology import Topology
 
             ranks = placement(options, Topology.read(root), nprocs)

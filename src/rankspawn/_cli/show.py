@@ -52,11 +52,13 @@ def _add_common_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _topology(args: argparse.Namespace) -> int:
-    from .._place.devices import find_devices, read_device_files
+    from .._place.devices import find_visible, read_device_files
 
     tree = Tree(args.sysfs)
     topology = Topology.read(tree)
-    devices = find_devices(topology, tree=tree)
+    seen = find_visible(topology, tree=tree)
+    devices = seen.devices
+    topology = topology.replace(notes=(*topology.notes, *seen.notes))
     if args.capture:
         read_device_files(tree)
         capture(tree, args.capture)

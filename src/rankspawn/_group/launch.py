@@ -222,11 +222,13 @@ def _place(
     numa: AffinityMode | str | None, memory: MemoryMode | MemoryPolicy | None, nprocs: int
 ) -> tuple[list[Binding | None], list[int]]:
     """Find the binding of each rank on this machine, and its OMP_NUM_THREADS."""
-    from .._place.glance import has_one_node, unbound_threads
+    from .._place.glance import has_one_node, hidden_devices, unbound_threads
 
     is_free = numa == "auto" and memory is None
     # On a machine with one node there is nothing to choose, and no need to read it.
     if numa is None or numa == "none" or (is_free and has_one_node()):
+        for note in hidden_devices(os.environ):
+            warnings.warn(note, RuntimeWarning, stacklevel=3)
         return [None] * nprocs, [unbound_threads(nprocs)] * nprocs
     from .._place.auto import plan_auto
     from .._place.plan import plan

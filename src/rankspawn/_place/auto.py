@@ -6,13 +6,13 @@ from collections.abc import Collection, Sequence
 
 from .._binding import Binding, PlacementError
 from .._ids import format_ids
-from .devices import as_devices, find_devices
+from .devices import as_devices, find_visible
 from .memory import policy_of_rank
 from .openmp import threads_of_ranks
 from .plan import Placed, homes_of_ranks
 from .topology import Topology
 from .usable import Home, usable_machine
-from .visible import Device, DeviceError
+from .visible import Device, DeviceError, Visible
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,24 +43,25 @@ def plan_auto(
     machine = usable_machine(topology, None, reserve_cores, threads_per_core)
     problem = ""
     try:
-        found = find_devices(topology) if devices is None else as_devices(topology, devices)
+        seen = find_visible(topology) if devices is None else Visible(as_devices(topology, devices))
     except DeviceError as error:
         if devices is not None or nprocs is None:
             raise
-        found, problem = (), str(error)
-    homes, _ = homes_of_ranks(machine, found, nprocs, None)
+        seen, problem = Visible(()), str(error)
+    homes, _ = homes_of_ranks(machine, seen.devices, nprocs, None)
     problem = problem or next((home.problem for home in homes if home.problem), "")
     is_bound = not problem and len(machine.cores) > 1 and {home.node for home in homes} == machine.cores.keys()
     if not is_bound:
         note = [f"auto binds no rank to a node: {problem}"] if problem and len(machine.cores) > 1 else []
         alone = next(iter(machine.cores)) if len(machine.cores) == 1 else None
         homes = [Home(home.node if home.device else alone, list(note), home.device) for home in homes]
+    homes[0].notes += seen.notes
     whole = frozenset().union(*map(machine.on, machine.cores))
     narrowed = reserve_cores > 0 or threads_per_core is not None
     bindings = []
     for home in homes:
         cpus = machine.on(home.node) if is_bound and home.node is not None else whole
-        policy = policy_of_rank(machine, memory, home, cpus, found, False)
+        policy = policy_of_rank(machine, memory, home, cpus, seen.devices, False)
         bindings.append(Binding(cpus if is_bound or narrowed else None, policy, False))
     threads = threads_of_ranks(topology, machine.allowed, [binding.cpus for binding in bindings])
     return tuple(

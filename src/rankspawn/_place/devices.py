@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from .sysfs import Tree
 from .topology import Topology
-from .visible import Device, DeviceError, intel_visible, nvidia_visible, rocm_visible
+from .visible import Device, DeviceError, Visible, intel_visible, nvidia_visible, rocm_visible
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,14 +37,22 @@ def find_devices(
 ) -> tuple[Device, ...]:
     """Find the visible accelerators of the first vendor that has any: NVIDIA, AMD, Intel.
 
+    The arguments and the errors are those of ``find_visible``.
+
+    Returns:
+        The devices, in the order of the vendor's runtime.
+    """
+    return find_visible(topology, environ, tree).devices
+
+
+def find_visible(topology: Topology, environ: Mapping[str, str] | None = None, tree: Tree | None = None) -> Visible:
+    """Find the visible accelerators, and what there is to say of the variables that hide others.
+
     Args:
         topology: The machine.
         environ: The variables that choose devices. None is this process's environment for the running machine, and an
             empty one for a captured tree.
         tree: What is read; the topology's root if left out.
-
-    Returns:
-        The devices, in the order of the vendor's runtime.
 
     Raises:
         DeviceError: A variable cannot be understood, or NVML fails.
@@ -52,7 +60,21 @@ def find_devices(
     live = is_live(topology.root)
     if environ is None:
         environ = os.environ if live else {}
-    tree = tree or Tree(topology.root)
+    return _visible(tree or Tree(topology.root), environ, live)
+
+
+def hiding_notes(environ: Mapping[str, str], root: str = "/") -> tuple[str, ...]:
+    """Say what variables hide by a mistake, or that they hide all accelerators, where nothing else is to be known.
+
+    NVML is not asked, which would take longer than a whole launch: what only NVML knows is not said.
+    """
+    try:
+        return _visible(Tree(root), environ, False).notes
+    except DeviceError:
+        return ()
+
+
+def _visible(tree: Tree, environ: Mapping[str, str], live: bool) -> Visible:
     for find, visible in (
         (_nvidia, nvidia_visible),
         (_amd, rocm_visible),
@@ -61,7 +83,7 @@ def find_devices(
         found = find(tree, live)
         if found:
             return visible(found, environ)
-    return ()
+    return Visible(())
 
 
 def read_device_files(tree: Tree) -> None:

@@ -8,6 +8,10 @@ from functools import cache
 from .._binding import PlacementError
 from .._ids import parse_ids
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 _NODES = ("sys/devices/system/node/has_cpu", "sys/devices/system/node/online")
 _CPU = "sys/devices/system/cpu"
 _SIBLINGS = ("thread_siblings_list", "core_cpus_list", "core_cpus", "thread_siblings")
@@ -35,6 +39,17 @@ def unbound_threads(nprocs: int) -> int:
     except PlacementError:  # the kernel does not say the cores, or no descriptor is free
         cores = len(cpus)
     return max(1, cores // nprocs)
+
+
+def hidden_devices(environ: Mapping[str, str], root: str = "/") -> tuple[str, ...]:
+    """Say what the variables hide that choose accelerators, for who looks at no device; see ``hiding_notes``."""
+    from .visible import VARIABLES
+
+    if not any(name in environ for name in VARIABLES):
+        return ()
+    from .devices import hiding_notes
+
+    return hiding_notes(environ, root)
 
 
 @cache

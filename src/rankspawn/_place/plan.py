@@ -13,13 +13,13 @@ from collections.abc import Iterable, Sequence
 from .._binding import AffinityMode, Binding, PlacementError
 from .._frozen import Frozen
 from .._public import public
-from .devices import as_devices, find_devices, locate
+from .devices import as_devices, find_visible, locate
 from .memory import policy_of_rank
 from .modes import cpus_of_rank
 from .openmp import threads_of_ranks
 from .topology import Topology, nearest
 from .usable import Home, Machine, usable_machine
-from .visible import Device
+from .visible import Device, Visible
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -129,12 +129,13 @@ def _placed(
     required: bool,
 ) -> list[tuple[Home, Binding]]:
     """Find the home, with its notes, and the binding of each rank that is asked for."""
-    found = find_devices(machine.topology) if devices is None else as_devices(machine.topology, devices)
-    homes, chosen = homes_of_ranks(machine, found, nprocs, gpu_index)
+    seen = find_visible(machine.topology) if devices is None else Visible(as_devices(machine.topology, devices))
+    homes, chosen = homes_of_ranks(machine, seen.devices, nprocs, gpu_index)
+    homes[chosen[0]].notes += seen.notes
     drafts = [(homes[i], cpus_of_rank(machine, mode, homes, i, required)) for i in chosen]
     bound = []
     for i, (home, cpus) in zip(chosen, drafts, strict=True):
-        policy = policy_of_rank(machine, memory, home, cpus, found, required)
+        policy = policy_of_rank(machine, memory, home, cpus, seen.devices, required)
         if cpus is None:
             is_left = "is left unbound" if policy is None else "keeps the CPUs that it inherits"
             home.notes.append(f"rank {i} {is_left}: {home.problem}")

@@ -1,12 +1,15 @@
 """Which accelerators a rank would see, and in which order: the environment variables of the three vendors.
 
 Each vendor's function takes all devices of the machine, in the order in which the driver counts them, and returns those
-that stay visible, in the order in which the runtime counts them.
+that stay visible, in the order in which the runtime counts them. A list is read as the runtime reads it, mistakes too,
+and a note says what a mistake hides. NVIDIA_VISIBLE_DEVICES is not read: it tells a container's runtime which devices
+to put into the container, and those that are there already are what is found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 from .._binding import PlacementError
 from .._frozen import Frozen
@@ -18,6 +21,7 @@ VARIABLES = (
     "HIP_VISIBLE_DEVICES",
     "ZE_AFFINITY_MASK",
     "ZE_FLAT_DEVICE_HIERARCHY",
+    "ONEAPI_DEVICE_SELECTOR",
 )
 """Every variable that is read here."""
 
@@ -52,13 +56,29 @@ class Device(Frozen):
     notes: tuple[str, ...] = ()
 
 
-def nvidia_visible(found: Sequence[Device], environ: Mapping[str, str]) -> tuple[Device, ...]:
+class Visible(Frozen):
+    """The devices that the variables leave.
+
+    Attributes:
+        devices: In the order in which the vendor's runtime counts them.
+        notes: What a list hides by a mistake, and that all devices of the machine are hidden, in words.
+    """
+
+    devices: tuple[Device, ...]
+    notes: tuple[str, ...] = ()
+
+
+def nvidia_visible(found: Sequence[Device], environ: Mapping[str, str]) -> Visible:
     """List NVIDIA GPUs as CUDA counts them (CUDA C++ Programming Guide, "CUDA Environment Variables").
 
-    CUDA_VISIBLE_DEVICES holds ordinals, UUIDs ("GPU-...") or unique beginnings of them, or MIG instances; the first
-    one that does not exist hides itself and all that follow; -1 is the usual way to hide them.
+    CUDA_VISIBLE_DEVICES holds ordinals, or UUIDs ("GPU-...") or unique beginnings of them, or MIG instances; the first
+    word says which, and the list ends before the first word that names no device, so that "NoDevFiles" (Slurm's word)
+    and -1 (the usual one) hide all. Of a number the digits at its beginning count, as for strtoul(3).
     ``found`` is in PCI order. Without CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA puts the fastest first. Among GPUs of one model
     that is the same order; among several models only CUDA knows it, and the devices get a note.
+
+    Raises:
+        DeviceError: A device is there twice, for which CUDA shows no device and no message; or a UUID cannot be found.
     """
     listed = environ.get("CUDA_VISIBLE_DEVICES")
     models = sorted({device.name for device in found})
@@ -71,71 +91,171 @@ def nvidia_visible(found: Sequence[Device], environ: Mapping[str, str]) -> tuple
     else:
         by_ordinal = found
     if listed is None:
-        return tuple(by_ordinal)
-    return _listed("CUDA_VISIBLE_DEVICES", listed, by_ordinal, lambda word: _nvidia_by_uuid(found, word))
+        return Visible(tuple(by_ordinal))
+    words = [word.strip() for word in listed.split(",")]
+    kind = next((kind for kind in ("GPU-", "MIG-") if words[0].startswith(kind)), "")
+    chosen: list[Device] = []
+    seen = set()
+    ended = None
+    for word in words:
+        number = _digits(word)
+        device = None
+        if kind and word.startswith(kind):
+            device = _nvidia_by_uuid(found, word)
+        elif number and not kind and int(number) < len(by_ordinal):
+            device = by_ordinal[int(number)]
+        if device is None:
+            ended = word
+            break
+        named = word if kind else int(number)
+        if named in seen:
+            raise DeviceError(f"CUDA_VISIBLE_DEVICES={listed!r}: {word!r} is there twice, which hides all devices")
+        seen.add(named)
+        chosen.append(device)
+    return _noted("CUDA_VISIBLE_DEVICES", listed, words, ended, found, chosen)
 
 
-def rocm_visible(found: Sequence[Device], environ: Mapping[str, str]) -> tuple[Device, ...]:
+def rocm_visible(found: Sequence[Device], environ: Mapping[str, str]) -> Visible:
     """List AMD GPUs as HIP counts them (ROCm documentation, "GPU isolation techniques").
 
-    ROCR_VISIBLE_DEVICES chooses by ordinal or UUID ("GPU-" and 16 hexadecimal digits). HIP_VISIBLE_DEVICES, or
-    CUDA_VISIBLE_DEVICES in its place, chooses among what is left.
+    ROCR_VISIBLE_DEVICES chooses by ordinal or UUID ("GPU-" and 16 hexadecimal digits, or a beginning of it).
+    HIP_VISIBLE_DEVICES, or CUDA_VISIBLE_DEVICES in its place, chooses among what is left. Both lists end before the
+    first word that names no device; the first also before a device that it has already. An empty ROCR_VISIBLE_DEVICES
+    hides all, and the other two, when empty, nothing. HIP reads no GPU_DEVICE_ORDINAL: that is OpenCL's.
     """
-    left = tuple(found)
-    hip = "HIP_VISIBLE_DEVICES" if "HIP_VISIBLE_DEVICES" in environ else "CUDA_VISIBLE_DEVICES"
-    for name in ("ROCR_VISIBLE_DEVICES", hip):
-        if name in environ:
-            among = left
-            left = _listed(name, environ[name], among, lambda word: _by_prefix(name, among, word))  # noqa: B023
+    left = Visible(tuple(found))
+    name = "ROCR_VISIBLE_DEVICES"
+    listed = environ.get(name)
+    if listed is not None:
+        words = [word.strip() for word in listed.split(",")]
+        left = _rocm_listed(name, listed, words, found, once=True)
+    name = "HIP_VISIBLE_DEVICES" if environ.get("HIP_VISIBLE_DEVICES") else "CUDA_VISIBLE_DEVICES"
+    listed = environ.get(name)
+    if listed and left.devices:
+        chosen = _rocm_listed(name, listed, listed.split(","), left.devices, once=False)
+        left = Visible(chosen.devices, (*left.notes, *chosen.notes))
     return left
 
 
-def intel_visible(found: Sequence[Device], environ: Mapping[str, str]) -> tuple[Device, ...]:
-    """List Intel GPUs as Level Zero counts them (its specification, "Environment Variables").
+def _rocm_listed(name: str, listed: str, words: Sequence[str], among: Sequence[Device], *, once: bool) -> Visible:
+    """Find what a list of ordinals and UUIDs leaves, and what there is to say of it."""
+    chosen: list[int] = []
+    ended = None
+    for word in words:
+        number = -1
+        if word.upper().startswith("GPU-"):
+            device = _by_prefix(name, among, word)
+            number = -1 if device is None else among.index(device)
+        elif word.isascii() and word.isdecimal() and int(word) < len(among):
+            number = int(word)
+        if number < 0 or (once and number in chosen):
+            ended = word
+            break
+        if number not in chosen:
+            chosen.append(number)
+    return _noted(name, listed, words, ended, among, [among[number] for number in chosen])
+
+
+def intel_visible(found: Sequence[Device], environ: Mapping[str, str]) -> Visible:
+    """List Intel GPUs as Level Zero counts them, and SYCL behind it (their "Environment Variables").
 
     With ZE_FLAT_DEVICE_HIERARCHY FLAT (the default) or COMBINED each tile counts as a device; with COMPOSITE a whole
-    card does, and "0.1" in the mask is its tile 1. ZE_AFFINITY_MASK filters, it does not permute.
+    card does, and "0.1" in the mask is its tile 1. ZE_AFFINITY_MASK filters, it does not permute. Among what it leaves
+    ONEAPI_DEVICE_SELECTOR chooses, by terms like "level_zero:0,1" and "!level_zero:0".
+
+    Raises:
+        DeviceError: A variable cannot be understood.
     """
     flat = environ.get("ZE_FLAT_DEVICE_HIERARCHY", "FLAT").upper() != "COMPOSITE"
-    all = [device for device in found for _ in (device.partitions or ("0",))] if flat else list(found)
-    mask = environ.get("ZE_AFFINITY_MASK", "").strip()
-    if not mask:
-        return tuple(all)
+    left = [device for device in found for _ in (device.partitions or ("0",))] if flat else list(found)
+    notes: list[str] = []
+    for name, choose in (("ZE_AFFINITY_MASK", _masked), ("ONEAPI_DEVICE_SELECTOR", _selected)):
+        text = environ.get(name, "").strip()
+        if text and left:
+            among = left
+            wanted = choose(text, len(among))
+            left = [device for i, device in enumerate(among) if i in wanted]
+            notes += _noted(name, text, (), None, among, left).notes
+    return Visible(tuple(left), tuple(notes))
+
+
+def _masked(mask: str, count: int) -> set[int]:
+    """Read ZE_AFFINITY_MASK: the numbers of the devices that it leaves."""
     wanted = set()
-    for word in mask.split(","):
-        number = word.strip().partition(".")[0]
+    for word in filter(None, map(str.strip, mask.split(","))):
+        number = word.partition(".")[0]
         if not (number.isascii() and number.isdecimal()):
             raise DeviceError(f"ZE_AFFINITY_MASK={mask!r}: {word!r} is not a device number like 0 or 0.1")
         wanted.add(int(number))
-    return tuple(device for i, device in enumerate(all) if i in wanted)
+    return wanted
 
 
-def _listed(
-    variable: str, text: str, found: Sequence[Device], by_name: Callable[[str], Device | None]
-) -> tuple[Device, ...]:
-    """Find the devices that a list of ordinals and names chooses, up to the first that does not exist.
+def _selected(selector: str, count: int) -> set[int]:
+    """Read ONEAPI_DEVICE_SELECTOR: the numbers of the Level Zero GPUs that it accepts and does not discard.
 
-    For a device named twice, and for a word that is neither, the runtimes show no devices and no message. A launcher
-    that placed ranks as on a machine without devices would hide the mistake, so both are errors here.
+    A term is BACKEND:DEVICE,...; a device is "*", "gpu", a number, or one of these with its parts ("0.1", "*.*").
+    Where all terms discard ("!level_zero:0"), all others are accepted.
     """
-    chosen: list[Device] = []
-    seen = set()
-    for word in (part.strip() for part in text.split(",")) if text.strip() else ():
-        digits = word.removeprefix("-")
-        if digits.isascii() and digits.isdecimal():
-            number = int(word)
-            device = found[number] if 0 <= number < len(found) else None
-        elif word.startswith(("GPU-", "MIG-")):
-            device = by_name(word)
+    accepted, discarded, all = set(), set(), set(range(count))
+    discards_only = True
+    for term in filter(None, map(str.strip, selector.lower().split(";"))):
+        backend, colon, devices = term.removeprefix("!").partition(":")
+        if not colon or not devices:
+            raise DeviceError(f"ONEAPI_DEVICE_SELECTOR={selector!r}: {term!r} is not a term like level_zero:0,1")
+        chosen: set[int] = set()
+        for word in devices.split(","):
+            root = word.strip().partition(".")[0]
+            if root in ("*", "gpu"):
+                chosen |= all
+            elif root.isascii() and root.isdecimal():
+                chosen.add(int(root))
+            elif root not in ("cpu", "fpga"):
+                raise DeviceError(f"ONEAPI_DEVICE_SELECTOR={selector!r}: {word!r} is not a device like gpu, * or 0")
+        if backend.strip() not in ("*", "level_zero"):
+            chosen = set()
+        if term.startswith("!"):
+            discarded |= chosen
         else:
-            raise DeviceError(f"{variable}={text!r}: {word!r} is neither a number nor a UUID")
-        if device is None:
-            break
-        if word in seen:
-            raise DeviceError(f"{variable}={text!r}: {word!r} is there twice, which hides all devices")
-        seen.add(word)
-        chosen.append(device)
-    return tuple(chosen)
+            discards_only = False
+            accepted |= chosen
+    return (all if discards_only else accepted) - discarded
+
+
+def _noted(
+    variable: str, text: str, words: Sequence[str], ended: str | None, found: Sequence[Device], chosen: Sequence[Device]
+) -> Visible:
+    """Say what a variable hides by a mistake, or that it hides everything.
+
+    Args:
+        variable: Its name.
+        text: Its value.
+        words: The words of its list; none of what is no list.
+        ended: The word before which the list ended; None where it was read to its end.
+        found: What there is.
+        chosen: What it leaves.
+    """
+    note = ""
+    cut = next((word for word in words[: len(chosen)] if _digits(word) not in ("", word)), "")
+    # A comma at the end, and -1, say nothing that anybody could have meant otherwise.
+    if chosen and ended is not None and not ended.startswith("-") and (ended or any(words[len(chosen) + 1 :])):
+        note = (
+            f"{variable}={text!r}: {ended!r} is no device here, and the list ends before it: {_count(chosen)} visible"
+        )
+    elif cut:
+        note = f"{variable}={text!r}: {cut!r} is read as {_digits(cut)}: {_count(chosen)} visible"
+    elif found and not chosen:
+        note = f"{variable}={text!r} hides all accelerators ({len(found)})"
+    return Visible(tuple(chosen), (note,) if note else ())
+
+
+def _digits(word: str) -> str:
+    """The number at the beginning of a word, as strtoul(3) finds it; "" for none."""
+    number = re.match(r"\+?[0-9]+", word)
+    return number[0] if number else ""
+
+
+def _count(devices: Sequence[Device]) -> str:
+    return f"{len(devices)} device{'s are' if len(devices) > 1 else ' is'}"
 
 
 def _nvidia_by_uuid(found: Sequence[Device], word: str) -> Device | None:
