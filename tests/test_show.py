@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -16,9 +17,12 @@ import pytest
 
 from rankspawn._binding import PlacementError
 from rankspawn._cli.show import _table, add_plan_options, add_topology_options
+from rankspawn._place.colours import colour, shade
 from rankspawn._place.devices import find_devices
 from rankspawn._place.drawing import drawing
 from rankspawn._place.plan import plan
+from rankspawn._place.surroundings import adapters, cache_size
+from rankspawn._place.sysfs import Tree
 from rankspawn._place.topology import Topology
 from tests.support.sysfs_tree import Gpu, Machine, address, write
 
@@ -141,7 +145,7 @@ def test_a_drawing_has_every_cpu_once_and_every_rank(name: str, tmp_path: Path) 
     for index, rank in enumerate(ranks):
         assert f"rank {index}: {rank.binding}" in " ".join(texts)
     for number, device in enumerate(devices):
-        assert f"{number}: {device.address}" in texts
+        assert any(text.startswith(f"{number}: {device.address}") for text in texts)
     for cpu in topology.cpus - topology.allowed_cpus:
         assert any(title.startswith(f"CPU {cpu}, not allowed") for title in titles)
     width, height = float(root.get("width", "")), float(root.get("height", ""))
@@ -149,6 +153,96 @@ def test_a_drawing_has_every_cpu_once_and_every_rank(name: str, tmp_path: Path) 
         if rect.get("x"):
             assert float(rect.get("x", "")) + float(rect.get("width", "")) <= width
             assert float(rect.get("y", "")) + float(rect.get("height", "")) <= height
+
+
+def texts_of(drawn: str) -> list[str]:
+    return [text.text or "" for text in ElementTree.fromstring(drawn).iter(f"{SVG}text")]
+
+
+def test_ranks_that_share_a_node_are_chips_at_its_frame(tmp_path: Path) -> None:
+    topology = Topology.read(write(tmp_path, Machine(sockets=2, cores=4)))
+    drawn = drawing(topology, (), plan(topology, "node", nprocs=40))
+    classes = Counter(rect.get("class") for rect in ElementTree.fromstring(drawn).iter(f"{SVG}rect"))
+    assert classes["shared"] == len(topology.cpus) + 1, "a cell for each CPU, and one in the legend"
+    # Each rank's number is in its node and in the legend; a CPU's number may be the same.
+    chips = Counter(
+        text.text for text in ElementTree.fromstring(drawn).iter(f"{SVG}text") if "chip" in text.get("class", "")
+    )
+    assert chips == {str(rank): 2 for rank in range(40)}
+
+
+def test_neighbouring_ranks_have_colours_that_differ() -> None:
+    colours = [colour(rank) for rank in range(24)]
+    assert len(set(colours)) == 24
+    assert all(re.fullmatch("#[0-9a-f]{6}", one) for one in colours)
+    assert {shade(rank) for rank in range(24)} == {"dark", "light"}
+
+
+def test_a_drawing_has_a_title_and_the_distances(tmp_path: Path) -> None:
+    root = write(tmp_path / "tree", TWO_SOCKETS)
+    command("plan", "--sysfs", root, "--svg", tmp_path / "plain.svg")
+    command("plan", "--sysfs", root, "--svg", tmp_path / "more.svg", "--distances")
+    plain, more = (texts_of((tmp_path / f"{name}.svg").read_text()) for name in ("plain", "more"))
+    assert plain[0].startswith(f"{root}, ") and ": rankspawn" in plain[0]
+    assert not any(text.startswith("distance") for text in plain)
+    found = more.index("distance between nodes (10 is the node itself)")
+    assert [text for text in more[found + 1 :] if text.isdigit()] == "0 1 2 10 21 32 21 10 31 32 31 10".split()
+
+
+WITH_ADAPTERS = {
+    **{f"sys/class/infiniband/mlx5_{i}/device/numa_node": str(i % 2) for i in (0, 1, 10)},
+    **{f"sys/class/infiniband/mlx5_{i}/ports/1/link_layer": "InfiniBand" for i in (0, 10)},
+    "sys/class/infiniband/mlx5_1/ports/1/link_layer": "Ethernet",
+    "sys/class/infiniband/mlx5_2/device/numa_node": "-1",
+    **{f"sys/devices/system/cpu/cpu{cpu}/cache/index3/size": "36864K" for cpu in range(4)},
+}
+
+
+def test_a_drawing_shows_cache_sizes_and_network_adapters(tmp_path: Path) -> None:
+    topology = Topology.read(write(tmp_path, Machine(sockets=2, cores=4, extra=WITH_ADAPTERS)))
+    tree = Tree(topology.root)
+    assert [(one.name, one.link, one.node) for one in adapters(tree, topology)] == [
+        ("mlx5_0", "InfiniBand", 0),
+        ("mlx5_1", "Ethernet", 1),
+        ("mlx5_2", "", None),
+        ("mlx5_10", "InfiniBand", 0),
+    ]
+    assert [cache_size(tree, cache) for cache in topology.caches] == ["36 MiB", ""]
+    texts = texts_of(drawing(topology, (), ()))
+    assert {"L3 36 MiB", "L3", "mlx5_0 InfiniBand", "mlx5_1 RoCE", "mlx5_2 RDMA"} <= set(texts)
+
+
+def test_the_map_of_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write(tmp_path, TWO_SOCKETS)
+    words = ("plan", "--sysfs", root, "--map")
+    assert command(*words, "--numa-binding", "exclusive") == 0
+    assert capsys.readouterr().out.splitlines()[:-1] == [
+        "node 0, socket 0, 64 GiB, rank 0",
+        "  00  CPUs 0-1,8      L3",
+        "  00  CPUs 2-3,10-11  L3",
+        "  device 0: 0000:10:00.0 NVIDIA H100, rank 0",
+        "node 1, socket 1, 64 GiB, ranks 1-2",
+        "  11  CPUs 4-5,12-13  L3",
+        "  22  CPUs 6-7,14-15  L3",
+        "  device 1: 0000:11:00.0 NVIDIA H100, rank 1",
+        "  device 2: 0000:12:00.0 NVIDIA H100, rank 2",
+        "node 2, 64 GiB, no CPUs",
+        "",
+    ]
+    assert command(*words, "--numa-binding", "node", "--nproc-per-node", 4) == 0
+    out = capsys.readouterr().out
+    assert "node 1, socket 1, 64 GiB, ranks 1-2\n  **  CPUs 4-5,12-13" in out
+    assert out.splitlines()[-1] == "each character is a core: * several ranks"
+
+
+def test_the_map_of_a_machine_marks_what_may_not_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command("topology", "--map", "--sysfs", write(tmp_path, Machine(cores=4, allowed="0-2")))
+    assert capsys.readouterr().out.splitlines() == [
+        "node 0, socket 0, 64 GiB",
+        "  ...-  CPUs 0-3  L3",
+        "",
+        "each character is a core: . no rank, - this process may not use it",
+    ]
 
 
 def test_drawings_are_written(tmp_path: Path) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import os
 import re
 import signal
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from datetime import datetime
 
 import pytest
 
 from rankspawn import Popen
 from rankspawn._output.form import AttemptReport, BindingFacts, Exit, GroupReport, RankReport
 from rankspawn._output.report import Attempt, group_report, rank_report
-from rankspawn._output.timeline import Axis, spoken, timeline_svg
+from rankspawn._output.timeline import Axis, spoken, timeline_svg, timeline_text
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -342,3 +344,27 @@ def test_real_ranks() -> None:
     assert [drawn.mark(number)[1] for number in range(3)] == ["ok", "failed first", "killed"]
     ends = [drawn.ran(number)[1] for number in range(3)]
     assert ends == sorted(ends) and f"pid {ranks[1]['pid']}" in (drawn.attempt(1, 0)[0].text or "")
+
+
+def test_a_trace_has_each_rank_as_a_process() -> None:
+    report = job([rank(0, exited=2.0), rank(1, exited=2.5, returncode=-9)], [rank(0), rank(1, returncode=None)])
+    trace = json.loads(timeline_text(report, "job.JSON"))
+    events = trace["traceEvents"]
+    assert trace["baseTimeNanoseconds"] % (7889238 * 10**9) == 0
+    called = datetime.fromisoformat(report["attempts"][0]["started"]).timestamp() * 1e6
+    base = trace["baseTimeNanoseconds"] / 1e3
+    spans = [one for one in events if one["ph"] == "X"]
+    assert [(one["name"], one["pid"]) for one in spans] == [
+        (name, pid) for _ in range(2) for pid in (1000, 1001) for name in ("start", "run")
+    ]
+    assert [round(one["ts"] + base - called) for one in spans[:4]] == [0, 1000, 0, 1000]
+    assert [round(one["dur"]) for one in spans[:4]] == [1000, 1999000, 1000, 2499000]
+    assert spans[1]["args"]["cpus"] == "0-3"
+    assert [one["name"] for one in events if one["ph"] == "i"] == ["exit 0", "SIGKILL", "exit 0"]
+    names = [one["args"]["name"] for one in events if one["name"] == "process_name"]
+    assert [name.partition(":")[0] for name in names] == ["rank 0", "rank 1", "rank 0, attempt 1", "rank 1, attempt 1"]
+
+
+def test_a_timeline_is_a_drawing_unless_its_name_is_json() -> None:
+    report = job([rank(0)])
+    assert timeline_text(report, "job.svg") == timeline_text(report, "job") == timeline_svg(report)

@@ -87,7 +87,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     add("--tee", action="store_true", help="log files, and their lines here too, each behind its [rank N]:")
     add("--local-ranks-filter", "--local_ranks_filter", type=_ids, metavar="LIST", help="--tee shows these: 0,2-3")
     add("--report", metavar="FILE.json", help="times, bindings, exits and use of each rank")
-    add("--timeline", metavar="FILE.svg", help="the same as a drawing")
+    add("--timeline", metavar="FILE", help="the same as a drawing (FILE.svg), or as a trace for Perfetto (FILE.json)")
     add_placement_options(run)
     # One list for both, because argparse would remove a double dash right behind a SCRIPT argument of its own.
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ARGS", help="what each rank runs")

@@ -48,6 +48,8 @@ def add_plan_options(plan: argparse.ArgumentParser) -> None:
 def _add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--svg", metavar="FILE", help="draw it")
+    parser.add_argument("--map", action="store_true", help="draw it as text: a character for each core")
+    parser.add_argument("--distances", action="store_true", help="with --svg: draw the distances between nodes, too")
     parser.add_argument("--sysfs", default="/", metavar="ROOT", help="another machine: the folder with its sys/")
 
 
@@ -63,8 +65,10 @@ def _topology(args: argparse.Namespace) -> int:
         read_device_files(tree)
         capture(tree, args.capture)
     if args.svg:
-        _draw(args.svg, topology, devices, ())
-    if args.json:
+        _draw(args, topology, devices, ())
+    if args.map:
+        _print_map(topology, devices, ())
+    elif args.json:
         _print_json(topology_json(topology, devices))
     else:
         _print_topology(topology, devices, sys.stdout)
@@ -84,10 +88,15 @@ def _plan(args: argparse.Namespace) -> int:
     notes += affinity_warnings(os.environ) if live else ()
     notes.append(idle_note(topology, ranks))
     notes = list(dict.fromkeys(filter(None, notes)))
-    if args.svg:
+    if args.svg or args.map:
         followed = tuple(dict.fromkeys(rank.device for rank in ranks if rank.device))
-        _draw(args.svg, topology, followed or find_devices(topology), ranks)
-    if args.json:
+        devices = followed or find_devices(topology)
+    if args.svg:
+        _draw(args, topology, devices, ranks)
+    if args.map:
+        _print_map(topology, devices, ranks)
+        _notes((*topology.notes, *notes), sys.stdout)
+    elif args.json:
         _print_json({"ranks": [rank_json(i, rank) for i, rank in enumerate(ranks)], "notes": notes})
     else:
         _print_plan(topology, ranks, notes, sys.stdout)
@@ -160,14 +169,26 @@ def _print_json(data: dict[str, Any]) -> None:
     print(json.dumps(data, indent=2))
 
 
-def _draw(path: str, topology: Topology, devices: Sequence[Device], ranks: Sequence[Placed]) -> None:
+def _draw(args: argparse.Namespace, topology: Topology, devices: Sequence[Device], ranks: Sequence[Placed]) -> None:
+    from datetime import datetime
+
+    from .._place.devices import is_live
     from .._place.drawing import drawing
 
+    host = os.uname().nodename if is_live(topology.root) else topology.root
+    command = " ".join(["rankspawn", *sys.argv[1:]])
+    title = f"{host}, {datetime.now():%Y-%m-%d %H:%M}: {command}"
     try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(drawing(topology, devices, ranks))
+        with open(args.svg, "w", encoding="utf-8") as file:
+            file.write(drawing(topology, devices, ranks, title=title, distances=args.distances))
     except OSError as error:
-        raise PlacementError(f"--svg {path}: {error.strerror}") from error
+        raise PlacementError(f"--svg {args.svg}: {error.strerror}") from error
+
+
+def _print_map(topology: Topology, devices: Sequence[Device], ranks: Sequence[Placed]) -> None:
+    from .._place.textmap import text_map
+
+    print(text_map(topology, devices, ranks), end="")
 
 
 def _print_topology(topology: Topology, devices: Sequence[Device], out: IO[str]) -> None:

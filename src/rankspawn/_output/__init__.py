@@ -4,7 +4,8 @@ logs       where each rank writes                           failure    which ran
 tee        what all ranks write, shown while they run       follow     one log file as it grows, and where it is shown
 report     times, bindings, exits and use, as data          usage      what a rank uses now
 form       the types of a report                            timeline   a report as a picture
-write      reports written to files and pipes               console    what the launcher says on stderr
+write      reports written to files and pipes               trace      a report as a trace for Perfetto
+console    what the launcher says on stderr
 
 This room starts and ends no process: it imports Popen only as a type, and only `processes` from _end.
 """

@@ -71,6 +71,15 @@ class _Rows(NamedTuple):
     text: int
 
 
+def timeline_text(report: GroupReport, path: str) -> str:
+    """The text of a timeline's file: a trace for a name that ends in ".json", else the drawing."""
+    if path.lower().endswith(".json"):
+        from .trace import trace_json
+
+        return trace_json(report)
+    return timeline_svg(report)
+
+
 def timeline_svg(report: GroupReport) -> str:
     """The SVG text of a report.
 

@@ -1,4 +1,4 @@
-"""A machine drawn as SVG: sockets, nodes, last-level caches, cores and devices, each rank's cores in its colour.
+"""A machine drawn as SVG: sockets, nodes, last-level caches, cores, devices, and the ranks that a plan puts there.
 
 Boxes are laid out from the inside out: each knows its size, and puts its children in rows of a given length.
 """
@@ -6,27 +6,23 @@ Boxes are laid out from the inside out: each knows its size, and puts its childr
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from colorsys import hls_to_rgb
 from dataclasses import dataclass, field
 from math import ceil, sqrt
 
 from .._canvas import Canvas, escaped
 from .._ids import format_ids
+from .colours import STYLE, colour, shade
 from .devices import locate
 from .plan import Placed
+from .surroundings import Adapter, adapters, cache_size
+from .sysfs import Tree
 from .topology import Cache, Node, Topology
 from .visible import Device
 
 _PAD, _GAP, _TITLE = 8, 6, 16
 _CELL_W, _CELL_H = 26, 15
-_STYLE = """
-text { font: 11px system-ui, sans-serif; fill: #1d2733 }
-.cpu { font-size: 9px; text-anchor: middle } .off { fill: #9aa5b1 }
-.socket { fill: #f2f4f7; stroke: #8a97a6 } .node { fill: #ffffff; stroke: #5b7fa6 }
-.memory { fill: #fbf7ec; stroke: #b59b4c } .cache { fill: #f7f9fb; stroke: #c3ccd6 }
-.device { fill: #ffffff; stroke: #4a5562; stroke-width: 1.5 } .core { fill: none; stroke: #5d6a79 }
-.small { stroke-dasharray: 2 1.5 } .plain { fill: none; stroke: none }
-"""
+_CHIP_W, _CHIP_H = 26, 16
+_LETTER = 6.6  # pixels of a character, above the average
 
 
 @dataclass
@@ -34,12 +30,12 @@ class _Box:
     """A titled rectangle.
 
     Attributes:
-        kind: Its CSS class; "core" and "device" have a way of their own to be drawn.
+        kind: Its CSS class; "core", "device", "adapter" and "chip" have a way of their own to be drawn.
         title: The line at its top; "" for none.
         children: The boxes in it.
         columns: How many children are in a row.
         cpus: The hardware threads of a core.
-        ranks: The ranks that follow a device.
+        ranks: The ranks that follow a device; the one of a chip.
         hint: What is shown when the mouse is over it.
     """
 
@@ -57,14 +53,20 @@ class _Box:
     def size(self) -> tuple[float, float]:
         if self.kind == "core":
             return _CELL_W, _CELL_H * len(self.cpus)
-        if self.kind == "device":
-            return 7.0 * len(self.title) + 14, 22
+        if self.kind == "chip":
+            return _CHIP_W, _CHIP_H
+        if self.kind in ("device", "adapter"):
+            return 7.0 * len(self.title) + 14 + (_CHIP_W + 3) * len(self.ranks), 22
         pad = 0 if self.kind == "plain" else _PAD
         sizes = [[child.size() for child in row] for row in self.rows()]
-        width = max((sum(w for w, _ in row) + _GAP * (len(row) - 1) for row in sizes), default=0)
-        height = sum(max(h for _, h in row) for row in sizes) + _GAP * max(0, len(sizes) - 1)
+        gap = self.gap()
+        width = max((sum(w for w, _ in row) + gap * (len(row) - 1) for row in sizes), default=0)
+        height = sum(max(h for _, h in row) for row in sizes) + gap * max(0, len(sizes) - 1)
         title = _TITLE if self.title else 0
-        return max(width, 6.6 * len(self.title)) + 2 * pad, height + 2 * pad + title
+        return max(width, _LETTER * len(self.title)) + 2 * pad, height + 2 * pad + title
+
+    def gap(self) -> float:
+        return 3 if self.children and self.children[0].kind == "chip" else _GAP
 
 
 class _Artist(Canvas):
@@ -82,7 +84,9 @@ class _Artist(Canvas):
         w, h = box.size()
         if box.kind == "core":
             return self.core(box, x, y)
-        if box.kind == "device":
+        if box.kind == "chip":
+            return self.chip(box.ranks[0], x, y)
+        if box.kind in ("device", "adapter"):
             return self.device(box, x, y, w, h)
         pad = 0 if box.kind == "plain" else _PAD
         if box.kind != "plain":
@@ -94,121 +98,212 @@ class _Artist(Canvas):
             at = x + pad
             for child in row:
                 self.box(child, at, y)
-                at += child.size()[0] + _GAP
-            y += max(child.size()[1] for child in row) + _GAP
+                at += child.size()[0] + box.gap()
+            y += max(child.size()[1] for child in row) + box.gap()
 
     def core(self, box: _Box, x: float, y: float) -> None:
+        """Draw a core: a cell for each of its CPUs, in the colour of the one rank that has it."""
         for number, cpu in enumerate(box.cpus):
             top = y + number * _CELL_H
             users = self.users.get(cpu, [])
             who = f", rank {format_ids(users)}" if users else ("" if cpu in self.allowed else ", not allowed")
             self.lines.append(f"<g><title>CPU {cpu}{who}{escaped(box.hint)}</title>")
-            fill = "#ffffff" if cpu in self.allowed else "#e4e8ec"
-            self.fill(x, top, _CELL_W, _CELL_H, fill)
-            for i, rank in enumerate(users[:6]):  # More than six stripes look alike; the title names all ranks.
-                part = _CELL_W / len(users[:6])
-                self.fill(x + i * part, top, part, _CELL_H, _colour(rank))
-            self.text(x + _CELL_W / 2, top + 11, str(cpu), "cpu" if cpu in self.allowed else "cpu off")
+            if len(users) == 1:
+                self.fill(x, top, _CELL_W, _CELL_H, colour(users[0]))
+                self.text(x + _CELL_W / 2, top + 11, str(cpu), f"cpu {shade(users[0])}")
+            else:
+                state = "shared" if users else "free" if cpu in self.allowed else "banned"
+                self.rect(x, top, _CELL_W, _CELL_H, state)
+                self.text(x + _CELL_W / 2, top + 11, str(cpu), "cpu" if cpu in self.allowed else "cpu off")
             self.lines.append("</g>")
         kind = "core small" if box.hint.endswith("efficiency") else "core"
         self.rect(x, y, _CELL_W, _CELL_H * len(box.cpus), kind)
 
-    def device(self, box: _Box, x: float, y: float, w: float, h: float) -> None:
-        self.lines.append(f"<g><title>{escaped(box.hint)}</title>")
-        self.rect(x, y, w, h, "device")
-        for i, rank in enumerate(box.ranks):
-            part = w / len(box.ranks)
-            self.fill(x + 1 + i * part, y + h - 6, part - 2, 5, _colour(rank))
-        self.text(x + 7, y + 13, box.title)
+    def chip(self, rank: int, x: float, y: float) -> None:
+        """Draw a rank's number on its colour."""
+        self.lines.append(f"<g><title>rank {rank}</title>")
+        self.fill(x, y, _CHIP_W, _CHIP_H, colour(rank))
+        self.text(x + _CHIP_W / 2, y + 12, str(rank), f"chip {shade(rank)}")
         self.lines.append("</g>")
 
+    def device(self, box: _Box, x: float, y: float, w: float, h: float) -> None:
+        self.lines.append(f"<g><title>{escaped(box.hint)}</title>")
+        self.rect(x, y, w, h, box.kind)
+        self.text(x + 7, y + 15, box.title)
+        self.lines.append("</g>")
+        for number, rank in enumerate(box.ranks):
+            self.chip(rank, x + w - (_CHIP_W + 3) * (len(box.ranks) - number), y + 3)
 
-def drawing(topology: Topology, devices: Sequence[Device], ranks: Sequence[Placed]) -> str:
+
+def drawing(
+    topology: Topology,
+    devices: Sequence[Device],
+    ranks: Sequence[Placed],
+    *,
+    title: str = "",
+    distances: bool = False,
+) -> str:
     """Draw a machine.
 
     Args:
         topology: The machine.
         devices: Its accelerators; those whose node is unknown are drawn beside the nodes.
         ranks: The ranks, which a legend names; empty to draw the machine alone.
+        title: The first line of the drawing; "" for none.
+        distances: Whether the distances between the NUMA nodes are drawn, as the firmware's SLIT has them.
 
     Returns:
         The SVG text.
     """
+    tree = Tree(topology.root)
     by_node: dict[int | None, list[_Box]] = {}
     for number, device in enumerate(devices):
-        followers = tuple(i for i, rank in enumerate(ranks) if rank.device == device)
-        hint = f"{device.vendor} {device.name} {device.uuid}".strip() or device.address
-        box = _Box("device", f"{number}: {device.address}", ranks=followers, hint=hint)
-        by_node.setdefault(locate(topology, device)[0], []).append(box)
-    tops = _tops(topology, by_node)
-    if None in by_node:
-        tops.append(_Box("memory", "node unknown", [_Box("plain", "", by_node[None], 4)]))
-    memory = [box for box in tops if box.kind == "memory"]
-    tops = [box for box in tops if box.kind != "memory"]
-    machine = _Box("plain", "", [_Box("plain", "", tops, 1 if len(tops) < 3 else _columns(len(tops)))])
-    if memory:
-        machine.children.append(_Box("plain", "", memory, 4))
+        by_node.setdefault(locate(topology, device)[0], []).append(_device(number, device, ranks))
+    for adapter in adapters(tree, topology):
+        by_node.setdefault(adapter.node, []).append(_adapter(adapter))
     artist = _Artist(topology, ranks)
+    machine = _Machine(topology, tree, by_node, artist.users).drawn()
     width, height = machine.size()
-    artist.box(machine, _PAD, _PAD)
-    width, height = _legend(artist, ranks, width + 2 * _PAD, height + 2 * _PAD + _GAP)
-    return artist.document(width, height, _STYLE)
+    top = float(_PAD)
+    if title:
+        artist.text(_PAD, top + 12, title, "title")
+        top += 24
+    artist.box(machine, _PAD, top)
+    width, height = max(width, 8.0 * len(title)) + 2 * _PAD, top + height + _GAP
+    width, height = _legend(artist, topology, ranks, width, height)
+    if distances:
+        width, height = _distances(artist, topology, width, height)
+    return artist.document(width, height, STYLE)
 
 
-def _legend(artist: _Artist, ranks: Sequence[Placed], width: float, y: float) -> tuple[float, float]:
+def _device(number: int, device: Device, ranks: Sequence[Placed]) -> _Box:
+    followers = tuple(i for i, rank in enumerate(ranks) if rank.device == device)
+    name = device.name.removeprefix("NVIDIA ").removeprefix("AMD ")
+    hint = f"{device.vendor} {device.name} {device.uuid}".strip() or device.address
+    return _Box("device", f"{number}: {device.address}" + (f" {name}" if name else ""), ranks=followers, hint=hint)
+
+
+def _adapter(adapter: Adapter) -> _Box:
+    kind = {"Ethernet": "RoCE", "": "RDMA"}.get(adapter.link, adapter.link)
+    return _Box("adapter", f"{adapter.name} {kind}", hint=f"network adapter {adapter.name}, {kind}")
+
+
+def _legend(
+    artist: _Artist, topology: Topology, ranks: Sequence[Placed], width: float, y: float
+) -> tuple[float, float]:
+    """Say what each rank has, and what the frames mean."""
     for index, rank in enumerate(ranks):
-        artist.fill(_PAD, y, 14, 12, _colour(index))
-        artist.rect(_PAD, y, 14, 12, "core")
+        artist.chip(index, _PAD, y)
         text = f"rank {index}: {rank.binding}" + (f", follows {rank.device.address}" if rank.device else "")
-        artist.text(_PAD + 20, y + 10, text)
-        width = max(width, _PAD + 28 + 6.2 * len(text))
-        y += 17
+        artist.text(_PAD + _CHIP_W + 6, y + 12, text)
+        width = max(width, 2 * _PAD + _CHIP_W + 6 + _LETTER * len(text))
+        y += _CHIP_H + 3
+    y += _GAP
+    marks = [("core", "core: a cell for each of its CPUs")]
+    if any(core.kind == "efficiency" for core in topology.cores):
+        marks.append(("core small", "efficiency core"))
+    if any(len(users) > 1 for users in artist.users.values()):
+        marks.append(("shared", "CPU of several ranks, which the node names"))
+    if not topology.allowed_cpus >= topology.cpus:
+        marks.append(("banned", "CPU that this process may not use"))
+    for kind, text in marks:
+        artist.rect(_PAD, y, _CHIP_W, _CHIP_H - 2, kind)
+        artist.text(_PAD + _CHIP_W + 6, y + 11, text, "note")
+        width = max(width, 2 * _PAD + _CHIP_W + 6 + _LETTER * len(text))
+        y += _CHIP_H + 3
     return width, y + _PAD
 
 
-def _tops(topology: Topology, devices: dict[int | None, list[_Box]]) -> list[_Box]:
-    """Make the outermost boxes: nodes that span sockets, with those; sockets with their nodes; nodes of memory only."""
-    tops = []
-    done: set[int] = set()
-    for node in topology.nodes_with_cpus():
-        inside = [socket for socket in topology.sockets if socket.cpus & node.cpus]
-        if len(inside) > 1:
-            boxes = [_Box("socket", f"socket {one.id}", [_cores(topology, one.cpus & node.cpus)]) for one in inside]
-            tops.append(_node(node, [_Box("plain", "", boxes, _columns(len(boxes)))], devices))
-            done.update(node.cpus)
-    for socket in topology.sockets:
-        nodes = [node for node in topology.nodes_with_cpus() if node.cpus <= socket.cpus and not node.cpus & done]
-        boxes = [_node(node, [_cores(topology, node.cpus)], devices) for node in nodes]
-        stray = socket.cpus.difference(done, *(node.cpus for node in topology.nodes))
-        if stray:
-            boxes.append(_Box("memory", "in no node", [_cores(topology, stray)]))
-        if boxes:
-            tops.append(_Box("socket", f"socket {socket.id}", boxes, 2 if len(boxes) > 1 else 1))
-    return tops + [_node(node, [], devices) for node in topology.nodes if not node.cpus]
+def _distances(artist: _Artist, topology: Topology, width: float, y: float) -> tuple[float, float]:
+    """Draw the table of the distances from each node (a row) to each (a column)."""
+    nodes = topology.nodes
+    artist.text(_PAD, y + 10, "distance between nodes (10 is the node itself)")
+    step = 34.0
+    for column, node in enumerate(nodes):
+        artist.text(_PAD + 60 + column * step, y + 28, f"{node.id}", "note")
+    for row, node in enumerate(nodes):
+        artist.text(_PAD, y + 44 + row * 16, f"node {node.id}", "note")
+        for column, other in enumerate(nodes):
+            artist.text(_PAD + 60 + column * step, y + 44 + row * 16, str(node.distance(other.id)))
+    return max(width, 2 * _PAD + 60 + step * len(nodes)), y + 44 + 16 * len(nodes) + _PAD
 
 
-def _node(node: Node, children: list[_Box], devices: dict[int | None, list[_Box]]) -> _Box:
-    gib = node.memory / (1 << 30)
-    memory = f"{gib:.{0 if gib >= 10 else 1}f} GiB" if gib else "no memory"
-    here = devices.get(node.id, [])
-    rows = [*children, _Box("plain", "", here, 4)] if here else children
-    title = f"node {node.id}, {memory}" + ("" if node.cpus else ", no CPUs")
-    return _Box("node" if node.cpus else "memory", title, rows)
+class _Machine:
+    """Makes the boxes of a machine.
 
+    Args:
+        topology: The machine.
+        tree: Where its files are.
+        devices: The boxes of its devices, by their node.
+        users: The ranks that have each CPU.
+    """
 
-def _cores(topology: Topology, cpus: frozenset[int]) -> _Box:
-    """Make a box of the cores among ``cpus``, in boxes of their caches."""
-    groups: list[tuple[Cache | None, frozenset[int]]] = [(one, one.cpus & cpus) for one in topology.caches]
-    groups.append((None, cpus.difference(*(one.cpus for one in topology.caches))))
-    boxes = []
-    for cache, part in groups:
-        cores = list(_core_boxes(topology, part))
-        if cores:
-            columns = min(len(cores), 8 if len(cores) <= 32 else 16)
-            title = f"L{cache.level}" if cache else ""
-            boxes.append(_Box("cache" if cache else "plain", title, cores, columns))
-    lone = all(len(box.children) == 1 for box in boxes)
-    return _Box("plain", "", boxes, 8 if lone else _columns(len(boxes)))
+    def __init__(
+        self, topology: Topology, tree: Tree, devices: dict[int | None, list[_Box]], users: dict[int, list[int]]
+    ) -> None:
+        self.topology, self.tree, self.devices, self.users = topology, tree, devices, users
+
+    def drawn(self) -> _Box:
+        tops = self.tops()
+        if None in self.devices:
+            tops.append(_Box("memory", "node unknown", [_Box("plain", "", self.devices[None], 4)]))
+        memory = [box for box in tops if box.kind == "memory"]
+        tops = [box for box in tops if box.kind != "memory"]
+        machine = _Box("plain", "", [_Box("plain", "", tops, 1 if len(tops) < 3 else _columns(len(tops)))])
+        if memory:
+            machine.children.append(_Box("plain", "", memory, 4))
+        return machine
+
+    def tops(self) -> list[_Box]:
+        """Make the outermost boxes: nodes that span sockets; sockets with their nodes; nodes of memory only."""
+        topology, tops = self.topology, []
+        done: set[int] = set()
+        for node in topology.nodes_with_cpus():
+            inside = [socket for socket in topology.sockets if socket.cpus & node.cpus]
+            if len(inside) > 1:
+                boxes = [_Box("socket", f"socket {one.id}", [self.cores(one.cpus & node.cpus)]) for one in inside]
+                tops.append(self.node(node, [_Box("plain", "", boxes, _columns(len(boxes)))]))
+                done.update(node.cpus)
+        for socket in topology.sockets:
+            nodes = [node for node in topology.nodes_with_cpus() if node.cpus <= socket.cpus and not node.cpus & done]
+            boxes = [self.node(node, [self.cores(node.cpus)]) for node in nodes]
+            stray = socket.cpus.difference(done, *(node.cpus for node in topology.nodes))
+            if stray:
+                boxes.append(_Box("memory", "in no node", [self.cores(stray)]))
+            if boxes:
+                tops.append(_Box("socket", f"socket {socket.id}", boxes, 2 if len(boxes) > 1 else 1))
+        return tops + [self.node(node, []) for node in topology.nodes if not node.cpus]
+
+    def node(self, node: Node, children: list[_Box]) -> _Box:
+        gib = node.memory / (1 << 30)
+        memory = f"{gib:.{0 if gib >= 10 else 1}f} GiB" if gib else "no memory"
+        here = self.devices.get(node.id, [])
+        ranks = sorted({rank for cpu in node.cpus for rank in self.users.get(cpu, ())})
+        chips = [_Box("plain", "", [_Box("chip", ranks=(rank,)) for rank in ranks], 16)] if ranks else []
+        rows = [*chips, *children, *([_Box("plain", "", here, 2)] if here else [])]
+        title = f"node {node.id}, {memory}" + ("" if node.cpus else ", no CPUs")
+        return _Box("node" if node.cpus else "memory", title, rows)
+
+    def cores(self, cpus: frozenset[int]) -> _Box:
+        """Make a box of the cores among ``cpus``, in boxes of their caches."""
+        caches = self.topology.caches
+        groups: list[tuple[Cache | None, frozenset[int]]] = [(one, one.cpus & cpus) for one in caches]
+        groups.append((None, cpus.difference(*(one.cpus for one in caches))))
+        boxes = []
+        for cache, part in groups:
+            cores = list(_core_boxes(self.topology, part))
+            if cores:
+                columns = min(len(cores), 8 if len(cores) <= 32 else 16)
+                boxes.append(_Box("cache" if cache else "plain", self.cache_title(cache, columns), cores, columns))
+        lone = all(len(box.children) == 1 for box in boxes)
+        return _Box("plain", "", boxes, 8 if lone else _columns(len(boxes)))
+
+    def cache_title(self, cache: Cache | None, columns: int) -> str:
+        """Name a cache, with its size where the cores below it leave the room."""
+        if cache is None:
+            return ""
+        size = cache_size(self.tree, cache)
+        return f"L{cache.level} {size}" if size and columns > 2 else f"L{cache.level}"
 
 
 def _core_boxes(topology: Topology, cpus: frozenset[int]) -> Iterable[_Box]:
@@ -216,16 +311,6 @@ def _core_boxes(topology: Topology, cpus: frozenset[int]) -> Iterable[_Box]:
         mine = tuple(cpu for cpu in core.cpus if cpu in cpus)
         if mine:
             yield _Box("core", cpus=mine, hint=f", {core.kind}" if core.kind else "")
-
-
-def _colour(rank: int) -> str:
-    """Choose a light colour for a rank; neighbours are far apart on the wheel, and each round has its own lightness.
-
-    The colour is in hexadecimal digits, because not every program that draws SVG knows CSS's hsl().
-    """
-    hue = rank * 137.508 % 360 / 360  # the golden angle
-    parts = hls_to_rgb(hue, (0.70, 0.82, 0.60)[rank // 9 % 3], 0.72)
-    return "#" + "".join(f"{round(255 * part):02x}" for part in parts)
 
 
 def _columns(count: int) -> int:
