@@ -11,9 +11,9 @@ PY := $(VENV)/bin/python
 TORCH_PY := $(TORCH_VENV)/bin/python
 
 # What the built extension depends on.
-ENGINE := $(wildcard csrc/*.[ch] csrc/guard/*.[ch] src/rankspawn/*.pyx src/rankspawn/*.pxd) setup.py
+ENGINE := $(wildcard csrc/*.[ch] csrc/guard/*.[ch] src/rankspawn/*.pyx src/rankspawn/*.px[di]) setup.py
 C_FILES := $(wildcard csrc/*.[ch] csrc/guard/*.[ch] benchmarks/*.c tests/*.c tests/*/*.c tests/*/*.h)
-PYX_FILES := $(wildcard src/rankspawn/*.pyx src/rankspawn/*.pxd)
+PYX_FILES := $(wildcard src/rankspawn/*.pyx src/rankspawn/*.px[di])
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
 
 # Extra words for pytest: make test PYTEST_ARGS="-k affinity -x"

@@ -45,3 +45,16 @@ environment_index(char *const *variables, size_t count, const char *pair)
     }
     return -1;
 }
+
+void
+environment_number(char *pair, const char *name, size_t size, uint64_t number)
+{
+    char digits[ENVIRONMENT_NUMBER_ROOM], *first = digits + sizeof digits;
+    *--first = '\0';
+    do {
+        *--first = (char)('0' + number % 10);
+    } while (number /= 10);
+    *--first = '=';
+    memcpy(pair, name, size);
+    memcpy(pair + size, first, (size_t)(digits + sizeof digits - first));
+}

@@ -49,7 +49,15 @@ NEVERS: dict[str, tuple[set[str], str]] = {
 """At import; what stands in a function or under TYPE_CHECKING is loaded when it is used, or never."""
 
 # The private names of another room's objects that may be used: what each is for stands above Started's attributes.
-PRIVATE_NAMES_OF_POPEN = {"_born", "_child_created", "_executed_ns", "_handle_exitstatus", "_leads_group", "_refused"}
+PRIVATE_NAMES_OF_POPEN = {
+    "_born",
+    "_child_created",
+    "_executed_ns",
+    "_handle_exitstatus",
+    "_leads_group",
+    "_refused",
+    "_waitpid_lock",
+}
 
 # Of the standard library's objects, where ours have names that are spelt alike.
 PRIVATE_NAMES_OF_OTHERS = {"_reader"}  # multiprocessing.SimpleQueue's
@@ -231,8 +239,8 @@ def test_no_room_uses_private_names_of_another() -> None:
 
 
 def test_the_extension_imports_nothing_of_ours() -> None:
-    text = (SOURCE / "_spawn.pyx").read_text()
-    assert re.findall(r"^\s*(?:from|c?import)\s+(?:rankspawn|\.).*", text, re.MULTILINE) == []
+    for path in (SOURCE / "_spawn.pyx", *SOURCE.glob("*.px[di]")):
+        assert re.findall(r"^\s*(?:from|c?import)\s+(?:rankspawn|\.).*", path.read_text(), re.MULTILINE) == []
     assert graph()["_spawn"] == set()
 
 

@@ -111,7 +111,11 @@ cdef extern from "environ.h":
         char **variables
         size_t count
 
+    cdef enum:
+        ENVIRONMENT_NUMBER_ROOM
+
     Py_ssize_t environment_index(char **variables, size_t count, const char *pair)
+    void environment_number(char *pair, const char *name, size_t size, uint64_t number)
 
 
 cdef extern from *:

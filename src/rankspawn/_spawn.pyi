@@ -51,6 +51,8 @@ class Crew:
         self,
         count: int,
         env: Mapping[str, str] | None,
+        shared: Mapping[str, str],
+        numbered: Mapping[str, int],
         cwd: object,
         new_session: bool,
         death_signal: int,
@@ -71,5 +73,5 @@ class Crew:
         binding_required: bool,
         /,
     ) -> None: ...
-    def run(self, mechanism: int, workers: int, /) -> list[tuple[int, tuple[int, int, int, int] | None]]: ...
+    def run(self, mechanism: int, name: str, workers: int, /) -> list[tuple[int, tuple[int, int, int, int] | None]]: ...
     def started(self) -> int: ...

@@ -58,10 +58,9 @@ class Job(NamedTuple):
             "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
         }
 
-    def environment_of(self, local_rank: int) -> dict[str, str]:
-        """The variables that one rank has beside those."""
-        rank = str(self.first_rank + local_rank)
-        return {"RANK": rank, "LOCAL_RANK": str(local_rank), "ROLE_RANK": rank}
+    def numbers(self) -> dict[str, int]:
+        """The variables that each rank has beside those, numbers that grow with the rank: name -> local rank 0's."""
+        return {"RANK": self.first_rank, "LOCAL_RANK": 0, "ROLE_RANK": self.first_rank}
 
 
 def free_port(address: str = "127.0.0.1") -> int:

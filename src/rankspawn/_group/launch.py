@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from .._end.ranks import SignalTo, end_ranks
 from .._public import public
-from .._start.arguments import callers_environment, named_by_text
+from .._start.arguments import named_by_text
 from .._start.engine import mechanisms
 from .group import GRACE_SECONDS, RankGroup
 from .job import Job, free_port
@@ -103,13 +103,14 @@ def launch(
     """
     called_ns = time.monotonic_ns()
     job = _checked(nprocs, job, bindings, rank_env, files, log_dir, tee, tee_ranks, grace, signal_to)
-    shared, own = _environments(job, env, called_ns)
+    shared = {**job.environment(), "RANKSPAWN_CALL_NS": str(called_ns)}
+    own: list[dict[str, str]] = [{} for _ in range(nprocs)]
     if memory is not None and (numa is None or numa == "none"):
         raise ValueError("memory needs numa: without it ranks are left unbound")
     if bindings is None:
         bindings, threads = _place(numa, memory, nprocs)
-        for variables, count in zip(own, threads, strict=True):
-            if "OMP_NUM_THREADS" not in shared:
+        if "OMP_NUM_THREADS" not in (os.environ if env is None else named_by_text(env)):
+            for variables, count in zip(own, threads, strict=True):
                 variables["OMP_NUM_THREADS"] = str(count)
     elif memory is not None or numa not in (None, "none", "auto"):
         raise ValueError("give numa, with or without memory, or bindings")
@@ -143,7 +144,9 @@ def launch(
         start_ranks(
             ranks,
             [args(rank) for rank in range(nprocs)] if callable(args) else [args] * nprocs,
-            env=shared,
+            env=env,
+            shared=shared,
+            numbered=job.numbers(),
             rank_env=own,
             bindings=bindings,
             streams=[(None, None, None)] * nprocs if files is None else [(None, f.stdout, f.stderr) for f in files],
@@ -207,15 +210,6 @@ def _checked(
     if tee_ranks is not None and not tee:
         raise ValueError("tee_ranks needs tee")
     return job
-
-
-def _environments(
-    job: Job, env: Mapping[str, str] | None, called_ns: int
-) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """The variables that all ranks share, and by local rank those that each has beside them."""
-    shared = {**(callers_environment() if env is None else named_by_text(env)), **job.environment()}
-    shared["RANKSPAWN_CALL_NS"] = str(called_ns)
-    return shared, [job.environment_of(rank) for rank in range(job.nprocs)]
 
 
 def _place(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import ChainMap
 from typing import TYPE_CHECKING
 
 from .._end.ranks import end_ranks
-from .._start.arguments import named_by_text
 from .._start.crew import RankProcess, name_rank, start_by_engine
 from .._start.engine import mechanisms, why_no_engine
+from .._start.variables import RankVariables
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,8 @@ def start_ranks(
     *,
     env: Mapping[str, str] | None,
     rank_env: Sequence[Mapping[str, str]],
+    shared: Mapping[str, str] | None = None,
+    numbered: Mapping[str, int] | None = None,
     bindings: Sequence[Binding | None],
     streams: Sequence[tuple[Any, Any, Any]],
     cwd: str | os.PathLike[str] | None = None,
@@ -40,8 +41,10 @@ def start_ranks(
         ranks: An empty list. It holds all the Popen objects before the first of them is started, so that the
             code that catches an exception can end them.
         commands: What each runs.
-        env: The variables that all share; None is the caller's environment.
-        rank_env: By rank, its own variables, which win over ``env``.
+        env: The variables that all inherit; None is the caller's environment.
+        rank_env: By rank, its own variables, which win over all others.
+        shared: What all have beside ``env``.
+        numbered: Variables whose value is a number that grows with the rank, as RANK's does: name -> the first rank's.
         bindings: By rank.
         streams: By rank, stdin, stdout and stderr as Popen takes them, but for PIPE.
         cwd: The directory that they start in.
@@ -59,24 +62,19 @@ def start_ranks(
             killed.
     """
     made: list[RankProcess] = []
-    env = None if env is None else named_by_text(env)
-    rank_env = [named_by_text(own) for own in rank_env]
+    variables = RankVariables(env, rank_env, shared, numbered)
     try:
-        for command, own, three, binding in zip(commands, rank_env, streams, bindings, strict=True):
-            whole = env if not own else ChainMap(own, os.environ if env is None else env)  # type: ignore[arg-type]
+        for command, three, binding in zip(commands, streams, bindings, strict=True):
             try:
-                made.append(
-                    RankProcess(command, three, cwd, whole, binding, die_with_parent=die_with_parent, cgroup=cgroup)
-                )
+                made.append(RankProcess(command, three, binding))
             except Exception as error:
                 name_rank(error, len(made))
                 raise
         ranks += made
         if mechanisms():
             start_by_engine(
-                made, env=env, rank_env=rank_env, cwd=cwd, die_with_parent=die_with_parent, cgroup=cgroup,
-                guard=guard, progress=progress,
-            )  # fmt: skip
+                made, variables, cwd=cwd, die_with_parent=die_with_parent, cgroup=cgroup, guard=guard, progress=progress
+            )
         elif progress is not None:
             progress(lambda: sum(rank._child_created for rank in made))
         for number, rank in enumerate(made):
@@ -84,7 +82,7 @@ def start_ranks(
                 try:
                     if guard >= 0:
                         raise OSError(errno.ENOTSUP, f"guard needs rankspawn's engine: {why_no_engine()}")
-                    rank.start_alone()
+                    rank.start_alone(cwd=cwd, env=variables.of(number), die_with_parent=die_with_parent, cgroup=cgroup)
                 except Exception as error:
                     name_rank(error, number)
                     raise

@@ -6,77 +6,69 @@ import os
 import signal
 import subprocess
 import sys
+from _thread import allocate_lock as Lock
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from .arguments import candidates, command_and_program
 from .ending import Stock
 from .engine import EXTENSION_ERROR, masks, mechanisms
-from .popen import _SEAM, Popen
+from .popen import Popen
 
 if EXTENSION_ERROR is None:
     from .. import _spawn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from .._binding import Binding
+    from .variables import RankVariables
 
 # A bound for large machines: a thread takes 10 to 20 us to make, and the kernel's list of processes has one lock.
 _MOST_WORKERS = 16
 _NO_STREAMS = (None, None, None)
-_child_ends = itemgetter(*(_SEAM.index(name) - 1 for name in ("p2cread", "c2pwrite", "errwrite")))
+_INHERITED = (-1, -1, -1)
+_child_ends = itemgetter(0, 3, 5)  # of what _get_handles() returns: the child's end and the parent's of each stream
 
 
 class RankProcess(Popen):
-    """A Popen that is made first, and started later, beside others."""
+    """A Popen that is made first, and started later, beside others.
 
-    _seam: tuple[Any, ...] = ()
+    What the standard class's ``__init__`` gives to each instance, and is the same for every rank, is an attribute of
+    the class here (see below).
+    """
+
     _fresh_signals = True
+    _leads_group = os.name == "posix"
+    _given = _NO_STREAMS
+    _ends = _INHERITED
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        streams: tuple[Any, Any, Any],
-        cwd: Any,
-        env: Mapping[str, str] | None,
-        binding: Binding | None,
-        *,
-        die_with_parent: bool = False,
-        cgroup: int | None = None,
-    ) -> None:
-        if streams != _NO_STREAMS and subprocess.PIPE in streams:
-            raise ValueError("a rank's stream cannot be PIPE: give it the end of a pipe")
+    def __init__(self, command: Sequence[str], streams: tuple[Any, Any, Any], binding: Binding | None) -> None:
+        self.args = command
+        self._waitpid_lock = Lock()
         if binding is not None:
             self._binding = binding
-        if die_with_parent:
-            self._die_with_parent = True
-        if cgroup is not None:
-            self._cgroup = cgroup
-        # Popen's __init__ would close, when it returns, descriptors that the rank needs open until it has started.
+        if streams != _NO_STREAMS:
+            if subprocess.PIPE in streams:
+                raise ValueError("a rank's stream cannot be PIPE: give it the end of a pipe")
+            self._given = streams
+            if os.name == "posix":
+                try:
+                    self._ends = _child_ends(self._get_handles(*streams))
+                except BaseException:
+                    self.let_go()
+                    raise
+
+    def start_alone(self, **keywords: Any) -> None:
+        """Start it alone, as any Popen, with the same streams and binding."""
+        stdin, stdout, stderr = self._given
         try:
-            Stock.__init__(
-                self,
-                command,
-                stdin=streams[0],
-                stdout=streams[1],
-                stderr=streams[2],
-                cwd=cwd,
-                env=env,
-                start_new_session=os.name == "posix",
-            )
-        except BaseException:
-            self.let_go()
-            raise
-
-    def _execute_child(self, *seam: Any) -> None:
-        """The standard class calls this when all is ready for the start; the start itself is made later."""
-        self._seam = seam
-        self._leads_group = os.name == "posix"
-
-    def start_alone(self) -> None:
-        """Start it alone, as any Popen."""
-        super()._execute_child(*self._seam)  # type: ignore[no-untyped-call]
+            super().__init__(
+                self.args, stdin=stdin, stdout=stdout, stderr=stderr, binding=self._binding,
+                start_new_session=os.name == "posix", **keywords,
+            )  # fmt: skip
+        finally:
+            self._opened_here = ()  # closed by Popen
 
     def let_go(self) -> None:
         """Close what was opened only for the start."""
@@ -85,11 +77,34 @@ class RankProcess(Popen):
         self._opened_here = ()
 
 
+def _attributes_of_stock() -> dict[str, Any]:
+    """What the standard class's __init__ gives to an instance that has no pipes, but for its arguments and its lock.
+
+    It is asked, because another Python may have others. They must be constants, since all ranks will share them.
+    """
+
+    class Asked(Stock):  # type: ignore[type-arg]
+        def _execute_child(self, *_: Any) -> None: ...
+
+    given = vars(Asked(["-"], start_new_session=os.name == "posix"))
+    del given["args"], given["_waitpid_lock"]
+    for name, value in given.items():
+        if type(value) not in (type(None), bool, int, float, str):
+            raise ImportError(
+                f"rankspawn does not know this subprocess.Popen ({Stock.__init__.__code__.co_filename}): it has an"
+                f" attribute {name} of type {type(value).__name__}; a newer rankspawn is needed"
+            )
+    return given
+
+
+for _name, _value in _attributes_of_stock().items():
+    setattr(RankProcess, _name, _value)
+
+
 def start_by_engine(
     ranks: list[RankProcess],
+    variables: RankVariables,
     *,
-    env: Mapping[str, str] | None,
-    rank_env: Sequence[Mapping[str, str]],
     cwd: str | os.PathLike[str] | None,
     die_with_parent: bool,
     cgroup: int | None,
@@ -97,31 +112,36 @@ def start_by_engine(
     progress: Callable[[Callable[[], int]], object] | None,
 ) -> None:
     """Start those of ``ranks`` that the engine can start; the others are left as they are. See start_ranks()."""
-    death_signal = signal.SIGKILL if die_with_parent else 0
-    crew = _spawn.Crew(len(ranks), env, cwd, True, death_signal, -1 if cgroup is None else cgroup, guard)
-    _enlist(crew, ranks, rank_env)
+    crew = _spawn.Crew(
+        len(ranks), variables.env, variables.shared, variables.numbered, cwd, True,
+        signal.SIGKILL if die_with_parent else 0, -1 if cgroup is None else cgroup, guard,
+    )  # fmt: skip
+    _enlist(crew, ranks, variables, cwd)
     if progress is not None:
         progress(crew.started)
-    _run(crew, ranks)
+    _run(crew, ranks, cwd)
 
 
-def _enlist(crew: _spawn.Crew, ranks: list[RankProcess], rank_env: Sequence[Mapping[str, str]]) -> None:
+def _enlist(crew: _spawn.Crew, ranks: list[RankProcess], variables: RankVariables, cwd: Any) -> None:
     known: dict[bytes, tuple[str | bytes, ...]] = {}
-    for number, (rank, own) in enumerate(zip(ranks, rank_env, strict=True)):
-        seam, binding = rank._seam, rank._binding
-        args, cwd, env = seam[0], seam[5], seam[6]
+    last: Any = None  # the arguments that were encoded last
+    for number, (rank, own) in enumerate(zip(ranks, variables.own, strict=True)):
+        args, binding, env = rank.args, rank._binding, variables.of(number)
         try:
-            command, program = command_and_program(args, None, False)
+            if args is not last:
+                command, program = command_and_program(args, None, False)
+                found, last = None, args
             sys.audit("subprocess.Popen", program, command, cwd, env)
-            name, shares_path = os.fsencode(program), "PATH" not in own
-            found = known.get(name) if shares_path else None
-            if found is None:
-                found = candidates(program, env)
-                if shares_path:
-                    known[name] = found
+            if "PATH" in own:
+                found, last = candidates(program, env), None
+            elif found is None:
+                name = os.fsencode(program)
+                found = known.get(name)
+                if found is None:
+                    found = known[name] = candidates(program, env)
             cpu_mask, mem_mode, node_mask = (None, -1, None) if binding is None else masks(binding)
             crew.add(
-                rank, command, found, own, rank._streams(*_child_ends(seam)),
+                rank, command, found, own, _INHERITED if rank._given is _NO_STREAMS else rank._streams(*rank._ends),
                 cpu_mask, mem_mode, node_mask, binding is None or binding.required,
             )  # fmt: skip
         except Exception as error:
@@ -129,15 +149,11 @@ def _enlist(crew: _spawn.Crew, ranks: list[RankProcess], rank_env: Sequence[Mapp
             raise
 
 
-def _run(crew: _spawn.Crew, ranks: list[RankProcess]) -> None:
+def _run(crew: _spawn.Crew, ranks: list[RankProcess], cwd: Any) -> None:
     """Start what each mechanism can start. Ranks that every mechanism declines are left as they are."""
     for mechanism in mechanisms():
-        said = crew.run(mechanism, _workers(len(ranks)))
         name = "clone" if mechanism == _spawn.CLONE else "posix_spawn"
-        for rank in ranks:
-            if rank.mechanism is None and rank._child_created:
-                rank.mechanism = name
-                rank._closed_child_pipe_fds = True
+        said = crew.run(mechanism, name, _workers(len(ranks)))
         left = False
         for number, outcome in said:
             if outcome is None:
@@ -145,7 +161,7 @@ def _run(crew: _spawn.Crew, ranks: list[RankProcess]) -> None:
                 continue
             rank = ranks[number]
             try:
-                rank._check(*outcome, rank._seam[0][0], rank._seam[5])
+                rank._check(*outcome, command_and_program(rank.args, None, False)[1], cwd)
             except OSError as error:
                 name_rank(error, number)
                 raise

@@ -1,0 +1,59 @@
+"""The environments of many ranks: what they share, and what each has beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from .arguments import callers_environment, named_by_text
+
+
+class RankVariables:
+    """The environments of ranks, in layers that the engine puts together; each wins over those before it.
+
+    Attributes:
+        env: What all ranks inherit; None is the caller's environment.
+        shared: What all ranks have beside it.
+        numbered: Variables whose value is a number that grows with the rank: name -> the first rank's.
+        own: By rank, its own variables.
+    """
+
+    def __init__(
+        self,
+        env: Mapping[Any, Any] | None,
+        own: Sequence[Mapping[Any, Any]],
+        shared: Mapping[str, str] | None = None,
+        numbered: Mapping[str, int] | None = None,
+    ) -> None:
+        self.env = None if env is None else named_by_text(env)
+        self.shared = shared or {}
+        self.numbered = numbered or {}
+        self.own = [named_by_text(one) if one else one for one in own]
+
+    def of(self, rank: int) -> Mapping[Any, Any] | None:
+        """One rank's environment, put together when it is looked at; None is the caller's, unchanged."""
+        return _Whole(self, rank) if self.shared or self.numbered or self.own[rank] else self.env
+
+    def whole(self, rank: int) -> dict[Any, Any]:
+        """One rank's environment."""
+        numbers = {name: str(first + rank) for name, first in self.numbered.items()}
+        inherited = callers_environment() if self.env is None else self.env
+        return {**inherited, **self.shared, **numbers, **self.own[rank]}
+
+
+class _Whole(Mapping[Any, Any]):
+    """A rank's environment for those who ask: audit hooks, and the search of PATH. Most launches have neither."""
+
+    __slots__ = ("_rank", "_variables")
+
+    def __init__(self, variables: RankVariables, rank: int) -> None:
+        self._variables, self._rank = variables, rank
+
+    def __getitem__(self, name: Any) -> Any:
+        return self._variables.whole(self._rank)[name]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._variables.whole(self._rank))
+
+    def __len__(self) -> int:
+        return len(self._variables.whole(self._rank))
