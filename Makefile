@@ -161,6 +161,9 @@ docs: $(VENV)/.docs $(VENV)/.built ## build the documentation: build/docs/index.
 	$(PY) -m sphinx -q -n --fail-on-warning --doctree-dir build/docs-parsed docs build/docs
 	@echo "build/docs/index.html"
 
+pictures: $(VENV)/.built ## draw the pictures of the README again
+	$(PY) docs/pictures.py
+
 # Built from the checkout, and the wheel from the sdist, which pip unpacks into an empty folder and builds with what
 # pyproject.toml says that it needs.
 sdist: $(VENV)/.release ## build the source distribution, and check it and that version, changelog and tag agree

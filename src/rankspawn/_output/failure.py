@@ -189,7 +189,7 @@ class Failure(Frozen):
 
     @property
     def local_rank(self) -> int:
-        """Its LOCAL_RANK, which counts the ranks of this machine: ``group[failure.local_rank]`` is its process."""
+        """Its LOCAL_RANK, which counts the ranks of this machine; ``group[failure.local_rank]`` is its process."""
         return self.rank - self.first_rank
 
     def __str__(self) -> str:

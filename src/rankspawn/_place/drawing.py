@@ -280,7 +280,9 @@ class _Machine:
         here = self.devices.get(node.id, [])
         ranks = sorted({rank for cpu in node.cpus for rank in self.users.get(cpu, ())})
         chips = [_Box("plain", "", [_Box("chip", ranks=(rank,)) for rank in ranks], 16)] if ranks else []
-        rows = [*chips, *children, *([_Box("plain", "", here, 2)] if here else [])]
+        room = max((box.size()[0] for box in children), default=600.0)
+        columns = max(1, int(room // max((box.size()[0] + _GAP for box in here), default=room)))
+        rows = [*chips, *children, *([_Box("plain", "", here, columns)] if here else [])]
         title = f"node {node.id}, {memory}" + ("" if node.cpus else ", no CPUs")
         return _Box("node" if node.cpus else "memory", title, rows)
 
