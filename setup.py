@@ -237,6 +237,7 @@ def extensions() -> list[Extension]:
             depends=[
                 "setup.py",
                 *sorted(path.as_posix() for path in [*Path("csrc").glob("*.h"), *Path("csrc/guard").glob("*")]),
+                *sorted(path.as_posix() for path in Path("src/rankspawn").glob("*.px[di]")),
             ],
             extra_compile_args=compile_args(),
             extra_link_args=link_args(),

@@ -31,6 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "_binding": {"_frozen", "_ids", "_public"},
     "_place": {"_canvas", *BASE},
     "_start": {"_spawn", *BASE},
+    "_warm": {"_spawn"},
     "_end": {"_start", "_spawn"},
     "_output": {"_start", "_end", "_canvas", *BASE},
     "_group": {"_place", "_start", "_end", "_output", *BASE},

@@ -371,3 +371,4 @@ def spawn(
 
 
 include "_crew.pxi"
+include "_bottom.pxi"

@@ -1,0 +1,163 @@
+"""Environment variables and a template: which ones imports read and set, and whether a rank has the same values.
+
+What a module reads when it is imported, it keeps. A rank that is forked from a template has what the importer had, and
+so it must start cold where its own variable has another value.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+# Code that no recorder in Python sees reads these when it is loaded. "*" stands for any characters. Found by a getenv()
+# that writes its caller's library down (libgomp, OpenBLAS, libtorch_cpu with oneDNN and MKL in it, libc10, libgfortran,
+# OpenSSL and numpy), and in the manuals of libomp and glibc.
+#
+# Not here, because they are read at the first use, which no template makes: CUDA_VISIBLE_DEVICES and what else the CUDA
+# driver reads (cuInit), and NCCL_* (ncclCommInitRank).
+READ_BY_LIBRARIES = (
+    # The interpreter itself, the dynamic linker and the C library.
+    "PYTHON*", "LD_*", "GLIBC_TUNABLES", "MALLOC_*", "LANG", "LANGUAGE", "LC_*", "TZ", "TZDIR",
+    # libgomp, libomp, libiomp5. Places and a thread limit are read at the load and kept for good.
+    "OMP_*", "GOMP_*", "ACC_*", "KMP_*", "LIBOMP_*",
+    # OpenBLAS, MKL, oneDNN, BLIS. MKL looks how many ranks of an MPI share the machine.
+    "OPENBLAS_*", "GOTO_NUM_THREADS", "MKL_*", "MKLDNN_*", "DNNL_*", "ONEDNN_*", "BLIS_*", "I_MPI_*",
+    "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE",
+    # libc10 and libtorch.
+    "KINETO_*", "PYTORCH_API_USAGE_STDERR", "TORCH_*", "INTEL_LIBITTNOTIFY64",
+    # Others.
+    "GFORTRAN_*", "OPENSSL_*", "SSL_CERT_*", "NPY_*", "NUMPY_*", "NUMEXPR_*", "VECLIB_*", "JEMALLOC_*", "ARROW_*",
+    "CUDA_MODULE_LOADING", "GRPC_*", "TF_*", "XLA_*", "JAX_*",
+)  # fmt: skip
+
+# With these libgomp and libomp bind the threads of a process to places that they choose at the load, among the CPUs
+# that the importer has.
+BIND_THREADS = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+
+# Frames of these only pass a read on.
+_BETWEEN = {"os", "_collections_abc", "collections.abc", __name__}
+
+_READS = ("__getitem__", "__iter__", "__len__", "copy")
+_WRITES = ("__setitem__", "__delitem__")
+
+
+class Recorder:
+    """What imports do to ``os.environ``, from ``with recorder.recording():`` on.
+
+    Attributes:
+        read: By name of a variable, the module that was being imported when it was read first.
+        written: By name, the last value that was set; None for a variable that was removed.
+        copied: The modules that took all variables at once, which says nothing about what they need.
+    """
+
+    def __init__(self) -> None:
+        self.before = dict(os.environ)
+        self.read: dict[str, str] = {}
+        self.written: dict[str, str | None] = {}
+        self.copied: list[str] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[Recorder]:
+        """Record until the end of the block. Reads of other threads are recorded, too."""
+        kind: Any = type(os.environ)
+        own = {name: kind.__dict__.get(name) for name in (*_READS, *_WRITES)}
+        kind.__getitem__ = self._reading(kind.__getitem__)
+        kind.__iter__ = self._copying(kind.__iter__)
+        kind.__len__ = self._copying(kind.__len__)
+        kind.copy = self._copying(kind.copy)
+        kind.__setitem__ = self._writing(kind.__setitem__)
+        kind.__delitem__ = self._writing(kind.__delitem__)
+        try:
+            yield self
+        finally:
+            for name, function in own.items():
+                if function is None:
+                    delattr(kind, name)
+                else:
+                    setattr(kind, name, function)
+
+    def _reading(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def __getitem__(environ: Any, name: Any) -> Any:
+            text = _text(name)
+            # What an import has set itself says nothing about the environment.
+            if text is not None and text not in self.written:
+                self.read.setdefault(text, importing())
+            return function(environ, name)
+
+        return __getitem__
+
+    def _copying(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(environ: Any) -> Any:
+            if (module := importing()) not in self.copied:
+                self.copied.append(module)
+            return function(environ)
+
+        return wrapper
+
+    def _writing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(environ: Any, name: Any, *value: Any) -> None:
+            function(environ, name, *value)
+            text = _text(name)
+            if text is not None:
+                self.written[text] = _text(value[0]) if value else None
+
+        return wrapper
+
+
+def _text(name: object) -> str | None:
+    if isinstance(name, (str, bytes)):
+        return os.fsdecode(name)
+    return None
+
+
+def importing() -> str:
+    """The module that is being imported by the caller; where none is, the one whose function called.
+
+    A helper that reads for others is not it: the nearest frame is only taken where no module is being executed.
+    """
+    frame = sys._getframe(1)
+    nearest = ""
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "?")
+        if name not in _BETWEEN and not name.startswith(("importlib.", "rankspawn.")):
+            if frame.f_code.co_name == "<module>" and name != "__main__":
+                return str(name)
+            nearest = nearest or str(name)
+        frame = frame.f_back  # type: ignore[assignment]
+    return nearest
+
+
+def by_library(name: str) -> bool:
+    """Whether ``name`` is one of those that libraries read when they are loaded."""
+    return any(fnmatchcase(name, pattern) for pattern in READ_BY_LIBRARIES)
+
+
+def difference(prepared: Mapping[str, Any], env: Mapping[str, str]) -> str | None:
+    """Why a rank with the variables ``env`` cannot be forked from a template, in one sentence; None where it can.
+
+    Args:
+        prepared: What prepare() returned in the importer, or its copy by JSON.
+        env: All variables of the rank, as it would be executed with.
+    """
+    for name in BIND_THREADS:
+        if name in env:
+            return f"{name} is set, by which OpenMP binds threads to CPUs that it chooses when it is loaded"
+    before: Mapping[str, str] = prepared["environment"]
+    for name, module in prepared["environment_read"].items():
+        if before.get(name) != env.get(name):
+            return f"{module} read {name} when it was imported: {_values(before.get(name), env.get(name))}"
+    for name in {*filter(by_library, before), *filter(by_library, env)}:
+        if before.get(name) != env.get(name):
+            return f"libraries read {name} when they are loaded: {_values(before.get(name), env.get(name))}"
+    return None
+
+
+def _values(of_template: str | None, of_rank: str | None) -> str:
+    def said(value: str | None) -> str:
+        return "unset" if value is None else repr(value)
+
+    return f"it was {said(of_template)} there, and is {said(of_rank)} in the rank"
