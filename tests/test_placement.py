@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rankspawn._binding import AffinityMode, MemoryPolicy, PlacementError
 from rankspawn._ids import format_ids
 from rankspawn._place.lists import plan_lists
-from rankspawn._place.openmp import affinity_warnings, omp_num_threads
+from rankspawn._place.openmp import omp_num_threads, openmp_warnings
 from rankspawn._place.plan import place, plan
 from rankspawn._place.topology import Topology
 from rankspawn._place.visible import Device
@@ -238,7 +238,7 @@ def test_omp_num_threads() -> None:
     ],
 )
 def test_variables_that_shrink_the_mask(environ: dict[str, str], said: bool) -> None:
-    warnings = affinity_warnings(environ)
+    warnings = openmp_warnings(environ)
     assert bool(warnings) is said
     for warning in warnings:
         assert any(warning.startswith(f"{name}={value}") for name, value in environ.items())

@@ -125,6 +125,21 @@ def _(_: Path) -> str:
     return run("--numa-binding", "node", "--no-python", "true", OMP_PROC_BIND="close")
 
 
+@provokes("a CPU quota gives all ranks together the time of ...")
+def _(folder: Path) -> str:
+    files = {
+        "proc/self/cgroup": "0::/\n",
+        "proc/self/mountinfo": "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
+        "sys/fs/cgroup/cpu.max": "100000 100000\n",
+    }
+    return plan(folder, Machine(extra=files), "--nproc-per-node", "1")
+
+
+@provokes("is no number of threads, and counts as unset")
+def _(_: Path) -> str:
+    return run("--no-python", "true", OMP_NUM_THREADS="all")
+
+
 @provokes("local rank ... runs without ...")
 def _(_: Path) -> str:
     return python(

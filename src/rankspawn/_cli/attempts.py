@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .._group.launch import launch
 from .._output.failure import describe, describe_interruption, pass_on
 from .._output.logs import rank_files
+from .._place.glance import sets_threads
 from .._start.outcome import BindingError
 from .options import CommandError
 from .progress import Progress, say
@@ -114,7 +115,7 @@ def _launch(
             bindings=settings.bindings,
             # As for torchrun, what the user has set counts.
             rank_env=None
-            if "OMP_NUM_THREADS" in os.environ
+            if sets_threads(os.environ.get("OMP_NUM_THREADS"))
             else [{"OMP_NUM_THREADS": str(count)} for count in settings.omp_threads],
             files=files,
             guard=settings.guard,

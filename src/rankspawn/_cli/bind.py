@@ -9,7 +9,8 @@ import signal
 from .._binding import AffinityMode, Binding, PlacementError
 from .._ids import format_ids
 from .._output.console import flush, say
-from .._place.openmp import affinity_warnings, omp_num_threads
+from .._place.glance import sets_threads
+from .._place.openmp import openmp_warnings, quota_note, threads_of_ranks
 from .._place.topology import Topology
 from .options import AUTO_BINDS, PlacementOptions, add_placement_options, placement
 from .step import Step, StepError
@@ -64,11 +65,12 @@ def _bind(args: argparse.Namespace) -> int:
     rank = _placed(PlacementOptions.read(args), local_rank, local_size, step)
     refused = bind_thread(rank.binding)
     # The environment is the same for all ranks of the node: one of them speaks of it.
-    warnings = affinity_warnings(os.environ) if local_rank == 0 else ()
+    warnings = openmp_warnings(os.environ) if local_rank == 0 else ()
     said = [str(_made(rank.binding, refused))] if args.verbose else []
     for note in (*rank.notes, *warnings, *(f"the system refused {one}" for one in refused), *said):
         say(f"local rank {local_rank}: {note}")
-    os.environ.setdefault("OMP_NUM_THREADS", str(rank.omp_threads))
+    if not sets_threads(os.environ.get("OMP_NUM_THREADS")):
+        os.environ["OMP_NUM_THREADS"] = str(rank.omp_threads)
     return _become(command)
 
 
@@ -129,9 +131,10 @@ def _placed(options: PlacementOptions, local_rank: int, local_size: int, step: S
     rank = ranks[local_rank]
     if own:
         cpus = topology.allowed_cpus if rank.binding.cpus is None else rank.binding.cpus
-        rank = rank.replace(omp_threads=omp_num_threads(topology, [cpus])[0])
+        rank = rank.replace(omp_threads=threads_of_ranks(topology, cpus, [None], local_size)[0])
     # One rank says for all what is the same with all.
-    shared = [note, AUTO_BINDS if options.auto_binds(ranks) else ""] if local_rank == 0 else []
+    quota = quota_note(len(topology.allowed_cpus), topology.root)
+    shared = [note, AUTO_BINDS if options.auto_binds(ranks) else "", quota] if local_rank == 0 else []
     return rank.replace(notes=(*rank.notes, *filter(None, shared)))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .._binding import MEMORY_MODES, Binding, MemoryPolicy, PlacementError
 from .._end.guard import Guard
 from .._ids import format_ids
+from .._place.quota import cpu_quota
 from .._place.topology import Topology
 from .._start.engine import EXTENSION_ERROR, mechanisms
 from .._start.outcome import BindingError
@@ -148,4 +149,5 @@ def _machine() -> dict[str, str]:
         "NUMA nodes": ", ".join(nodes),
         "inherited CPUs": format_ids(topology.allowed_cpus),
         "inherited nodes": format_ids(topology.allowed_nodes),
+        "CPU quota": str(cpu_quota() or "none"),
     }

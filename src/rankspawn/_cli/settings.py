@@ -9,7 +9,7 @@ import sys
 
 from .._frozen import Frozen
 from .._place.glance import has_one_node, hidden_devices, unbound_threads
-from .._place.openmp import affinity_warnings
+from .._place.openmp import openmp_warnings, quota_note
 from .._place.sysfs import TopologyError
 from .options import AUTO_BINDS, CommandError, PlacementOptions, placement
 from .progress import say
@@ -141,7 +141,9 @@ def place_ranks(
     Raises:
         PlacementError: A rank cannot be placed; where mode auto decides all, the ranks stay unbound instead.
     """
-    notes = list(affinity_warnings(os.environ))
+    notes = list(openmp_warnings(os.environ))
+    if root == "/" and hasattr(os, "sched_getaffinity"):
+        notes.append(quota_note(len(os.sched_getaffinity(0))))
     ranks: Sequence[Placed] = ()
     mode = options.numa_binding if options.say_only_mode else ""
     try:
@@ -159,7 +161,7 @@ def place_ranks(
         if mode != "auto":
             raise
         notes.insert(0, f"ranks are left unbound: {error}")
-    for note in dict.fromkeys(notes):
+    for note in filter(None, dict.fromkeys(notes)):
         say(note)
     if not ranks:
         return (None,) * nprocs, (unbound_threads(nprocs),) * nprocs

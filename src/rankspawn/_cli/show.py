@@ -78,14 +78,15 @@ def _topology(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from .._place.auto import idle_note
     from .._place.devices import find_devices, is_live
-    from .._place.openmp import affinity_warnings
+    from .._place.openmp import openmp_warnings, quota_note
 
     topology = Topology.read(args.sysfs)
     options = PlacementOptions.read(args)
     ranks = placement(options, topology, args.nproc_per_node)
     live = is_live(topology.root)
     notes = [_auto_note(options, topology, ranks), *(note for rank in ranks for note in rank.notes)]
-    notes += affinity_warnings(os.environ) if live else ()
+    notes += openmp_warnings(os.environ) if live else ()
+    notes.append(quota_note(len(topology.allowed_cpus), topology.root))
     notes.append(idle_note(topology, ranks))
     notes = list(dict.fromkeys(filter(None, notes)))
     if args.svg or args.map:

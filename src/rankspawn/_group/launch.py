@@ -108,8 +108,13 @@ def launch(
     if memory is not None and (numa is None or numa == "none"):
         raise ValueError("memory needs numa: without it ranks are left unbound")
     if bindings is None:
+        from .._place.glance import sets_threads, threads_note
+
+        threads_given = (os.environ if env is None else named_by_text(env)).get("OMP_NUM_THREADS")
+        if note := threads_note(threads_given):
+            warnings.warn(note, RuntimeWarning, stacklevel=2)
         bindings, threads = _place(numa, memory, nprocs)
-        if "OMP_NUM_THREADS" not in (os.environ if env is None else named_by_text(env)):
+        if not sets_threads(threads_given):
             for variables, count in zip(own, threads, strict=True):
                 variables["OMP_NUM_THREADS"] = str(count)
     elif memory is not None or numa not in (None, "none", "auto"):

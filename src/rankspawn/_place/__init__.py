@@ -6,8 +6,9 @@ visible    what the variables of CUDA and others leave     usable     the cores 
 modes      the CPUs of a rank: node, socket, ...           memory     the memory policy of a rank
 plan       a Binding for each rank: place(), plan()        auto       the default: each rank to its node, or unbound
 lists      ranks placed by hand                            glance     whether a machine has one node, at once
-openmp     the threads that fit in a mask                  drawing    the plan as a picture
-colours    the ranks' colours in it                        textmap    the plan as text, for a terminal
+openmp     the threads that fit in a mask                  quota      the CPU time that cgroups leave
+drawing    the plan as a picture                           textmap    the plan as text, for a terminal
+colours    the ranks' colours in it
 surroundings   what a picture shows besides: cache sizes, network adapters
 
 It starts nothing and knows no process: it imports neither subprocess nor any other room.

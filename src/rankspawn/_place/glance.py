@@ -7,6 +7,7 @@ from functools import cache
 
 from .._binding import PlacementError
 from .._ids import parse_ids
+from .quota import cpu_quota
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def has_one_node(root: str = "/") -> bool:
 
 
 def unbound_threads(nprocs: int) -> int:
-    """Compute OMP_NUM_THREADS of ``nprocs`` ranks that inherit this thread's CPUs, as ``omp_num_threads`` does."""
+    """Compute OMP_NUM_THREADS of ``nprocs`` ranks that inherit this thread's CPUs, as ``threads_of_ranks`` does."""
     if not hasattr(os, "sched_getaffinity"):
         return max(1, (os.cpu_count() or 1) // nprocs)
     cpus = frozenset(os.sched_getaffinity(0))
@@ -38,7 +39,21 @@ def unbound_threads(nprocs: int) -> int:
         cores = core_count(cpus)
     except PlacementError:  # the kernel does not say the cores, or no descriptor is free
         cores = len(cpus)
-    return max(1, cores // nprocs)
+    threads, quota = max(1, cores // nprocs), cpu_quota()
+    return threads if quota is None else min(threads, quota.share(nprocs))
+
+
+def sets_threads(value: str | bytes | None) -> bool:
+    """Whether OpenMP takes a value of OMP_NUM_THREADS: a positive number, or a list of them, one for each level."""
+    words = os.fsdecode(value or "").split(",")
+    return all(word.strip().isascii() and word.strip().isdecimal() and int(word) > 0 for word in words)
+
+
+def threads_note(value: str | bytes | None) -> str:
+    """Say that a value of OMP_NUM_THREADS sets nothing; "" where it does, or there is none."""
+    if value is None or sets_threads(value):
+        return ""
+    return f"OMP_NUM_THREADS={os.fsdecode(value)!r} is no number of threads, and counts as unset"
 
 
 def hidden_devices(environ: Mapping[str, str], root: str = "/") -> tuple[str, ...]:

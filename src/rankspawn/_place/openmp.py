@@ -1,9 +1,11 @@
-"""OMP_NUM_THREADS of a rank, and the OpenMP variables that would undo its CPU mask."""
+"""OMP_NUM_THREADS of a rank, and the OpenMP variables that would undo its CPU mask or say nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from .glance import threads_note
+from .quota import cpu_quota
 from .topology import Topology
 
 
@@ -20,18 +22,33 @@ def omp_num_threads(topology: Topology, masks: Sequence[Iterable[int]]) -> tuple
 
 
 def threads_of_ranks(
-    topology: Topology, allowed: frozenset[int], masks: Iterable[frozenset[int] | None]
+    topology: Topology, allowed: frozenset[int], masks: Iterable[frozenset[int] | None], sharing: int | None = None
 ) -> tuple[int, ...]:
-    """Compute OMP_NUM_THREADS of each rank; one without a mask of its own (None) may use all ``allowed`` CPUs."""
-    return omp_num_threads(topology, [allowed if mask is None else mask for mask in masks])
+    """Compute OMP_NUM_THREADS of each rank; one without a mask of its own (None) may use all ``allowed`` CPUs.
+
+    A CPU quota is shared by all ranks, ``sharing`` of them where there are more than masks: more threads than a rank's
+    share would only be throttled.
+    """
+    threads = omp_num_threads(topology, [allowed if mask is None else mask for mask in masks])
+    quota = cpu_quota(topology.root)
+    return threads if quota is None else tuple(min(count, quota.share(sharing or len(threads))) for count in threads)
 
 
-def affinity_warnings(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Name the variables that make an OpenMP runtime shrink the mask of each rank when it is loaded.
+def quota_note(cpus: int, root: str = "/") -> str:
+    """Say that a quota leaves less CPU time than ``cpus`` CPUs have; "" where none does."""
+    quota = cpu_quota(root)
+    if quota is None or quota.cpus >= cpus:
+        return ""
+    return f"a CPU quota gives all ranks together the time of {quota}, of {cpus} CPUs that they may use"
+
+
+def openmp_warnings(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Name the variables that make an OpenMP runtime shrink the mask of each rank, and a number that is none.
 
     libgomp and libomp bind the main thread to its first place as soon as the library is imported (OpenMP 5.2, 2.6 and
     21.7; libgomp's manual, "Environment Variables"; Intel's KMP_AFFINITY): threads made later inherit one CPU.
     """
+    unset = threads_note(environ.get("OMP_NUM_THREADS"))
     said = []
     bind = environ.get("OMP_PROC_BIND", "").strip().lower()
     if bind not in ("", "false"):
@@ -43,8 +60,9 @@ def affinity_warnings(environ: Mapping[str, str]) -> tuple[str, ...]:
         said.append(f"KMP_AFFINITY={environ['KMP_AFFINITY']}")
     if environ.get("GOMP_CPU_AFFINITY", "").strip():
         said.append(f"GOMP_CPU_AFFINITY={environ['GOMP_CPU_AFFINITY']}")
-    return tuple(
+    said = [
         f"{one} makes the OpenMP runtime pin each rank's main thread when it is loaded: the rank and its threads may"
         " end up on a part of the CPUs they were given; unset it"
         for one in said
-    )
+    ]
+    return tuple(filter(None, (unset, *said)))
