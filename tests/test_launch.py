@@ -17,7 +17,6 @@ import pytest
 
 from rankspawn import Binding, BindingError, Job, Popen, launch
 from rankspawn._binding import PlacementError
-from rankspawn._group.job import free_port
 from rankspawn._output.logs import rank_files
 from rankspawn._start.engine import EXTENSION_ERROR, mechanisms
 from tests.support.processes import PATIENCE, eventually, has_ended, new_cgroup, writable_cgroups
@@ -396,8 +395,8 @@ def test_without_free_descriptors_nobody_is_left(free: int) -> None:
             os.close(fd)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
-    # Four pidfds, the selector and its bell.
-    assert enough == (free >= 6)
+    # Four pidfds, the selector and its bell, and the socket that holds the port.
+    assert enough == (free >= 7)
 
 
 @needs_root
@@ -441,9 +440,3 @@ def test_a_thousand_ranks() -> None:
         return [ends.count(0), ends.count(-signal.SIGTERM), pidfds]
 
     assert in_child(run) in ([500, 500, 1000], ["no descriptors"])
-
-
-def test_free_port_is_of_this_machine() -> None:
-    assert 0 < free_port("127.0.0.1") < 65536
-    with pytest.raises(OSError):
-        free_port("192.0.2.1")

@@ -45,6 +45,30 @@ ONE_A_NODE = {
 HYDRA = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4", "PMI_FD": "7"}
 PALS = {"PALS_RANKID": "5", "PMI_SIZE": "8", "PALS_LOCAL_RANKID": "1", "PALS_LOCAL_SIZE": "4", "PALS_NODEID": "1"}
 PMI = {"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "4"}
+# As jsrun's and Flux's documentation and the sources of MVAPICH and LAMMPS name them: none of these could be tried.
+JSRUN = {
+    "JSM_NAMESPACE_RANK": "5",
+    "JSM_NAMESPACE_SIZE": "8",
+    "JSM_NAMESPACE_LOCAL_RANK": "1",
+    "JSM_NAMESPACE_LOCAL_SIZE": "4",
+    "PMIX_RANK": "5",
+}
+FLUX = {
+    "FLUX_TASK_RANK": "5",
+    "FLUX_TASK_LOCAL_ID": "1",
+    "FLUX_JOB_SIZE": "8",
+    "FLUX_JOB_NNODES": "1",
+    "FLUX_JOB_ID": "ƒ3ETxsR9H",
+    "PMI_RANK": "5",
+    "PMI_SIZE": "8",
+}
+MVAPICH = {
+    "MV2_COMM_WORLD_RANK": "5",
+    "MV2_COMM_WORLD_SIZE": "8",
+    "MV2_COMM_WORLD_LOCAL_RANK": "1",
+    "MV2_COMM_WORLD_LOCAL_SIZE": "4",
+}
+MVAPICH_3 = {name.replace("MV2", "MVP"): value for name, value in MVAPICH.items()}
 TORCHRUN = {
     "RANK": "5",
     "WORLD_SIZE": "8",
@@ -76,7 +100,16 @@ def test_srun() -> None:
 
 @pytest.mark.parametrize(
     ("environ", "launcher"),
-    [(MPIRUN, "mpirun"), (HYDRA, "mpiexec"), (PALS, "PALS mpiexec"), (PMI, "a PMI launcher"), (TORCHRUN, "torchrun")],
+    [
+        (MPIRUN, "mpirun"),
+        (HYDRA, "mpiexec"),
+        (PALS, "PALS mpiexec"),
+        (PMI, "a PMI launcher"),
+        (TORCHRUN, "torchrun"),
+        (JSRUN, "jsrun"),
+        (MVAPICH, "mpirun_rsh"),
+        (MVAPICH_3, "mpirun_rsh"),
+    ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_one_of_several_processes_on_a_node(environ: dict[str, str], launcher: str) -> None:
@@ -85,6 +118,36 @@ def test_one_of_several_processes_on_a_node(environ: dict[str, str], launcher: s
     assert environ[step.variable] == "1"
     # Ranks do not say which node this is, or how many nodes there are.
     assert (step.node_rank, step.nnodes) == ((1, 2) if launcher == "torchrun" else (None, None))
+
+
+def test_tasks_of_flux() -> None:
+    """Flux says the local rank and the numbers of nodes and of tasks, and not how many tasks a node has."""
+    step = Step.read(FLUX)
+    assert (step.launcher, step.rank, step.local_rank, step.local_size, step.nnodes) == ("flux run", 5, 1, 8, 1)
+    step = Step.read(FLUX | {"FLUX_JOB_NNODES": "8", "FLUX_TASK_LOCAL_ID": "0"})
+    assert (step.local_size, step.node_rank, step.nnodes) == (1, 5, 8)
+    with pytest.raises(StepError, match=r"flux run started this on 8 nodes.*--master-addr HOST"):
+        step.node()
+    node = step.node("corona1")
+    assert (node.node_rank, node.nnodes, node.master_addr, node.run_id) == (5, 8, "corona1", "ƒ3ETxsR9H")
+    assert 29500 <= (node.master_port or 0) < 32768
+    step = Step.read(FLUX | {"FLUX_JOB_NNODES": "3"})
+    assert step.local_size is None
+    with pytest.raises(StepError, match=r"flux run started 8 processes on 3 nodes.*flux run --nodes=N --tasks-per"):
+        step.node("corona1")
+
+
+def test_a_name_of_a_job_that_the_locale_cannot_decode() -> None:
+    name = "ƒ3ETxsR9H".encode().decode("ascii", "surrogateescape")
+    ports = {Step.read(FLUX | {"FLUX_JOB_ID": one}).master_port for one in (name, "ƒ3ETxsR9H")}
+    assert len(ports) == 1
+
+
+def test_a_local_rank_without_its_number_of_ranks() -> None:
+    step = Step.read({"MPT_LRANK": "3"})
+    assert (step.launcher, step.local_rank, step.local_size) == ("mpiexec_mpt", 3, None)
+    with pytest.raises(StepError, match=r"mpiexec_mpt started this .MPT_LRANK is set"):
+        step.node()
 
 
 def test_mpirun_with_one_process_on_each_node() -> None:
@@ -104,6 +167,8 @@ def test_mpirun_with_one_process_on_each_node() -> None:
         (HYDRA, "mpiexec -ppn 1"),
         (PALS, "PALS mpiexec --ppn 1"),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "1,4"}, "srun --ntasks-per-node=1"),
+        (JSRUN, "jsrun -r 1 -a 1 -c ALL_CPUS"),
+        (MVAPICH, "an option of the launcher"),
         (PMI, "an option of the launcher"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -138,13 +203,25 @@ def test_who_started_a_process_last_is_its_launcher() -> None:
     assert Step.read(SRUN | MPIRUN).launcher == "mpirun"
     assert Step.read(SRUN | HYDRA).launcher == "mpiexec"
     assert Step.read(SRUN | MPIRUN | TORCHRUN).launcher == "torchrun"
+    # Flux runs inside steps of Slurm and of jsrun, whose processes have Spectrum MPI's variables, too.
+    assert Step.read(SRUN | JSRUN | MPIRUN | FLUX).launcher == "flux run"
+    assert Step.read(MPIRUN | JSRUN).launcher == "jsrun"
     # Slurm's PMI plugins set ranks, too; a LOCAL_RANK without torchrun may come from anywhere.
     assert Step.read(SRUN | PMI | {"PMIX_RANK": "1"}).launcher == "srun"
     assert Step.read(SRUN | {"LOCAL_RANK": "3"}).launcher == "srun"
     assert Step.read(BATCH | {"LOCAL_RANK": "3"}).launcher == "torchrun"
 
 
-@pytest.mark.parametrize("environ", [{"PMI_RANK": "1", "PMI_SIZE": "2"}, {"PMIX_RANK": "1"}], ids=["PMI", "PMIx"])
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"PMI_RANK": "1", "PMI_SIZE": "2"},
+        {"PMIX_RANK": "1"},
+        {"JSM_NAMESPACE_RANK": "1", "JSM_NAMESPACE_SIZE": "2"},
+        {"ALPS_APP_PE": "1"},
+    ],
+    ids=["PMI", "PMIx", "JSM", "ALPS"],
+)
 def test_a_rank_alone_is_not_the_only_process(environ: dict[str, str]) -> None:
     step = Step.read(environ)
     assert (step.rank, step.local_rank) == (1, None)

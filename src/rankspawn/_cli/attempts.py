@@ -19,7 +19,6 @@ from .options import CommandError
 from .progress import Progress, say
 from .refusals import refusals
 from .reports import Reports
-from .settings import usable_port
 from .signals import name_of, status_of, suspend
 
 if TYPE_CHECKING:
@@ -62,9 +61,9 @@ def run_attempts(settings: RunSettings, folder: LogFolder, signals: Signals) -> 
             for sig in signals.read():  # that came when there was no rank to hand them to
                 if signals.asks_for_end(sig):
                     return status_of(sig)
-            # Another port: the last attempt's ranks may have left theirs in a state that refuses a listener.
-            port = usable_port(job.master_addr) if settings.new_port else job.master_port
-            job = job._replace(restart_count=job.restart_count + 1, master_port=port)
+            # Where no port was given, each attempt has another: the last one's ranks may have left theirs in a state
+            # that refuses a listener.
+            job = job._replace(restart_count=job.restart_count + 1)
             say(f"restart {job.restart_count} of {job.max_restarts}")
     finally:
         reports.write_last()

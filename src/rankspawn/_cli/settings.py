@@ -32,7 +32,6 @@ class RunSettings(Frozen):
         job: What the ranks of the first attempt are told.
         bindings: Where each rank goes, by local rank; None for a rank that stays unbound.
         omp_threads: OMP_NUM_THREADS of each rank, by local rank.
-        new_port: Whether each restart takes another port, because none was given.
         engine: Whether the engine starts the ranks, and the kernel can end them with the launcher.
         log_dir: The option of this name, as the others below; None where it was not given.
         tee: Whether the ranks' lines are shown.
@@ -51,7 +50,6 @@ class RunSettings(Frozen):
     job: Job
     bindings: tuple[Binding | None, ...]
     omp_threads: tuple[int, ...]
-    new_port: bool
     engine: bool
     log_dir: str | None
     tee: bool
@@ -70,7 +68,7 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
     """Check the arguments of ``run``; usage errors end the process with status 2.
 
     Raises:
-        CommandError: No port can be found.
+        CommandError: No port can be found at the master's address.
         PlacementError: A rank cannot be placed.
         OSError: The system refuses something else.
     """
@@ -87,7 +85,6 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
         job=_job(args),
         bindings=bindings,
         omp_threads=threads,
-        new_port=args.master_port is None,
         engine=engine,
         log_dir=args.log_dir,
         tee=args.tee,
@@ -199,17 +196,23 @@ def _job(args: argparse.Namespace) -> Job:
     if nnodes > 1 and args.max_restarts:
         # The ranks of one machine would meet those that another has not ended yet.
         args.parser.error("--max-restarts is for one machine: several are restarted together by rankspawn torchrun")
-    address = address or "127.0.0.1"
-    port = port or usable_port(address)
-    return Job(args.nproc_per_node, port, address, run_id or "none", nnodes, node_rank, 0, args.max_restarts)
+    address = bare(address or "127.0.0.1")
+    if not port:
+        _check_local(address)
+    return Job(args.nproc_per_node, port or 0, address, run_id or "none", nnodes, node_rank, 0, args.max_restarts)
 
 
-def usable_port(address: str) -> int:
-    """Find a free port at the master's address. Raises CommandError where the address is not this machine's."""
-    from .._group.job import free_port
+def bare(address: str) -> str:
+    """Return an address as MASTER_ADDR has it: without the brackets that torchrun's options have around IPv6's."""
+    return address[1:-1] if address.startswith("[") and address.endswith("]") else address
+
+
+def _check_local(address: str) -> None:
+    """Check that a port can be found at the master's address. Raises CommandError where it is not this machine's."""
+    from .._group.port import check_local
 
     try:
-        return free_port(address)
+        check_local(address)
     except OSError as error:
         raise CommandError(
             f"--master-addr {address}: no port can be found there ({error.strerror}); if it is another machine's, give"

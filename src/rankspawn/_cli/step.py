@@ -1,8 +1,8 @@
 """What the environment says of the job step that this process runs in.
 
 It says who started the process, which of how many it is, and where the step's processes can meet. It is known for
-Slurm, Open MPI, Hydra (MPICH, Intel MPI), PALS and other PMI launchers, and torchrun. Only variables are read: no
-launcher is asked, and no launcher's library is loaded.
+Slurm, Flux, jsrun, Open MPI, Hydra (MPICH, Intel MPI), PALS, MVAPICH and other PMI launchers, and torchrun. Only
+variables are read: no launcher is asked, and no launcher's library is loaded.
 """
 
 from __future__ import annotations
@@ -45,8 +45,18 @@ class _Told(Frozen):
     size: str
 
 
-# These come before Slurm's: mpirun runs inside Slurm's jobs, and its processes have the variables of both.
+# These come before Slurm's: the launchers run inside Slurm's jobs, and their processes have the variables of both.
+# Flux runs inside jsrun's jobs, and Spectrum MPI, which jsrun starts, sets Open MPI's variables, too.
+_FLUX = _Told("flux run", "FLUX_TASK_LOCAL_ID", "", "FLUX_TASK_RANK", "FLUX_JOB_SIZE")
 _MPI = (
+    # IBM's Job Step Manager
+    _Told(
+        "jsrun",
+        "JSM_NAMESPACE_LOCAL_RANK",
+        "JSM_NAMESPACE_LOCAL_SIZE",
+        "JSM_NAMESPACE_RANK",
+        "JSM_NAMESPACE_SIZE",
+    ),
     # docs.open-mpi.org, "Environment variables set for MPI applications"
     _Told(
         "mpirun",
@@ -59,11 +69,27 @@ _MPI = (
     _Told("mpiexec", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "PMI_RANK", "PMI_SIZE"),
     # HPE's Parallel Application Launch Service
     _Told("PALS mpiexec", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE", "PALS_RANKID", "PMI_SIZE"),
+    # MVAPICH's own launcher, by the names of version 2 and of those from 3 on
+    *(
+        _Told(
+            "mpirun_rsh",
+            f"{prefix}_COMM_WORLD_LOCAL_RANK",
+            f"{prefix}_COMM_WORLD_LOCAL_SIZE",
+            f"{prefix}_COMM_WORLD_RANK",
+            f"{prefix}_COMM_WORLD_SIZE",
+        )
+        for prefix in ("MV2", "MVP")
+    ),
+    # HPE's Message Passing Toolkit
+    _Told("mpiexec_mpt", "MPT_LRANK", "", "", ""),
 )
 _PMI = _Told("a PMI launcher", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE", "PMI_RANK", "PMI_SIZE")
 _TORCHRUN = _Told("torchrun", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE")
 # These do not tell the local rank. They are known so that no process takes itself for the only one.
 _RANK_ALONE = (
+    _Told("jsrun", "", "", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
+    # Cray's Application Level Placement Scheduler
+    _Told("aprun", "", "", "ALPS_APP_PE", ""),
     _Told("a PMI launcher", "", "", "PMI_RANK", "PMI_SIZE"),
     _Told("a PMIx launcher", "", "", "PMIX_RANK", ""),
 )
@@ -71,17 +97,28 @@ _RANK_ALONE = (
 # The launchers' options: to start one process on each node; to bind no process by itself; to give each more CPUs.
 _ONE_A_NODE = {
     "srun": "--ntasks-per-node=1",
+    "flux run": "--nodes=N --tasks-per-node=1",
+    "jsrun": "-r 1 -a 1 -c ALL_CPUS -g ALL_GPUS",
+    "aprun": "-N 1",
     "mpirun": "--map-by ppr:1:node",
     "mpiexec": "-ppn 1",
     "PALS mpiexec": "--ppn 1",
 }
 _UNBOUND = {
     "srun": "--cpu-bind=none",
+    "flux run": "-o cpu-affinity=off",
+    "jsrun": "--bind none",
+    "mpirun_rsh": "MV2_ENABLE_AFFINITY=0",
     "mpirun": "--bind-to none",
     "mpiexec": "-bind-to none",
     "PALS mpiexec": "--cpu-bind none",
 }
-_MORE_CPUS = {**_UNBOUND, "srun": "--cpus-per-task=N"}
+_MORE_CPUS = {
+    **_UNBOUND,
+    "srun": "--cpus-per-task=N",
+    "flux run": "--cores-per-task=N",
+    "jsrun": "-c ALL_CPUS",
+}
 
 
 class StepNode(Frozen):
@@ -106,8 +143,9 @@ class Step(Frozen):
     """One process of a job step. None stands for what the environment does not say.
 
     Attributes:
-        launcher: Who started it: "srun", "mpirun", "mpiexec" (Hydra's), "PALS mpiexec", "a PMI launcher", "a PMIx
-            launcher", "torchrun" (and all that set LOCAL_RANK), or "" for no launcher.
+        launcher: Who started it: "srun", "flux run", "jsrun", "mpirun", "mpiexec" (Hydra's), "PALS mpiexec",
+            "mpirun_rsh", "mpiexec_mpt", "aprun", "a PMI launcher", "a PMIx launcher", "torchrun" (and all that set
+            LOCAL_RANK), or "" for no launcher.
         variable: A variable that only the launcher's own processes have; "" for none.
         rank: Its number among all processes of the step, from 0.
         size: The number of the step's processes.
@@ -118,8 +156,9 @@ class Step(Frozen):
         own_masks: Whether each process of this node was given a CPU mask of its own. None: only the kernel may know.
         master_addr: The host of node 0.
         master_port: A port that follows from the job's name, and is the same on every node: 29500 + (10 * JOB + STEP)
-            mod 3001 under Slurm; with a PMIx namespace, the same with its bytes as one number; else 29500.
-        run_id: "JOB.STEP" of Slurm, or the namespace of PMIx.
+            mod 3001 under Slurm; with a PMIx namespace or Flux's job id, the same with its bytes as one number; else
+            29500.
+        run_id: "JOB.STEP" of Slurm, the id of Flux's job, or the namespace of PMIx.
     """
 
     launcher: str = ""
@@ -141,6 +180,8 @@ class Step(Frozen):
         # These variables make it a worker of torchrun or a rank of ours, whatever has started the agent.
         if "TORCHELASTIC_RUN_ID" in environ and "LOCAL_RANK" in environ:
             return _torchrun(environ)
+        if _FLUX.local_rank in environ:
+            return _flux(environ)
         for told in _MPI:
             if told.local_rank in environ:
                 return _mpi(told, environ)
@@ -171,14 +212,18 @@ class Step(Frozen):
         if self.launcher in ("", "torchrun"):
             return StepNode(0, 1, master_addr, master_port, None)
         if self.local_size != 1:
-            if self.local_size is None:
+            if self.local_size is not None:
+                where = f"{self.local_size} processes on this node"
+            elif self.size is not None and self.nnodes is not None:
+                where = f"{self.size} processes on {self.nnodes} nodes"
+            else:
                 raise StepError(
                     f"{self.launcher} started this ({self.variable} is set), and does not say how many processes run on"
                     " this node: give --nnodes, --node-rank and --master-addr"
                 )
             raise StepError(
-                f"{self.launcher} started {self.local_size} processes on this node, and each would start all ranks:"
-                f" start one ({self._with(_ONE_A_NODE)}), or a rank in each with `rankspawn bind`"
+                f"{self.launcher} started {where}, and each would start all ranks: start one on each node"
+                f" ({self._with(_ONE_A_NODE)}), or a rank in each process with `rankspawn bind`"
             )
         if self.nnodes is None or self.node_rank is None:
             raise StepError(f"{self.launcher} does not say how many nodes there are: give --nnodes and --node-rank")
@@ -251,17 +296,36 @@ def _own_masks(environ: Mapping[str, str]) -> bool:
     return kind.startswith("rank") or (kind.startswith(("map", "mask")) and len(set(masks.split(","))) > 1)
 
 
+def _flux(environ: Mapping[str, str]) -> Step:
+    """Read a task of a Flux job ("ENVIRONMENT" in flux-environment(7)).
+
+    Flux does not say how many tasks a node has, and gives each node of a job one task or more: as many tasks as nodes
+    are one on each.
+    """
+    found = _named(_of(_FLUX, environ), environ.get("FLUX_JOB_ID"))
+    nnodes = _number(environ, "FLUX_JOB_NNODES")
+    if nnodes == 1:
+        return found.replace(local_size=found.size, node_rank=0, nnodes=1)
+    if nnodes is not None and nnodes == found.size:
+        return found.replace(local_size=1, node_rank=found.rank, nnodes=nnodes)
+    return found.replace(nnodes=nnodes)
+
+
+def _named(step: Step, name: str | None) -> Step:
+    """Give a step its job's name, and the port that follows from it."""
+    if not name:
+        return step
+    number = int.from_bytes(name.encode(errors="surrogateescape"), "big")  # Flux's names are no ASCII
+    return step.replace(run_id=name, master_port=_FIRST_PORT + number % _PORTS)
+
+
 def _mpi(told: _Told, environ: Mapping[str, str]) -> Step:
     """Read a process of an MPI launcher.
 
     No variable says where rank 0 runs: addresses in the environment (as in OMPI_MCA_orte_hnp_uri) are those of the host
     of mpirun itself, which need not be one of the job's.
     """
-    found = _of(told, environ)
-    namespace = environ.get("PMIX_NAMESPACE") or None
-    if namespace is not None:
-        number = int.from_bytes(namespace.encode(), "big")
-        found = found.replace(run_id=namespace, master_port=_FIRST_PORT + number % _PORTS)
+    found = _named(_of(told, environ), environ.get("PMIX_NAMESPACE"))
     # One process here means one on every node (a node with more ends the job): ranks of processes are those of nodes.
     if found.local_size == 1:
         found = found.replace(node_rank=found.rank, nnodes=found.size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from typing import NamedTuple
 
 from .._public import public
@@ -15,7 +14,7 @@ class Job(NamedTuple):
 
     Attributes:
         nprocs: Ranks on this machine.
-        master_port: The TCP port on which rank 0 listens.
+        master_port: The TCP port on which rank 0 listens. 0: a free one, which launch() finds; for one machine.
         master_addr: The host on which it does.
         run_id: A name for the job.
         nnodes: How many machines there are.
@@ -25,7 +24,7 @@ class Job(NamedTuple):
     """
 
     nprocs: int
-    master_port: int
+    master_port: int = 0
     master_addr: str = "127.0.0.1"
     run_id: str = "none"
     nnodes: int = 1
@@ -61,18 +60,3 @@ class Job(NamedTuple):
     def numbers(self) -> dict[str, int]:
         """The variables that each rank has beside those, numbers that grow with the rank: name -> local rank 0's."""
         return {"RANK": self.first_rank, "LOCAL_RANK": 0, "ROLE_RANK": self.first_rank}
-
-
-def free_port(address: str = "127.0.0.1") -> int:
-    """Find a TCP port that is free now.
-
-    Args:
-        address: An address of this machine, by number or name.
-
-    Raises:
-        OSError: The address is not this machine's.
-    """
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])

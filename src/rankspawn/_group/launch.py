@@ -16,7 +16,8 @@ from .._public import public
 from .._start.arguments import named_by_text
 from .._start.engine import mechanisms
 from .group import GRACE_SECONDS, RankGroup
-from .job import Job, free_port
+from .job import Job
+from .port import hold_port_of
 from .start import start_ranks
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ def launch(
         env: What all ranks inherit; this process's environment if left out.
         rank_env: What each has beside it; by local rank.
         cwd: The directory that they start in.
-        job: The whole job, for the ranks' variables; this machine alone, with a free port, if left out.
+        job: The whole job, for the ranks' variables; this machine alone, with a free port, if left out. As long as the
+            group lives, the port is held on the machine of rank 0: only processes that set SO_REUSEADDR, as torch's
+            TCPStore does, can bind it.
         log_dir: A folder; each rank writes to ``attempt_N/LOCAL_RANK/stdout.log`` and ``stderr.log`` in it, as under
             torchrun. As long as the group lives no other may write there: that is an OSError (EBUSY).
         tee: The lines that the ranks write to their log files are shown here too, with a prefix; without ``log_dir``
@@ -130,6 +133,10 @@ def launch(
         # Taken first, and so given back last.
         signals = resources.enter_context(closing(SignalHold.take()))
     try:
+        job, held = hold_port_of(job)
+        if held is not None:
+            resources.enter_context(held)
+        shared["MASTER_PORT"] = str(job.master_port)
         if files is None and (tee or log_dir is not None):
             files, own_folder = _open_files(resources, log_dir, job)
             temporary = temporary if own_folder is None else own_folder.path
@@ -203,9 +210,11 @@ def _checked(
     for name, given in (("bindings", bindings), ("rank_env", rank_env), ("files", files)):
         if given is not None and len(given) != nprocs:
             raise ValueError(f"{name} has {len(given)} items for {nprocs} ranks")
-    job = Job(nprocs, free_port()) if job is None else job
+    job = Job(nprocs) if job is None else job
     if job.nprocs != nprocs:
         raise ValueError(f"nprocs is {nprocs}, and {job.nprocs} in job")
+    if not job.master_port and job.nnodes > 1:
+        raise ValueError("master_port of job is 0, a free port, which the other machines could not know")
     if grace is not None and not grace >= 0:
         raise ValueError(f"grace is {grace}: it is a number of seconds from 0 on")
     if signal_to not in ("rank", "group", "session"):
