@@ -31,6 +31,8 @@ _SHARED = re.compile(r"(socket:|pipe:|anon_inode:\[?(eventpoll|eventfd|inotify|t
 _FORK_SAFE_THREADS = {"jemalloc_bg_thd"}
 _OPENMP = re.compile(r"/lib(gomp|omp|iomp5)[^/]*\.so")
 _OPENBLAS = re.compile(r"/[^/]*openblas[^/]*\.so")
+# Seconds that a thread may have for its end: one that was joined has left Python, and not yet the kernel.
+_THREAD_ENDS = 0.5
 _PAUSE_HARD = 2  # omp_pause_hard of omp.h
 
 
@@ -128,6 +130,10 @@ def _refusal(proc: str, descriptors: set[tuple[int, str]], threads: set[int]) ->
     if alive := [one for one in threading.enumerate() if one is not threading.main_thread()]:
         return f"an import has started the Python thread {alive[0].name!r}, which no forked rank would have"
     stay = _unsafe_threads(proc, threads)
+    until = time.monotonic() + _THREAD_ENDS
+    while stay and time.monotonic() < until:
+        time.sleep(0.001)
+        stay = _unsafe_threads(proc, threads)
     if stay:
         return f"an import has started a native thread ({stay[0]!r}), which no forked rank would have"
     if _has_children():

@@ -59,6 +59,7 @@ class Recorder:
         self.read: dict[str, str] = {}
         self.written: dict[str, str | None] = {}
         self.copied: list[str] = []
+        self._copying_at: set[tuple[int, int]] = set()
 
     @contextmanager
     def recording(self) -> Iterator[Recorder]:
@@ -84,7 +85,7 @@ class Recorder:
         def __getitem__(environ: Any, name: Any) -> Any:
             text = _text(name)
             # What an import has set itself says nothing about the environment.
-            if text is not None and text not in self.written:
+            if text is not None and text not in self.written and _instruction() not in self._copying_at:
                 self.read.setdefault(text, importing())
             return function(environ, name)
 
@@ -92,6 +93,8 @@ class Recorder:
 
     def _copying(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(environ: Any) -> Any:
+            # dict(os.environ) asks for the names, and then for the value of each.
+            self._copying_at.add(_instruction())
             if (module := importing()) not in self.copied:
                 self.copied.append(module)
             return function(environ)
@@ -112,6 +115,14 @@ def _text(name: object) -> str | None:
     if isinstance(name, (str, bytes)):
         return os.fsdecode(name)
     return None
+
+
+def _instruction() -> tuple[int, int]:
+    """Which frame uses os.environ now, and at which instruction."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__") in _BETWEEN:
+        frame = frame.f_back
+    return id(frame), frame.f_lasti
 
 
 def importing() -> str:
