@@ -259,12 +259,12 @@ def test_launch_reads_no_topology_where_there_is_one_node(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(glance, "has_one_node", lambda: True)
     monkeypatch.setattr(Topology, "read", fail)
-    bindings, threads = _launch._place("auto", None, 3)
+    bindings, threads = _launch._place("auto", 3)
     assert bindings == [None] * 3 and len(set(threads)) == 1
-    assert _launch._place(None, None, 3)[0] == _launch._place("none", None, 3)[0] == [None] * 3
+    assert _launch._place(None, 3)[0] == _launch._place("none", 3)[0] == [None] * 3
     monkeypatch.setattr(glance, "has_one_node", lambda: False)
     with pytest.raises(AssertionError, match="read"):
-        _launch._place("auto", None, 3)
+        _launch._place("auto", 3)
 
 
 def test_launch_binds_by_auto(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -273,10 +273,10 @@ def test_launch_binds_by_auto(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     topology = Topology.read(write(tmp_path, MACHINES["two sockets"]))
     monkeypatch.setattr(glance, "has_one_node", lambda: False)
     monkeypatch.setattr(Topology, "read", lambda: topology)
-    bindings, threads = _launch._place("auto", None, 4)
+    bindings, threads = _launch._place("auto", 4)
     assert [binding and sorted(binding.cpus or ()) for binding in bindings] == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
     assert threads == [2] * 4
-    assert _launch._place("auto", "bind", 1)[0][0].memory is not None  # type: ignore[union-attr]
+    assert _launch._place("auto", 1, memory="bind")[0][0].memory is not None  # type: ignore[union-attr]
 
 
 def test_a_rank_with_a_memory_policy_is_not_called_unbound(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_reference_has(name: str) -> None:
 # Names that a sentence describes, and the parameters of classes that users do not make.
 SAID_OTHERWISE = {
     "BindingError": {"step", "binding"},
-    "RankGroup": {"resources", "keep_going", "grace", "cgroup", "guard", "called_ns", "signal_to"},
+    "RankGroup": {"started", "resources", "keep_going", "grace", "signal_to", "restarts"},
     "SubprocessHandler": {"proc"},
     "get_subprocess_handler": {*inspect.signature(rankspawn.get_subprocess_handler).parameters},
 }

@@ -196,7 +196,7 @@ def test_policies_are_checked(mode: Any) -> None:
 def test_bindings_are_checked() -> None:
     with pytest.raises(ValueError, match="memory policy 'far' is none of default, local"):
         MemoryPolicy("far", {0})  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="memory must be a MemoryPolicy, not str"):
+    with pytest.raises(TypeError, match="memory: expected a MemoryPolicy or None, got '"):
         Binding(None, "bind")  # type: ignore[arg-type]
     assert (BINDING.cpus, BINDING.memory, POLICY.nodes) == (frozenset({0, 1, 2}), POLICY, frozenset({0, 1}))
     assert (str(BINDING), str(Binding(None))) == ("cpus 0-2, memory interleave:0-1", "cpus inherited, memory inherited")

@@ -74,8 +74,9 @@ def test_what_ranks_of_one_of_several_machines_are_told(tmp_path: Path) -> None:
         assert {name: env.get(name) for name in expected} == expected
 
 
-def test_environments(tmp_path: Path) -> None:
+def test_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank's own variables win over the job's, and the job's win over the inherited ones."""
+    monkeypatch.setenv("RANK", "inherited")
     shared = {"PATH": os.environ["PATH"], "RANK": "inherited", "SHARED": "yes"}
     with launch(
         TELL, 2, env=shared, rank_env=[{"OWN": "first"}, {"OWN": "second", "LOCAL_RANK": "7"}], log_dir=tmp_path
@@ -209,20 +210,20 @@ def test_progress(nprocs: int) -> None:
 @pytest.mark.parametrize(
     "nprocs, options, text",
     [
-        (0, {}, "nprocs is 0: a job has at least one rank"),
-        (-1, {}, "nprocs is -1"),
+        (0, {}, "nprocs: expected a positive integer, got 0"),
+        (-1, {}, "nprocs: expected a positive integer, got -1"),
         (2, {"job": Job(3, 29500)}, "nprocs is 2, and 3 in job"),
         (2, {"bindings": [None]}, "bindings has 1 items for 2 ranks"),
         (2, {"rank_env": [{}] * 3}, "rank_env has 3 items for 2 ranks"),
         (2, {"files": []}, "files has 0 items for 2 ranks"),
-        (1, {"numa": "node", "bindings": [None]}, "give numa, with or without memory, or bindings"),
-        (1, {"memory": "local", "bindings": [None]}, "give numa, with or without memory, or bindings"),
-        (1, {"memory": "local", "numa": None}, "memory needs numa"),
-        (1, {"memory": "local", "numa": "none"}, "memory needs numa"),
+        (1, {"numa": "node", "bindings": [None]}, "bindings say where ranks go: they exclude numa='node'"),
+        (1, {"memory": "local", "bindings": [None]}, "bindings say where ranks go: they exclude memory"),
+        (1, {"memory": "local", "numa": None}, "numa=None leaves ranks unbound: it excludes memory"),
+        (1, {"memory": "local", "numa": "none"}, "numa='none' leaves ranks unbound: it excludes memory"),
         (1, {"numa": "nowhere"}, "nowhere"),
         (1, {"numa": "node", "memory": "elsewhere"}, "elsewhere"),
-        (1, {"grace": -1}, "grace is -1"),
-        (1, {"grace": float("nan")}, "grace is nan"),
+        (1, {"grace": -1}, "grace: expected a number of seconds from 0 on, got -1"),
+        (1, {"grace": float("nan")}, "grace: expected a number of seconds from 0 on, got nan"),
         (1, {"files": [None], "log_dir": "/tmp"}, "give log_dir or files"),
         (1, {"tee_ranks": [0]}, "tee_ranks needs tee"),
         (1, {"env": {"a=b": "c"}}, "illegal environment variable name"),

@@ -463,7 +463,7 @@ def test_refused_binding_says_what_to_do() -> None:
 
 
 def test_binding_of_a_wrong_type() -> None:
-    with pytest.raises(TypeError, match="binding must be a Binding, not dict"):
+    with pytest.raises(TypeError, match="binding: expected a Binding or None, got "):
         Popen(["/bin/true"], binding={"cpus": {0}})  # type: ignore[arg-type]
 
 

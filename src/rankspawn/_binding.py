@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from typing import Literal
 
     MemoryMode = Literal["default", "local", "bind", "preferred", "preferred-many", "interleave", "weighted-interleave"]
+    NumaMode = Literal["auto", "none", "node", "socket", "exclusive", "core-complex"]
 
 MEMORY_MODES: tuple[MemoryMode, ...] = (
     "default",
@@ -35,11 +36,15 @@ _MAX_NODE = 1 << 12
 def _checked_ids(what: str, ids: Iterable[int], limit: int) -> frozenset[int]:
     """Check that ``ids`` are integers in ``range(limit)``; ``what`` names them in the error."""
     if isinstance(ids, (str, bytes)):
-        raise TypeError(f"{what} must be a set of int, not {type(ids).__name__}")
-    found = frozenset(ids)
+        raise TypeError(f"{what}: expected a set of integers, got {ids!r}")
+    try:
+        found = frozenset(ids)
+    except TypeError:
+        one_is = f"; one is {{{ids}}}" if isinstance(ids, int) else ""
+        raise TypeError(f"{what}: expected a set of integers, got {ids!r}{one_is}") from None
     for one in found:
         if isinstance(one, bool) or not isinstance(one, int):
-            raise TypeError(f"{what} must be a set of int, not of {type(one).__name__}")
+            raise TypeError(f"{what}: expected a set of integers, got {one!r} in it")
         if not 0 <= one < limit:
             raise ValueError(f"{what}: {one} is outside 0 to {limit - 1}")
     return found
@@ -121,7 +126,7 @@ class Binding(Frozen):
             if not cpus:
                 raise ValueError("cpus is empty: a process needs a CPU; None leaves its mask alone")
         if memory is not None and not isinstance(memory, MemoryPolicy):
-            raise TypeError(f"memory must be a MemoryPolicy, not {type(memory).__name__}")
+            raise TypeError(f"memory: expected a MemoryPolicy or None, got {memory!r}")
         super().__init__(cpus, memory, required)
 
     def __str__(self) -> str:

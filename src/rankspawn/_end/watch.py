@@ -173,7 +173,9 @@ class Watch:
 
     def _select(self, timeout: float) -> list[selectors.SelectorKey]:
         if not self._selector.get_map():
-            time.sleep(timeout)  # closed; or Windows, whose select refuses to wait for nothing
+            # Closed, perhaps by another thread after this one had seen ranks that run; or Windows, whose select refuses
+            # to wait for nothing.
+            time.sleep(min(timeout, POLL_SECONDS))
             return []
         try:
             return [key for key, _ in self._selector.select(timeout)]

@@ -10,25 +10,24 @@ import errno
 import os
 import signal
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from .._end.deadline import left, passed, sooner, until
-from .._end.ranks import SignalTo, name_running, name_stuck, signal_ranks
+from .._end.ranks import SIGKILL, SignalTo, name_running, name_stuck, signal_ranks
 from .._end.watch import Watch
 from .._public import public
+from .descriptors import enough_descriptors
 from .ending import Ending
 from .reporting import Reporting
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from .._end.cgroup import GroupCgroup
-    from .._end.guard import Guard
-    from .._output.logs import RankFiles
-    from .._start.popen import Popen
-    from .job import Job
+    from .._output.report import Attempt
+    from .order import Started
+    from .restarts import Restarts
 
 GRACE_SECONDS = 30.0
 """Seconds from asking ranks to end until they are killed; torchrun waits as long."""
@@ -52,34 +51,53 @@ class RankGroup(Reporting):
         ranks: The Popen objects, in rank order.
         files: Where each rank writes; None where they have this process's output.
         job: What the ranks know of the job: their variables.
+        stop_asked: The signal and the grace of the last ``stop``; None while nobody has asked the ranks to end.
     """
 
     def __init__(
         self,
-        ranks: Sequence[Popen],
+        started: Started,
         *,
         resources: ExitStack,
         keep_going: bool,
         grace: float,
-        files: Sequence[RankFiles] | None,
-        cgroup: GroupCgroup | None,
-        guard: Guard | None,
-        called_ns: int,
-        job: Job,
-        signal_to: SignalTo = "session",
+        signal_to: SignalTo,
+        restarts: Restarts | None,
     ) -> None:
-        self.ranks = tuple(ranks)
-        self.files = None if files is None else tuple(files)
-        self._resources = resources
-        self._keep_going = keep_going
-        self._called_ns = called_ns
-        self.job = job
-        self._watch = Watch(self.ranks)
-        if guard is not None and guard.process.pidfd is not None:
-            self._watch.once(guard.process.pidfd, guard.warn_of_its_end)
-        self._note_birth()
-        self._ending = Ending(self.ranks, self._watch, grace=grace, signal_to=signal_to, cgroup=cgroup)
+        self._resources, self._restarts = resources, restarts
+        self._keep_going, self._grace, self._signal_to = keep_going, grace, signal_to
+        self._past: list[Attempt] = []
+        self._watched: list[int] = []
+        self.stop_asked: tuple[int, float | None] | None = None
+        self.begin(started)
         self._owner, self._closed = os.getpid(), False
+
+    def begin(self, started: Started) -> None:
+        """Take over the ranks of an attempt."""
+        guard, ranks, files = started.guard, tuple(started.ranks), started.files
+        with enough_descriptors(ranks):
+            watch = Watch(ranks)
+            if guard is not None and guard.process.pidfd is not None:
+                watch.once(guard.process.pidfd, guard.warn_of_its_end)
+            for descriptor in self._watched:
+                watch.add(descriptor)
+        self.ranks, self.files, self.job = ranks, None if files is None else tuple(files), started.job
+        self._called_ns = started.called_ns
+        self._note_birth()
+        self._ending = Ending(ranks, watch, grace=self._grace, signal_to=self._signal_to, cgroup=started.cgroup)
+        self._watch = watch
+        if self.stop_asked is not None:  # while they were being started
+            self._ending.ask(*self.stop_asked)
+
+    def end_attempt(self) -> dict[int, str]:
+        """End what is left of ranks that have ended, before the next attempt: pid -> whose it is of what is stuck."""
+        if stuck := self._ending.kill_and_reap(self._look):
+            return stuck
+        self._past.append(self.attempt())
+        self._watch.close()
+        for rank in self.ranks:
+            rank._pidfd = None
+        return {}
 
     # ---- watching ---------------------------------------------------------------------------------------------------
 
@@ -112,8 +130,10 @@ class RankGroup(Reporting):
         """Wait until every rank has ended.
 
         The first rank that fails ends the others: SIGTERM, and SIGKILL for what still runs after the group's grace;
-        unless the group was launched with ``keep_going``. When the ranks have been told to end, what they have started
-        is waited for, too, until the grace is over: the rank may be a shell that ends before the program that it runs.
+        unless the group was launched with ``keep_going``. With ``max_restarts`` all are started again then: ``ranks``,
+        ``files`` and ``job`` are those of the last attempt, and ``report`` has all. When the ranks have been told to
+        end, what they have started is waited for, too, until the grace is over: the rank may be a shell that ends
+        before the program that it runs.
 
         Args:
             timeout: Seconds; None waits without end.
@@ -126,6 +146,7 @@ class RankGroup(Reporting):
         Raises:
             TimeoutError: The time is over, or a killed rank does not end. It names the ranks.
             RanksFailedError: A rank has failed, and ``check`` is true.
+            OSError: The ranks cannot be started again: as launch().
         """
         end = until(timeout)
         while self.advance(left(end)):
@@ -154,7 +175,9 @@ class RankGroup(Reporting):
         if (self._watch.running or self._ending.lingering) and self._look(left(sooner(until(timeout), due))):
             self._end_after_failure()
         self._ending.look_at_sessions()
-        return bool(self._watch.running) or self._ending.lingering
+        if self._watch.running or self._ending.lingering:
+            return True
+        return self._restarts is not None and self._restarts.after_end(self)
 
     def watch(self, descriptor: int) -> None:
         """Have ``advance`` return when a descriptor is readable, too.
@@ -163,6 +186,7 @@ class RankGroup(Reporting):
             descriptor: What select(2) and its like take; it stays the caller's.
         """
         self._watch.add(descriptor)
+        self._watched.append(descriptor)
 
     def __await__(self) -> Generator[Any, None, tuple[int, ...]]:
         """``await group`` is ``wait()`` in any asyncio loop. Cancelling it leaves the ranks as they are."""
@@ -196,6 +220,16 @@ class RankGroup(Reporting):
         signal_ranks(self.ranks, sig, to=to)
 
     @property
+    def is_closed(self) -> bool:
+        """Whether close() was called."""
+        return self._closed
+
+    @property
+    def is_restarting(self) -> bool:
+        """Whether the ranks are being started again."""
+        return self._restarts is not None and self._restarts.is_active
+
+    @property
     def stopping(self) -> bool:
         """Whether the ranks have been told to end."""
         return self._ending.kill_at is not None
@@ -225,6 +259,7 @@ class RankGroup(Reporting):
             PermissionError: As from ``send_signal``.
         """
         self._check_owner()
+        self.stop_asked = sig, grace  # first: an attempt that is being started looks here
         self._ending.ask(sig, grace)
 
     def terminate(self, grace: float | None = None) -> None:
@@ -254,6 +289,7 @@ class RankGroup(Reporting):
             TimeoutError: As from ``terminate``.
         """
         self._check_owner()
+        self.stop_asked = SIGKILL, 0.0
         try:
             stuck = self._ending.kill_and_reap(self._look)
         except BaseException:
@@ -273,6 +309,8 @@ class RankGroup(Reporting):
         """
         reaped = all(rank.returncode is not None for rank in self.ranks)
         if self._owner != os.getpid() or (self._closed and reaped):
+            return
+        if self._restarts is not None and self._restarts.postpone_close():
             return
         try:
             self.terminate()
@@ -302,7 +340,7 @@ class RankGroup(Reporting):
     def _end_after_failure(self) -> None:
         if self.first_failure is not None and not self.stopping and self._watch.running and not self._keep_going:
             with suppress(PermissionError):
-                self.stop()
+                self._ending.ask(signal.SIGTERM, None)
 
     def __enter__(self) -> RankGroup:
         return self

@@ -77,11 +77,11 @@ class SignalHold:
 
     @property
     def is_between(self) -> bool:
-        """Whether the group is being started or closed, which is not to be interrupted."""
+        """Whether the group is being started, also again, or closed, which is not to be interrupted."""
         if self._group is None:
             return True
         group = self._group()
-        return group is None or group._closed
+        return group is None or group.is_closed or group.is_restarting
 
 
 def _signals() -> list[int]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .._public import public
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @public
@@ -37,8 +40,12 @@ class Job(NamedTuple):
         """The RANK of this machine's local rank 0."""
         return self.node_rank * self.nprocs
 
-    def environment(self) -> dict[str, str]:
-        """The variables of all ranks of this machine (torch.distributed.run has the names)."""
+    def environment(self, env: Mapping[str, str] = os.environ) -> dict[str, str]:
+        """The variables of all ranks of this machine (torch.distributed.run has the names).
+
+        Args:
+            env: What they inherit: where it has TORCH_NCCL_ASYNC_ERROR_HANDLING, that counts; else it is 1.
+        """
         local, world = str(self.nprocs), str(self.nprocs * self.nnodes)
         return {
             "WORLD_SIZE": world,
@@ -54,7 +61,7 @@ class Job(NamedTuple):
             "TORCHELASTIC_RUN_ID": self.run_id,
             # Rank 0 makes the store at MASTER_PORT itself: there is no agent that holds one.
             "TORCHELASTIC_USE_AGENT_STORE": "False",
-            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": env.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
         }
 
     def numbers(self) -> dict[str, int]:

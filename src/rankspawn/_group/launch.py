@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
 from .._end.ranks import SignalTo, end_ranks
 from .._public import public
 from .._start.arguments import named_by_text
-from .._start.engine import mechanisms
+from .._start.popen import Popen
+from .asked import check_environment, check_ranks, checked_job, commands_of_ranks, number_of_ranks
+from .descriptors import check_descriptors
 from .group import GRACE_SECONDS, RankGroup
 from .job import Job
-from .port import hold_port_of
-from .start import start_ranks
+from .order import Order
 
 if TYPE_CHECKING:
-    from .._binding import AffinityMode, Binding, MemoryMode, MemoryPolicy
-    from .._end.cgroup import GroupCgroup
-    from .._end.guard import Guard
-    from .._output.logs import LogFolder, RankFiles
-    from .._start.popen import Popen
+    from typing import IO, Any
+
+    from .._binding import AffinityMode, Binding, MemoryMode, MemoryPolicy, NumaMode
+    from .._output.logs import RankFiles
+    from .._place.visible import Device
 
 
 @public
@@ -33,20 +32,26 @@ def launch(
     args: Sequence[str] | Callable[[int], Sequence[str]],
     nprocs: int,
     *,
-    numa: AffinityMode | str | None = "auto",
+    numa: AffinityMode | NumaMode | None = "auto",
     memory: MemoryMode | MemoryPolicy | None = None,
+    devices: Sequence[str | Device] | None = None,
+    reserve_cores: int = 0,
+    threads_per_core: int | None = None,
+    required: bool = True,
     bindings: Sequence[Binding | None] | None = None,
     env: Mapping[str, str] | None = None,
     rank_env: Sequence[Mapping[str, str]] | None = None,
     cwd: str | os.PathLike[str] | None = None,
     job: Job | None = None,
     log_dir: str | os.PathLike[str] | None = None,
-    tee: bool = False,
+    tee: bool | IO[str] = False,
+    tee_prefix: str = "[rank {rank}]:",
     tee_ranks: Collection[int] | None = None,
     files: Sequence[RankFiles] | None = None,
     die_with_parent: bool | None = None,
     guard: bool | None = None,
     cgroup: str | os.PathLike[str] | None = None,
+    max_restarts: int = 0,
     keep_going: bool = False,
     grace: float | None = None,
     signal_to: SignalTo = "session",
@@ -63,17 +68,25 @@ def launch(
             CPUs and each of these gets ranks, and is optional; "none" or None leaves the ranks unbound. OMP_NUM_THREADS
             is each rank's share of the cores, unless ``env`` has it.
         memory: A mode or policy, as for ``place``.
+        devices: As for ``place``: accelerators in local-rank order, empty for none; None looks for them.
+        reserve_cores: As for ``place``: how many physical cores of the machine no rank gets.
+        threads_per_core: As for ``place``: how many hardware threads of each core are used; None for all.
+        required: False starts a rank unbound where it cannot be placed or bound; a RuntimeWarning says the first, the
+            rank's ``binding_report`` the second. "auto" never requires.
         bindings: Where each rank goes, instead; by local rank. OMP_NUM_THREADS is not touched.
-        env: What all ranks inherit; this process's environment if left out.
-        rank_env: What each has beside it; by local rank.
+        env: What all ranks inherit; this process's environment if left out. The job's own variables are put over it:
+            one that you set in it to something else is a ValueError, since ``job`` is the place for it. What it has
+            from this process's environment is replaced.
+        rank_env: What each has beside it, and wins over all else; by local rank.
         cwd: The directory that they start in.
         job: The whole job, for the ranks' variables; this machine alone, with a free port, if left out. As long as the
             group lives, the port is held on the machine of rank 0: only processes that set SO_REUSEADDR, as torch's
             TCPStore does, can bind it.
         log_dir: A folder; each rank writes to ``attempt_N/LOCAL_RANK/stdout.log`` and ``stderr.log`` in it, as under
             torchrun. As long as the group lives no other may write there: that is an OSError (EBUSY).
-        tee: The lines that the ranks write to their log files are shown here too, with a prefix; without ``log_dir``
-            the files are temporary ones.
+        tee: True shows the lines that the ranks write to their log files here too; a text stream has them all written
+            to it, from another thread. Without ``log_dir`` the files are temporary ones.
+        tee_prefix: Stands before each of these lines; ``{rank}`` is the rank's number.
         tee_ranks: Those of these ranks only.
         files: Instead of ``log_dir``, made by ``rank_files``.
         die_with_parent: The kernel kills the ranks when this process ends, however it ends; None: where it can.
@@ -82,6 +95,8 @@ def launch(
             gets a RuntimeWarning.
         cgroup: A delegated directory of cgroup v2. The ranks are born in a cgroup made in it, which ends with the
             group, whatever session its processes have moved to; a guard is on, too.
+        max_restarts: How often all ranks are started again after a failure, on another port where ``job`` has none,
+            by whoever waits for the group. The logger "rankspawn" has a warning then, with what failed.
         keep_going: A rank that fails does not end the others.
         grace: From SIGTERM to SIGKILL, in seconds; 30 if left out.
         signal_to: What is signalled first when ranks are to end: all in a rank's "session", its process "group",
@@ -102,30 +117,39 @@ def launch(
             started have been killed and reaped. EMFILE: there is not a free descriptor for each rank; this process's
             limit is not raised here.
         PlacementError: No placement can be made.
+        TypeError: An argument has the wrong type: its message has the argument's name, and what is expected.
         ValueError: Arguments do not fit.
     """
     called_ns = time.monotonic_ns()
-    job = _checked(nprocs, job, bindings, rank_env, files, log_dir, tee, tee_ranks, grace, signal_to)
-    shared = {**job.environment(), "RANKSPAWN_CALL_NS": str(called_ns)}
-    own: list[dict[str, str]] = [{} for _ in range(nprocs)]
-    if memory is not None and (numa is None or numa == "none"):
-        raise ValueError("memory needs numa: without it ranks are left unbound")
+    nprocs = number_of_ranks(nprocs)
+    job = checked_job(job, nprocs, max_restarts)
+    new_port = not job.master_port  # of each attempt
+    check_ranks(nprocs, bindings=bindings, rank_env=rank_env, files=files)
+    if env is not None:
+        check_environment("env", env)
+    _check_ending(grace, signal_to)
+    _check_output(files, log_dir, tee, tee_prefix, tee_ranks, max_restarts)
+    wanted = _given(
+        memory=memory, devices=devices, reserve_cores=reserve_cores or None, threads_per_core=threads_per_core
+    )
+    threads: Sequence[int] | None = None
     if bindings is None:
         from .._place.glance import sets_threads, threads_note
 
         threads_given = (os.environ if env is None else named_by_text(env)).get("OMP_NUM_THREADS")
         if note := threads_note(threads_given):
             warnings.warn(note, RuntimeWarning, stacklevel=2)
-        bindings, threads = _place(numa, memory, nprocs)
-        if not sets_threads(threads_given):
-            for variables, count in zip(own, threads, strict=True):
-                variables["OMP_NUM_THREADS"] = str(count)
-    elif memory is not None or numa not in (None, "none", "auto"):
-        raise ValueError("give numa, with or without memory, or bindings")
-    _check_descriptors(nprocs)
-    ranks: list[Popen] = []
+        bindings, threads = _place(numa, nprocs, required=required, **wanted)
+        threads = None if sets_threads(threads_given) else threads
+    elif wanted or numa not in (None, "none", "auto"):
+        raise ValueError(f"bindings say where ranks go: they exclude {', '.join(wanted) or f'numa={numa!r}'}")
+    check_descriptors(nprocs)
+    order = Order(
+        commands_of_ranks(args, nprocs), bindings, threads, env, rank_env, cwd, log_dir, files,
+        tee, tee_prefix, tee_ranks, die_with_parent, guard, cgroup, temporary, progress,
+    )  # fmt: skip
     # Not a with block: at every moment either this function or the group owns what was opened and closes it.
-    resources = ExitStack()
+    resources, ranks = ExitStack(), list[Popen]()
     signals = None
     if handle_signals:
         from .handlers import SignalHold
@@ -133,54 +157,21 @@ def launch(
         # Taken first, and so given back last.
         signals = resources.enter_context(closing(SignalHold.take()))
     try:
-        job, held = hold_port_of(job)
-        if held is not None:
-            resources.enter_context(held)
-        shared["MASTER_PORT"] = str(job.master_port)
-        if files is None and (tee or log_dir is not None):
-            files, own_folder = _open_files(resources, log_dir, job)
-            temporary = temporary if own_folder is None else own_folder.path
-        else:
-            own_folder = None
-        for number, of_rank in enumerate(files or ()):
-            own[number]["TORCHELASTIC_ERROR_FILE"] = of_rank.error
-        for variables, more in zip(own, rank_env or (), strict=False):
-            variables.update(named_by_text(more))
-        if tee:
-            from .._output.tee import show
+        of_attempt = resources.enter_context(ExitStack())
+        restarts = None
+        if max_restarts:
+            from .restarts import Restarts
 
-            resources.enter_context(show(files or (), job.first_rank, tee_ranks, own_folder))
-        if guard is None and die_with_parent is False:
-            guard = False  # the ranks shall outlive this process
-        guarding, own_cgroup = _hold(resources, guard, cgroup, temporary)
-        start_ranks(
-            ranks,
-            [args(rank) for rank in range(nprocs)] if callable(args) else [args] * nprocs,
-            env=env,
-            shared=shared,
-            numbered=job.numbers(),
-            rank_env=own,
-            bindings=bindings,
-            streams=[(None, None, None)] * nprocs if files is None else [(None, f.stdout, f.stderr) for f in files],
-            cwd=cwd,
-            die_with_parent=_can_die_with_parent() if die_with_parent is None else die_with_parent,
-            cgroup=None if own_cgroup is None else own_cgroup.fd,
-            guard=-1 if guarding is None else guarding.fd,
-            progress=progress,
+            done = None if signals is None else signals.give
+            restarts = Restarts(order.start, of_attempt, new_port=new_port, done=done)
+        group = RankGroup(
+            order.start(job, called_ns, of_attempt, ranks),
+            resources=resources,
+            keep_going=keep_going,
+            grace=GRACE_SECONDS if grace is None else grace,
+            signal_to=signal_to,
+            restarts=restarts,
         )
-        with _enough_descriptors(ranks):
-            group = RankGroup(
-                ranks,
-                resources=resources,
-                keep_going=keep_going,
-                grace=GRACE_SECONDS if grace is None else grace,
-                files=files,
-                cgroup=own_cgroup,
-                guard=guarding,
-                called_ns=called_ns,
-                job=job,
-                signal_to=signal_to,
-            )
         if signals is not None:
             signals.give(group)
         return group
@@ -192,49 +183,48 @@ def launch(
         raise
 
 
-def _checked(
-    nprocs: int,
-    job: Job | None,
-    bindings: Sequence[object] | None,
-    rank_env: Sequence[object] | None,
-    files: Sequence[object] | None,
-    log_dir: object,
-    tee: bool,
-    tee_ranks: object,
-    grace: float | None,
-    signal_to: str,
-) -> Job:
-    """The job, made where none was given. Raises ValueError for arguments of launch() that do not fit each other."""
-    if nprocs < 1:
-        raise ValueError(f"nprocs is {nprocs}: a job has at least one rank")
-    for name, given in (("bindings", bindings), ("rank_env", rank_env), ("files", files)):
-        if given is not None and len(given) != nprocs:
-            raise ValueError(f"{name} has {len(given)} items for {nprocs} ranks")
-    job = Job(nprocs) if job is None else job
-    if job.nprocs != nprocs:
-        raise ValueError(f"nprocs is {nprocs}, and {job.nprocs} in job")
-    if not job.master_port and job.nnodes > 1:
-        raise ValueError("master_port of job is 0, a free port, which the other machines could not know")
+def _check_ending(grace: object, signal_to: object) -> None:
+    if grace is not None and (isinstance(grace, bool) or not isinstance(grace, (int, float))):
+        raise TypeError(f"grace: expected a number of seconds, got {grace!r}")
     if grace is not None and not grace >= 0:
-        raise ValueError(f"grace is {grace}: it is a number of seconds from 0 on")
+        raise ValueError(f"grace: expected a number of seconds from 0 on, got {grace}")
     if signal_to not in ("rank", "group", "session"):
-        raise ValueError(f"signal_to is {signal_to!r}: it is 'rank', 'group' or 'session'")
+        raise ValueError(f"signal_to: expected 'rank', 'group' or 'session', got {signal_to!r}")
+
+
+def _check_output(
+    files: object, log_dir: object, tee: object, tee_prefix: str, tee_ranks: object, max_restarts: int
+) -> None:
     if files is not None and log_dir is not None:
         raise ValueError("give log_dir or files")
+    if files is not None and max_restarts:
+        raise ValueError("files are those of one attempt: with max_restarts, give log_dir")
     if tee_ranks is not None and not tee:
         raise ValueError("tee_ranks needs tee")
-    return job
+    if not isinstance(tee, bool) and not callable(getattr(tee, "write", None)):
+        raise TypeError(f"tee: expected True, False or a text stream, got {tee!r}")
+    try:
+        tee_prefix.format(rank=0)
+    except (AttributeError, LookupError, ValueError):
+        example = '"[rank {rank}]:"'
+        raise ValueError(f"tee_prefix: expected a text like {example}, got {tee_prefix!r}") from None
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _place(
-    numa: AffinityMode | str | None, memory: MemoryMode | MemoryPolicy | None, nprocs: int
+    numa: AffinityMode | NumaMode | None, nprocs: int, *, required: bool = True, **wanted: Any
 ) -> tuple[list[Binding | None], list[int]]:
-    """Find the binding of each rank on this machine, and its OMP_NUM_THREADS."""
+    """Find the binding of each rank on this machine, and its OMP_NUM_THREADS; ``wanted`` is for ``place``."""
     from .._place.glance import has_one_node, hidden_devices, unbound_threads
 
-    is_free = numa == "auto" and memory is None
+    is_free = numa == "auto" and not wanted
+    if wanted and numa in (None, "none"):
+        raise ValueError(f"numa={numa!r} leaves ranks unbound: it excludes {', '.join(wanted)}")
     # On a machine with one node there is nothing to choose, and no need to read it.
-    if numa is None or numa == "none" or (is_free and has_one_node()):
+    if numa in (None, "none") or (is_free and has_one_node()):
         for note in hidden_devices(os.environ):
             warnings.warn(note, RuntimeWarning, stacklevel=3)
         return [None] * nprocs, [unbound_threads(nprocs)] * nprocs
@@ -246,9 +236,9 @@ def _place(
     try:
         topology = Topology.read()
         if numa == "auto":
-            ranks = plan_auto(topology, nprocs=nprocs, memory=memory)
+            ranks = plan_auto(topology, nprocs=nprocs, **wanted)
         else:
-            ranks = plan(topology, numa, nprocs=nprocs, memory=memory)
+            ranks = plan(topology, numa, nprocs=nprocs, required=required, **wanted)
     except TopologyError as error:
         if not is_free:
             raise
@@ -257,110 +247,3 @@ def _place(
     for note in dict.fromkeys(note for rank in ranks for note in rank.notes):
         warnings.warn(note, RuntimeWarning, stacklevel=3)
     return [rank.binding for rank in ranks], [rank.omp_threads for rank in ranks]
-
-
-def _open_files(
-    resources: ExitStack, log_dir: str | os.PathLike[str] | None, job: Job
-) -> tuple[list[RankFiles], LogFolder | None]:
-    """Where each rank writes: in ``log_dir``, or in a temporary folder, which goes with ``resources``."""
-    from .._output.logs import LogFolder, claimed, rank_files
-
-    temporary = None
-    if log_dir is None:
-        temporary = resources.enter_context(LogFolder())
-        log_dir = temporary.path
-    else:
-        resources.enter_context(claimed(os.fspath(log_dir), job.restart_count))
-    return rank_files(os.fspath(log_dir), job.nprocs, job.restart_count), temporary
-
-
-def _hold(
-    resources: ExitStack,
-    guard: bool | None,
-    cgroup: str | os.PathLike[str] | None,
-    temporary: str | os.PathLike[str] | None,
-) -> tuple[Guard | None, GroupCgroup | None]:
-    """The guard and the cgroup that hold what the ranks will start, until ``resources`` are closed."""
-    if cgroup is None and (guard is False or (guard is None and not _can_die_with_parent())):
-        return None, None
-    from .._end.guard import Guard
-
-    if cgroup is None:
-        if guard is None and Guard.why_not():
-            return None, None
-        return resources.enter_context(closing(Guard.start(folder=temporary))), None
-    from .._end.cgroup import new_name
-
-    if isinstance(cgroup, str) and cgroup == "auto":  # bytes compare with no text
-        from .._end.delegated import delegated_cgroup
-
-        cgroup = delegated_cgroup()
-
-    # The guard starts before its cgroup is made and ends after it has gone: no death in between leaves the directory.
-    name = new_name()
-    guarding = resources.enter_context(
-        closing(Guard.start(os.path.join(os.path.abspath(os.fsdecode(cgroup)), name), folder=temporary))
-    )
-    return guarding, _make_cgroup(resources, cgroup, name)
-
-
-def _check_descriptors(nprocs: int) -> None:
-    """Raise if there cannot be a descriptor for each rank, and one to watch them all."""
-    if sys.platform == "linux":
-        import resource
-
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != resource.RLIM_INFINITY and nprocs >= soft:
-            raise _too_few_descriptors(nprocs)
-
-
-@contextmanager
-def _enough_descriptors(ranks: Sequence[Popen]) -> Iterator[None]:
-    """Raise for a rank that has no pidfd for want of a descriptor, because it would be polled as long as it runs."""
-    try:
-        lacking = next((rank for rank in ranks if rank.pidfd is None), None)
-        if lacking is not None and hasattr(os, "pidfd_open"):
-            try:
-                os.close(os.pidfd_open(lacking.pid))
-            except OSError as error:
-                if error.errno == errno.EMFILE:
-                    raise
-        yield
-    except OSError as error:
-        if error.errno != errno.EMFILE:
-            raise
-        raise _too_few_descriptors(len(ranks)) from error
-
-
-def _too_few_descriptors(nprocs: int) -> OSError:
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    up_to = "any number" if hard == resource.RLIM_INFINITY else hard
-    return OSError(
-        errno.EMFILE,
-        f"{os.strerror(errno.EMFILE)}: {nprocs} ranks need a descriptor each, and this process may have {soft};"
-        f" raise RLIMIT_NOFILE before (ulimit -n, resource.setrlimit), here up to {up_to}",
-    )
-
-
-def _make_cgroup(resources: ExitStack, parent: str | os.PathLike[str], name: str) -> GroupCgroup:
-    """A cgroup for the ranks, which ends, with all that is in it, when ``resources`` are closed."""
-    from .._end.cgroup import GroupCgroup
-
-    made = GroupCgroup.make(parent, name)
-
-    def end() -> None:
-        made.kill()
-        if made.wait_empty(1.0):
-            made.remove()
-        else:
-            made.close()  # the error names what does not end
-
-    resources.callback(end)
-    return made
-
-
-def _can_die_with_parent() -> bool:
-    """Whether the kernel can be asked to kill the ranks with this process: by the engine, on Linux."""
-    return sys.platform == "linux" and bool(mechanisms())

@@ -33,6 +33,7 @@ class Reporting:
     job: Job
     _watch: Watch
     _ending: Ending
+    _past: list[Attempt]
     _called_ns: int
     _closed: bool
 
@@ -114,10 +115,12 @@ class Reporting:
         from .._output.report import group_report
 
         command: Any = self.ranks[0].args
-        return group_report([self.attempt()], command=command, nprocs=len(self.ranks), run_id=self.job.run_id)
+        return group_report(
+            [*self._past, self.attempt()], command=command, nprocs=len(self.ranks), run_id=self.job.run_id
+        )
 
     def attempt(self) -> Attempt:
-        """The same, as one of several attempts that a report is made of."""
+        """The present attempt, as one of several that a report is made of."""
         from .._output.report import attempt
 
         self.note_effective()

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from .logs import LogFolder, RankFiles
 
+PREFIX = "[rank {rank}]:"
+
 _LATEST = 0.1  # seconds between two looks when nothing has been written for a while
 _HURRIED = 0.5  # seconds to show the rest when somebody wants the end
 
@@ -61,6 +63,10 @@ def show(
     local_ranks: Collection[int] | None = None,
     folder: LogFolder | None = None,
     interrupt: int | None = None,
+    *,
+    out: IO[str] | None = None,
+    err: IO[str] | None = None,
+    prefix: str = PREFIX,
 ) -> Iterator[None]:
     """Show what the ranks write for as long as the block runs, and the rest when it ends.
 
@@ -70,12 +76,15 @@ def show(
         local_ranks: Show these alone; None shows all.
         folder: Is kept when something in it could not be shown, also because an exception ended the wait for it.
         interrupt: A descriptor; once it is readable, nobody is waited for to read the rest.
+        out: As of Tee, as the two below.
+        err: Where lines of their stderr go.
+        prefix: Put before each line.
 
     Raises:
         RuntimeError, OSError: As ``Tee.start``.
     """
     ranks = None if local_ranks is None else {first_rank + rank for rank in local_ranks}
-    tee = Tee(sources(files, first_rank), ranks=ranks).start()
+    tee = Tee(sources(files, first_rank), ranks=ranks, prefix=prefix, out=out, err=err).start()
     try:
         yield
     finally:
@@ -114,7 +123,7 @@ class Tee:
         sources: Iterable[Source],
         *,
         ranks: Collection[int] | None = None,
-        prefix: str = "[rank {rank}]:",
+        prefix: str = PREFIX,
         out: int | IO[str] | None = None,
         err: int | IO[str] | None = None,
     ) -> None:

@@ -87,6 +87,8 @@ def place(
     Raises:
         PlacementError: No placement can be made. The message has the option or file, and its value.
     """
+    if not isinstance(topology, Topology):
+        raise TypeError(f"topology: expected a Topology, got {topology!r}; Topology.read() is this machine's")
     mode = _mode(mode)
     machine = usable_machine(topology, allowed_cpus, reserve_cores, threads_per_core)
     placed = _placed(machine, mode, nprocs, gpu_index, devices, memory, required)

@@ -93,7 +93,7 @@ class Popen(Started):
         **kwargs: Any,
     ) -> None:
         if binding is not None and not isinstance(binding, Binding):
-            raise TypeError(f"binding must be a Binding, not {type(binding).__name__}")
+            raise TypeError(f"binding: expected a Binding or None, got {binding!r}")
         if binding is not None:
             self._binding = binding
         if die_with_parent:

@@ -1,0 +1,136 @@
+"""What ``launch`` was asked, looked at before anything is started: its arguments, and the variables in its ``env``."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .._binding import Binding
+from .job import Job
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def commands_of_ranks(args: Sequence[str] | Callable[[int], Sequence[str]], nprocs: int) -> list[Sequence[str]]:
+    """What each rank runs.
+
+    Raises:
+        TypeError: ``args``, or what it gives for a rank, is not a list of words.
+        ValueError: It has no word.
+    """
+    if callable(args):
+        return [_command(f"args({rank})", args(rank)) for rank in range(nprocs)]
+    return [_command("args", args)] * nprocs
+
+
+def _command(name: str, words: Any) -> Sequence[str]:
+    if isinstance(words, (str, bytes)):
+        example = '["sh", "-c", "echo hi"]'
+        raise TypeError(f"{name}: expected a list of words, got {words!r}; a line for a shell is {example}")
+    try:
+        count = len(words)
+    except TypeError:
+        or_function = " or a function that gives one" if name == "args" else ""
+        raise TypeError(f"{name}: expected a list of words{or_function}, got {words!r}") from None
+    if not count:
+        raise ValueError(f"{name}: expected a program and its arguments, got {words!r}")
+    return words  # type: ignore[no-any-return]
+
+
+def number_of_ranks(nprocs: Any) -> int:
+    """``nprocs`` as an int. Raises TypeError and ValueError where it is no positive integer."""
+    try:
+        if isinstance(nprocs, bool):
+            raise TypeError
+        count = operator.index(nprocs)
+    except TypeError:
+        raise TypeError(f"nprocs: expected a positive integer, got {nprocs!r}") from None
+    if count < 1:
+        raise ValueError(f"nprocs: expected a positive integer, got {count}: a job has at least one rank")
+    return count
+
+
+def checked_job(job: Any, nprocs: int, max_restarts: Any) -> Job:
+    """The job, made where none was given.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: The arguments do not fit each other.
+    """
+    if job is not None and not isinstance(job, Job):
+        raise TypeError(f"job: expected a Job or None, got {job!r}")
+    if isinstance(max_restarts, bool) or not isinstance(max_restarts, int):
+        raise TypeError(f"max_restarts: expected a non-negative integer, got {max_restarts!r}")
+    if max_restarts < 0:
+        raise ValueError(f"max_restarts: expected a non-negative integer, got {max_restarts}")
+    if job is None:
+        return Job(nprocs, max_restarts=max_restarts)
+    if job.nprocs != nprocs:
+        raise ValueError(f"nprocs is {nprocs}, and {job.nprocs} in job")
+    if not job.master_port and job.nnodes > 1:
+        raise ValueError("master_port of job is 0, a free port, which the other machines could not know")
+    if not max_restarts:
+        return job
+    if job.nnodes > 1:
+        # The ranks of one machine would meet those that another has not ended yet.
+        raise ValueError("max_restarts is for one machine: several are restarted together by rankspawn torchrun")
+    if job.max_restarts not in (0, max_restarts):
+        raise ValueError(f"max_restarts is {max_restarts}, and {job.max_restarts} in job")
+    return job._replace(max_restarts=max_restarts)
+
+
+def check_ranks(
+    nprocs: int,
+    *,
+    bindings: Sequence[object] | None,
+    rank_env: Sequence[object] | None,
+    files: Sequence[object] | None,
+) -> None:
+    """Look at what was given for each rank. Raises TypeError and ValueError."""
+    for name, given in (("bindings", bindings), ("rank_env", rank_env), ("files", files)):
+        if given is None:
+            continue
+        if isinstance(given, (str, bytes, Mapping, Binding)) or not hasattr(given, "__len__"):
+            raise TypeError(f"{name}: expected a sequence with an item for each rank, got {given!r}")
+        if len(given) != nprocs:
+            raise ValueError(f"{name} has {len(given)} items for {nprocs} ranks")
+    for number, binding in enumerate(bindings or ()):
+        if binding is not None and not isinstance(binding, Binding):
+            raise TypeError(f"bindings[{number}]: expected a Binding or None, got {binding!r}")
+    for number, variables in enumerate(rank_env or ()):
+        check_environment(f"rank_env[{number}]", variables)
+
+
+def check_environment(name: str, env: object) -> None:
+    """Raise TypeError for what no environment can be made of."""
+    if not isinstance(env, Mapping):
+        raise TypeError(f"{name}: expected a mapping of names to texts, got {env!r}")
+    for variable, value in env.items():
+        if not isinstance(variable, (str, bytes)):
+            raise TypeError(f"{name}: expected texts as names, got {variable!r}")
+        if not isinstance(value, (str, bytes, os.PathLike)):
+            raise TypeError(f"{name}[{variable!r}]: expected a text, got {value!r}")
+
+
+def refuse_overridden(env: Mapping[str, Any], ours: Mapping[str, str | None]) -> None:
+    """Raise ValueError for a variable of the job that the caller has set in ``env``.
+
+    The ranks, and ``group.job``, have one source, the job: to let ``env`` win would make the two differ, and cannot be
+    right for what differs from rank to rank. What ``env`` has from this process's environment, as a copy of os.environ
+    has under another launcher, nobody has set for this job: it is replaced.
+
+    Args:
+        env: As it was given.
+        ours: The job's variables; None for a value that differs from rank to rank.
+    """
+    for name in ours.keys() & env.keys():
+        theirs = os.fsdecode(env[name])
+        if theirs not in (ours[name], os.environ.get(name)):
+            by_job = "for each rank" if ours[name] is None else f"to {ours[name]!r}"
+            raise ValueError(
+                f"env sets {name} to {theirs!r}, and the job sets it {by_job}: give it in job=Job(...), or in rank_env,"
+                " which wins over both"
+            )
