@@ -241,6 +241,29 @@ def test_environment(tmp_path: Path, shared: dict[str, str] | None, mechanism: s
         assert sorted(found) == sorted(name + b"=" + value for name, value in expected.items())
 
 
+@pytest.mark.parametrize("first", [0, 95, 2**63])
+def test_variables_in_layers(tmp_path: Path, first: int, mechanism: str) -> None:
+    """What all share replaces what they inherit, the numbers replace both, and a rank's own variables all."""
+    count = 12
+    own: list[dict[str, str]] = [{} for _ in range(count)]
+    own[3] = {"RS_NUMBER": "mine", "RS_SHARED": "mine", "RS_OWN": "mine"}
+    logs = [(None, tmp_path / str(number), None) for number in range(count)]
+    ranks = start(
+        [["/usr/bin/env", "-0"]] * count,
+        env={"RS_NUMBER": "inherited", "RS_SHARED": "inherited", "RS_INHERITED": "inherited", "RS_ALL": "inherited"},
+        shared={"RS_SHARED": "shared", "RS_NEW": "shared", "RS_ALL": "shared"},
+        numbered={"RS_NUMBER": first, "RS_ALL": 0},
+        rank_env=own,
+        streams=logs,
+    )
+    assert ended(ranks) == [0] * count
+    for number, (_, log, _) in enumerate(logs):
+        expected = {"RS_NUMBER": f"{first + number}", "RS_ALL": f"{number}", "RS_SHARED": "shared", "RS_NEW": "shared"}
+        expected |= {"RS_INHERITED": "inherited", **own[number]}
+        found = log.read_text().removesuffix("\0").split("\0")
+        assert sorted(found) == sorted(f"{name}={value}" for name, value in expected.items())
+
+
 def test_program_is_searched_in_the_path_of_the_rank(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -902,6 +925,39 @@ def test_audit_event_of_each_rank() -> None:
         ("/bin/true", ["/bin/true", "0"], None, {"A": "a"}),
         ("true", ["true", "1"], None, {"A": "a", "B": "b"}),
     ]
+
+
+def test_audit_event_has_the_whole_environment() -> None:
+    def start_two() -> list[Any]:
+        events: list[Any] = []
+        sys.addaudithook(lambda name, args: events.append(args[-1]) if name == "subprocess.Popen" else None)
+        os.environ["RS_INHERITED"] = "1"
+        assert ended(start([["/bin/true"]] * 2, shared={"RS_SHARED": "2"}, numbered={"RANK": 7})) == [0, 0]
+        assert launch(["/bin/true"], 2, guard=False).wait() == (0, 0)
+        return [[env.get(name) for name in ("RS_INHERITED", "RS_SHARED", "RANK", "LOCAL_RANK")] for env in events]
+
+    assert in_child(start_two) == [
+        ["1", "2", "7", None],
+        ["1", "2", "8", None],
+        ["1", None, "0", "0"],
+        ["1", None, "1", "1"],
+    ]
+
+
+def test_a_rank_has_what_any_popen_has(tmp_path: Path, mechanism: str) -> None:
+    """Most of it is the class's: what the standard class gives to each instance is the same for all ranks."""
+    ranks = start([["/bin/true"], ["/bin/true"]], streams=[(None, tmp_path / "out", None), NO_STREAMS])
+    alone = subprocess.Popen(["/bin/true"], start_new_session=True)
+    assert (alone.wait(), *ended(ranks)) == (0, 0, 0)
+    for rank in ranks:
+        assert isinstance(rank, subprocess.Popen) and rank.args == ["/bin/true"]
+        assert rank.mechanism in (mechanism, "clone")
+        for name, value in vars(alone).items():
+            if name not in ("pid", "_waitpid_lock"):
+                assert getattr(rank, name) == value, name
+        assert repr(rank) == "<RankProcess: returncode: 0 args: ['/bin/true']>"
+        assert rank._waitpid_lock is not ranks[not ranks.index(rank)]._waitpid_lock  # type: ignore[attr-defined]
+        assert rank.communicate() == (None, None)
 
 
 def test_ranks_are_born_in_a_cgroup(tmp_path: Path) -> None:

@@ -150,20 +150,23 @@ class Order(Frozen):
         resources.enter_context(claimed(log_dir, job.restart_count))
         return rank_files(log_dir, job.nprocs, job.restart_count), None
 
-    def _variables(self, job: Job, files: Sequence[RankFiles] | None) -> tuple[dict[str, str], list[dict[str, Any]]]:
-        """What all ranks have beside ``env``, and by local rank what each has that is no number of the job's."""
+    def _variables(
+        self, job: Job, files: Sequence[RankFiles] | None
+    ) -> tuple[dict[str, str], list[dict[str, Any]] | None]:
+        """What all ranks have beside ``env``, and by local rank its own variables, if any, but for numbers."""
         env = os.environ if self.env is None else named_by_text(self.env)
         shared = job.environment(env)
-        own: list[dict[str, Any]] = [{} for _ in range(job.nprocs)]
-        for number, of_rank in enumerate(files or ()):
-            own[number]["TORCHELASTIC_ERROR_FILE"] = of_rank.error
+        errors: list[dict[str, Any]] = [{"TORCHELASTIC_ERROR_FILE": of_rank.error} for of_rank in files or ()]
         if self.env is not None:
-            refuse_overridden(env, {**shared, **dict.fromkeys((*job.numbers(), *own[0]))})
-        for variables, count in zip(own, self.omp_threads or (), strict=False):
-            variables["OMP_NUM_THREADS"] = str(count)
-        for variables, more in zip(own, self.rank_env or (), strict=False):
-            variables.update(named_by_text(more))
-        return shared, own
+            refuse_overridden(env, {**shared, **dict.fromkeys((*job.numbers(), *(errors[0] if errors else ())))})
+        threads = [{"OMP_NUM_THREADS": str(count)} for count in self.omp_threads or ()]
+        if len(set(self.omp_threads or ())) == 1:
+            shared |= threads[0]
+            threads = []
+        layers = [layer for layer in (errors, threads, [*map(named_by_text, self.rank_env or ())]) if layer]
+        if not layers:
+            return shared, None
+        return shared, [{name: own[name] for own in owns for name in own} for owns in zip(*layers, strict=True)]
 
 
 def _hold(

@@ -24,7 +24,7 @@ def start_ranks(
     commands: Sequence[Sequence[str]],
     *,
     env: Mapping[str, str] | None,
-    rank_env: Sequence[Mapping[str, str]],
+    rank_env: Sequence[Mapping[str, str]] | None = None,
     shared: Mapping[str, str] | None = None,
     numbered: Mapping[str, int] | None = None,
     bindings: Sequence[Binding | None],
@@ -62,7 +62,7 @@ def start_ranks(
             killed.
     """
     made: list[RankProcess] = []
-    variables = RankVariables(env, rank_env, shared, numbered)
+    variables = RankVariables(env, [{}] * len(commands) if rank_env is None else rank_env, shared, numbered)
     try:
         for command, three, binding in zip(commands, streams, bindings, strict=True):
             try:
@@ -71,24 +71,32 @@ def start_ranks(
                 name_rank(error, len(made))
                 raise
         ranks += made
-        if mechanisms():
-            start_by_engine(
+        if not mechanisms():
+            if progress is not None:
+                progress(lambda: sum(rank._child_created for rank in made))
+            done = False
+        else:
+            done = start_by_engine(
                 made, variables, cwd=cwd, die_with_parent=die_with_parent, cgroup=cgroup, guard=guard, progress=progress
             )
-        elif progress is not None:
-            progress(lambda: sum(rank._child_created for rank in made))
-        for number, rank in enumerate(made):
-            if not rank._child_created:
-                try:
-                    if guard >= 0:
-                        raise OSError(errno.ENOTSUP, f"guard needs rankspawn's engine: {why_no_engine()}")
-                    rank.start_alone(cwd=cwd, env=variables.of(number), die_with_parent=die_with_parent, cgroup=cgroup)
-                except Exception as error:
-                    name_rank(error, number)
-                    raise
+        if not done:
+            _start_alone(made, variables, guard, cwd=cwd, die_with_parent=die_with_parent, cgroup=cgroup)
     except BaseException:
         end_ranks(ranks)
         raise
     finally:
         for rank in made:
             rank.let_go()
+
+
+def _start_alone(ranks: list[RankProcess], variables: RankVariables, guard: int, **keywords: Any) -> None:
+    """Start what the engine could not, one by one."""
+    for number, rank in enumerate(ranks):
+        if not rank._child_created:
+            try:
+                if guard >= 0:
+                    raise OSError(errno.ENOTSUP, f"guard needs rankspawn's engine: {why_no_engine()}")
+                rank.start_alone(env=variables.of(number), **keywords)
+            except Exception as error:
+                name_rank(error, number)
+                raise

@@ -84,7 +84,8 @@ def _attributes_of_stock() -> dict[str, Any]:
     """
 
     class Asked(Stock):  # type: ignore[type-arg]
-        def _execute_child(self, *_: Any) -> None: ...
+        def _execute_child(self, *_: Any) -> None:
+            self._closed_child_pipe_fds = True  # as every start leaves it
 
     given = vars(Asked(["-"], start_new_session=os.name == "posix"))
     del given["args"], given["_waitpid_lock"]
@@ -110,8 +111,8 @@ def start_by_engine(
     cgroup: int | None,
     guard: int,
     progress: Callable[[Callable[[], int]], object] | None,
-) -> None:
-    """Start those of ``ranks`` that the engine can start; the others are left as they are. See start_ranks()."""
+) -> bool:
+    """Start those of ``ranks`` that the engine can start, and say whether these are all. See start_ranks()."""
     crew = _spawn.Crew(
         len(ranks), variables.env, variables.shared, variables.numbered, cwd, True,
         signal.SIGKILL if die_with_parent else 0, -1 if cgroup is None else cgroup, guard,
@@ -119,7 +120,7 @@ def start_by_engine(
     _enlist(crew, ranks, variables, cwd)
     if progress is not None:
         progress(crew.started)
-    _run(crew, ranks, cwd)
+    return _run(crew, ranks, cwd)
 
 
 def _enlist(crew: _spawn.Crew, ranks: list[RankProcess], variables: RankVariables, cwd: Any) -> None:
@@ -149,8 +150,8 @@ def _enlist(crew: _spawn.Crew, ranks: list[RankProcess], variables: RankVariable
             raise
 
 
-def _run(crew: _spawn.Crew, ranks: list[RankProcess], cwd: Any) -> None:
-    """Start what each mechanism can start. Ranks that every mechanism declines are left as they are."""
+def _run(crew: _spawn.Crew, ranks: list[RankProcess], cwd: Any) -> bool:
+    """Start what each mechanism can start, and say whether that is all: the others are left as they are."""
     for mechanism in mechanisms():
         name = "clone" if mechanism == _spawn.CLONE else "posix_spawn"
         said = crew.run(mechanism, name, _workers(len(ranks)))
@@ -166,7 +167,8 @@ def _run(crew: _spawn.Crew, ranks: list[RankProcess], cwd: Any) -> None:
                 name_rank(error, number)
                 raise
         if not left:
-            return
+            return True
+    return False
 
 
 def _workers(count: int) -> int:
