@@ -33,14 +33,15 @@ ROOMS: dict[str, set[str]] = {
     "_start": {"_spawn", *BASE},
     "_warm": {"_spawn"},
     "_end": {"_start", "_spawn"},
-    "_output": {"_start", "_end", "_canvas", *BASE},
-    "_group": {"_place", "_start", "_end", "_output", *BASE},
+    "_stacks": {"_start", *BASE},
+    "_output": {"_start", "_end", "_stacks", "_canvas", *BASE},
+    "_group": {"_place", "_start", "_end", "_stacks", "_output", *BASE},
     "_multiprocessing": {"_start", "_spawn", *BASE},
     "_torch": {"_place", "_start", "_end", "_group", "_multiprocessing", *BASE},
     "torchrun": {"_torch", "_start", *BASE},
-    "_cli": {"torchrun", "_place", "_start", "_spawn", "_end", "_output", "_group", "__init__", *BASE},
+    "_cli": {"torchrun", "_place", "_start", "_spawn", "_end", "_stacks", "_output", "_group", "__init__", *BASE},
     "__main__": {"_cli"},
-    "__init__": {"_place", "_start", "_output", "_group", "_multiprocessing", "_torch", *BASE},
+    "__init__": {"_place", "_start", "_stacks", "_output", "_group", "_multiprocessing", "_torch", *BASE},
 }
 
 # What a module may import though it is less than its room may: module -> the modules of ours, and why.
@@ -79,6 +80,7 @@ PUBLIC = {
     "RankFiles",
     "Failure",
     "RanksFailedError",
+    "Stacks",
     "GroupReport",
     "Popen",
     "SubprocessHandler",

@@ -153,7 +153,7 @@ def test_what_is_told_of_the_first_failure(tmp_path: Path) -> None:
     )
     cpu = min(os.sched_getaffinity(0)) if sys.platform == "linux" else 0
     binding = ["--cpus", str(cpu)] if sys.platform == "linux" else []
-    done = completed(in_ranks(code, "--nproc-per-node", "2", "--log-dir", str(tmp_path), *binding))
+    done = completed(in_ranks(code, "--nproc-per-node", "2", "--log-dir", str(tmp_path), "--no-stacks", *binding))
     assert done.returncode == 137
     (folder,) = tmp_path.iterdir()
     last = "".join(f"    line {number}\n" for number in range(10, 30))
@@ -435,9 +435,9 @@ def test_what_is_no_cgroup_is_said(path: str) -> None:
 # ---- signals --------------------------------------------------------------------------------------------------------
 
 
-def test_sigquit_reaches_the_ranks() -> None:
+def test_sigquit_reaches_the_ranks_when_it_is_to_end_them() -> None:
     code = SAY + "import resource\nresource.setrlimit(resource.RLIMIT_CORE, (0, 0))\nsay(1)\ntime.sleep(120)\n"
-    with launched(in_ranks(code, "--nproc-per-node", "2")) as job:
+    with launched(in_ranks(code, "--nproc-per-node", "2", "--signals-to-handle", "SIGQUIT")) as job:
         job.hear(2)
         job.process.send_signal(signal.SIGQUIT)
         assert job.end() == 128 + signal.SIGQUIT

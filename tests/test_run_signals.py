@@ -148,7 +148,7 @@ def test_what_was_ignored_from_the_start_stays_ignored(name: str) -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_ranks_that_outlive_the_grace_are_said_to_have_been_killed(name: str) -> None:
     number = signal.Signals[name]
-    with launched(with_grace(0.5, in_ranks(DEAF, "--nproc-per-node", "2"))) as job:
+    with launched(with_grace(0.5, in_ranks(DEAF, "--nproc-per-node", "2", "--no-stacks"))) as job:
         job.hear(2)
         job.process.send_signal(number)
         assert job.end() == 128 + number
@@ -160,7 +160,7 @@ def test_ranks_that_outlive_the_grace_are_said_to_have_been_killed(name: str) ->
 
 
 def test_a_second_ctrl_c_blames_no_rank() -> None:
-    with launched(in_ranks(DEAF, "--nproc-per-node", "3")) as job:
+    with launched(in_ranks(DEAF, "--nproc-per-node", "3", "--no-stacks")) as job:
         job.hear(3)
         job.process.send_signal(signal.SIGINT)
         assert job.stderr.readline() == "rankspawn: SIGINT: ending the ranks\n"

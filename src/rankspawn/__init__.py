@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ._place.plan import place
     from ._place.sysfs import TopologyError
     from ._place.topology import Topology
+    from ._stacks.take import Stacks
     from ._start.outcome import BindingError, BindingReport
     from ._start.popen import Popen
     from ._torch.handler import SubprocessHandler, get_subprocess_handler
@@ -37,6 +38,7 @@ __all__ = [
     "RankFiles",
     "RankGroup",
     "RanksFailedError",
+    "Stacks",
     "SubprocessHandler",
     "Topology",
     "TopologyError",
@@ -61,6 +63,7 @@ _MODULES = {
     "RankFiles": "_output.logs",
     "RankGroup": "_group.group",
     "RanksFailedError": "_output.failure",
+    "Stacks": "_stacks.take",
     "SubprocessHandler": "_torch.handler",
     "Topology": "_place.topology",
     "TopologyError": "_place.sysfs",

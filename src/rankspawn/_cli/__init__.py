@@ -6,7 +6,7 @@ attempts   all ranks started, watched, and started again    reports    the files
 progress   lines on stderr while ranks start and end        signals    the launcher's own signals, as bytes
 refusals   what the system refused of the bindings          bind       this process, bound, becomes a program
 step       what srun, mpirun and torchrun say of us         show       topology and plan
-doctor     what this machine and this installation have
+doctor     what this machine and this installation have    dump       what the ranks of a running job do
 
 Nothing imports it but __main__. It imports no _end: a group ends its ranks.
 """

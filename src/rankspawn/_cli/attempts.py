@@ -123,6 +123,7 @@ def _launch(
             keep_going=settings.keep_going,
             grace=settings.grace,
             signal_to=settings.signal_to,
+            stacks=settings.stacks,
             progress=follow,
         )
 
@@ -151,6 +152,7 @@ class Supervision:
         self._job, self._signals, self._progress = job, signals, progress
         self._told_at: float | None = None
         self._failed = self._killing = False
+        self._said = 0
 
     def run(self) -> None:
         """Return when every rank has ended.
@@ -167,6 +169,7 @@ class Supervision:
                     self._told_at = time.monotonic()
                 if self.group.killing and not self._killing:
                     self._say_killing("what did not end in time is killed")
+                self._say_stacks()
                 self._act(self._signals.read())
                 self._note_failure(running)
             except PermissionError as error:
@@ -182,11 +185,15 @@ class Supervision:
             elif self._signals.asks_for_suspension(sig):
                 self._progress.clear()
                 suspend(self.group)
+            elif self._signals.asks_for_stacks(sig):
+                self.group.dump(because=name_of(sig))
+                self._say_stacks()
             elif self._signals.asks_for_end(sig):
                 self.interrupted = True
                 if sig == signal.SIGINT and self.group.stopping and self.asked_or_failed:
                     self._say_killing("killing the ranks")
                     self.group.kill()
+                    self._say_stacks()
                 else:
                     self._end(sig)
 
@@ -204,9 +211,18 @@ class Supervision:
             self._told_at = time.monotonic()
         self.group.stop(self._signals.for_ranks(sig))
 
+    def _say_stacks(self) -> None:
+        """Say what looks at the ranks have found; that of a failure stands in the text about it."""
+        for look in self.group.stacks[self._said :]:
+            if look is not self.group.stacks_at_failure:
+                self._progress.say(f"{look.because}: {look.folded or 'no rank runs'}")
+                for note in look.notes:
+                    self._progress.say(note)
+        self._said = len(self.group.stacks)
+
     def _say_killing(self, text: str) -> None:
-        self._killing = True
-        self.seconds = round(time.monotonic() - (self._told_at or time.monotonic()), 1)
+        self._killing, now = True, time.monotonic()
+        self.seconds = round((self.group.killed_at or now) - (self._told_at or now), 1)
         self._progress.say(text)
 
     def _note_failure(self, running: bool) -> None:

@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         ("torchrun", None, "torchrun of the torch that is installed, with its workers started by rankspawn"),
         ("topology", _topology, "show this machine's nodes, cores, caches and accelerators"),
         ("plan", _plan, "show where ranks would go, and start none"),
+        ("dump", _dump, "show what the ranks of a running job do: the stacks of their threads"),
         ("doctor", _doctor, "say what this machine allows"),
     ):
         command = commands.add_parser(name, add_options=add_options, help=help)
@@ -132,6 +133,12 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     from .show import add_plan_options
 
     add_plan_options(parser)
+
+
+def _dump(parser: argparse.ArgumentParser) -> None:
+    from .dump import add_dump_options
+
+    add_dump_options(parser)
 
 
 def _doctor(parser: argparse.ArgumentParser) -> None:

@@ -58,7 +58,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         "--grace",
         "--shutdown-timeout",
         "--shutdown_timeout",
-        type=_seconds,
+        type=seconds,
         metavar="SECONDS",
         help="from SIGTERM to SIGKILL; 30 if left out",
     )
@@ -80,6 +80,12 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         "--guard",
         action=argparse.BooleanOptionalAction,
         help="if this launcher is killed, end what the ranks started, too; on where it can be",
+    )
+    add(
+        "--stacks",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="look at what ranks do before they are ended because another has failed, and before SIGKILL: on",
     )
     add("--cgroup", metavar="DIR", help="a delegated cgroup v2, in which one is made for the ranks; auto finds it")
     add = run.add_argument_group("output").add_argument
@@ -114,14 +120,15 @@ def _port(text: str) -> int:
     return number
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """Read an option's number of seconds, for argparse."""
     try:
-        seconds = float(text)
+        found = float(text)
     except ValueError:
-        seconds = -1
-    if not 0 <= seconds < float("inf"):
+        found = -1
+    if not 0 <= found < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text!r}")
-    return seconds
+    return found
 
 
 def _ids(text: str) -> frozenset[int]:

@@ -43,6 +43,7 @@ class RunSettings(Frozen):
         signal_to: Whom of a rank a signal reaches first.
         signals_to_handle: The signals of --signals-to-handle; none where it was not given.
         guard: None where neither --guard nor --no-guard was given.
+        stacks: Whether the launcher looks at what ranks do before it ends them.
         cgroup: The delegated cgroup.
     """
 
@@ -61,6 +62,7 @@ class RunSettings(Frozen):
     signal_to: Literal["rank", "group", "session"]
     signals_to_handle: frozenset[int]
     guard: bool | None
+    stacks: bool
     cgroup: str | None
 
 
@@ -96,6 +98,7 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
         signal_to=args.signal_to,
         signals_to_handle=args.signals_to_handle or frozenset(),
         guard=args.guard,
+        stacks=args.stacks,
         cgroup=args.cgroup,
     )
 

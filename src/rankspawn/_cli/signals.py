@@ -7,6 +7,8 @@ is to end a process has a meaning here:
 * All others, real-time signals too, ask for the end of the job. After those that shells and schedulers send to end a
   command the launcher exits with 128 and the signal's number; of any other it dies itself when the ranks have ended.
 * SIGTSTP, Ctrl-Z's, suspends the ranks and the launcher.
+* SIGQUIT, Ctrl-\'s, has the launcher look at what the ranks do, as for a Java program; the job goes on.
+  --signals-to-handle takes it out of this, and it asks for the end, too.
 
 Left as they are: what was ignored when the launcher was started (nohup; Python itself ignores SIGPIPE and SIGXFSZ),
 SIGKILL, and the signals of faults in the launcher's own code (SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGSYS, SIGTRAP).
@@ -32,7 +34,7 @@ def _present(*names: str) -> tuple[int, ...]:
 
 
 # The ranks are told to end by the same signal, and the launcher exits with 128 and its number.
-_ORDERS = _present("SIGINT", "SIGTERM", "SIGQUIT")
+_ORDERS = _present("SIGINT", "SIGTERM")
 # The ranks are told to end by the same signal, and the launcher dies of it.
 _HANGUP = _present("SIGHUP")
 # The ranks are told to end by SIGTERM, and the launcher dies of the signal. Where abort(3) raises SIGABRT in the
@@ -42,6 +44,7 @@ _ENDS = _present(
 ) + (tuple(range(signal.SIGRTMIN, signal.SIGRTMAX + 1)) if hasattr(signal, "SIGRTMIN") else ())
 _HANDED_ON = _present("SIGUSR1", "SIGUSR2")
 _SUSPENDS = _present("SIGTSTP")
+_LOOKS = _present("SIGQUIT")
 
 
 class Signals:
@@ -78,9 +81,13 @@ class Signals:
         """Whether it is Ctrl-Z's."""
         return sig in _SUSPENDS
 
+    def asks_for_stacks(self, sig: int) -> bool:
+        """Whether it asks what the ranks do, and the job goes on."""
+        return sig in _LOOKS and sig not in self._handled
+
     def asks_for_end(self, sig: int) -> bool:
         """Whether the ranks are told to end because of it, and the launcher with them."""
-        return sig in (*_ORDERS, *_HANGUP, *_ENDS) or (sig in _HANDED_ON and sig in self._handled)
+        return sig in (*_ORDERS, *_HANGUP, *_ENDS) or (sig in (*_HANDED_ON, *_LOOKS) and sig in self._handled)
 
     def for_ranks(self, sig: int) -> int:
         """The signal by which the ranks are told to end because of ``sig``."""
@@ -101,7 +108,7 @@ def catch_signals(handled: Collection[int] = ()) -> Iterator[Signals]:
     reader, writer = socket.socketpair()
     reader.setblocking(False)
     writer.setblocking(False)
-    asking = (*_ORDERS, *_HANGUP, *_ENDS, *_HANDED_ON, *_SUSPENDS)
+    asking = (*_ORDERS, *_HANGUP, *_ENDS, *_HANDED_ON, *_SUSPENDS, *_LOOKS)
     caught = [sig for sig in asking if signal.getsignal(sig) is not signal.SIG_IGN]
     signals = Signals(reader, handled)
     # Whoever sends more signals than a socket holds has sent them before.
@@ -138,7 +145,7 @@ def suspend(group: RankGroup) -> None:
 
 def status_of(sig: int) -> int:
     """The status of a launcher that ``sig`` has ended: 128 and its number, or negative where it is to die of it."""
-    return 128 + sig if sig in _ORDERS else -sig
+    return 128 + sig if sig in (*_ORDERS, *_LOOKS) else -sig
 
 
 def die_of(sig: int) -> None:
@@ -182,7 +189,7 @@ def parse_signals(text: str) -> frozenset[int]:
         sig = getattr(signal, name, None)
         if not isinstance(sig, signal.Signals):
             raise ValueError(f"{word} is no signal of this system")
-        if sig not in (*_ORDERS, *_HANGUP, *_ENDS, *_HANDED_ON):
+        if sig not in (*_ORDERS, *_HANGUP, *_ENDS, *_HANDED_ON, *_LOOKS):
             raise ValueError(f"{name} is none that the launcher can handle")
         found.add(int(sig))
     return frozenset(found)

@@ -29,10 +29,12 @@ class Ending:
 
     Attributes:
         kill_at: When those that still run are killed, in seconds of time.monotonic(); None: they were not asked to end.
+        killed_at: When they were, before the look at what they did; None: they have not been.
         give_up_at: When the wait for killed ranks gives up; None: they have not been killed.
         lingering: Whether the ranks have ended as asked, and some of what they started has not.
         collected: By rank, what reap() has returned.
         sent: By rank, the signals that asked it to end, or killed it, while it ran.
+        before_kill: Is called once, before the first SIGKILL.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Ending:
         self._grace, self._signal_to = grace, signal_to
         self._cgroup = cgroup
         self.kill_at: float | None = None
+        self.killed_at: float | None = None
         self.give_up_at: float | None = None
         self.lingering = False
         self.collected: dict[int, tuple[Any, bool]] = {}
@@ -57,6 +60,7 @@ class Ending:
         # Signals that the rest of a rank's session has yet to get, by the rank's number.
         self._rest: dict[int, tuple[int, ...]] = {}
         self._living: dict[int, int] | None = None
+        self.before_kill: Callable[[], object] | None = None
         self._deaf: set[int] | None = None  # the processes that ignored every signal when it was sent
 
     @property
@@ -78,6 +82,8 @@ class Ending:
             PermissionError: A rank may not be signalled. All others have been.
         """
         seconds = self._grace if grace is None else grace
+        if not seconds:
+            self.before_kill = None  # whoever gives no time to end wants no look either
         self._asked.add(sig)
         self._note(sig)
         self.kill_at = sooner(self.kill_at, until(seconds))
@@ -156,6 +162,10 @@ class Ending:
 
     def kill(self) -> None:
         """Send SIGKILL to all. A wait for their end gives up after a while."""
+        self.killed_at = self.killed_at or time.monotonic()
+        look, self.before_kill = self.before_kill, None
+        if look is not None:
+            look()
         self.give_up_at = self.give_up_at or until(KILL_SECONDS)
         self._note(SIGKILL)
         self._rest.clear()

@@ -52,6 +52,8 @@ class RankGroup(Reporting):
         files: Where each rank writes; None where they have this process's output.
         job: What the ranks know of the job: their variables.
         stop_asked: The signal and the grace of the last ``stop``; None while nobody has asked the ranks to end.
+        stacks: The looks at what the ranks of this attempt did, in order: by ``dump()``, and by the group itself where
+            ``launch`` was told to take them.
     """
 
     def __init__(
@@ -63,9 +65,11 @@ class RankGroup(Reporting):
         grace: float,
         signal_to: SignalTo,
         restarts: Restarts | None,
+        stacks: bool = False,
     ) -> None:
         self._resources, self._restarts = resources, restarts
         self._keep_going, self._grace, self._signal_to = keep_going, grace, signal_to
+        self._takes_stacks = stacks
         self._past: list[Attempt] = []
         self._watched: list[int] = []
         self.stop_asked: tuple[int, float | None] | None = None
@@ -86,6 +90,8 @@ class RankGroup(Reporting):
         self._note_birth()
         self._ending = Ending(ranks, watch, grace=self._grace, signal_to=self._signal_to, cgroup=started.cgroup)
         self._watch = watch
+        if self._takes_stacks:
+            self._ending.before_kill = self._look_before_kill
         if self.stop_asked is not None:  # while they were being started
             self._ending.ask(*self.stop_asked)
 
@@ -244,6 +250,11 @@ class RankGroup(Reporting):
         """When those that still run are killed (time.monotonic()); None where they have not been told to end."""
         return self._ending.kill_at
 
+    @property
+    def killed_at(self) -> float | None:
+        """When they were, on the same clock; None where they have not been."""
+        return self._ending.killed_at
+
     def stop(self, sig: int = signal.SIGTERM, grace: float | None = None) -> None:
         """Ask every rank to end, and return at once. A wait, then or later, kills what outlives the grace.
 
@@ -338,7 +349,10 @@ class RankGroup(Reporting):
             )
 
     def _end_after_failure(self) -> None:
-        if self.first_failure is not None and not self.stopping and self._watch.running and not self._keep_going:
+        first = self.first_failure
+        if first is not None and not self.stopping and self._watch.running and not self._keep_going:
+            if self._takes_stacks:
+                self._look_after_failure(first)
             with suppress(PermissionError):
                 self._ending.ask(signal.SIGTERM, None)
 
@@ -348,6 +362,8 @@ class RankGroup(Reporting):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._takes_stacks and isinstance(error, TimeoutError) and self._watch.running and not self.stopping:
+            self._take_stacks("after a TimeoutError")
         self.close()
 
     async def __aenter__(self) -> RankGroup:

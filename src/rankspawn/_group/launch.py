@@ -56,6 +56,7 @@ def launch(
     grace: float | None = None,
     signal_to: SignalTo = "session",
     handle_signals: bool = False,
+    stacks: bool = False,
     temporary: str | os.PathLike[str] | None = None,
     progress: Callable[[Callable[[], int]], object] | None = None,
 ) -> RankGroup:
@@ -108,6 +109,10 @@ def launch(
             this process, by that signal; until the group is closed. For the main thread. Without it they end this
             process at once, and its ranks are killed with it. The default is False, because a program's signals are its
             own: it dies then without a look at its ``finally`` blocks, as without us, but seconds later.
+        stacks: Look at what ranks do before they are ended that did not fail themselves: when another has failed, when
+            a TimeoutError leaves the ``with`` block, and before SIGKILL. ``RankGroup.dump`` says how; ``stacks`` of the
+            group, the report and the text of a failure have what was seen. A look takes two seconds at most, in which
+            the caller waits, also in asyncio; therefore it is not the default here.
         temporary: A folder that this process removes in the end, with its ``files``; the guard does if it is killed.
         progress: Is called before the first start with a function that tells, in any thread, how many have been
             started.
@@ -171,6 +176,7 @@ def launch(
             grace=GRACE_SECONDS if grace is None else grace,
             signal_to=signal_to,
             restarts=restarts,
+            stacks=stacks,
         )
         if signals is not None:
             signals.give(group)

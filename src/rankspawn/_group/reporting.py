@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
@@ -14,9 +15,16 @@ if TYPE_CHECKING:
     from .._output.form import GroupReport
     from .._output.logs import RankFiles
     from .._output.report import Attempt
+    from .._stacks.take import Stacks
     from .._start.popen import Popen
     from .ending import Ending
     from .job import Job
+
+
+_REQUESTS = {
+    code for sig in ("SIGINT", "SIGTERM", "SIGHUP") if (n := getattr(signal, sig, 0)) for code in (-n, 128 + n)
+}
+"""How a rank ends that somebody has asked to, or the shell that reports so."""
 
 
 class Reporting:
@@ -26,6 +34,8 @@ class Reporting:
         ranks: As of the group, and the two below.
         files: Where each rank writes.
         job: What the ranks know of the job.
+        stacks: The looks at what the ranks did: by ``dump()``, and by the group itself where ``launch`` was told to.
+        stacks_at_failure: The one of them that was taken when the first rank had failed; None while there is none.
     """
 
     ranks: tuple[Popen, ...]
@@ -39,6 +49,8 @@ class Reporting:
 
     def _note_birth(self) -> None:
         """Note what ranks inherit, when they have just been started."""
+        self.stacks: list[Stacks] = []
+        self.stacks_at_failure: Stacks | None = None
         self._effective: dict[int, Binding | None] = {}
         self._inherited = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
@@ -92,7 +104,45 @@ class Reporting:
         from .._output.failure import failures
 
         watch, sent = self._watch, self._ending.sent
-        return failures(self.ranks, watch.returncodes, watch.exited_ns, self.files, sent, self.job.first_rank)
+        others = "" if self.stacks_at_failure is None else self.stacks_at_failure.folded
+        return failures(self.ranks, watch.returncodes, watch.exited_ns, self.files, sent, self.job.first_rank, others)
+
+    def dump(self, seconds: float = 2.0, *, because: str = "asked for") -> Stacks:
+        """Look at what every rank does now, and what they have started, from outside; no process gets a signal.
+
+        Python frames are read by the standard library where rank and launcher run the same version of Python, 3.14 or
+        newer, else by py-spy (``pip install "rankspawn[stacks]"``); of everything else it is what the kernel says.
+        Where ranks have log files, the text is added to ``attempt_N/stacks.txt`` beside their folders.
+
+        Args:
+            seconds: How long it may take.
+            because: Why, in words, for those who read it.
+
+        Returns:
+            ``str()`` of it is the text, and ``folded`` one line of it. ``stacks`` and ``report()`` keep it.
+        """
+        return self._take_stacks(because, seconds=seconds)
+
+    def _look_after_failure(self, first: int) -> None:
+        """Look at the others, unless the first was asked to end from outside, which says nothing of the others."""
+        if self.stacks_at_failure is None and self.returncodes[first] not in _REQUESTS:
+            because = f"rank {self.job.first_rank + first} has failed"
+            self.stacks_at_failure = self._take_stacks(because, running=True)
+
+    def _look_before_kill(self) -> None:
+        self._take_stacks("before SIGKILL")
+
+    def _take_stacks(self, because: str, *, running: bool = False, seconds: float = 2.0) -> Stacks:
+        """Look at all ranks, or at those that run, and keep what was seen."""
+        from .._stacks.take import add_to, take
+
+        numbers = self.running if running else range(len(self.ranks))
+        found = take({self.ranks[one].pid: self.job.first_rank + one for one in numbers}, because, seconds)
+        logs = None if self.files is None else self.files[0].stderr
+        if logs is not None:
+            add_to(logs.parent.with_name("stacks.txt"), found)
+        self.stacks.append(found)
+        return found
 
     def check(self) -> None:
         """Raise if a rank has been seen to fail: after ``await group``, or between looks of one's own.
@@ -131,6 +181,7 @@ class Reporting:
             returncodes=self._watch.returncodes,
             effective=self._effective,
             collected=self._ending.collected,
+            stacks=self.stacks,
         )
 
     def note_effective(self) -> None:

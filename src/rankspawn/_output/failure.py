@@ -174,6 +174,8 @@ class Failure(Frozen):
         sent: The signals that the launcher had sent it before it ended.
         output: The end of what it wrote; None where it had the launcher's output.
         first_rank: The RANK of this machine's local rank 0.
+        others: What the other ranks did when this one had failed, "7 ranks (0-2,4-7): in all_reduce, train.py:88"; ""
+            where nobody has looked.
     """
 
     rank: int
@@ -186,6 +188,7 @@ class Failure(Frozen):
     sent: frozenset[int] = frozenset()
     output: LastLines | None = None
     first_rank: int = 0
+    others: str = ""
 
     @property
     def local_rank(self) -> int:
@@ -234,6 +237,7 @@ def failures(
     files: Sequence[RankFiles] | None,
     sent: Mapping[int, Collection[int]] = MappingProxyType({}),
     first_rank: int = 0,
+    others: str = "",
 ) -> list[Failure]:
     """The ranks that have failed: the first failure, then the others by number.
 
@@ -244,8 +248,10 @@ def failures(
         files: Where each writes, by local rank; None where all have the launcher's output.
         sent: The signals that the launcher sent to each rank before it ended, by local rank.
         first_rank: The RANK of this machine's local rank 0.
+        others: What the other ranks did when the first had failed, in words.
     """
     failed = []
+    first_seen = min((number for number, code in returncodes.items() if code), key=exited_ns.__getitem__, default=None)
     epoch = time.time() - time.monotonic()  # read once, so that ranks that were seen to end together stay equal
     for number, returncode in returncodes.items():
         if returncode:
@@ -262,6 +268,7 @@ def failures(
                     sent=frozenset(sent.get(number, ())),
                     output=read_last_lines(of_rank),
                     first_rank=first_rank,
+                    others=others if number == first_seen else "",
                 )
             )
     first = first_failure(failed) if failed else None
@@ -337,6 +344,8 @@ def describe(
         folder = first.files.stderr.parent
         if folder.exists() if kept is None else kept:
             told.append(f"  its files are in {folder}")
+    others = list(others)
+    told += [f"  what the others did then: {one.others}" for one in (first, *others) if one.others]
     ended: dict[str, list[int]] = {}
     for other in others:
         how = f"killed by {_signal_name(-other.returncode)}" if other.returncode < 0 else f"status {other.returncode}"

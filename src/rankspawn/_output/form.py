@@ -109,6 +109,82 @@ class UsageNow(Usage):
     children: int
 
 
+class FrameReport(TypedDict):
+    """A call in Python that has not returned.
+
+    Attributes:
+        function: Its name.
+        file: The path of its source.
+        line: Where it is; 0 where that is not known.
+    """
+
+    function: str
+    file: str
+    line: int
+
+
+class ThreadReport(TypedDict):
+    """What a thread did.
+
+    Attributes:
+        tid: Its number.
+        name: The kernel's name for it.
+        state: The letter of proc(5), "" where the kernel was not asked.
+        wchan: The kernel's function that it slept in, or "".
+        call: The system call that it was in, or "".
+        kernel: Its stack in the kernel, the innermost function first; empty where it may not be read.
+        frames: Its calls in Python, the innermost first.
+    """
+
+    tid: int
+    name: str
+    state: str
+    wchan: str
+    call: str
+    kernel: list[str]
+    frames: list[FrameReport]
+
+
+class ProcessReport(TypedDict):
+    """What a process of a rank did.
+
+    Attributes:
+        rank: The RANK that it belongs to.
+        pid: Its number.
+        command: Its command line.
+        by: What has read the Python frames: "py-spy", "Python 3.14"; "" where nothing has.
+        problem: Why there are no Python frames, or "".
+        threads: The first one first.
+    """
+
+    rank: int | None
+    pid: int
+    command: str
+    by: str
+    problem: str
+    threads: list[ThreadReport]
+
+
+class StacksReport(TypedDict):
+    """A look at what all ranks did.
+
+    Attributes:
+        taken: The wall clock, ISO 8601 with its zone.
+        because: Why it was taken.
+        seconds: How long it took.
+        folded: The look in one line.
+        notes: What could not be seen, why, and what to do.
+        processes: What was seen.
+    """
+
+    taken: str
+    because: str
+    seconds: float
+    folded: str
+    notes: list[str]
+    processes: list[ProcessReport]
+
+
 class RankReport(TypedDict):
     """One rank of one attempt. Times are seconds from the call that launched the attempt.
 
@@ -144,6 +220,7 @@ class AttemptReport(TypedDict):
         started: The wall clock at the call, ISO 8601 with its zone.
         duration: Seconds from the call until the last rank was seen to end, or until the report.
         ranks: In rank order.
+        stacks: What the ranks did before they were ended, and whenever that was asked for, in order.
     """
 
     attempt: int
@@ -151,6 +228,7 @@ class AttemptReport(TypedDict):
     started: str
     duration: float
     ranks: list[RankReport]
+    stacks: list[StacksReport]
 
 
 @public

@@ -3,6 +3,7 @@
 LOGDIR/attempt_0/3/stdout.log
                    stderr.log
                    error.json     the rank's TORCHELASTIC_ERROR_FILE
+                 stacks.txt       what the ranks did before they were ended, where the launcher has looked
 """
 
 from __future__ import annotations
@@ -140,6 +141,8 @@ def rank_files(folder: str, nprocs: int, attempt: int = 0, *, streams: bool = Tr
     if not streams:
         return [RankFiles(None, None, f"{attempt_folder}_{rank}.json") for rank in range(nprocs)]
     os.makedirs(attempt_folder, exist_ok=True)
+    with suppress(FileNotFoundError):
+        os.unlink(f"{attempt_folder}/stacks.txt")
     made = []
     for rank in range(nprocs):
         path = f"{attempt_folder}/{rank}"

@@ -22,15 +22,17 @@ from .form import (
     RankReport,
     Refusal,
     ResourceUsage,
+    StacksReport,
     UsageNow,
 )
 from .usage import usage_now
 
 if TYPE_CHECKING:
     import resource
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from .._binding import Binding
+    from .._stacks.take import Stacks
     from .._start.outcome import RefusedStep
     from .._start.popen import Popen
 
@@ -46,11 +48,13 @@ class Attempt:
         called_ns: CLOCK_MONOTONIC at the launch call.
         called_at: ``time.time()`` at the launch call.
         ranks: In rank order.
+        stacks: In order.
     """
 
     called_ns: int
     called_at: float
     ranks: Sequence[RankReport]
+    stacks: Sequence[StacksReport] = ()
 
 
 def rank_report(
@@ -110,6 +114,7 @@ def attempt(
     returncodes: Mapping[int, int],
     effective: Mapping[int, Binding | None],
     collected: Mapping[int, tuple[Any, bool]],
+    stacks: Iterable[Stacks] = (),
 ) -> Attempt:
     """Make the record of one start of all ranks.
 
@@ -120,6 +125,7 @@ def attempt(
         returncodes: As in rank_report(), by local rank.
         effective: As in rank_report(), by local rank.
         collected: What each rank that was reaped used (from wait4(2)), and whether it dumped core, by local rank.
+        stacks: The looks at what the ranks did.
     """
     tree = ProcessTree()
     told = []
@@ -139,7 +145,7 @@ def attempt(
             )
         )
     called_at = time.time() - (time.monotonic_ns() - called_ns) / 1e9
-    return Attempt(called_ns, called_at, told)
+    return Attempt(called_ns, called_at, told, [stacks_report(look) for look in stacks])
 
 
 def group_report(
@@ -174,6 +180,7 @@ def group_report(
                 "started": datetime.fromtimestamp(one.called_at).astimezone().isoformat(timespec="microseconds"),
                 "duration": (now_ns - one.called_ns) / 1e9 if None in ends else last,
                 "ranks": list(one.ranks),
+                "stacks": list(one.stacks),
             }
         )
     return {
@@ -241,6 +248,42 @@ def _now(pid: int, tree: ProcessTree | None) -> UsageNow | None:
     if usage is None:
         return None
     return {**usage, "children": len((tree or ProcessTree()).descendants(pid))}
+
+
+def stacks_report(look: Stacks) -> StacksReport:
+    """Make the report of one look at what processes do."""
+    return {
+        "taken": datetime.fromtimestamp(look.taken_at).astimezone().isoformat(timespec="milliseconds"),
+        "because": look.because,
+        "seconds": look.seconds,
+        "folded": look.folded,
+        "notes": list(look.notes),
+        "processes": [
+            {
+                "rank": process.rank,
+                "pid": process.pid,
+                "command": process.command,
+                "by": process.by,
+                "problem": process.problem,
+                "threads": [
+                    {
+                        "tid": thread.tid,
+                        "name": thread.name,
+                        "state": thread.state,
+                        "wchan": thread.wchan,
+                        "call": thread.call,
+                        "kernel": list(thread.kernel),
+                        "frames": [
+                            {"function": frame.function, "file": frame.file, "line": frame.line}
+                            for frame in thread.frames
+                        ],
+                    }
+                    for thread in process.threads
+                ],
+            }
+            for process in look.processes
+        ],
+    }
 
 
 def _version() -> str | None:

@@ -1,0 +1,67 @@
+"""``rankspawn dump``: what the ranks of a running job do, seen from another terminal."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from .options import CommandError
+from .run import seconds
+
+DESCRIPTION = (
+    "Looks at all ranks of a running job at once, and at what they have started, from outside: no process gets a"
+    " signal. The job may be torchrun's, or any other whose ranks have torchrun's variables."
+)
+
+
+def add_dump_options(dump: argparse.ArgumentParser) -> None:
+    """Add the options of ``dump``; ``run`` of the parsed arguments is a function that takes them."""
+    dump.description = DESCRIPTION
+    add = dump.add_argument
+    add("job", metavar="PID|JOB", help="a launcher, or another process; or the job's id (TORCHELASTIC_RUN_ID)")
+    add("--seconds", type=seconds, default=2.0, metavar="SECONDS", help="how long the look may take; 2 if left out")
+    add("--json", action="store_true", help="as JSON, in the form that --report has")
+    add("--folded", action="store_true", help="one line: ranks that are at the same place are named together")
+    dump.set_defaults(run=_dump)
+
+
+def _dump(args: argparse.Namespace) -> int:
+    from .._stacks.take import take
+
+    found = take(_ranks(args.job), "asked for", args.seconds)
+    if not found.processes:
+        raise CommandError(
+            f"nothing runs in {args.job}: it has just ended" + "".join(f"; {one}" for one in found.notes)
+        )
+    if args.json:
+        import json
+
+        from .._output.report import stacks_report
+
+        print(json.dumps(stacks_report(found), indent=2))
+    elif args.folded:
+        print(found.folded)
+    else:
+        print(found, end="")
+    if args.folded or args.json:
+        for note in found.notes:
+            print(f"rankspawn: {note}", file=sys.stderr)
+    return 0
+
+
+def _ranks(job: str, proc: str = "/proc") -> dict[int, int | None]:
+    """The processes that are meant. A number is a process first, and then a job's: Slurm's jobs have numbers, too."""
+    from .._stacks.ranks import ranks_below, ranks_of_job
+
+    if not os.path.isdir(f"{proc}/self"):
+        raise CommandError(f"there is no {proc} to look at processes with")
+    if job.isdecimal() and os.path.isdir(f"{proc}/{int(job)}"):
+        return ranks_below(int(job), proc)
+    found = ranks_of_job(job, proc)
+    if not found:
+        what = "no process has this number, and " if job.isdecimal() else ""
+        raise CommandError(
+            f"{job}: {what}no rank on this machine has this TORCHELASTIC_RUN_ID that this user may look at"
+        )
+    return found

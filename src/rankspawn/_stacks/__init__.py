@@ -1,0 +1,9 @@
+"""What processes do now: their stacks, taken from outside, without a signal to them.
+
+facts      a process, its threads and their frames         kernel     what /proc says of processes and threads
+unwinder   Python frames, by the standard library          spy        Python frames, by py-spy
+take       all of it at once, within a limited time        fold       a look as one line, and as text
+ranks      which processes are ranks
+
+It starts py-spy and nothing else, and it knows no group: it imports only _start.
+"""

@@ -1,0 +1,181 @@
+"""What the kernel says of a process, whatever language it is written in: proc(5), and nothing of it stops a process."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Iterable, Mapping
+
+from .facts import Thread
+
+MOST_THREADS = 64
+"""Of how many threads of a process the kernel is asked; torch and BLAS make hundreds that all sleep."""
+
+_MOST_BYTES = 1 << 16
+
+# The calls in which ranks wait, of the table that new architectures share (asm-generic/unistd.h), and of x86-64's own.
+_CALLS_OF_ALL = {
+    22: "epoll_pwait", 29: "ioctl", 32: "flock", 63: "read", 64: "write", 65: "readv", 66: "writev", 67: "pread64",
+    68: "pwrite64", 72: "pselect6", 73: "ppoll", 82: "fsync", 95: "waitid", 98: "futex", 101: "nanosleep",
+    115: "clock_nanosleep", 133: "rt_sigsuspend", 137: "rt_sigtimedwait", 202: "accept", 203: "connect", 206: "sendto",
+    207: "recvfrom", 211: "sendmsg", 212: "recvmsg", 242: "accept4", 260: "wait4", 441: "epoll_pwait2",
+    449: "futex_waitv",
+}  # fmt: skip
+_CALLS_OF_X86_64 = {
+    0: "read", 1: "write", 7: "poll", 16: "ioctl", 17: "pread64", 18: "pwrite64", 19: "readv", 20: "writev",
+    23: "select", 34: "pause", 35: "nanosleep", 42: "connect", 43: "accept", 44: "sendto", 45: "recvfrom",
+    46: "sendmsg", 47: "recvmsg", 61: "wait4", 73: "flock", 74: "fsync", 128: "rt_sigtimedwait", 130: "rt_sigsuspend",
+    202: "futex", 230: "clock_nanosleep", 232: "epoll_wait", 247: "waitid", 270: "pselect6", 271: "ppoll",
+    281: "epoll_pwait", 288: "accept4", 441: "epoll_pwait2", 449: "futex_waitv",
+}  # fmt: skip
+_CALLS = {"x86_64": _CALLS_OF_X86_64, "aarch64": _CALLS_OF_ALL, "riscv64": _CALLS_OF_ALL}.get(platform.machine(), {})
+
+# An interpreter's path, and that of its library.
+_PYTHON = re.compile(r"/(?:lib)?python3\.(\d+)(?:t|d|td)?(?:\.so[.\d]*)?(?: \(deleted\))?$")
+
+
+def processes_below(roots: Iterable[int], proc: str = "/proc") -> dict[int, list[int]]:
+    """The processes of each root: itself, and those that it and they have started or that are in its session.
+
+    Args:
+        roots: Pids; one that has ended has an empty list, or the processes that it has left in its session.
+        proc: Where procfs is mounted.
+    """
+    found: dict[int, list[int]] = {root: [] for root in roots}
+    owner = {root: root for root in found}
+    parents: dict[int, tuple[int, int]] = {}
+    try:
+        names = os.listdir(proc)
+    except OSError:
+        return found
+    for pid in sorted(int(name) for name in names if name.isdecimal()):
+        fields = _stat(f"{proc}/{pid}/stat")
+        if fields is not None and fields[1][0] not in "ZX":
+            parents[pid] = int(fields[1][1]), int(fields[1][3])
+    for pid in parents:
+        line, one = [], pid
+        while one not in owner and one in parents:
+            line.append(one)
+            one = parents[one][0]
+            if one in line:
+                break  # numbers were given out again while they were read
+        whose = owner.get(one) or owner.get(parents[pid][1])
+        if whose is not None:
+            owner.update(dict.fromkeys(line, whose))
+    for pid, root in owner.items():
+        if pid in parents:
+            found[root].append(pid)
+    for root, pids in found.items():
+        pids.sort(key=lambda pid, root=root: (pid != root, pid))  # type: ignore[misc]
+    return found
+
+
+def threads_of(pid: int, *, all_details: bool, proc: str = "/proc") -> tuple[Thread, ...]:
+    """The threads of a process, the first one first; none where it has ended.
+
+    Args:
+        pid: The process.
+        all_details: Whether to ask where each thread sleeps, and not the first one alone.
+        proc: Where procfs is mounted.
+    """
+    try:
+        tids = sorted(map(int, os.listdir(f"{proc}/{pid}/task")), key=lambda tid: (tid != pid, tid))
+    except OSError:
+        return ()
+    found = []
+    for tid in tids[:MOST_THREADS]:
+        folder = f"{proc}/{pid}/task/{tid}"
+        fields = _stat(f"{folder}/stat")
+        if fields is None:
+            continue
+        name, rest = fields
+        if rest[0] in "ZX" or not (all_details or tid == pid):
+            found.append(Thread(tid, name, rest[0]))
+            continue
+        where = read(f"{folder}/wchan").strip()
+        stack = [line.split("] ", 1)[-1].partition("+")[0] for line in read(f"{folder}/stack").splitlines()]
+        found.append(Thread(tid, name, rest[0], "" if where == "0" else where, _call(folder), tuple(stack)))
+    return tuple(found)
+
+
+def state_of(pid: int, proc: str = "/proc") -> str:
+    """The letter of a process's state; "" where it has gone."""
+    fields = _stat(f"{proc}/{pid}/stat")
+    return fields[1][0] if fields else ""
+
+
+def parent_of(pid: int, proc: str = "/proc") -> int:
+    """The parent of a process; 0 where it has gone."""
+    fields = _stat(f"{proc}/{pid}/stat")
+    return int(fields[1][1]) if fields else 0
+
+
+def command_of(pid: int, proc: str = "/proc") -> str:
+    """The command line of a process; its name in brackets where it has none."""
+    words = read(f"{proc}/{pid}/cmdline").rstrip("\0").replace("\0", " ")
+    return words or f"[{read(f'{proc}/{pid}/comm').strip() or pid}]"
+
+
+def environment_of(pid: int, proc: str = "/proc") -> Mapping[str, str]:
+    """The variables that a process was started with; none where they may not be read."""
+    pairs = (pair.partition("=") for pair in read(f"{proc}/{pid}/environ", 1 << 20).split("\0"))
+    return {name: value for name, _, value in pairs if name}
+
+
+def python_of(pid: int, proc: str = "/proc") -> int | None:
+    """The minor version of the Python 3 that a process runs; None where it runs none, or has ended.
+
+    Raises:
+        PermissionError: This process may not look into that one.
+    """
+    try:
+        found = _PYTHON.search(os.readlink(f"{proc}/{pid}/exe"))
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    for line in () if found else read(f"{proc}/{pid}/maps", 1 << 22).splitlines():
+        if found := _PYTHON.search(line):
+            break
+    return int(found[1]) if found else None
+
+
+def why_refused(proc: str = "/proc") -> str:
+    """Why this process may not look into another one, and what to do (ptrace(2), "Ptrace access mode checking")."""
+    scope = read(os.path.join(proc, "sys", "kernel", "yama", "ptrace_scope")).strip()
+    if scope and scope != "0":
+        return (
+            f"kernel.yama.ptrace_scope is {scope}: sysctl -w kernel.yama.ptrace_scope=0, or give the launcher"
+            " CAP_SYS_PTRACE"
+        )
+    return "in a container, add --cap-add SYS_PTRACE; another user's process needs CAP_SYS_PTRACE"
+
+
+def read(path: str, most: int = _MOST_BYTES) -> str:
+    """The text of a file of procfs; "" where it cannot be read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        parts = []
+        while most > 0 and (part := os.read(fd, min(most, _MOST_BYTES))):
+            parts.append(part)
+            most -= len(part)
+    except OSError:  # it has ended meanwhile, or we may not
+        return ""
+    finally:
+        os.close(fd)
+    return b"".join(parts).decode(errors="backslashreplace")
+
+
+def _stat(path: str) -> tuple[str, list[str]] | None:
+    """The name in a stat file, and the fields from the state on; None where it cannot be read."""
+    before, bracket, after = read(path).rpartition(")")
+    return (before.partition("(")[2], after.split()) if bracket else None
+
+
+def _call(folder: str) -> str:
+    number = read(f"{folder}/syscall").partition(" ")[0]
+    if not number.isdecimal():  # "running", "-1" outside of a call, or nothing, where we may not ask
+        return ""
+    return _CALLS.get(int(number), f"system call {number}")

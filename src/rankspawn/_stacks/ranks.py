@@ -1,0 +1,45 @@
+"""Which processes are ranks: by the variables that torchrun's ranks have, whoever has started them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+from .kernel import environment_of, parent_of, processes_below
+
+
+def ranks_below(pid: int, proc: str = "/proc") -> dict[int, int | None]:
+    """The ranks that a launcher has started: RANK by pid.
+
+    Args:
+        pid: A launcher, or any other process, which is the only one found where none below it is a rank.
+        proc: Where procfs is mounted.
+    """
+    found = _ranks_among(processes_below([pid], proc)[pid], proc)
+    return {**found} if found else {pid: None}
+
+
+def ranks_of_job(run_id: str, proc: str = "/proc") -> dict[int, int | None]:
+    """The ranks of a job on this machine, by their TORCHELASTIC_RUN_ID: RANK by pid; none where it has none."""
+    pids = [int(name) for name in os.listdir(proc) if name.isdecimal()]
+    return {**_ranks_among(pids, proc, run_id)}
+
+
+def _ranks_among(pids: Iterable[int], proc: str, run_id: str | None = None) -> dict[int, int]:
+    """Those that have a RANK that they have not inherited from a rank."""
+    told: dict[int, Mapping[str, str]] = {}
+
+    def identity(pid: int) -> tuple[str | None, str | None, str | None]:
+        if pid not in told:
+            told[pid] = environment_of(pid, proc)
+        its = told[pid]
+        return its.get("RANK"), its.get("LOCAL_RANK"), its.get("TORCHELASTIC_RUN_ID")
+
+    found = {}
+    for pid in pids:
+        rank, local, job = identity(pid)
+        if rank is None or not rank.isdecimal() or local is None or (run_id is not None and job != run_id):
+            continue
+        if identity(parent_of(pid, proc)) != (rank, local, job):
+            found[pid] = int(rank)
+    return dict(sorted(found.items(), key=lambda one: one[1]))
