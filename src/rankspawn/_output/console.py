@@ -53,12 +53,27 @@ def write(text: str, stream: IO[str] | None = None) -> None:
     fd = descriptor(stream)
     try:
         if fd is None:
-            stream.write(text)
+            encoding = getattr(stream, "encoding", None)
+            stream.write(encoded(text, encoding).decode(encoding, "surrogateescape") if encoding else text)
             stream.flush()
         else:
-            _writer.add(fd, text.encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace"))
+            _writer.add(fd, encoded(text, getattr(stream, "encoding", None)))
     except (OSError, ValueError):  # nobody reads it any more, or the stream is closed
         return
+
+
+def encoded(text: str, encoding: str | None) -> bytes:
+    """``text`` as bytes for a stream, whatever is in it.
+
+    What stands for a byte of a file's name (PEP 383) becomes that byte again, as where a rank writes the name. Other
+    characters that the encoding has not are written "\\xe9".
+    """
+    encoding = encoding or "utf-8"
+    try:
+        return text.encode(encoding, "surrogateescape")
+    except UnicodeEncodeError:
+        named = ("surrogateescape" if "\udc80" <= one <= "\udcff" else "backslashreplace" for one in text)
+        return b"".join(one.encode(encoding, errors) for one, errors in zip(text, named, strict=True))
 
 
 def write_bytes(fd: int, data: bytes) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
+import stat
 import sys
 import time
 from collections import deque
 from contextlib import suppress
 from typing import IO
 
-from .console import write, write_bytes
-from .logs import last_state
+from .console import encoded, write, write_bytes
+from .logs import READ_FLAGS, last_state
 
 CHUNK = 1 << 16
 """Bytes read from one file before the next file is read, and the longest line that is shown in one piece."""
@@ -19,7 +21,11 @@ SOONEST = 0.01  # seconds between two looks at files that grow
 PIPE_BUF = getattr(select, "PIPE_BUF", 512)
 """Bytes of a write to a pipe that no other write tears apart, and that poll(2) finds room for: pipe(7)."""
 
-_STATE_SECONDS = 10.0
+RETRY = 0.1
+"""Seconds until a file or a stream that failed is tried again."""
+_STATE_SECONDS = 10.0  # between two states of a progress bar in a file or a pipe, where they stay
+_STATE_SECONDS_ON_TERMINAL = 1.0
+_GONE = (errno.EPIPE, errno.EBADF, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN, errno.ENXIO, errno.ENODEV)
 
 
 class Sink:
@@ -28,7 +34,9 @@ class Sink:
     Attributes:
         fd: The descriptor; None for a text stream that is not the process's stdout or stderr.
         stream: The text stream; None for a descriptor.
-        dead: Whether writing has failed, and nothing more is written.
+        dead: Whether the stream is gone, and nothing more is written.
+        failing: Why the last write failed, where the stream is still there; "" where it did not. It is tried again.
+        state_seconds: Seconds between two states of a progress bar.
         pending: Whole lines that are still to be written.
         source: The file that ``pending`` comes from.
         unread: The files that have grown and are to be read.
@@ -38,6 +46,7 @@ class Sink:
         self.fd = target if isinstance(target, int) else None
         self.stream = None if isinstance(target, int) else target
         self.dead = target is None
+        self.failing = ""
         self.pending = b""
         self._written = 0  # bytes of pending
         self.source: Followed | None = None
@@ -46,6 +55,8 @@ class Sink:
             with suppress(OSError, ValueError, AttributeError):  # a stream in memory, or a closed one
                 number = self.stream.fileno()
                 self.fd = number if number in (1, 2) else None
+        on_terminal = self.fd is not None and os.isatty(self.fd)
+        self.state_seconds = _STATE_SECONDS_ON_TERMINAL if on_terminal else _STATE_SECONDS
 
     def append(self, text: bytes) -> None:
         if not self.dead:
@@ -72,14 +83,30 @@ class Sink:
             except BlockingIOError:  # another process set O_NONBLOCK, and the room that poll(2) saw is gone
                 time.sleep(SOONEST)
         elif self.stream is not None:
-            self.stream.write(self.pending.decode(errors="replace"))
+            self.stream.write(_readable(self.pending, self.stream))
             self.stream.flush()
             self._written = len(self.pending)
+        self.failing = ""
         if self._written == len(self.pending):
             self.pending, self._written = b"", 0
             if self.source is not None:
                 self.source.shown = self.source.position
                 self.source = None
+
+    def note(self, error: OSError | ValueError) -> bool:
+        """Note that a write has failed; whether the stream is gone, so that no other write can succeed.
+
+        A full disk, a quota and a file server that does not answer are no end: what is pending stays so, and is
+        written later.
+        """
+        if isinstance(error, OSError):
+            gone = error.errno in _GONE or (error.errno == errno.EIO and not _is_regular(self.fd))  # EIO: hung up
+        else:
+            gone = getattr(self.stream, "closed", False)
+        self.failing = "" if gone else str(getattr(error, "strerror", None) or error)
+        if gone:
+            self.close()
+        return gone
 
     def hand_over(self) -> None:
         """Leave what is pending to the console's thread, which may be blocked by it: this is the last call."""
@@ -87,7 +114,7 @@ class Sink:
         if self.fd is not None:
             write_bytes(self.fd, text)
         elif self.stream is not None:
-            write(text.decode(errors="replace"), self.stream)
+            write(_readable(text, self.stream), self.stream)
 
     def close(self) -> None:
         self.dead = True
@@ -102,7 +129,7 @@ class Followed:
         path: Of the file.
         sink: Where its lines go.
         queued: Whether it is among the sink's unread files.
-        dropped: Whether it could not be read, and is no longer followed.
+        failing: Why it could not be read; "" where it could. It is tried again.
         position: Of the first line that was not handed to the sink.
         shown: Up to this position the file has been written to the sink.
         fd: The open file, -1 where it is not open.
@@ -111,7 +138,8 @@ class Followed:
 
     def __init__(self, path: str, prefix: bytes, sink: Sink) -> None:
         self.path, self.sink = path, sink
-        self.queued = self.dropped = False
+        self.queued = False
+        self.failing = ""
         self.position = 0
         self.shown = 0
         self._prefix = prefix
@@ -150,18 +178,39 @@ class Followed:
             else:
                 if not state or time.monotonic() < self._next_state:
                     break
-                self._next_state = time.monotonic() + _STATE_SECONDS
+                self._next_state = time.monotonic() + self.sink.state_seconds
                 self.position += state  # not past the state: it is shown once more when the line ends
                 return self._lines(data)
         return b""
 
     def has_more(self) -> bool:
         """Whether the file has something that could have been shown and was not."""
-        if self.dropped or self.sink.dead:
+        if self.sink.dead:
             return False
+        if self.failing:
+            return True
         with suppress(OSError):
             return os.stat(self.path).st_size > self.shown
         return False
+
+    def open(self) -> bool:
+        """Open the file; False where it is not there, or nothing that can be read: it may become so.
+
+        Raises:
+            OSError: It cannot be opened.
+        """
+        # What is no regular file is not opened a second time: a FIFO's writer would notice.
+        if self.failing and not stat.S_ISREG(os.stat(self.path).st_mode):
+            return False
+        try:
+            self.fd = os.open(self.path, READ_FLAGS)
+        except FileNotFoundError:
+            return False
+        if not _is_regular(self.fd):
+            self.close()
+            raise OSError(errno.EINVAL, "not a regular file", self.path)
+        self.failing = ""
+        return True
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -189,6 +238,20 @@ class Followed:
         if b"\r" in text:
             text = b"\n".join([line[last_state(line) :].rstrip(b"\r") for line in text.split(b"\n")])
         return self._prefix + text.replace(b"\n", b"\n" + self._prefix) + b"\n"
+
+
+def _readable(data: bytes, stream: IO[str]) -> str:
+    """``data`` as text that ``stream`` can encode; a stream in memory takes all."""
+    text = data.decode(errors="replace")
+    encoding = getattr(stream, "encoding", None)
+    return encoded(text, encoding).decode(encoding) if encoding else text
+
+
+def _is_regular(fd: int | None) -> bool:
+    try:
+        return fd is not None and stat.S_ISREG(os.fstat(fd).st_mode)
+    except OSError:
+        return False
 
 
 def _whole_characters(data: bytes) -> int:

@@ -19,8 +19,7 @@ import time
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, NamedTuple
 
-from .follow import SOONEST, Followed, Sink
-from .logs import READ_FLAGS
+from .follow import RETRY, SOONEST, Followed, Sink
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -103,7 +102,8 @@ class Tee:
 
     Whole lines are shown, in the order in which a rank wrote them to one stream. Bytes pass unchanged. A line longer
     than 64 KiB is shown in pieces, each as a line of its own. Of a line that is written over ("\\r": a progress bar)
-    the last state is shown, when the line ends and every 10 seconds. A last line without a newline gets one.
+    the last state is shown, when the line ends and every 10 seconds, every second on a terminal. A last line without a
+    newline gets one.
 
     Others who write to the same descriptor tear no line if they, too, write whole lines at once, of at most PIPE_BUF
     (4096) bytes: ``sys.stderr.write("a line\\n")``. With PYTHONUNBUFFERED print() writes word by word.
@@ -136,6 +136,7 @@ class Tee:
         ]
         self._absent, self._open = list(self._followed), list[Followed]()
         self._finishing = self._stopped = self._complete = False
+        self._retry_at = 0.0  # when a stream that failed is written to again
         self._thread: threading.Thread | None = None
         self._bell: IO[bytes] | None = None
 
@@ -213,21 +214,28 @@ class Tee:
             # Signals go to the program's own threads. Blocked here, SIGPIPE is an errno, whatever its action.
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         pause, look_at = SOONEST, 0.0
-        last = False
+        last, give_up_at = False, 0.0
         try:
             while not self._stopped:
                 if self._finishing and not last:
-                    last = True
+                    last, give_up_at = True, time.monotonic() + _HURRIED
+                    look_at = time.monotonic() + RETRY
+                    self._look(last)
+                elif last and self._failing and time.monotonic() >= look_at:
+                    look_at = time.monotonic() + RETRY
                     self._look(last)
                 elif not last and time.monotonic() >= look_at:
                     pause = SOONEST if self._look(last) else min(pause * 1.5, _LATEST)
                     look_at = time.monotonic() + pause
                 self._fill(self._out, last)
                 self._fill(self._err, last)
-                if last and not self._out.pending and not self._err.pending:
+                waiting = [sink for sink in (self._out, self._err) if sink.pending]
+                if last and not waiting and not self._failing:
                     self._complete = True
                     break
-                self._write(heard, 1.0 if last else look_at - time.monotonic())
+                if last and all(sink.failing for sink in waiting) and time.monotonic() >= give_up_at:
+                    break
+                self._write(heard, RETRY if last else look_at - time.monotonic())
         finally:
             heard.close()
             for followed in self._followed:
@@ -247,17 +255,21 @@ class Tee:
                 followed.sink.unread.append(followed)
         return bool(grown)
 
+    @property
+    def _failing(self) -> bool:
+        """Whether a file is there that could not be read."""
+        return any(followed.failing and not followed.sink.dead for followed in self._absent)
+
     def _is_absent(self, followed: Followed) -> bool:
         if followed.sink.dead:
             return False
         try:
-            followed.fd = os.open(followed.path, READ_FLAGS)
-        except FileNotFoundError:
-            return True
+            if not followed.open():
+                return True
         except OSError as error:
-            self._drop(followed, error)
-        else:
-            self._open.append(followed)
+            self._note(followed, error)
+            return True
+        self._open.append(followed)
         return False
 
     def _fill(self, sink: Sink, last: bool) -> None:
@@ -268,7 +280,10 @@ class Tee:
             try:
                 text = followed.text(last)
             except OSError as error:
-                self._drop(followed, error)
+                self._open = [one for one in self._open if one is not followed]
+                followed.close()
+                self._note(followed, error)
+                self._absent.append(followed)
                 continue
             if text:
                 sink.pending, sink.source = text, followed
@@ -278,6 +293,10 @@ class Tee:
     def _write(self, heard: IO[bytes], seconds: float) -> None:
         """Write a piece to each sink that takes one; else sleep until one does, the bell rings or ``seconds`` pass."""
         busy = [sink for sink in (self._out, self._err) if sink.pending]
+        if any(sink.failing for sink in busy):
+            # poll(2) says that a full disk takes a write: not more often than this.
+            busy = [sink for sink in busy if not sink.failing or time.monotonic() >= self._retry_at]
+            seconds = min(seconds, RETRY)
         if hasattr(select, "poll"):
             poller = select.poll()
             poller.register(heard, select.POLLIN)
@@ -297,16 +316,25 @@ class Tee:
             try:
                 sink.write()
             except (OSError, ValueError) as error:  # ValueError: a text stream that was closed
-                sink.close()
-                self._open = [one for one in self._open if one.sink is not sink]
-                if sink is self._out:
-                    reason = getattr(error, "strerror", None) or error
-                    self._say(f"stdout: {reason}; what ranks write there is no longer shown")
+                self._note_failed(sink, error)
 
-    def _drop(self, followed: Followed, error: OSError) -> None:
-        self._open = [one for one in self._open if one is not followed]
-        followed.dropped = True
-        self._say(f"what is written to {followed.path} cannot be shown: {error.strerror}")
+    def _note_failed(self, sink: Sink, error: OSError | ValueError) -> None:
+        """Say that a stream is gone, or that it failed for now, once."""
+        was_failing, reason = sink.failing, getattr(error, "strerror", None) or error
+        if sink.note(error):
+            self._open = [one for one in self._open if one.sink is not sink]
+            if sink is self._out:
+                self._say(f"stdout: {reason}; what ranks write there is no longer shown")
+            return
+        self._retry_at = time.monotonic() + RETRY
+        if sink is self._out and not was_failing:
+            self._say(f"stdout: {reason}; what ranks write there is shown when that is over")
+
+    def _note(self, followed: Followed, error: OSError) -> None:
+        """Say, once, that a file cannot be read; it is tried again."""
+        if not followed.failing:
+            self._say(f"what is written to {followed.path} cannot be shown: {error.strerror}")
+        followed.failing = error.strerror or str(error)
 
     def _say(self, note: str) -> None:
         self._err.append(f"rankspawn: {note}\n".encode(errors="backslashreplace"))
