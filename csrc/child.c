@@ -224,7 +224,7 @@ static void
 close_others(const struct child_start *start)
 {
     const struct spawn_request *request = start->request;
-    unsigned int from = FIRST_AFTER_STDIO;
+    unsigned int from = start->keep_below > FIRST_AFTER_STDIO ? (unsigned int)start->keep_below : FIRST_AFTER_STDIO;
     for (size_t i = 0; i < request->pass_fds_count; i++) {
         unsigned int kept = (unsigned int)request->pass_fds[i];
         if (kept >= from) {
@@ -288,6 +288,12 @@ place_streams(const struct child_start *start)
     for (int i = 0; i < 3; i++) {
         if (source[i] >= 0 && (source[i] == i ? keep_over_exec(i) : (int)syscall(SYS_dup3, source[i], i, 0)) < 0) {
             fail(start, STEP_STDIN + i);
+        }
+    }
+    for (int i = 0; i < 3 && start->keep_below; i++) {
+        /* No execve closes what was opened above. What has come from the caller is closed with the others. */
+        if (source[i] >= FIRST_AFTER_STDIO && source[i] < start->keep_below) {
+            syscall(SYS_close, source[i]);
         }
     }
 }
@@ -368,10 +374,9 @@ execute(const struct child_start *start)
     fail(start, STEP_EXEC);
 }
 
-int
-child_main(void *argument)
+void
+child_steps(const struct child_start *start)
 {
-    const struct child_start *start = argument;
     const struct spawn_request *request = start->request;
     join_cgroup(start);
     set_session(start);
@@ -388,6 +393,13 @@ child_main(void *argument)
     }
     set_ids(start);
     arm_death_signal(start);
+}
+
+int
+child_main(void *argument)
+{
+    const struct child_start *start = argument;
+    child_steps(start);
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &start->signal_mask, NULL, sizeof(uint64_t));
     execute(start);
     return 127;

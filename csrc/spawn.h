@@ -7,6 +7,8 @@
  *
  *   crew.c       spawn() and spawn_many(): the threads that start ranks, and those that death signals are tied to
  *   spawn.c      which mechanism a start takes; masks, the caller's memory policy, signals by pidfd
+ *   fork.c       a warm start: ranks forked from a template, and adopted by the launcher
+ *   title.c      the command that ps(1) shows of a forked rank
  *   clone.c      Linux's mechanism
  *   clone3.c     its system call
  *   child.c      what its child does until execve
@@ -155,6 +157,30 @@ void spawn_many(struct spawn_crew *crew);
 
 /* crew->started, for callers that cannot read an atomic, as Cython cannot. */
 size_t spawn_many_started(struct spawn_crew *crew);
+
+/* Fork a rank from this process, a template with one thread (fork.c). `result` lies in memory that is shared with the
+ * launcher. The child takes the steps of `request`, keeps the descriptors below `keep_below`, and returns 0, with its
+ * signals blocked. Here the child's pid is returned, or -1 where none was made: result->step and error say why.
+ *
+ * With `sibling` the rank becomes a child of this process's own parent. */
+pid_t spawn_fork(const struct spawn_request *request, struct spawn_result *result, int keep_below, bool sibling);
+
+/* The launcher's half: make `result`, a copy of what spawn_fork() left, one like spawn()'s. A rank that failed is
+ * reaped. Returns an enum spawn_outcome; SPAWN_NOT_TRIED where the template has not come to this rank. */
+int spawn_adopt(struct spawn_result *result);
+
+/* Set an empty signal mask for the calling thread, libc's own two signals included. */
+void spawn_unblock_signals(void);
+
+/* Make this process a subreaper or not (PR_SET_CHILD_SUBREAPER). Returns what it was, or a negative errno. */
+int spawn_set_subreaper(bool on);
+
+/* SIGKILL for this process when the thread that is its parent ends. Returns 0 or an errno. */
+int spawn_die_with_parent(void);
+
+/* Have ps(1) and /proc/PID show this command and environment of the calling process (PR_SET_MM_MAP). Returns 0 or an
+ * errno. */
+int spawn_show_command(char *const *argv, char *const *envp);
 
 /* Try with a child whether clone(CLONE_VM | CLONE_VFORK) shares memory and suspends the caller (QEMU's user mode and
  * WSL1 make it a fork). Returns 1 or 0, or a negative errno when no child could be made. */

@@ -31,17 +31,17 @@ ROOMS: dict[str, set[str]] = {
     "_binding": {"_frozen", "_ids", "_public"},
     "_place": {"_canvas", *BASE},
     "_start": {"_spawn", *BASE},
-    "_warm": {"_spawn"},
     "_end": {"_start", "_spawn"},
     "_stacks": {"_start", *BASE},
     "_output": {"_start", "_end", "_stacks", "_canvas", *BASE},
-    "_group": {"_place", "_start", "_end", "_stacks", "_output", *BASE},
+    "_warm": {"_start", "_spawn", "_end", "_output", *BASE},
+    "_group": {"_place", "_start", "_end", "_stacks", "_output", "_warm", *BASE},
     "_multiprocessing": {"_start", "_spawn", *BASE},
     "_torch": {"_place", "_start", "_end", "_group", "_multiprocessing", *BASE},
     "torchrun": {"_torch", "_start", *BASE},
     "_cli": {"torchrun", "_place", "_start", "_spawn", "_end", "_stacks", "_output", "_group", "__init__", *BASE},
     "__main__": {"_cli"},
-    "__init__": {"_place", "_start", "_stacks", "_output", "_group", "_multiprocessing", "_torch", *BASE},
+    "__init__": {"_place", "_start", "_stacks", "_output", "_group", "_multiprocessing", "_torch", "_warm", *BASE},
 }
 
 # What a module may import though it is less than its room may: module -> the modules of ours, and why.
@@ -77,6 +77,7 @@ PUBLIC = {
     "launch",
     "Job",
     "RankGroup",
+    "Template",
     "RankFiles",
     "Failure",
     "RanksFailedError",

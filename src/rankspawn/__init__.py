@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ._start.popen import Popen
     from ._torch.handler import SubprocessHandler, get_subprocess_handler
     from ._torch.numa_options import NumaOptions
+    from ._warm.template import Template
 
 __all__ = [
     "AffinityMode",
@@ -40,6 +41,7 @@ __all__ = [
     "RanksFailedError",
     "Stacks",
     "SubprocessHandler",
+    "Template",
     "Topology",
     "TopologyError",
     "get_context",
@@ -65,6 +67,7 @@ _MODULES = {
     "RanksFailedError": "_output.failure",
     "Stacks": "_stacks.take",
     "SubprocessHandler": "_torch.handler",
+    "Template": "_warm.template",
     "Topology": "_place.topology",
     "TopologyError": "_place.sysfs",
     "get_context": "_multiprocessing.context",

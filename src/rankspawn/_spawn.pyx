@@ -372,3 +372,4 @@ def spawn(
 
 include "_crew.pxi"
 include "_bottom.pxi"
+include "_fork.pxi"

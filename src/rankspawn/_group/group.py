@@ -86,7 +86,7 @@ class RankGroup(Reporting):
             for descriptor in self._watched:
                 watch.add(descriptor)
         self.ranks, self.files, self.job = ranks, None if files is None else tuple(files), started.job
-        self._called_ns = started.called_ns
+        self._called_ns, self._templates = started.called_ns, started.templates
         self._note_birth()
         self._ending = Ending(ranks, watch, grace=self._grace, signal_to=self._signal_to, cgroup=started.cgroup)
         self._watch = watch

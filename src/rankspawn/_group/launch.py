@@ -18,13 +18,15 @@ from .descriptors import check_descriptors
 from .group import GRACE_SECONDS, RankGroup
 from .job import Job
 from .order import Order
+from .start import chosen_template
 
 if TYPE_CHECKING:
-    from typing import IO, Any
+    from typing import IO, Any, Literal
 
     from .._binding import AffinityMode, Binding, MemoryMode, MemoryPolicy, NumaMode
     from .._output.logs import RankFiles
     from .._place.visible import Device
+    from .._warm.template import Template
 
 
 @public
@@ -59,6 +61,7 @@ def launch(
     stacks: bool = False,
     temporary: str | os.PathLike[str] | None = None,
     progress: Callable[[Callable[[], int]], object] | None = None,
+    warm: Template | Sequence[str] | bool | Literal["required"] = False,
 ) -> RankGroup:
     """Start ``nprocs`` ranks at once, each in a session of its own and with torchrun's variables. All or nothing.
 
@@ -116,6 +119,10 @@ def launch(
         temporary: A folder that this process removes in the end, with its ``files``; the guard does if it is killed.
         progress: Is called before the first start with a function that tells, in any thread, how many have been
             started.
+        warm: Ranks are forked from a process that has imported these modules, instead of importing them each; True:
+            what the script imports at its top. A ``Template`` keeps that process for other launches. What cannot be
+            started so is started as ever, and a RuntimeWarning says why; with "required", or a ``Template`` that is
+            ``required``, that is a RuntimeError.
 
     Raises:
         OSError: What Popen raises, with the rank's number in ``rank`` and in the message, after the ranks that were
@@ -152,6 +159,7 @@ def launch(
     order = Order(
         commands_of_ranks(args, nprocs), bindings, threads, env, rank_env, cwd, log_dir, files,
         tee, tee_prefix, tee_ranks, die_with_parent, guard, cgroup, temporary, progress,
+        template := chosen_template(warm, lasts=bool(max_restarts)),
     )  # fmt: skip
     # Not a with block: at every moment either this function or the group owns what was opened and closes it.
     resources, ranks = ExitStack(), list[Popen]()
@@ -162,6 +170,8 @@ def launch(
         # Taken first, and so given back last.
         signals = resources.enter_context(closing(SignalHold.take()))
     try:
+        if template is not None and template is not warm:
+            resources.callback(template.close)
         of_attempt = resources.enter_context(ExitStack())
         restarts = None
         if max_restarts:
@@ -178,6 +188,8 @@ def launch(
             restarts=restarts,
             stacks=stacks,
         )
+        if template is not None and template is not warm and not max_restarts:
+            template.close()  # what was forked from it does not need it
         if signals is not None:
             signals.give(group)
         return group

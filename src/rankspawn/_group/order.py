@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from .._binding import Binding
     from .._end.cgroup import GroupCgroup
     from .._end.guard import Guard
+    from .._output.form import TemplateReport
     from .._output.logs import LogFolder, RankFiles
     from .._start.popen import Popen
+    from .._warm.template import Template
     from .job import Job
 
 
@@ -36,6 +38,7 @@ class Started(NamedTuple):
         files: Where each writes; None where they have this process's output.
         cgroup: Where they were born.
         guard: What ends, when this process has been killed, what they have started.
+        templates: What they were forked from, for the report.
     """
 
     job: Job
@@ -44,6 +47,7 @@ class Started(NamedTuple):
     files: Sequence[RankFiles] | None
     cgroup: GroupCgroup | None
     guard: Guard | None
+    templates: Sequence[TemplateReport] = ()
 
 
 class Order(Frozen):
@@ -66,6 +70,7 @@ class Order(Frozen):
         cgroup: The delegated cgroup.
         temporary: A folder that the guard removes.
         progress: Is called before the first start.
+        template: What ranks are forked from; None where they are executed.
     """
 
     commands: Sequence[Sequence[str]]
@@ -84,6 +89,7 @@ class Order(Frozen):
     cgroup: str | os.PathLike[str] | None
     temporary: str | os.PathLike[str] | None
     progress: Callable[[Callable[[], int]], object] | None
+    template: Template | None = None
 
     def start(self, job: Job, called_ns: int, resources: ExitStack, ranks: list[Popen]) -> Started:
         """Start all ranks, or none.
@@ -134,8 +140,10 @@ class Order(Frozen):
             cgroup=None if cgroup is None else cgroup.fd,
             guard=-1 if guard is None else guard.fd,
             progress=self.progress,
+            template=self.template,
         )
-        return Started(job, called_ns, ranks, files, cgroup, guard)
+        templates = () if self.template is None else self.template.report()
+        return Started(job, called_ns, ranks, files, cgroup, guard, templates)
 
     def _files(self, job: Job, resources: ExitStack) -> tuple[Sequence[RankFiles] | None, LogFolder | None]:
         """Where each rank writes, and the temporary folder of it, which goes with ``resources``."""

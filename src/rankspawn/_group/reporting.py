@@ -7,12 +7,12 @@ import signal
 from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from .._binding import Binding
     from .._end.watch import Watch
     from .._output.failure import Failure
-    from .._output.form import GroupReport
+    from .._output.form import GroupReport, TemplateReport
     from .._output.logs import RankFiles
     from .._output.report import Attempt
     from .._stacks.take import Stacks
@@ -46,6 +46,7 @@ class Reporting:
     _past: list[Attempt]
     _called_ns: int
     _closed: bool
+    _templates: Sequence[TemplateReport]
 
     def _note_birth(self) -> None:
         """Note what ranks inherit, when they have just been started."""
@@ -182,6 +183,7 @@ class Reporting:
             effective=self._effective,
             collected=self._ending.collected,
             stacks=self.stacks,
+            templates=self._templates,
         )
 
     def note_effective(self) -> None:

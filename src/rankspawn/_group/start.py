@@ -13,10 +13,11 @@ from .._start.variables import RankVariables
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from typing import Any
+    from typing import Any, Literal
 
     from .._binding import Binding
     from .._start.popen import Popen
+    from .._warm.template import Template
 
 
 def start_ranks(
@@ -34,6 +35,7 @@ def start_ranks(
     cgroup: int | None = None,
     guard: int = -1,
     progress: Callable[[Callable[[], int]], object] | None = None,
+    template: Template | None = None,
 ) -> None:
     """Start a rank for each of ``commands``, each in a session of its own, by as many threads as make it faster.
 
@@ -54,6 +56,7 @@ def start_ranks(
             runs; -1 for none.
         progress: Called once, before the first start, with a function that any thread may call to ask how many ranks
             have been started so far.
+        template: What ranks are forked from, instead of executed: a warm start.
 
     Raises:
         OSError: What Popen raises when one cannot be started, with the rank in front of its text and as its attribute
@@ -71,14 +74,25 @@ def start_ranks(
                 name_rank(error, len(made))
                 raise
         ranks += made
-        if not mechanisms():
+        left: Sequence[int] = range(len(made))
+        if template is not None:
+            left = template.start(
+                made, variables, cwd=cwd, die_with_parent=die_with_parent, cgroup=cgroup, guard=guard,
+                homes=_homes(bindings),
+            )  # fmt: skip
+        if not left or not mechanisms():
             if progress is not None:
                 progress(lambda: sum(rank._child_created for rank in made))
-            done = False
-        else:
+            done = not left
+        elif len(left) == len(made):
             done = start_by_engine(
                 made, variables, cwd=cwd, die_with_parent=die_with_parent, cgroup=cgroup, guard=guard, progress=progress
             )
+        else:
+            done = _start_some(
+                made, variables, left, cwd=cwd, die_with_parent=die_with_parent, cgroup=cgroup, guard=guard,
+                progress=progress,
+            )  # fmt: skip
         if not done:
             _start_alone(made, variables, guard, cwd=cwd, die_with_parent=die_with_parent, cgroup=cgroup)
     except BaseException:
@@ -100,3 +114,41 @@ def _start_alone(ranks: list[RankProcess], variables: RankVariables, guard: int,
             except Exception as error:
                 name_rank(error, number)
                 raise
+
+
+def _start_some(ranks: list[RankProcess], variables: RankVariables, some: Sequence[int], **options: Any) -> bool:
+    """Start those of the ranks by the engine; whether it could start them all."""
+    try:
+        return start_by_engine([ranks[number] for number in some], variables.some(some), **options)
+    except Exception as error:
+        place = getattr(error, "rank", None)
+        if place is not None:
+            name_rank(error, some[place])
+        raise
+
+
+def _homes(bindings: Sequence[Binding | None]) -> list[int | None]:
+    """Find the node of each rank: ranks of one node can be forked from one template."""
+    from .._place.glance import homes
+
+    return homes([None if binding is None else binding.cpus for binding in bindings])
+
+
+def chosen_template(warm: Template | Sequence[str] | bool | Literal["required"], *, lasts: bool) -> Template | None:
+    """Find what ranks are forked from: a template of the caller's, or a new one; None where ranks are executed.
+
+    Args:
+        warm: The argument of launch().
+        lasts: Whether a new one is for several starts.
+
+    Raises:
+        TypeError: ``warm`` is something else.
+    """
+    if warm is False or warm is None:
+        return None
+    from .._warm.template import Template
+
+    if isinstance(warm, Template):
+        return warm
+    required = isinstance(warm, str) and warm == "required"
+    return Template(True if required or warm is True else warm, required=required, lasts=lasts)

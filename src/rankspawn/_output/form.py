@@ -191,7 +191,8 @@ class RankReport(TypedDict):
     Attributes:
         rank: Its number.
         pid: Its process id.
-        mechanism: How it was started: "clone", "posix_spawn" or "subprocess".
+        mechanism: How it was started: "clone", "posix_spawn", "subprocess", or "warm" for a rank that was forked from a
+            template.
         executed: When it had become the program; None where that was not noted.
         exited: When the launcher saw its end; None while it runs.
         binding: Where it was to run, and where it ran.
@@ -211,6 +212,30 @@ class RankReport(TypedDict):
     now: UsageNow | None
 
 
+class TemplateReport(TypedDict):
+    """A process that has imported modules once, and from which ranks were forked.
+
+    Attributes:
+        pid: Its process id.
+        seconds: From its start until ranks could be forked from it.
+        modules: The seconds that each import took, by the module's name.
+        failed: Why a module could not be imported, by its name.
+        environment_read: The variables that the imports have read: by name, the module that did.
+        cpus: The CPUs that it was bound to, as the kernel lists them; None where it was not bound.
+        ranks: How many ranks have been forked from it, in all launches.
+        refused: Why no rank was forked from it any more; None while ranks could be.
+    """
+
+    pid: int
+    seconds: float
+    modules: dict[str, float]
+    failed: dict[str, str]
+    environment_read: dict[str, str]
+    cpus: str | None
+    ranks: int
+    refused: str | None
+
+
 class AttemptReport(TypedDict):
     """One start of the whole group.
 
@@ -221,6 +246,7 @@ class AttemptReport(TypedDict):
         duration: Seconds from the call until the last rank was seen to end, or until the report.
         ranks: In rank order.
         stacks: What the ranks did before they were ended, and whenever that was asked for, in order.
+        templates: Those of a warm start, when the ranks had been started; none where it was cold.
     """
 
     attempt: int
@@ -229,6 +255,7 @@ class AttemptReport(TypedDict):
     duration: float
     ranks: list[RankReport]
     stacks: list[StacksReport]
+    templates: list[TemplateReport]
 
 
 @public

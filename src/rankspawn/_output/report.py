@@ -23,6 +23,7 @@ from .form import (
     Refusal,
     ResourceUsage,
     StacksReport,
+    TemplateReport,
     UsageNow,
 )
 from .usage import usage_now
@@ -49,12 +50,14 @@ class Attempt:
         called_at: ``time.time()`` at the launch call.
         ranks: In rank order.
         stacks: In order.
+        templates: Those that ranks were forked from.
     """
 
     called_ns: int
     called_at: float
     ranks: Sequence[RankReport]
     stacks: Sequence[StacksReport] = ()
+    templates: Sequence[TemplateReport] = ()
 
 
 def rank_report(
@@ -115,6 +118,7 @@ def attempt(
     effective: Mapping[int, Binding | None],
     collected: Mapping[int, tuple[Any, bool]],
     stacks: Iterable[Stacks] = (),
+    templates: Sequence[TemplateReport] = (),
 ) -> Attempt:
     """Make the record of one start of all ranks.
 
@@ -126,6 +130,7 @@ def attempt(
         effective: As in rank_report(), by local rank.
         collected: What each rank that was reaped used (from wait4(2)), and whether it dumped core, by local rank.
         stacks: The looks at what the ranks did.
+        templates: Those that ranks were forked from.
     """
     tree = ProcessTree()
     told = []
@@ -145,7 +150,7 @@ def attempt(
             )
         )
     called_at = time.time() - (time.monotonic_ns() - called_ns) / 1e9
-    return Attempt(called_ns, called_at, told, [stacks_report(look) for look in stacks])
+    return Attempt(called_ns, called_at, told, [stacks_report(look) for look in stacks], templates)
 
 
 def group_report(
@@ -181,6 +186,7 @@ def group_report(
                 "duration": (now_ns - one.called_ns) / 1e9 if None in ends else last,
                 "ranks": list(one.ranks),
                 "stacks": list(one.stacks),
+                "templates": list(one.templates),
             }
         )
     return {

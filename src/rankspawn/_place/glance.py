@@ -11,6 +11,10 @@ from .quota import cpu_quota
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence, Set
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _NODES = ("sys/devices/system/node/has_cpu", "sys/devices/system/node/online")
@@ -28,6 +32,22 @@ def has_one_node(root: str = "/") -> bool:
         except OSError:
             continue
     return True
+
+
+def homes(cpus_of_ranks: Sequence[Set[int] | None], root: str = "/") -> list[int | None]:
+    """Find the node that each rank's CPUs are on; None for CPUs of several nodes, or of no known one, and for None."""
+    nodes: dict[int, frozenset[int]] = {}
+    if not has_one_node(root):
+        try:
+            for node in parse_ids(_text(root + _NODES[1])):
+                nodes[node] = parse_ids(_text(f"{root}sys/devices/system/node/node{node}/cpulist"))
+        except (OSError, ValueError):
+            nodes = {}
+    found = []
+    for cpus in cpus_of_ranks:
+        on = [node for node, its_own in nodes.items() if cpus and cpus & its_own]
+        found.append(on[0] if len(on) == 1 else None)
+    return found
 
 
 def unbound_threads(nprocs: int) -> int:

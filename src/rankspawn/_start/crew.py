@@ -70,6 +70,22 @@ class RankProcess(Popen):
         finally:
             self._opened_here = ()  # closed by Popen
 
+    def for_template(self, cwd: Any, env: Any) -> tuple[list[Any], tuple[bytes | None, int, bytes | None], bool]:
+        """What a template forks it with: its streams, its masks, and whether a binding is required."""
+        command, program = command_and_program(self.args, None, False)
+        sys.audit("subprocess.Popen", program, command, cwd, env)
+        binding = self._binding
+        encoded = (None, -1, None) if binding is None else masks(binding)
+        return self._streams(*self._ends), encoded, binding is not None and binding.required
+
+    def was_forked(self, outcome: tuple[int, int, int, int], cwd: Any) -> None:
+        """Note that a template has forked it. Raises what Popen does for a step that failed; see _spawn.adopt()."""
+        self.mechanism = "warm"
+        self._closed_child_pipe_fds = True
+        if not self._executed_ns:
+            self._executed_ns = None  # it was killed in the middle of its steps
+        self._check(*outcome, command_and_program(self.args, None, False)[1], cwd)
+
     def let_go(self) -> None:
         """Close what was opened only for the start."""
         for fd in self._opened_here:
@@ -182,10 +198,11 @@ def _workers(count: int) -> int:
 
 
 def name_rank(error: Exception, number: int) -> None:
-    """Put the rank in front of the error's text."""
+    """Put the rank in front of the error's text, instead of another number that was put there before."""
+    before = f"rank {getattr(error, 'rank', None)}: "
     error.rank = number  # type: ignore[attr-defined]
     if isinstance(error, OSError) and error.strerror is not None:
-        error.strerror = f"rank {number}: {error.strerror}"
+        error.strerror = f"rank {number}: {error.strerror.removeprefix(before)}"
         error.args = (error.errno, error.strerror)
     elif len(error.args) == 1:
-        error.args = (f"rank {number}: {error.args[0]}",)
+        error.args = (f"rank {number}: {str(error.args[0]).removeprefix(before)}",)

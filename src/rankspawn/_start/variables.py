@@ -34,11 +34,17 @@ class RankVariables:
         """One rank's environment, put together when it is looked at; None is the caller's, unchanged."""
         return _Whole(self, rank) if self.shared or self.numbered or self.own[rank] else self.env
 
+    def some(self, ranks: Sequence[int]) -> RankVariables:
+        """Those of some of the ranks, which are numbered as before."""
+        return RankVariables(self.env, [{**self._numbers(rank), **self.own[rank]} for rank in ranks], self.shared)
+
     def whole(self, rank: int) -> dict[Any, Any]:
         """One rank's environment."""
-        numbers = {name: str(first + rank) for name, first in self.numbered.items()}
         inherited = callers_environment() if self.env is None else self.env
-        return {**inherited, **self.shared, **numbers, **self.own[rank]}
+        return {**inherited, **self.shared, **self._numbers(rank), **self.own[rank]}
+
+    def _numbers(self, rank: int) -> dict[str, str]:
+        return {name: str(first + rank) for name, first in self.numbered.items()}
 
 
 class _Whole(Mapping[Any, Any]):

@@ -1,0 +1,93 @@
+"""What of a command is the Python interpreter's own, and what it runs."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+from .._frozen import Frozen
+
+_INTERPRETER = re.compile(r"python(?:[23](?:\.\d+)?t?)?$")
+_WITH_VALUE = "WX"  # options whose value may be the next word
+_ALONE = "bBdEIOPqsSuv"
+# Interactive mode, the first line skipped, and what only prints something and ends.
+_REFUSED = re.compile(r"[ihVx?]")
+
+
+class PythonCommand(Frozen):
+    """A command that is ``python [FLAGS] SCRIPT | -m MODULE | -c CODE [ARGUMENTS]``.
+
+    Attributes:
+        python: The interpreter.
+        flags: Its own options.
+        kind: "script", "-m" or "-c".
+        target: The script, the module, or the code.
+        arguments: What follows.
+    """
+
+    python: str
+    flags: tuple[str, ...]
+    kind: str
+    target: str
+    arguments: tuple[str, ...]
+
+
+def python_command(command: Sequence[str]) -> PythonCommand | str:
+    """Split a command. For a command that is no Python program's, a sentence says why."""
+    words = list(command)
+    python = words.pop(0)
+    if not _INTERPRETER.match(os.path.basename(python)):
+        return f"expected a command that is `python SCRIPT`, got {python!r}"
+    flags: list[str] = []
+    while words:
+        word = words.pop(0)
+        if word == "-" or not word.startswith("-"):
+            if word == "-":
+                break
+            return PythonCommand(python, tuple(flags), "script", word, tuple(words))
+        if word.startswith("--"):
+            if word != "--check-hash-based-pycs" or not words:
+                return f"the interpreter's option {word!r} cannot be used in a warm start"
+            flags += [word, words.pop(0)]
+            continue
+        ends = _last_flag(word)
+        if isinstance(ends, str):
+            return ends
+        kept, kind = word[:ends].rstrip("-"), word[ends : ends + 1]
+        if kept:
+            flags.append(kept)
+        if not kind:
+            continue
+        value = word[ends + 1 :] or (words.pop(0) if words else "")
+        if kind in _WITH_VALUE:
+            flags += [f"-{kind}", value]
+        else:
+            return PythonCommand(python, tuple(flags), f"-{kind}", value, tuple(words))
+    return "a program that is read from standard input cannot be started warm"
+
+
+def _last_flag(word: str) -> int | str:
+    """Where in ``word``, as "-Bum", the option stands that takes a value; its length where none does."""
+    for place, letter in enumerate(word[1:], 1):
+        if letter in _WITH_VALUE or letter in "mc":
+            return place
+        if letter not in _ALONE:
+            why = "is for programs that are not started warm" if _REFUSED.match(letter) else "is not known here"
+            return f"the interpreter's option -{letter} {why}"
+    return len(word)
+
+
+def first_folder(command: PythonCommand, cwd: str) -> str:
+    """What the interpreter puts in front of sys.path for this command, unless it is told to put nothing there.
+
+    Args:
+        command: What it runs.
+        cwd: The absolute folder that it starts in.
+    """
+    if command.kind == "-c":
+        return ""
+    if command.kind == "-m":
+        return cwd
+    path = os.path.join(cwd, command.target)
+    return path if os.path.isdir(path) else os.path.dirname(os.path.realpath(path))

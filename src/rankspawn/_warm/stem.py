@@ -1,0 +1,245 @@
+"""One template, as the launcher has it: a process of its own, which forks ranks that are the launcher's children."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from .. import _spawn
+from .._binding import Binding
+from .._end.ranks import end_ranks
+from .._ids import format_ids
+from .._start.crew import RankProcess, start_by_engine
+from .._start.variables import RankVariables
+from .adoption import adopting
+from .command import PythonCommand, first_folder
+from .wire import receive, send
+
+if TYPE_CHECKING:
+    from .._output.form import TemplateReport
+
+# A template that has imported needs milliseconds for each of these.
+_ANSWER_SECONDS = 60.0
+_KILL_SECONDS = 10.0
+
+# The importer finds this very package, wherever it is, without an entry in sys.path.
+_PROGRAM = (
+    "import sys, importlib.util as u;"
+    "s = u.spec_from_file_location('rankspawn', {0!r} + '/__init__.py', submodule_search_locations=[{0!r}]);"
+    "m = sys.modules['rankspawn'] = u.module_from_spec(s); s.loader.exec_module(m);"
+    "from rankspawn._warm.importer import run; run()"
+)
+
+
+class Stem:
+    """A template: first its importer, then, after ``adopt()``, the process that forks ranks.
+
+    Attributes:
+        pid: Of the stem; of the importer before.
+        env: The environment that it has imported in.
+        prepared: What the imports have left, of ``imports.prepare``; empty before.
+        seconds: How long it took until it was ready.
+        refused: Why no rank is forked from it; None while ranks can be.
+        forked: How many ranks have been.
+    """
+
+    def __init__(
+        self,
+        command: PythonCommand,
+        modules: Sequence[str],
+        *,
+        cwd: str,
+        env: Mapping[str, str],
+        binding: Binding | None,
+        cgroup: int | None,
+        guard: int,
+    ) -> None:
+        self.env, self.binding = dict(env), binding
+        self.prepared: dict[str, Any] = {}
+        self.seconds = 0.0
+        self.refused: str | None = None
+        self.forked = 0
+        self._began = time.monotonic()
+        self._pidfd: Any = None
+        self._owner = os.getpid()
+        self._socket, theirs = socket.socketpair()
+        self.importer: RankProcess | None = None
+        try:
+            program = _PROGRAM.format(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+            with theirs:
+                output = _output()
+                importer = RankProcess(
+                    [command.python, *command.flags, "-c", program],
+                    (theirs, output, output), binding,
+                )  # fmt: skip
+                self.importer = importer
+                start_by_engine(
+                    [importer], RankVariables(env, [{}]), cwd=cwd, die_with_parent=True, cgroup=cgroup, guard=guard,
+                    progress=None,
+                )  # fmt: skip
+                importer.let_go()
+            self.pid = importer.pid
+            send(self._socket, {"modules": list(modules), "folder": first_folder(command, cwd)})
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def works(self) -> bool:
+        """Whether ranks can be forked from it."""
+        return self.refused is None and self._pidfd is not None
+
+    def adopt(self, seconds: float) -> None:
+        """Wait until it has imported and is ready. What goes wrong is in ``refused``, and the process is gone then.
+
+        Args:
+            seconds: How long the imports may take, from the start on.
+        """
+        try:
+            self._adopt(seconds)
+        except (EOFError, OSError, subprocess.TimeoutExpired) as error:
+            self.refused = self.refused or _why(error, seconds)
+        finally:
+            if not self.works:
+                self.close()
+
+    def _adopt(self, seconds: float) -> None:
+        self._socket.settimeout(max(0.001, seconds - (time.monotonic() - self._began)))
+        told, _ = receive(self._socket)
+        self.prepared = told["prepared"]
+        self.refused = self.prepared.get("refused")
+        if self.refused is not None:
+            return
+        self._socket.settimeout(_ANSWER_SECONDS)
+        assert self.importer is not None
+        with adopting(self.importer) as known:
+            send(self._socket, {"fork": True})
+            self.pid = known.pid = receive(self._socket)[0]["stem"]
+            self.importer.wait(_ANSWER_SECONDS)
+            self._pidfd = _spawn.Pidfd(os.pidfd_open(self.pid))
+        self.importer = None
+        send(self._socket, _adopted())
+        self.refused = receive(self._socket)[0]["refused"]
+        self.seconds = time.monotonic() - self._began
+
+    def fork(self, request: dict[str, Any], fds: Sequence[int], ranks: Sequence[RankProcess]) -> dict[int, Any]:
+        """Fork ranks, and give each to its owner. It returns when they have taken their steps.
+
+        Args:
+            request: What importer.py makes ranks of. Its first two descriptors are added here.
+            fds: The descriptors that it refers to.
+            ranks: The owners.
+
+        Returns:
+            By place in ``ranks``, what ``_spawn.spawn`` would return. Of a rank that is missing there was no start: the
+            template has ended, and ``refused`` says so.
+        """
+        size = len(ranks) * _spawn.RESULT_BYTES
+        memory = os.memfd_create("rankspawn", os.MFD_CLOEXEC)
+        reading, done = os.pipe()
+        started: dict[int, Any] = {}
+        try:
+            os.ftruncate(memory, size)
+            with mmap.mmap(memory, size) as results:
+                try:
+                    try:
+                        self._socket.settimeout(_ANSWER_SECONDS)
+                        send(self._socket, request, [memory, done, *fds])
+                    finally:
+                        os.close(done)
+                    receive(self._socket)
+                except (EOFError, OSError) as error:
+                    self.refused = _why(error, _ANSWER_SECONDS, "was forking ranks")
+                except BaseException:
+                    self.refused = "its last request was interrupted"
+                    raise
+                finally:
+                    if self.refused is not None:
+                        self.close()
+                    # No rank is made any more. Its end closes the pipe, too.
+                    select.select([reading], [], [])
+                    for place, rank in enumerate(ranks):
+                        outcome = _spawn.adopt(rank, results, place)
+                        if outcome is not None:
+                            started[place] = outcome
+        finally:
+            os.close(memory)
+            os.close(reading)
+        self.forked += len(started)
+        return started
+
+    def is_alive(self) -> bool:
+        """Whether the process still runs. One that has ended is reaped, and ``refused`` says that it has."""
+        if self.works and self._ended(0):
+            self.refused = "the template has ended"
+            self.close()
+        return self.works
+
+    def _ended(self, seconds: float) -> bool:
+        poller = select.poll()
+        poller.register(self._pidfd.fd, select.POLLIN)
+        return bool(poller.poll(seconds * 1000))
+
+    def report(self) -> TemplateReport:
+        """What it is and has done, as plain data."""
+        cpus = None if self.binding is None else self.binding.cpus
+        return {
+            "pid": self.pid,
+            "seconds": self.seconds,
+            "modules": self.prepared.get("modules", {}),
+            "failed": self.prepared.get("failed", {}),
+            "environment_read": self.prepared.get("environment_read", {}),
+            "cpus": None if cpus is None else format_ids(cpus),
+            "ranks": self.forked,
+            "refused": self.refused,
+        }
+
+    def close(self) -> None:
+        """End the process. Ranks that were forked from it run on. Harmless when done twice.
+
+        A forked copy of the launcher closes its copy of the socket only.
+        """
+        self._socket.close()
+        importer, pidfd = self.importer, self._pidfd
+        self.importer = self._pidfd = None
+        if self._owner != os.getpid():
+            return
+        if importer is not None:
+            importer.let_go()
+            end_ranks([importer])
+        if pidfd is not None:
+            pidfd.send_signal(signal.SIGKILL)
+            self._pidfd = pidfd
+            self._ended(_KILL_SECONDS)
+            self._pidfd = None
+            with suppress(ChildProcessError):
+                os.waitpid(self.pid, os.WNOHANG)
+
+
+def _adopted(descriptors: str = "/proc/self/fd", threads: str = "/proc/self/task") -> dict[str, Any]:
+    return {"launcher": os.getpid(), "descriptors": descriptors, "threads": threads}
+
+
+def _output() -> int:
+    """Where the importer writes: to this process's stderr, because its stdout may be data."""
+    try:
+        os.fstat(2)
+    except OSError:
+        return subprocess.DEVNULL
+    return 2
+
+
+def _why(error: BaseException, seconds: float, when: str = "imported") -> str:
+    if isinstance(error, TimeoutError):
+        return f"the template did not answer within {seconds:g} seconds while it {when}"
+    if isinstance(error, (EOFError, ConnectionError)):
+        return f"the template ended while it {when}"
+    return f"the template failed while it {when}: {error}"

@@ -1,0 +1,252 @@
+"""``Template``: processes that have imported what ranks need, kept over the launches of a program."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from .._ids import format_ids
+from .._public import public
+from .._start.engine import mechanisms, why_no_engine
+from .inherited import closed_streams, difference, inherited
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from .._end.guard import Guard
+    from .._output.form import TemplateReport
+    from .._start.crew import RankProcess
+    from .._start.variables import RankVariables
+    from .ranks import Launch
+    from .stem import Stem
+
+# A launch makes at most so many templates for ranks of one home: the second is for variables that the first has read.
+_MOST_FOR_A_HOME = 2
+
+
+@public
+class Template:
+    """Processes that have imported modules once, from which ``launch(..., warm=template)`` forks its ranks.
+
+    A rank that is forked has the imports done when it begins, and shares their memory with the others. It is a child of
+    this process and born bound, as a rank that is executed. The templates are made by the first launch, one for
+    each node that has ranks, and for each set of values of the variables that the imports read; later launches, and
+    restarts, use them again. Where no template fits a rank, or one cannot be proved to be safe, the rank is executed as
+    ever, and a RuntimeWarning says why.
+
+    For a command that is ``python [FLAGS] SCRIPT``, ``-m MODULE`` or ``-c CODE``, on Linux 5.4 or newer.
+
+    Args:
+        modules: What to import, by name and in this order; True: what the script imports at its top.
+        required: A rank that would not be forked is an error instead.
+        timeout: How long the imports may take, in seconds.
+        lasts: Whether it is for more than one launch. Otherwise its processes belong to the launch's guard and cgroup.
+
+    Raises:
+        TypeError: ``modules`` is a text.
+        ValueError: ``timeout`` is not a positive number.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[str] | Literal[True] = True,
+        *,
+        required: bool = False,
+        timeout: float = 300.0,
+        lasts: bool = True,
+    ) -> None:
+        if isinstance(modules, str) or not (modules is True or all(isinstance(name, str) for name in modules)):
+            raise TypeError(f"modules: expected a sequence of names or True, got {modules!r}")
+        if not timeout > 0:
+            raise ValueError(f"timeout: expected a positive number of seconds, got {timeout!r}")
+        self.modules: tuple[str, ...] | Literal[True] = True if modules is True else tuple(modules)
+        self.required = required
+        self.timeout = timeout
+        self._lasts = lasts
+        self._stems: list[tuple[Any, Stem]] = []
+        self._inherited: dict[str, str] = {}
+        self._guard: Guard | None = None
+        self._said: set[str] = set()
+        self._lock = threading.RLock()
+        self._owner, self._closed = os.getpid(), False
+
+    def start(self, ranks: Sequence[RankProcess], variables: RankVariables, **options: Any) -> list[int]:
+        """Fork those of ``ranks`` for which there is a template, or can be one. For ``launch``, which has the rest.
+
+        Args:
+            ranks: RankProcess objects that have not been started.
+            variables: Their environments.
+            **options: As of ``ranks.Launch``.
+
+        Returns:
+            The ranks that are left.
+
+        Raises:
+            OSError: As ``launch``, for a rank that cannot be started either way. Ranks that were started are started.
+            RuntimeError: A rank was left, and ``required`` says that none may be.
+        """
+        why, cold = self.why_not(), {}
+        if why is None:
+            from .ranks import Launch
+
+            launch = Launch(ranks, variables, **options)
+            with self._lock:
+                try:
+                    self._start(launch)
+                except (MemoryError, OSError) as error:
+                    if getattr(error, "rank", None) is not None:
+                        raise
+                    why = f"no template can be made: {error}"
+            cold = {**launch.cold, **dict.fromkeys(launch.left, why or "its template has ended")}
+        else:
+            cold = dict.fromkeys(range(len(ranks)), why)
+        lines = _name_ranks(cold)
+        if cold and self.required:
+            raise RuntimeError("a warm start is required, and " + "; ".join(lines))
+        for line in lines:
+            self._say(line)
+        return sorted(cold)
+
+    def _start(self, launch: Launch) -> None:
+        now = inherited()
+        self._inherited = self._inherited or now
+        changed = difference(self._inherited, now)
+        if changed is not None:
+            launch.cold.update(dict.fromkeys(launch.left, changed))
+            return
+        for _ in range(_MOST_FOR_A_HOME):
+            self._use(launch)
+            made = self._make(launch)
+            if not made:
+                break
+        self._use(launch)
+
+    def _use(self, launch: Launch) -> None:
+        """Fork the ranks for which there is a template."""
+        for key, stem in self._stems:
+            if not stem.is_alive():
+                continue
+            fitting = []
+            for number in launch.left:
+                if self._kind(launch, number) == key and launch.mismatch(number, stem) is None:
+                    fitting.append(number)
+            if fitting:
+                launch.fork(fitting, stem)
+
+    def _make(self, launch: Launch) -> bool:
+        """Make templates for the ranks that are left, at once. Those for which there can be none become cold."""
+        homes: dict[Any, list[int]] = {}
+        for number in launch.left:
+            homes.setdefault(self._kind(launch, number), []).append(number)
+        made = []
+        for key, numbers in homes.items():
+            some = self._together(launch, key, numbers)
+            if some:
+                made.append((key, self._stem(launch, some)))
+        for key, stem in made:
+            stem.adopt(self.timeout)
+            self._stems.append((key, stem))
+            for name, error in stem.prepared.get("failed", {}).items():
+                self._say(f"the template could not import {name}: {error}")
+        for key, numbers in homes.items():
+            for of_home, stem in made:
+                if of_home == key and stem.refused is not None:
+                    launch.cold.update(dict.fromkeys(set(numbers) & set(launch.left), stem.refused))
+        return bool(made)
+
+    def _together(self, launch: Launch, key: Any, numbers: list[int]) -> list[int]:
+        """Those of the ranks that one new template is for; the others become cold where none can help them."""
+        known = [stem for of_home, stem in self._stems if of_home == key and stem.works]
+        if not known:
+            return numbers
+        # There are templates, and none fits: imports have read variables that have other values here.
+        reads = {name for stem in known for name in stem.prepared.get("environment_read", {})}
+        values = [{name: launch.variable(number, name) for name in reads} for number in numbers]
+        alike = [number for number, own in zip(numbers, values, strict=True) if own == values[0]]
+        if len(alike) == 1 < len(numbers):
+            for number in numbers:
+                launch.cold[number] = launch.mismatch(number, known[-1]) or "no template fits it"
+            return []
+        return alike
+
+    def _stem(self, launch: Launch, numbers: list[int]) -> Stem:
+        from .stem import Stem
+
+        command = launch.commands[numbers[0]]
+        guard, cgroup = launch.guard, launch.cgroup
+        if self._lasts:
+            cgroup = None
+            if self._guard is None and guard >= 0:
+                from .._end.guard import Guard
+
+                self._guard = Guard.start()
+            guard = -1 if self._guard is None else self._guard.fd
+        return Stem(
+            command,
+            self._modules_of(launch, numbers[0]),
+            cwd=launch.cwd,
+            env=launch.common_environment(numbers),
+            binding=launch.common_binding(numbers),
+            cgroup=cgroup,
+            guard=guard,
+        )
+
+    def _modules_of(self, launch: Launch, number: int) -> tuple[str, ...]:
+        if self.modules is not True:
+            return self.modules
+        from .find import modules_of
+
+        return tuple(modules_of(launch.words(number), cwd=launch.cwd))
+
+    def _kind(self, launch: Launch, number: int) -> Any:
+        return launch.kind(number), self._modules_of(launch, number) if self.modules is True else ()
+
+    @staticmethod
+    def why_not() -> str | None:
+        """Say why no rank can be started warm on this system; None where one can."""
+        if not sys.platform.startswith("linux"):
+            return "a warm start needs Linux"
+        if not mechanisms():
+            return f"a warm start needs rankspawn's engine: {why_no_engine()}"
+        if os.confstr("CS_GNU_LIBC_VERSION") is None:
+            return "a warm start needs the GNU C library"
+        return closed_streams()
+
+    def report(self) -> list[TemplateReport]:
+        """What each process is and has done, as plain data, the oldest first; as in a group's report."""
+        return [stem.report() for _, stem in self._stems]
+
+    def _say(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            warnings.warn(line, RuntimeWarning, stacklevel=2)
+
+    def close(self) -> None:
+        """End the templates. Ranks that were forked from them run on. Harmless when done twice."""
+        with self._lock:
+            self._closed = True
+            for _, stem in self._stems:
+                stem.close()
+            if self._guard is not None:
+                self._guard.close()
+                self._guard = None
+
+    def __enter__(self) -> Template:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _name_ranks(reasons: Mapping[int, str]) -> list[str]:
+    """A line for each reason, with the ranks that it holds for."""
+    by_reason: dict[str, list[int]] = {}
+    for number, why in sorted(reasons.items()):
+        by_reason.setdefault(why, []).append(number)
+    return [f"rank{'s' * (len(some) > 1)} {format_ids(some)} started cold: {why}" for why, some in by_reason.items()]

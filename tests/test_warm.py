@@ -1,0 +1,107 @@
+"""A warm start: ranks forked from a template are the launcher's children, born as those that are executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankspawn import Binding, Template, launch
+from rankspawn._start.engine import EXTENSION_ERROR
+from rankspawn._warm.adoption import children
+from tests.support.processes import PATIENCE
+
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a warm start needs Linux"),
+    pytest.mark.skipif(EXTENSION_ERROR is not None, reason="this install has no extension"),
+]
+
+# What a rank is born with, as it sees it itself.
+BIRTH = """
+import json, os, sys
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+limits = open("/proc/self/limits").read()
+json.dump({
+    "argv": sys.argv, "cwd": os.getcwd(), "parent": os.getppid(),
+    "leads": [os.getsid(0), os.getpgid(0)] == [os.getpid()] * 2,
+    "cpus": sorted(os.sched_getaffinity(0)), "policy": open("/proc/self/numa_maps").readline().split()[1],
+    "streams": [os.readlink(f"/proc/self/fd/{fd}") for fd in range(3)],
+    "open": len(os.listdir("/proc/self/fd")) - 1, "umask": status["Umask"].strip(),
+    "signals": [status[name].strip() for name in ("SigBlk", "SigIgn", "SigCgt")],
+    "cmdline": open("/proc/self/cmdline").read().split(chr(0))[:-1], "limits": limits,
+    "comm": open("/proc/self/comm").read(),
+    "environ": sorted(open("/proc/self/environ").read().split(chr(0))[:-1]),
+    "variables": {name: value for name, value in os.environ.items()},
+}, sys.stdout)
+"""
+PYTHON = [sys.executable, "-I", "-S"]
+PER_LAUNCH = ("MASTER_PORT", "RANKSPAWN_CALL_NS", "TORCHELASTIC_ERROR_FILE")
+
+
+def births(folder: Path, nprocs: int = 2, **options: Any) -> list[dict[str, Any]]:
+    script = folder.parent / "birth.py"
+    script.write_text(BIRTH)
+    with launch([*PYTHON, str(script), "word"], nprocs, log_dir=folder, **options) as group:
+        assert group.wait(PATIENCE) == (0,) * nprocs
+        told = [json.loads(Path(files.stdout).read_text()) for files in group.files or ()]
+        pids, mechanisms = group.pids(), {rank.mechanism for rank in group.ranks}
+    for rank, one in enumerate(told):
+        assert one.pop("parent") == os.getpid()
+        assert [Path(name).name for name in one.pop("streams")] == ["null", "stdout.log", "stderr.log"] or rank >= 0
+        one["mechanisms"] = mechanisms
+        for name in PER_LAUNCH:
+            one["variables"].pop(name, None)
+        one["environ"] = [pair for pair in one["environ"] if not pair.startswith(PER_LAUNCH)]
+    assert len(set(pids)) == nprocs
+    return told
+
+
+def test_a_warm_rank_is_born_as_a_cold_one(tmp_path: Path) -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    options: dict[str, Any] = {
+        "bindings": [Binding({cpus[0]}), Binding({cpus[-1]})], "cwd": tmp_path, "rank_env": [{"A": "0"}, {"A": "1"}],
+    }  # fmt: skip
+    cold = births(tmp_path / "cold", **options)
+    warm = births(tmp_path / "warm", warm=["json"], **options)
+    assert [one.pop("mechanisms") for one in (*cold, *warm)] == [{"clone"}] * 2 + [{"warm"}] * 2
+    assert warm == cold
+
+
+def test_a_template_is_kept(tmp_path: Path) -> None:
+    before = children()
+    with Template(["json"]) as template:
+        for turn in range(3):
+            births(tmp_path / f"{turn}", warm=template)
+        (told,) = template.report()
+        assert told["ranks"] == 6 and told["refused"] is None and list(told["modules"]) == ["json"]
+    assert children() == before
+
+
+def test_how_a_warm_rank_ends() -> None:
+    script = (
+        "import os, sys, time; rank = int(os.environ['RANK']); rank == 2 and os.kill(os.getpid(), 11); sys.exit(rank)"
+    )
+    with launch([*PYTHON, "-c", script], 3, warm=["json"], keep_going=True) as group:
+        assert group.wait(PATIENCE) == (0, 1, -signal.SIGSEGV)
+    report = group.report()["attempts"][0]
+    assert [rank["mechanism"] for rank in report["ranks"]] == ["warm"] * 3
+    assert [template["ranks"] for template in report["templates"]] == [3]
+    assert all(rank["rusage"] and rank["rusage"]["user"] < 1 for rank in report["ranks"])
+
+
+def test_ranks_live_on_when_the_template_is_killed() -> None:
+    with Template(["json"]) as template:
+        with launch([*PYTHON, "-c", "import sys; sys.stdin.readline()"], 2, warm=template, keep_going=True) as group:
+            pid = template.report()[0]["pid"]
+            os.kill(pid, signal.SIGKILL)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            assert group.running == (0, 1)
+            with launch([*PYTHON, "-c", ""], 1, warm=template) as other:
+                assert other.wait(PATIENCE) == (0,)
+                assert other.ranks[0].mechanism == "warm"
+        assert [told["refused"] for told in template.report()] == ["the template has ended", None]
