@@ -65,7 +65,9 @@ lint-python: $(VENV)/.lint
 	$(VENV)/bin/ruff format --check .
 
 lint-types: $(VENV)/.lint
-	$(VENV)/bin/mypy --strict src
+	$(VENV)/bin/mypy --strict src tests/typing
+	if command -v node > /dev/null; then $(VENV)/bin/pyright --pythonpath $(VENV)/bin/python tests/typing; \
+	else echo "pyright was not run: it needs node"; fi
 
 lint-cython: $(VENV)/.lint
 	PATH="$(abspath $(VENV)/bin):$$PATH" cython-lint $(PYX_FILES)  # which looks for pycodestyle on PATH

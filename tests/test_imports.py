@@ -84,6 +84,7 @@ PUBLIC = {
     "Stacks",
     "GroupReport",
     "Popen",
+    "create_subprocess_exec",
     "SubprocessHandler",
     "get_subprocess_handler",
     "get_context",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ._place.sysfs import TopologyError
     from ._place.topology import Topology
     from ._stacks.take import Stacks
+    from ._start.aio import create_subprocess_exec
     from ._start.outcome import BindingError, BindingReport
     from ._start.popen import Popen
     from ._torch.handler import SubprocessHandler, get_subprocess_handler
@@ -44,6 +45,7 @@ __all__ = [
     "Template",
     "Topology",
     "TopologyError",
+    "create_subprocess_exec",
     "get_context",
     "get_subprocess_handler",
     "launch",
@@ -70,6 +72,7 @@ _MODULES = {
     "Template": "_warm.template",
     "Topology": "_place.topology",
     "TopologyError": "_place.sysfs",
+    "create_subprocess_exec": "_start.aio",
     "get_context": "_multiprocessing.context",
     "get_subprocess_handler": "_torch.handler",
     "launch": "_group.launch",

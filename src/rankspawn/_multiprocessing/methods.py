@@ -123,7 +123,7 @@ class SpawnPopen(_BoundPopen, popen_spawn_posix.Popen):
     """A fresh interpreter, born bound."""
 
     def _launch(self, process_obj: Any) -> None:
-        tracker_fd = resource_tracker.getfd()
+        tracker_fd: Any = resource_tracker.getfd()
         data = self._pickled(spawn.get_preparation_data(process_obj._name), process_obj)
         child_r, parent_w = os.pipe()
         passed, kept = [child_r], [parent_w]

@@ -4,6 +4,7 @@ arguments  what Popen's arguments say, encoded             engine     which mech
 popen      one process, as subprocess.Popen starts it      crew       many processes in one call of the engine
 ending     its signals, and waiting for its end            without    what can be had without the engine
 outcome    what of a binding was refused, or took effect  variables  the environments of many processes
+aio        one process in an asyncio loop
 
 It knows no machine and no group: it imports no other folder of this package.
 """

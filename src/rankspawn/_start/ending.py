@@ -8,9 +8,17 @@ import select
 import subprocess
 import time
 from _thread import get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .outcome import RefusedStep
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    # What the streams of a process that is no more than a Popen give, as those of the standard class do.
+    AnyStr = TypeVar("AnyStr", str, bytes, default=bytes)
+else:
+    from typing import AnyStr
 
 # The stock class under a name of ours: where a program sets subprocess.Popen to our class, that name is our own class.
 Stock = subprocess.Popen
@@ -20,7 +28,7 @@ _LOOK = os.WEXITED | os.WNOHANG | os.WNOWAIT if os.name == "posix" else 0
 _PATIENCE = 1.0  # seconds, of which a thread that polls needs some microseconds
 
 
-class Started(Stock):  # type: ignore[type-arg]
+class Started(subprocess.Popen[AnyStr]):
     """``subprocess.Popen``, whose signals reach this process or none, and whose ``poll()`` sees every end."""
 
     # Other folders may use these private names of a Popen and no others (tests/test_imports.py holds it): _born,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .._binding import Binding
 from .._public import public
 from .arguments import candidates, cgroup_descriptor, command_and_program, is_fifo, is_path
-from .ending import Started, Stock
+from .ending import AnyStr, Started, Stock
 from .engine import EXTENSION_ERROR, masks, mechanisms, why_no_engine
 from .outcome import BindingError, BindingReport, RefusedStep
 
@@ -27,7 +27,17 @@ if EXTENSION_ERROR is None:
     from .. import _spawn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from typing import IO, Literal, TypeAlias, overload
+
+    Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+    Command: TypeAlias = Path | Sequence[Path]
+    Stream: TypeAlias = int | IO[Any] | os.PathLike[str] | None
+    Variables: TypeAlias = Mapping[bytes, Path] | Mapping[str, Path]
+    if sys.version_info >= (3, 11):
+        ProcessGroup: TypeAlias = int | None
+    else:
+        ProcessGroup: TypeAlias = None
 
 # What 3.10 passes, and what 3.11 appended. A new Python that changes the list must fail here, at import,
 # because it would start processes with the arguments in the wrong places.
@@ -52,7 +62,7 @@ _STREAMS = ("stdin", "stdout", "stderr")
 
 
 @public
-class Popen(Started):
+class Popen(Started[AnyStr]):
     """``subprocess.Popen``, with four additions: a binding, a death signal, a cgroup, and paths for streams.
 
     Args:
@@ -83,6 +93,87 @@ class Popen(Started):
     _fresh_signals = False  # an empty signal mask, and the default action but for an ignored SIGHUP
     _opened_by_child: dict[int, tuple[str, int]] = {}  # noqa: RUF012
     _opened_here: tuple[int, ...] = ()
+
+    if TYPE_CHECKING:  # generic in what its streams give, with the overloads that typeshed has for the standard class
+
+        @overload
+        def __init__(
+            self: Popen[str], args: Command, bufsize: int = -1, executable: Path | None = None,
+            stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
+            preexec_fn: Callable[[], object] | None = None, close_fds: bool = True, shell: bool = False,
+            cwd: Path | None = None, env: Variables | None = None, universal_newlines: bool | None = None,
+            startupinfo: Any = None, creationflags: int = 0, restore_signals: bool = True,
+            start_new_session: bool = False, pass_fds: Collection[int] = (), *, text: bool | None = None,
+            encoding: str, errors: str | None = None, user: str | int | None = None,
+            group: str | int | None = None, extra_groups: Iterable[str | int] | None = None, umask: int = -1,
+            pipesize: int = -1, process_group: ProcessGroup = None, binding: Binding | None = None,
+            die_with_parent: bool = False, cgroup: str | os.PathLike[str] | int | None = None,
+        ) -> None: ...  # fmt: skip
+        @overload
+        def __init__(
+            self: Popen[str], args: Command, bufsize: int = -1, executable: Path | None = None,
+            stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
+            preexec_fn: Callable[[], object] | None = None, close_fds: bool = True, shell: bool = False,
+            cwd: Path | None = None, env: Variables | None = None, universal_newlines: bool | None = None,
+            startupinfo: Any = None, creationflags: int = 0, restore_signals: bool = True,
+            start_new_session: bool = False, pass_fds: Collection[int] = (), *, text: bool | None = None,
+            encoding: str | None = None, errors: str, user: str | int | None = None,
+            group: str | int | None = None, extra_groups: Iterable[str | int] | None = None, umask: int = -1,
+            pipesize: int = -1, process_group: ProcessGroup = None, binding: Binding | None = None,
+            die_with_parent: bool = False, cgroup: str | os.PathLike[str] | int | None = None,
+        ) -> None: ...  # fmt: skip
+        @overload
+        def __init__(
+            self: Popen[str], args: Command, bufsize: int = -1, executable: Path | None = None,
+            stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
+            preexec_fn: Callable[[], object] | None = None, close_fds: bool = True, shell: bool = False,
+            cwd: Path | None = None, env: Variables | None = None, *, universal_newlines: Literal[True],
+            startupinfo: Any = None, creationflags: int = 0, restore_signals: bool = True,
+            start_new_session: bool = False, pass_fds: Collection[int] = (), text: bool | None = None,
+            encoding: str | None = None, errors: str | None = None, user: str | int | None = None,
+            group: str | int | None = None, extra_groups: Iterable[str | int] | None = None, umask: int = -1,
+            pipesize: int = -1, process_group: ProcessGroup = None, binding: Binding | None = None,
+            die_with_parent: bool = False, cgroup: str | os.PathLike[str] | int | None = None,
+        ) -> None: ...  # fmt: skip
+        @overload
+        def __init__(
+            self: Popen[str], args: Command, bufsize: int = -1, executable: Path | None = None,
+            stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
+            preexec_fn: Callable[[], object] | None = None, close_fds: bool = True, shell: bool = False,
+            cwd: Path | None = None, env: Variables | None = None, universal_newlines: bool | None = None,
+            startupinfo: Any = None, creationflags: int = 0, restore_signals: bool = True,
+            start_new_session: bool = False, pass_fds: Collection[int] = (), *, text: Literal[True],
+            encoding: str | None = None, errors: str | None = None, user: str | int | None = None,
+            group: str | int | None = None, extra_groups: Iterable[str | int] | None = None, umask: int = -1,
+            pipesize: int = -1, process_group: ProcessGroup = None, binding: Binding | None = None,
+            die_with_parent: bool = False, cgroup: str | os.PathLike[str] | int | None = None,
+        ) -> None: ...  # fmt: skip
+        @overload
+        def __init__(
+            self: Popen[bytes], args: Command, bufsize: int = -1, executable: Path | None = None,
+            stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
+            preexec_fn: Callable[[], object] | None = None, close_fds: bool = True, shell: bool = False,
+            cwd: Path | None = None, env: Variables | None = None, universal_newlines: Literal[False] | None = None,
+            startupinfo: Any = None, creationflags: int = 0, restore_signals: bool = True,
+            start_new_session: bool = False, pass_fds: Collection[int] = (), *, text: Literal[False] | None = None,
+            encoding: None = None, errors: None = None, user: str | int | None = None,
+            group: str | int | None = None, extra_groups: Iterable[str | int] | None = None, umask: int = -1,
+            pipesize: int = -1, process_group: ProcessGroup = None, binding: Binding | None = None,
+            die_with_parent: bool = False, cgroup: str | os.PathLike[str] | int | None = None,
+        ) -> None: ...  # fmt: skip
+        @overload
+        def __init__(
+            self: Popen[Any], args: Command, bufsize: int = -1, executable: Path | None = None,
+            stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
+            preexec_fn: Callable[[], object] | None = None, close_fds: bool = True, shell: bool = False,
+            cwd: Path | None = None, env: Variables | None = None, universal_newlines: bool | None = None,
+            startupinfo: Any = None, creationflags: int = 0, restore_signals: bool = True,
+            start_new_session: bool = False, pass_fds: Collection[int] = (), *, text: bool | None = None,
+            encoding: str | None = None, errors: str | None = None, user: str | int | None = None,
+            group: str | int | None = None, extra_groups: Iterable[str | int] | None = None, umask: int = -1,
+            pipesize: int = -1, process_group: ProcessGroup = None, binding: Binding | None = None,
+            die_with_parent: bool = False, cgroup: str | os.PathLike[str] | int | None = None,
+        ) -> None: ...  # fmt: skip
 
     def __init__(
         self,

@@ -141,7 +141,7 @@ class SubprocessHandler:
     def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[Any]:
         """Start the rank. Subclasses may override it; the binding applies all the same."""
         stdout, stderr = map(_as_path, self._log_paths)
-        own_session = {} if _ON_WINDOWS else {"start_new_session": True}
+        own_session: Any = {} if _ON_WINDOWS else {"start_new_session": True}
         return Popen(
             args,
             env=env,
