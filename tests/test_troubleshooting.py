@@ -410,20 +410,25 @@ def _(_: Path) -> str:
     return run("--numa-binding", "none", "--memory-policy", "bind", "x.py")
 
 
-@provokes("--tee takes no value")
-def _(_: Path) -> str:
-    return run("--tee", "3", "x.py")
-
-
 @provokes("--nnodes needs --node-rank")
 def _(_: Path) -> str:
     return run("--nnodes", "2", "x.py")
 
 
-@provokes("--max-restarts is for one machine")
+@provokes("... needs an elastic agent: `rankspawn torchrun` takes it")
 def _(_: Path) -> str:
     several = ("--nnodes", "2", "--node-rank", "0", "--master-addr", "x", "--master-port", "1")
     return run(*several, "--max-restarts", "1", "x.py")
+
+
+@provokes("PET_... is no variable of torchrun's")
+def _(_: Path) -> str:
+    return run("--no-python", "true", PET_NPROC="2")
+
+
+@provokes("not needed here, where ranks have no agent")
+def _(_: Path) -> str:
+    return run("--monitor-interval", "1", "--no-python", "true")
 
 
 @provokes("--master-addr ...: no port can be found there")

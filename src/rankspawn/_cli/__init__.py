@@ -6,6 +6,8 @@ attempts   all ranks started, watched, and started again    reports    the files
 progress   lines on stderr while ranks start and end        signals    the launcher's own signals, as bytes
 refusals   what the system refused of the bindings          bind       this process, bound, becomes a program
 step       what srun, mpirun and torchrun say of us         show       topology and plan
+vocabulary  torchrun's options, values and variables        streams    what becomes of the ranks' stdout and stderr
+meeting    which machine this is, and where ranks meet
 doctor     what this machine and this installation have    dump       what the ranks of a running job do
 
 Nothing imports it but __main__. It imports no _end: a group ends its ranks.

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from .._group.launch import launch
 from .._output.failure import describe, describe_interruption, pass_on
-from .._output.logs import rank_files
+from .._output.logs import RankFiles, rank_files
 from .._place.glance import sets_threads
 from .._start.outcome import BindingError
 from .options import CommandError
@@ -25,13 +26,14 @@ if TYPE_CHECKING:
     from .._group.group import RankGroup
     from .._group.job import Job
     from .._output.failure import Failure
-    from .._output.logs import LogFolder, RankFiles
+    from .._output.logs import LogFolder
     from .settings import RunSettings
     from .signals import Signals
 
 SIGKILL = getattr(signal, "SIGKILL", None)
 _TOO_MANY = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
+_MACRO = re.compile(r"\$(?:local_rank\b|\{local_rank\})")
 _MOMENT = 0.05
 """Seconds in which a signal that is sent to all processes of a job (Slurm) reaches the launcher behind a rank."""
 
@@ -73,12 +75,16 @@ def _run_attempt(
     settings: RunSettings, job: Job, folder: LogFolder, signals: Signals, reports: Reports
 ) -> tuple[int, bool]:
     """Start all ranks once and watch them end; the status, and whether it is the last word."""
-    logged = settings.log_dir is not None
+    streams = settings.streams
     files = None
     if folder.path:
-        files = rank_files(folder.path, job.nprocs, job.restart_count, streams=logged or settings.tee)
+        files = rank_files(folder.path, job.nprocs, job.restart_count, streams=any(streams.filed))
+    elif streams.hidden:
+        files = [RankFiles(None, None, os.devnull)] * job.nprocs
+    if files is not None:
+        files = streams.files(files)
     # A rank that writes to the terminal itself, or by --tee, would do so behind a line that is to be wiped out.
-    progress = Progress(logged and not settings.tee, job.first_rank)
+    progress = Progress(streams.silent, job.first_rank)
     with _shown(settings, job, files or (), folder, signals):
         try:
             group = _launch(settings, job, files, progress, None if folder.keep else folder.path or None)
@@ -108,14 +114,11 @@ def _launch(
 ) -> RankGroup:
     with progress.starting(job.nprocs) as follow:
         return launch(
-            list(settings.command),
+            _command_of_rank(settings.command),
             job.nprocs,
             job=job,
             bindings=settings.bindings,
-            # As for torchrun, what the user has set counts.
-            rank_env=None
-            if sets_threads(os.environ.get("OMP_NUM_THREADS"))
-            else [{"OMP_NUM_THREADS": str(count)} for count in settings.omp_threads],
+            rank_env=_rank_env(settings),
             files=files,
             guard=settings.guard,
             cgroup=settings.cgroup,
@@ -126,6 +129,33 @@ def _launch(
             stacks=settings.stacks,
             progress=follow,
         )
+
+
+def _command_of_rank(command: Sequence[str]) -> list[str] | Callable[[int], list[str]]:
+    """The command, or a function of the local rank where an argument has torchrun's ${local_rank} in it."""
+    with_macro = [number for number, word in enumerate(command) if number and _MACRO.search(word)]
+    if not with_macro:
+        return list(command)
+
+    def of_rank(rank: int) -> list[str]:
+        words = list(command)
+        for number in with_macro:
+            words[number] = _MACRO.sub(str(rank), words[number])
+        return words
+
+    return of_rank
+
+
+def _rank_env(settings: RunSettings) -> list[dict[str, str]] | None:
+    """The variables that each rank has beside the job's."""
+    own: list[dict[str, str]] = [{} for _ in settings.omp_threads]
+    # As for torchrun, what the user has set counts.
+    if not sets_threads(os.environ.get("OMP_NUM_THREADS")):
+        for variables, count in zip(own, settings.omp_threads, strict=True):
+            variables["OMP_NUM_THREADS"] = str(count)
+    for variables, device in zip(own, settings.own_devices, strict=False):
+        variables.update({"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": device})
+    return own if any(own) else None
 
 
 class Supervision:
@@ -255,22 +285,48 @@ def _signal_of(returncode: int) -> int:
 def _shown(
     settings: RunSettings, job: Job, files: Sequence[RankFiles], folder: LogFolder, signals: Signals
 ) -> Iterator[None]:
-    """Show what the ranks write, for --tee, as long as the block runs.
+    """Show what the ranks write, for --tee, as long as the block runs; and copy the lines of the filters.
 
     Raises:
         CommandError: No thread can be had for it.
     """
-    if not settings.tee:
+    streams = settings.streams
+    if not streams.tee and not any(streams.copied):
         yield
         return
     from .._output.tee import show
 
+    prefix = streams.prefix_of(job.first_rank, job.role)
+    shown = streams.files_to_show(files)
     with ExitStack() as showing:
         try:
-            showing.enter_context(show(files, job.first_rank, settings.shown_ranks, folder, signals.fileno()))
+            showing.enter_context(show(shown, job.first_rank, None, folder, signals.fileno(), prefix=prefix))
+            for stream, words in zip(("stdout", "stderr"), streams.copied, strict=True):
+                if words:
+                    showing.enter_context(_copied(stream, words, shown, job, folder, prefix))
         except RuntimeError as error:
             raise CommandError(f"--tee: {error}") from error
         yield
+
+
+@contextmanager
+def _copied(
+    stream: str,
+    words: Sequence[str],
+    files: Sequence[RankFiles],
+    job: Job,
+    folder: LogFolder,
+    prefix: Callable[[int], str],
+) -> Iterator[None]:
+    """Copy those lines of a stream that have one of the words to a file, as long as the block runs."""
+    from .._output.tee import Tee, sources
+
+    followed = [one for one in sources(files, job.first_rank) if one.is_stderr == (stream == "stderr")]
+    path = os.path.join(folder.path, f"attempt_{job.restart_count}", f"filtered_{stream}.log")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb", buffering=0) as file:
+        with Tee(followed, prefix=prefix, out=file.fileno(), err=file.fileno(), words=words):
+            yield
 
 
 def _tell_end(supervision: Supervision, *, last: bool, kept: bool) -> tuple[int, bool]:

@@ -14,7 +14,9 @@ from .options import CommandError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, TypeAlias
+
+    Respell: TypeAlias = Callable[[Sequence[str]], Sequence[str]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,18 +60,23 @@ class _Parser(argparse.ArgumentParser):
 
     Args:
         add_options: Adds a command's options, and is called when they are about to be parsed, so that the modules of
-            the other commands are not imported.
+            the other commands are not imported. It may return a function that respells the words before they are.
         options: The arguments of argparse.ArgumentParser.
     """
 
-    def __init__(self, add_options: Callable[[argparse.ArgumentParser], None] | None = None, **options: Any) -> None:
+    def __init__(
+        self, add_options: Callable[[argparse.ArgumentParser], Respell | None] | None = None, **options: Any
+    ) -> None:
         self._add_options = add_options
+        self._respell: Respell | None = None
         super().__init__(formatter_class=partial(argparse.HelpFormatter, width=80), **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self._add_options is not None:
-            self._add_options(self)
+            self._respell = self._add_options(self)
             self._add_options = None
+        if self._respell is not None:
+            args = self._respell(args)
         return super().parse_known_args(args, namespace)
 
     def format_help(self) -> str:
@@ -111,10 +118,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(parser: argparse.ArgumentParser) -> None:
+def _run(parser: argparse.ArgumentParser) -> Respell:
     from .run import add_run_options
+    from .vocabulary import with_tee_values
 
     add_run_options(parser)
+    return partial(with_tee_values, parser)
 
 
 def _bind(parser: argparse.ArgumentParser) -> None:

@@ -15,11 +15,13 @@ from .._ids import parse_ids
 from .options import CommandError, add_placement_options
 from .progress import say
 from .settings import read_settings
+from .vocabulary import add_torchrun_options, endpoint, needles, nodes, processes, read_variables, streams
 
 # What starts and watches processes is imported where it is used, the standard library's part too: the other commands
 # start no process, and most of their time goes into imports.
 if TYPE_CHECKING:
     from .._output.logs import LogFolder
+    from .settings import RunSettings
 
 
 def add_run_options(run: argparse.ArgumentParser) -> None:
@@ -34,16 +36,36 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         " for them, and exits with the status of the rank that failed first."
     )
     add = run.add_argument
-    add("--nproc-per-node", "--nproc_per_node", type=_positive, default=1, metavar="N", help="ranks on this machine")
+    add(
+        "--nproc-per-node",
+        "--nproc_per_node",
+        type=processes,
+        default=1,
+        metavar="N",
+        help="ranks on this machine; auto, cpu, gpu, xpu: as many as there are of these",
+    )
     add("-m", "--module", action="store_true", help="SCRIPT is a module, as for python -m")
     add("--no-python", "--no_python", action="store_true", help="SCRIPT is a program of its own")
+    add("--run-path", "--run_path", action="store_true", help="SCRIPT is run by runpy.run_path")
+    add("--role", metavar="NAME", help="the ranks' ROLE_NAME; default if left out")
+    add(
+        "--virtual-local-rank",
+        "--virtual_local_rank",
+        action="store_true",
+        help="each rank sees its own GPU alone (CUDA_VISIBLE_DEVICES), and its LOCAL_RANK is 0",
+    )
     add = run.add_argument_group(
         "several machines", "One launcher on each; under srun and mpirun none of these is needed."
     ).add_argument
-    add("--nnodes", type=_positive, metavar="N", help="how many machines")
+    add("--nnodes", type=nodes, metavar="N", help="how many machines")
     add("--node-rank", "--node_rank", type=_natural, metavar="R", help="which of them this is, from 0")
     add("--master-addr", "--master_addr", metavar="ADDR", help="where rank 0 listens; the first machine")
     add("--master-port", "--master_port", type=_port, metavar="PORT", help="of one machine: a free one")
+    add("--standalone", action="store_true", help="this machine alone, whatever launcher is around")
+    add("--rdzv-endpoint", "--rdzv_endpoint", type=endpoint, metavar="ADDR:PORT", help="both in one")
+    add("--rdzv-backend", "--rdzv_backend", metavar="NAME", help="static; or c10d, where the node's rank is known")
+    add("--rdzv-id", "--rdzv_id", metavar="NAME", help="of the job: TORCHELASTIC_RUN_ID")
+    add("--local-addr", "--local_addr", metavar="ADDR", help="with c10d on one machine: where rank 0 listens")
     add = run.add_argument_group("failure").add_argument
     add("--keep-going", action="store_true", help="a rank that fails does not end the others")
     add(
@@ -90,21 +112,39 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     add("--cgroup", metavar="DIR", help="a delegated cgroup v2, in which one is made for the ranks; auto finds it")
     add = run.add_argument_group("output").add_argument
     add("--log-dir", "--log_dir", metavar="DIR", help="a folder for each rank's stdout.log and stderr.log")
-    add("--tee", action="store_true", help="log files, and their lines here too, each behind its [rank N]:")
-    add("--local-ranks-filter", "--local_ranks_filter", type=_ids, metavar="LIST", help="--tee shows these: 0,2-3")
+    add(
+        "-t",
+        "--tee",
+        nargs="?",
+        type=streams,
+        metavar="WHICH",
+        help="log files, and their lines here too, each behind its [rank N]: (WHICH: as for --redirects; else all)",
+    )
+    add(
+        "-r",
+        "--redirects",
+        type=streams,
+        metavar="WHICH",
+        help="to log files: 1 stdout, 2 stderr, 3 both, 0:3,1:2 by local rank; with --log-dir alone: 3",
+    )
+    add("--local-ranks-filter", "--local_ranks_filter", type=_ids, metavar="LIST", help="show these alone: 0,2-3")
+    for stream in ("stdout", "stderr"):
+        add(
+            f"--duplicate-{stream}-filters",
+            f"--duplicate_{stream}_filters",
+            type=needles,
+            metavar="WORDS",
+            help=f"copy lines of --tee with one of these words, as in a,b, to filtered_{stream}.log",
+        )
+    add("--log-line-prefix-template", "--log_line_prefix_template", metavar="TEXT", help="as '[${role_name} ${rank}]:'")
     add("--report", metavar="FILE.json", help="times, bindings, exits and use of each rank")
     add("--timeline", metavar="FILE", help="the same as a drawing (FILE.svg), or as a trace for Perfetto (FILE.json)")
     add_placement_options(run)
+    add_torchrun_options(run)
+    read_variables(run, os.environ)
     # One list for both, because argparse would remove a double dash right behind a SCRIPT argument of its own.
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ARGS", help="what each rank runs")
     run.set_defaults(run=_run)
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return number
 
 
 def _natural(text: str) -> int:
@@ -114,9 +154,9 @@ def _natural(text: str) -> int:
 
 
 def _port(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if not 1 <= number <= 65535:
-        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text!r}")
+    number = int(text) if text.isascii() and text.isdecimal() else -1
+    if not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, or 0 for a free one, got {text!r}")
     return number
 
 
@@ -158,13 +198,13 @@ def _run(args: argparse.Namespace) -> int:
     settings = read_settings(args)
     if not settings.engine:
         say("without its engine ranks may outlive this launcher; see rankspawn doctor")
-    _make_room(settings.job.nprocs * (3 if settings.tee else 1))
+    _make_room(settings.job.nprocs * (3 if settings.streams.tee else 1))
     # A parent that ignores SIGCHLD leaves it ignored in us, and the kernel would then drop the ranks' statuses.
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with (
         catch_signals(settings.signals_to_handle) as signals,
-        _folder(settings.log_dir, optional=not settings.tee) as folder,
+        _folder(settings) as folder,
     ):
         status = run_attempts(settings, folder, signals)
     if status < 0:
@@ -173,8 +213,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _folder(parent: str | None, *, optional: bool) -> Iterator[LogFolder]:
-    """Make the folder of the log files and the error files: a new one in ``parent``, or a temporary one.
+def _folder(settings: RunSettings) -> Iterator[LogFolder]:
+    """Make the folder of the log files and the error files: a new one in that of --log-dir, or a temporary one.
 
     A job whose ranks only record their errors in the temporary one runs without it.
 
@@ -183,14 +223,17 @@ def _folder(parent: str | None, *, optional: bool) -> Iterator[LogFolder]:
     """
     from .._output.logs import LogFolder
 
+    parent, streams = settings.log_dir, settings.streams
     try:
         if parent is not None:
             os.makedirs(parent, exist_ok=True)
-        folder = LogFolder(parent, optional=optional and parent is None)
+        name = settings.job.run_id.replace(os.sep, "_")
+        folder = LogFolder(parent, name=name, optional=parent is None and not any(streams.filed))
     except OSError as error:
         raise CommandError(f"{'' if parent is None else '--log-dir: '}{error.strerror}: {error.filename}") from error
+    folder.keep = folder.keep or streams.kept
     with folder:
-        if parent is not None:
+        if folder.keep:
             say(f"logs in {folder.path}")
         elif not folder.path:
             say("no temporary folder can be made (TMPDIR, /tmp): errors that ranks record will not be shown")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 
 from .._frozen import Frozen
 from .._place.glance import has_one_node, hidden_devices, unbound_threads
 from .._place.openmp import openmp_warnings, quota_note
 from .._place.sysfs import TopologyError
+from .meeting import count_ranks, read_job
 from .options import AUTO_BINDS, CommandError, PlacementOptions, placement
 from .progress import say
+from .streams import Streams
+from .vocabulary import settle_torchrun_options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from .._binding import Binding
     from .._group.job import Job
     from .._place.plan import Placed
+
+_RUN_PATH = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+"""What --run-path executes: SCRIPT as torchrun's function for it does."""
 
 
 class RunSettings(Frozen):
@@ -34,8 +39,8 @@ class RunSettings(Frozen):
         omp_threads: OMP_NUM_THREADS of each rank, by local rank.
         engine: Whether the engine starts the ranks, and the kernel can end them with the launcher.
         log_dir: The option of this name, as the others below; None where it was not given.
-        tee: Whether the ranks' lines are shown.
-        shown_ranks: The local ranks of --local-ranks-filter; None for all.
+        streams: What becomes of the ranks' stdout and stderr.
+        own_devices: CUDA_VISIBLE_DEVICES of each rank, by local rank, for --virtual-local-rank; else none.
         report: The file for the report.
         timeline: The file for the drawing.
         keep_going: Whether a rank that fails leaves the others alone.
@@ -53,8 +58,8 @@ class RunSettings(Frozen):
     omp_threads: tuple[int, ...]
     engine: bool
     log_dir: str | None
-    tee: bool
-    shown_ranks: frozenset[int] | None
+    streams: Streams
+    own_devices: tuple[str, ...]
     report: str | None
     timeline: str | None
     keep_going: bool
@@ -70,31 +75,33 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
     """Check the arguments of ``run``; usage errors end the process with status 2.
 
     Raises:
-        CommandError: No port can be found at the master's address.
+        CommandError: No port can be found at the master's address, or there is nothing to count ranks by.
         PlacementError: A rank cannot be placed.
         OSError: The system refuses something else.
     """
     from .._start.engine import mechanisms
 
     script = _checked_script(args)
-    bindings, threads = place_ranks(PlacementOptions.read(args), args.nproc_per_node)
+    settle_torchrun_options(args)
+    nprocs = count_ranks(args.nproc_per_node)
+    bindings, threads = place_ranks(PlacementOptions.read(args), nprocs)
     try:
         engine = bool(mechanisms()) and sys.platform == "linux"
     except ValueError as error:
         args.parser.error(str(error))
     return RunSettings(
-        command=_command(script, module=args.module, no_python=args.no_python),
-        job=_job(args),
+        command=_command(script, args),
+        job=read_job(args, nprocs),
         bindings=bindings,
         omp_threads=threads,
         engine=engine,
         log_dir=args.log_dir,
-        tee=args.tee,
-        shown_ranks=args.local_ranks_filter,
+        streams=Streams.read(args, nprocs, os.environ),
+        own_devices=_own_devices(nprocs) if args.virtual_local_rank else (),
         report=args.report,
         timeline=args.timeline,
         keep_going=args.keep_going,
-        grace=args.grace,
+        grace=_shutdown_timeout(args),
         signal_to=args.signal_to,
         signals_to_handle=args.signals_to_handle or frozenset(),
         guard=args.guard,
@@ -108,21 +115,40 @@ def _checked_script(args: argparse.Namespace) -> list[str]:
     script: list[str] = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not script:
         args.parser.error("SCRIPT is missing")
-    if args.tee and re.fullmatch(r"[0-3](,?\d+:[0-3])*|(\d+:[0-3],?)+", script[0]):
-        args.parser.error(f"--tee takes no value (here: {script[0]}): all that is logged is shown")
-    if args.module and args.no_python:
+    if args.module and args.no_python and not args.run_path:
         args.parser.error("--module and --no-python exclude each other")
-    if args.local_ranks_filter is not None and not args.tee:
-        args.parser.error("--local-ranks-filter needs --tee")
     return script
 
 
-def _command(script: Sequence[str], *, module: bool, no_python: bool) -> tuple[str, ...]:
-    if no_python:
+def _command(script: Sequence[str], args: argparse.Namespace) -> tuple[str, ...]:
+    if args.no_python and not args.run_path:
         return tuple(script)
     # As for torchrun, PYTHON_EXEC is another interpreter for the ranks.
     python = os.environ.get("PYTHON_EXEC", sys.executable)
-    return (python, "-u", *(["-m"] if module else []), *script)
+    how = ["-c", _RUN_PATH] if args.run_path else ["-m"] if args.module else []
+    return (python, "-u", *how, *script)
+
+
+def _own_devices(nprocs: int) -> tuple[str, ...]:
+    """Find the device that each rank sees alone, as torchrun does: one of those that we see, in local-rank order."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return tuple(map(str, range(nprocs)))
+    devices = [word.strip() for word in listed.split(",")]
+    if len(devices) < nprocs:
+        raise CommandError(f"--virtual-local-rank: {nprocs} ranks, and CUDA_VISIBLE_DEVICES={listed}")
+    return tuple(devices[:nprocs])
+
+
+def _shutdown_timeout(args: argparse.Namespace) -> float | None:
+    """Find the seconds of --grace; where it was not given, torchrun's variable has them, if anything has."""
+    text = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    if args.grace is not None or not text:
+        grace: float | None = args.grace
+        return grace
+    if not text.isdecimal():
+        raise CommandError(f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={text}: expected a number of seconds")
+    return float(text)
 
 
 def place_ranks(
@@ -170,54 +196,3 @@ def place_ranks(
         tuple([None if one.cpus is None and one.memory is None else one for one in bindings]),
         tuple([rank.omp_threads for rank in ranks]),
     )
-
-
-def _job(args: argparse.Namespace) -> Job:
-    """Find what the options say of the job, and where they do not, what the job step that we run in says."""
-    from .._group.job import Job
-    from .step import Step
-
-    nnodes, node_rank = args.nnodes, args.node_rank
-    if nnodes is None and node_rank is None:
-        step = Step.read(os.environ)
-        node = step.node(args.master_addr, args.master_port)
-        if step.launcher and hasattr(os, "sched_getaffinity"):
-            if crowded := step.crowding(args.nproc_per_node, os.sched_getaffinity(0), set(range(os.cpu_count() or 1))):
-                say(crowded)
-        address, port, run_id = node.master_addr, node.master_port, node.run_id
-        nnodes, node_rank = node.nnodes, node.node_rank
-    else:
-        address, port, run_id = args.master_addr, args.master_port, None
-        nnodes = 1 if nnodes is None else nnodes
-        if node_rank is None and nnodes > 1:
-            args.parser.error("--nnodes needs --node-rank: which of the machines this is")
-        node_rank = node_rank or 0
-        if node_rank >= nnodes:
-            args.parser.error(f"--node-rank {node_rank} of --nnodes {nnodes}: they are counted from 0")
-        if nnodes > 1 and not (address and port):
-            args.parser.error("--nnodes needs --master-addr and --master-port: where rank 0 listens")
-    if nnodes > 1 and args.max_restarts:
-        # The ranks of one machine would meet those that another has not ended yet.
-        args.parser.error("--max-restarts is for one machine: several are restarted together by rankspawn torchrun")
-    address = bare(address or "127.0.0.1")
-    if not port:
-        _check_local(address)
-    return Job(args.nproc_per_node, port or 0, address, run_id or "none", nnodes, node_rank, 0, args.max_restarts)
-
-
-def bare(address: str) -> str:
-    """Return an address as MASTER_ADDR has it: without the brackets that torchrun's options have around IPv6's."""
-    return address[1:-1] if address.startswith("[") and address.endswith("]") else address
-
-
-def _check_local(address: str) -> None:
-    """Check that a port can be found at the master's address. Raises CommandError where it is not this machine's."""
-    from .._group.port import check_local
-
-    try:
-        check_local(address)
-    except OSError as error:
-        raise CommandError(
-            f"--master-addr {address}: no port can be found there ({error.strerror}); if it is another machine's, give"
-            " --master-port too"
-        ) from error

@@ -24,6 +24,7 @@ class Job(NamedTuple):
         node_rank: Which of them this is, from 0.
         restart_count: Which start of the group this is, from 0.
         max_restarts: How many starts may follow the first.
+        role: What its ranks are for, in a word.
     """
 
     nprocs: int
@@ -34,6 +35,7 @@ class Job(NamedTuple):
     node_rank: int = 0
     restart_count: int = 0
     max_restarts: int = 0
+    role: str = "default"
 
     @property
     def first_rank(self) -> int:
@@ -52,7 +54,7 @@ class Job(NamedTuple):
             "LOCAL_WORLD_SIZE": local,
             "GROUP_RANK": str(self.node_rank),
             "GROUP_WORLD_SIZE": str(self.nnodes),
-            "ROLE_NAME": "default",
+            "ROLE_NAME": self.role,
             "ROLE_WORLD_SIZE": world,
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),

@@ -10,10 +10,13 @@ import sys
 import time
 from collections import deque
 from contextlib import suppress
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from .console import encoded, write, write_bytes
 from .logs import READ_FLAGS, last_state
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 CHUNK = 1 << 16
 """Bytes read from one file before the next file is read, and the longest line that is shown in one piece."""
@@ -136,13 +139,13 @@ class Followed:
         seen: Up to this position the file has been read.
     """
 
-    def __init__(self, path: str, prefix: bytes, sink: Sink) -> None:
+    def __init__(self, path: str, prefix: bytes, sink: Sink, words: Sequence[bytes] = ()) -> None:
         self.path, self.sink = path, sink
         self.queued = False
         self.failing = ""
         self.position = 0
         self.shown = 0
-        self._prefix = prefix
+        self._prefix, self._words = prefix, words
         self.fd = -1
         self.seen = 0
         self._end = sys.maxsize  # nothing is shown from here on
@@ -150,7 +153,15 @@ class Followed:
         self._next_state = 0.0
 
     def text(self, last: bool) -> bytes:
-        """The next whole lines, as they are to be shown; empty when there are none.
+        """The next whole lines, as they are to be shown; empty when there are none. As ``_text``."""
+        while True:
+            before = self.position
+            text = self._text(last)
+            if text or self.position == before:
+                return text
+
+    def _text(self, last: bool) -> bytes:
+        """The next whole lines, as they are to be shown; empty when there are none, or none with the words.
 
         Args:
             last: No more will be waited for, so the rest is shown even without its newline. The first such call fixes
@@ -237,6 +248,11 @@ class Followed:
         """``text`` (lines, without the last newline) with the prefix before each line, and with the last newline."""
         if b"\r" in text:
             text = b"\n".join([line[last_state(line) :].rstrip(b"\r") for line in text.split(b"\n")])
+        if self._words:
+            lines = [line for line in text.split(b"\n") if any(word in line for word in self._words)]
+            if not lines:
+                return b""
+            text = b"\n".join(lines)
         return self._prefix + text.replace(b"\n", b"\n" + self._prefix) + b"\n"
 
 

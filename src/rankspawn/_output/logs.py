@@ -48,11 +48,12 @@ class RankFiles(Frozen):
 class LogFolder:
     """A new folder for the files of a job's ranks.
 
-    In ``parent`` it is named as torchrun names that of a job without --rdzv-id. Without ``parent`` it is a temporary
-    folder, which leaving the ``with`` block removes, unless ``keep`` has been set.
+    In ``parent`` it is named as torchrun names it. Without ``parent`` it is a temporary folder, which leaving the
+    ``with`` block removes, unless ``keep`` has been set.
 
     Args:
         parent: The folder to make it in; None for a temporary folder.
+        name: The beginning of its name in ``parent``: the job's run_id.
         optional: Whether the job can do without: the system may have no place for temporary files.
 
     Attributes:
@@ -63,12 +64,12 @@ class LogFolder:
         OSError: No folder can be made.
     """
 
-    def __init__(self, parent: str | None = None, *, optional: bool = False) -> None:
+    def __init__(self, parent: str | None = None, *, name: str = "none", optional: bool = False) -> None:
         import tempfile
 
         self.keep, self.path = parent is not None, ""
         try:
-            self.path = tempfile.mkdtemp(prefix="rankspawn-" if parent is None else "none_", dir=parent)
+            self.path = tempfile.mkdtemp(prefix="rankspawn-" if parent is None else f"{name}_", dir=parent)
         except OSError:
             if not optional:
                 raise

@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 from .follow import RETRY, SOONEST, Followed, Sink
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
     from types import TracebackType
 
     from .logs import LogFolder, RankFiles
@@ -65,7 +65,7 @@ def show(
     *,
     out: IO[str] | None = None,
     err: IO[str] | None = None,
-    prefix: str = PREFIX,
+    prefix: str | Callable[[int], str] = PREFIX,
 ) -> Iterator[None]:
     """Show what the ranks write for as long as the block runs, and the rest when it ends.
 
@@ -77,7 +77,7 @@ def show(
         interrupt: A descriptor; once it is readable, nobody is waited for to read the rest.
         out: As of Tee, as the two below.
         err: Where lines of their stderr go.
-        prefix: Put before each line.
+        prefix: Of each line, as of Tee.
 
     Raises:
         RuntimeError, OSError: As ``Tee.start``.
@@ -111,11 +111,12 @@ class Tee:
     Args:
         sources: The files. A file that is not there yet is waited for.
         ranks: Show these ranks only; None shows all.
-        prefix: Put before each line; ``{rank}`` is the rank's number.
+        prefix: Put before each line; ``{rank}`` is the rank's number. Or a function of that number.
         out: Where lines of the ranks' stdout go: a descriptor or a text stream; None for sys.stdout. A text stream on
             descriptor 1 or 2 is written to by that number: a write to the stream would hold the lock of its buffer
             while a terminal is stopped, and everybody who prints would hang.
         err: The same for their stderr; None for sys.stderr.
+        words: Show only lines that have one of these in them; none for all lines.
     """
 
     def __init__(
@@ -123,14 +124,22 @@ class Tee:
         sources: Iterable[Source],
         *,
         ranks: Collection[int] | None = None,
-        prefix: str = PREFIX,
+        prefix: str | Callable[[int], str] = PREFIX,
         out: int | IO[str] | None = None,
         err: int | IO[str] | None = None,
+        words: Sequence[str] = (),
     ) -> None:
         self._out = Sink(sys.stdout if out is None else out)
         self._err = Sink(sys.stderr if err is None else err)
         self._followed = [
-            Followed(os.fspath(path), prefix.format(rank=rank).encode(), self._err if is_stderr else self._out)
+            Followed(
+                os.fspath(path),
+                (prefix.format(rank=rank) if isinstance(prefix, str) else prefix(rank)).encode(
+                    errors="surrogateescape"
+                ),
+                self._err if is_stderr else self._out,
+                [word.encode(errors="surrogateescape") for word in words],
+            )
             for rank, path, is_stderr in sources
             if ranks is None or rank in ranks
         ]

@@ -1,0 +1,162 @@
+"""Which of the job's machines this is, and where its ranks meet: what the options say, else the job step around us."""
+
+from __future__ import annotations
+
+import os
+
+from .options import CommandError
+from .progress import say
+from .step import Step, StepNode
+from .vocabulary import only_torchrun
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+    from .._group.job import Job
+
+# torch's, for several machines: where no port is given, and for an endpoint of c10d's without one.
+_STATIC_PORT, _C10D_PORT = 29500, 29400
+
+
+def count_ranks(asked: int | str) -> int:
+    """Count the ranks of --nproc-per-node auto, cpu, gpu and xpu, as torchrun does, and without torch.
+
+    Args:
+        asked: The value of the option.
+
+    Raises:
+        CommandError: No device of this kind is visible.
+        TopologyError: The machine cannot be read.
+    """
+    if isinstance(asked, int):
+        return asked
+    if asked == "cpu":
+        return _cpu_count()
+    from .._place.devices import find_devices
+    from .._place.topology import Topology
+
+    vendors = [device.vendor for device in find_devices(Topology.read())]
+    count = sum(vendor != "intel" for vendor in vendors), vendors.count("intel")
+    if asked == "auto":
+        return count[0] or count[1] or _cpu_count()
+    found = count[asked == "xpu"]
+    if not found:
+        kind = "Intel" if asked == "xpu" else "NVIDIA or AMD"
+        raise CommandError(f"--nproc-per-node {asked}: no {kind} GPU is visible")
+    return found
+
+
+def _cpu_count() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_job(args: argparse.Namespace, nprocs: int) -> Job:
+    """Find what the options say of the job, and where they do not, what the job step that we run in says.
+
+    Args:
+        args: The parsed command line; usage errors end the process with status 2.
+        nprocs: Ranks on this machine.
+
+    Raises:
+        CommandError: No port can be found at the master's address.
+        StepError: The step does not say enough, or several processes of it are on this machine.
+    """
+    from .._group.job import Job
+
+    node = _node(args, nprocs)
+    if node.nnodes > 1 and args.max_restarts:
+        # The ranks of one machine would meet those that another has not ended yet.
+        only_torchrun(args.parser, "--max-restarts on several machines")
+    address = bare(node.master_addr or "127.0.0.1")
+    if not node.master_port:
+        _check_local(address)
+    return Job(
+        nprocs,
+        node.master_port or 0,
+        address,
+        _run_id(args) or node.run_id or "none",
+        node.nnodes,
+        node.node_rank,
+        0,
+        args.max_restarts,
+        args.role or "default",
+    )
+
+
+def _node(args: argparse.Namespace, nprocs: int) -> StepNode:
+    """Find which machine this is."""
+    parser, nnodes, node_rank = args.parser, args.nnodes, args.node_rank
+    if isinstance(nnodes, str):
+        only_torchrun(parser, f"--nnodes {nnodes}")
+    if args.rdzv_backend not in (None, "static", "c10d"):
+        only_torchrun(parser, f"--rdzv-backend {args.rdzv_backend}")
+    if args.standalone:
+        if (nnodes or 1) > 1:
+            parser.error(f"--standalone is for one machine, and --nnodes is {nnodes}")
+        nnodes = 1
+    address, port = _meeting_place(args)
+    step = Step.read(os.environ) if node_rank is None and nnodes != 1 else Step()
+    if step.launcher not in ("", "torchrun") or (nnodes is None and node_rank is None):
+        node = step.node(address, port)
+        if nnodes not in (None, node.nnodes):
+            parser.error(f"--nnodes {nnodes}, and {step.launcher} started this on {node.nnodes}: give --node-rank, too")
+        if step.launcher and hasattr(os, "sched_getaffinity"):
+            if crowded := step.crowding(nprocs, os.sched_getaffinity(0), set(range(os.cpu_count() or 1))):
+                say(crowded)
+        return node
+    nnodes = 1 if nnodes is None else nnodes
+    if node_rank is None and nnodes > 1:
+        if args.rdzv_backend == "c10d":
+            only_torchrun(parser, "--rdzv-backend c10d on several machines, without --node-rank,")
+        parser.error("--nnodes needs --node-rank: which of the machines this is")
+    node_rank = node_rank or 0
+    if node_rank >= nnodes:
+        parser.error(f"--node-rank {node_rank} of --nnodes {nnodes}: they are counted from 0")
+    if nnodes > 1 and not address:
+        parser.error("--nnodes needs --master-addr, and --master-port: where rank 0 listens")
+    return StepNode(node_rank, nnodes, address, port or (_STATIC_PORT if nnodes > 1 else None), None)
+
+
+def _meeting_place(args: argparse.Namespace) -> tuple[str | None, int | None]:
+    """Find the address and the port that the options name."""
+    if args.standalone:
+        return args.local_addr, None
+    address, port, end = args.master_addr, args.master_port, args.rdzv_endpoint
+    if end is not None:  # wins, as for torchrun
+        address, port = end.host, end.port
+        if port is None and args.rdzv_backend == "c10d" and args.nnodes not in (None, 1):
+            port = _C10D_PORT
+    if args.local_addr is not None:
+        if args.rdzv_backend == "c10d" and args.nnodes in (None, 1):
+            address = args.local_addr
+        else:
+            say("--local-addr: not needed here, where rank 0 listens at the master's address")
+    return address, port
+
+
+def _run_id(args: argparse.Namespace) -> str | None:
+    if args.standalone:
+        import uuid
+
+        return str(uuid.uuid4())
+    run_id: str | None = args.rdzv_id
+    return run_id
+
+
+def bare(address: str) -> str:
+    """Return an address as MASTER_ADDR has it: without the brackets that torchrun's options have around IPv6's."""
+    return address[1:-1] if address.startswith("[") and address.endswith("]") else address
+
+
+def _check_local(address: str) -> None:
+    """Check that a port can be found at the master's address. Raises CommandError where it is not this machine's."""
+    from .._group.port import check_local
+
+    try:
+        check_local(address)
+    except OSError as error:
+        raise CommandError(
+            f"--master-addr {address}: no port can be found there ({error.strerror}); if it is another machine's, give"
+            " --master-port too"
+        ) from error

@@ -1,0 +1,198 @@
+"""torchrun's vocabulary: its options and their values, its PET_ variables, and what only its elastic agent can do."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from .._frozen import Frozen
+from .progress import say
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from typing import NoReturn
+
+# The options of torchrun (torch 2.15), by what becomes of each; tests/torch compares them with the torchrun that is
+# installed.
+TAKEN = (
+    "--nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint --rdzv-id --standalone --max-restarts --role --module"
+    " --no-python --run-path --log-dir --redirects --tee --local-ranks-filter --duplicate-stdout-filters"
+    " --duplicate-stderr-filters --node-rank --master-addr --master-port --local-addr --numa-binding"
+    " --signals-to-handle --shutdown-timeout --virtual-local-rank"
+).split()
+NEEDLESS = "--monitor-interval --start-method --rdzv-conf".split()
+ELASTIC = "--event-log-handler --logs-specs".split()
+
+BARE = "bare"
+"""The value of ``--tee`` that stands alone: all streams of all ranks, as ``--tee 3`` says for torchrun."""
+_STREAMS = re.compile(r"[0-3]|\d+:[0-3](,\d+:[0-3])*")
+_LIKE_STREAMS = re.compile(r"[\d:,]+")  # no script's name
+
+
+class Endpoint(Frozen):
+    """Where ranks meet: the value of --rdzv-endpoint.
+
+    Attributes:
+        host: Without the brackets of IPv6's addresses.
+        port: None where the text has none; 0 for a free one.
+    """
+
+    host: str
+    port: int | None
+
+
+def only_torchrun(parser: argparse.ArgumentParser, what: str) -> NoReturn:
+    """End the process with the usage error for what needs torch's elastic agent."""
+    parser.error(f"{what} needs an elastic agent: `rankspawn torchrun` takes it")
+
+
+def add_torchrun_options(run: argparse.ArgumentParser) -> None:
+    """Add those options of torchrun that ``rankspawn run`` has no use for, or does not take."""
+    group = run.add_argument_group("of torchrun, and not needed here", "The ranks have no agent and no rendezvous.")
+    add = group.add_argument
+    add("--monitor-interval", "--monitor_interval", type=float, metavar="SECONDS", help=argparse.SUPPRESS)
+    add("--start-method", "--start_method", choices=("spawn", "fork", "forkserver"), help=argparse.SUPPRESS)
+    add("--rdzv-conf", "--rdzv_conf", metavar="KEY=VALUE,...", help=argparse.SUPPRESS)
+    add("--event-log-handler", "--event_log_handler", metavar="NAME", help=argparse.SUPPRESS)
+    add("--logs-specs", "--logs_specs", metavar="NAME", help=argparse.SUPPRESS)
+
+
+def settle_torchrun_options(args: argparse.Namespace) -> None:
+    """Say which options do nothing here, and refuse those of an elastic agent."""
+    for option in ELASTIC:
+        value = getattr(args, _dest(option))
+        if value is not None and (option, value) != ("--event-log-handler", "null"):
+            only_torchrun(args.parser, f"{option} {value}")
+    if given := [option for option in NEEDLESS if getattr(args, _dest(option)) is not None]:
+        say(f"{' and '.join(given)}: not needed here, where ranks have no agent")
+
+
+def read_variables(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
+    """Let torchrun's PET_ variables be the defaults of the options, as for torchrun.
+
+    A variable that names no option of torchrun's is said. A value that its option does not take ends the process with
+    status 2.
+
+    Args:
+        parser: Of ``rankspawn run``, with all its options.
+        environ: The environment.
+    """
+    names = [name for name in environ if name.startswith("PET_")]
+    if not names:
+        return
+    known = {f"PET_{_dest(option).upper()}": option for option in (*TAKEN, *NEEDLESS, *ELASTIC)}
+    for name in names:
+        if name not in known:
+            say(f"{name} is no variable of torchrun's{_nearest(name, known)}, and is not read")
+            continue
+        action = parser._option_string_actions[known[name]]
+        try:
+            parser.set_defaults(**{action.dest: _value_of(action, environ[name])})
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            parser.error(f"{name}: {error}")
+
+
+def _value_of(action: argparse.Action, text: str) -> object:
+    """Read the value of an option from a variable. Raises ArgumentTypeError and ValueError where it is none."""
+    if action.nargs == 0:
+        if not text.lstrip("+-").isdecimal():
+            raise ValueError(f"expected 0 or 1, got {text!r}")
+        return bool(int(text))
+    value = action.type(text) if callable(action.type) else text
+    if action.choices is not None and value not in action.choices:
+        raise ValueError(f"expected one of {', '.join(map(str, action.choices))}, got {text!r}")
+    return value
+
+
+def _nearest(name: str, known: Mapping[str, str]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, known, 1, 0.8)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def with_tee_values(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
+    """Give ``--tee`` a value where the word behind it is none, because the option may stand alone.
+
+    Words from SCRIPT on are left as they are.
+    """
+    respelt: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        respelt.append(word)
+        if word == "--" or not word.startswith("-"):
+            break
+        if "=" in word or not _takes_value(parser, word):
+            continue
+        value = next(rest, None)
+        if word in ("-t", "--tee") and not (value is not None and _LIKE_STREAMS.fullmatch(value)):
+            respelt[-1] = f"--tee={BARE}"
+            if value is not None:
+                respelt += with_tee_values(parser, [value, *rest])
+        elif value is not None:
+            respelt.append(value)
+    return [*respelt, *rest]
+
+
+def _takes_value(parser: argparse.ArgumentParser, word: str) -> bool:
+    """Whether an option, be it abbreviated, takes the next word as its value."""
+    options = parser._option_string_actions
+    if word in options:
+        return options[word].nargs != 0
+    return any(action.nargs != 0 for name, action in options.items() if word.startswith("--") and name.startswith(word))
+
+
+def nodes(text: str) -> int | str:
+    """Read the value of --nnodes: a number, also as "N:N"; "MIN:MAX" stays text."""
+    words = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", text, re.ASCII)
+    if words is None:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, or MIN:MAX, got {text!r}")
+    return int(words[1]) if words[2] in (None, words[1]) else text
+
+
+def processes(text: str) -> int | str:
+    """Read the value of --nproc-per-node: a number, or what is counted."""
+    if text in ("auto", "cpu", "gpu", "xpu"):
+        return text
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a positive integer, auto, cpu, gpu or xpu, got {text!r}")
+    return int(text)
+
+
+def endpoint(text: str) -> Endpoint:
+    """Read the value of --rdzv-endpoint: HOST or HOST:PORT, with IPv6's addresses in brackets."""
+    words = re.fullmatch(r"(?:\[(?P<six>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[\w.-]+))(?::(?P<port>\d{1,5}))?", text.strip())
+    if words is None or int(words["port"] or 0) > 65535:
+        raise argparse.ArgumentTypeError(f"expected HOST:PORT, got {text!r}")
+    return Endpoint(words["six"] or words["host"], None if words["port"] is None else int(words["port"]))
+
+
+def streams(text: str) -> str | dict[int, int]:
+    """Read the value of --tee and --redirects.
+
+    Returns:
+        Bits by local rank, 1 for stdout and 2 for stderr; the rank -1 stands for all. BARE is as it is.
+    """
+    if text == BARE:
+        return BARE
+    if not _STREAMS.fullmatch(text):
+        raise argparse.ArgumentTypeError(
+            f"expected 0 (none), 1 (stdout), 2 (stderr) or 3 (both), or these by local rank (0:3,1:2), got {text!r}"
+        )
+    return dict(_pairs(text))
+
+
+def _pairs(text: str) -> Iterator[tuple[int, int]]:
+    for word in text.split(","):
+        rank, colon, bits = word.rpartition(":")
+        yield (int(rank) if colon else -1), int(bits)
+
+
+def needles(text: str) -> tuple[str, ...]:
+    """Read the value of the filters of lines: words with commas between them; two commas are one in a word."""
+    return tuple(word.replace("\0", ",") for word in text.replace(",,", "\0").split(","))
+
+
+def _dest(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
