@@ -13,8 +13,9 @@ from .._start.arguments import command_and_program
 from .._start.crew import RankProcess, name_rank
 from .._start.engine import masks
 from .._start.variables import RankVariables
-from .command import PythonCommand, python_command
+from .command import PythonCommand, first_folder, python_command
 from .inherited import umask
+from .variables import difference
 
 if TYPE_CHECKING:
     from .stem import Stem
@@ -76,7 +77,8 @@ class Launch:
         """What ranks that have a template in common have in common, beside variables and modules."""
         command, binding = self.commands[number], self.binding(number)
         memory = None if binding is None else str(binding.memory)
-        return self._homes[number], memory, command.python, command.flags, self.cwd
+        folder = first_folder(command, self.cwd)
+        return self._homes[number], memory, command.python, command.flags, folder, self.cwd
 
     def binding(self, number: int) -> Binding | None:
         """What a rank is bound to."""
@@ -86,15 +88,15 @@ class Launch:
         """A rank's command, as text."""
         return [os.fsdecode(word) for word in command_and_program(self._ranks[number].args, None, False)[0]]
 
-    def variable(self, number: int, name: str) -> str | None:
-        """A rank's value of a variable; None where it does not have it."""
-        return self._own[number].get(name, self._env.get(name))
+    def environment(self, number: int) -> dict[str, str]:
+        """All variables of a rank."""
+        return {**self._env, **self._own[number]}
 
     def common_environment(self, numbers: Sequence[int]) -> dict[str, str]:
         """The variables that these ranks have with the same value."""
         common = dict(self._env)
         for name in {name for number in numbers for name in self._own[number]}:
-            values = {self.variable(number, name) for number in numbers}
+            values = {self._own[number].get(name, self._env.get(name)) for number in numbers}
             value = values.pop()
             if values or value is None:
                 common.pop(name, None)
@@ -113,11 +115,13 @@ class Launch:
 
     def mismatch(self, number: int, stem: Stem) -> str | None:
         """Say which variable that imports have read is another one for this rank; None where all are the same."""
-        for name, module in stem.prepared.get("environment_read", {}).items():
-            own, theirs = self.variable(number, name), stem.env.get(name)
-            if own != theirs:
-                return f"{module} reads {name} when it is imported: {theirs!r} in the template, {own!r} in the rank"
-        return None
+        # What the importer was executed with, because its interpreter may have set LC_CTYPE since.
+        return difference({**stem.prepared, "environment": stem.env}, self.environment(number))
+
+    def alike(self, one: int, other: int, stem: Stem) -> bool:
+        """Whether two ranks have the same values of all variables that this template's imports have read."""
+        imported = {**stem.prepared, "environment": self.environment(one)}
+        return difference(imported, self.environment(other)) is None
 
     def fork(self, numbers: Sequence[int], stem: Stem) -> None:
         """Fork these ranks from a template. Those that it does not come to are left.

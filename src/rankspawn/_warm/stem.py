@@ -47,6 +47,7 @@ class Stem:
         env: The environment that it has imported in.
         prepared: What the imports have left, of ``imports.prepare``; empty before.
         seconds: How long it took until it was ready.
+        was_ready: Whether ranks could be forked from it once.
         refused: Why no rank is forked from it; None while ranks can be.
         forked: How many ranks have been.
     """
@@ -64,7 +65,7 @@ class Stem:
     ) -> None:
         self.env, self.binding = dict(env), binding
         self.prepared: dict[str, Any] = {}
-        self.seconds = 0.0
+        self.seconds, self.was_ready = 0.0, False
         self.refused: str | None = None
         self.forked = 0
         self._began = time.monotonic()
@@ -128,7 +129,7 @@ class Stem:
         self.importer = None
         send(self._socket, _adopted())
         self.refused = receive(self._socket)[0]["refused"]
-        self.seconds = time.monotonic() - self._began
+        self.seconds, self.was_ready = time.monotonic() - self._began, self.refused is None
 
     def fork(self, request: dict[str, Any], fds: Sequence[int], ranks: Sequence[RankProcess]) -> dict[int, Any]:
         """Fork ranks, and give each to its owner. It returns when they have taken their steps.
@@ -175,6 +176,15 @@ class Stem:
             os.close(reading)
         self.forked += len(started)
         return started
+
+    def edited(self) -> list[str]:
+        """The files of modules that have been changed since they were imported."""
+        found = []
+        for path, modified in self.prepared.get("files", {}).items():
+            with suppress(OSError):
+                if os.stat(path).st_mtime_ns != modified:
+                    found.append(path)
+        return found
 
     def is_alive(self) -> bool:
         """Whether the process still runs. One that has ended is reaped, and ``refused`` says that it has."""

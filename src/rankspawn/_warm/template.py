@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from .._ids import format_ids
@@ -89,7 +89,11 @@ class Template:
             OSError: As ``launch``, for a rank that cannot be started either way. Ranks that were started are started.
             RuntimeError: A rank was left, and ``required`` says that none may be.
         """
+        if self._closed:
+            raise ValueError("the template is closed")
         why, cold = self.why_not(), {}
+        if self._owner != os.getpid():
+            why = f"the template belongs to process {self._owner}, of which this is a forked copy"
         if why is None:
             from .ranks import Launch
 
@@ -135,6 +139,8 @@ class Template:
                 if self._kind(launch, number) == key and launch.mismatch(number, stem) is None:
                     fitting.append(number)
             if fitting:
+                for path in stem.edited():
+                    self._say(f"{path} was changed after a template had imported it: ranks have what it was before")
                 launch.fork(fitting, stem)
 
     def _make(self, launch: Launch) -> bool:
@@ -147,9 +153,9 @@ class Template:
             some = self._together(launch, key, numbers)
             if some:
                 made.append((key, self._stem(launch, some)))
-        for key, stem in made:
+                self._stems.append(made[-1])
+        for _, stem in made:
             stem.adopt(self.timeout)
-            self._stems.append((key, stem))
             for name, error in stem.prepared.get("failed", {}).items():
                 self._say(f"the template could not import {name}: {error}")
         for key, numbers in homes.items():
@@ -160,16 +166,17 @@ class Template:
 
     def _together(self, launch: Launch, key: Any, numbers: list[int]) -> list[int]:
         """Those of the ranks that one new template is for; the others become cold where none can help them."""
-        known = [stem for of_home, stem in self._stems if of_home == key and stem.works]
+        known = [stem for of_home, stem in self._stems if of_home == key and (stem.works or not stem.was_ready)]
         if not known:
             return numbers
+        if not known[-1].was_ready:  # what it was refused for would be so again
+            launch.cold.update(dict.fromkeys(numbers, known[-1].refused or "no template could be made"))
+            return []
         # There are templates, and none fits: imports have read variables that have other values here.
-        reads = {name for stem in known for name in stem.prepared.get("environment_read", {})}
-        values = [{name: launch.variable(number, name) for name in reads} for number in numbers]
-        alike = [number for number, own in zip(numbers, values, strict=True) if own == values[0]]
-        if len(alike) == 1 < len(numbers):
+        alike = [number for number in numbers if launch.alike(numbers[0], number, known[-1])]
+        if len(alike) == 1 < len(numbers) or any(launch.mismatch(alike[0], stem) is None for stem in known):
             for number in numbers:
-                launch.cold[number] = launch.mismatch(number, known[-1]) or "no template fits it"
+                launch.cold[number] = launch.mismatch(number, known[-1]) or "its template did not fork it"
             return []
         return alike
 
@@ -215,6 +222,12 @@ class Template:
         if os.confstr("CS_GNU_LIBC_VERSION") is None:
             return "a warm start needs the GNU C library"
         return closed_streams()
+
+    def __del__(self, getpid: Callable[[], int] = os.getpid, warn: Callable[..., None] = warnings.warn) -> None:
+        if getattr(self, "_closed", True) or self._owner != getpid() or not self._stems:
+            return
+        self.close()
+        warn("a Template was not closed", ResourceWarning, source=self)
 
     def report(self) -> list[TemplateReport]:
         """What each process is and has done, as plain data, the oldest first; as in a group's report."""

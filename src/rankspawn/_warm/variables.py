@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
 # Code that no recorder in Python sees reads these when it is loaded. "*" stands for any characters. Found by a getenv()
@@ -142,6 +143,7 @@ def importing() -> str:
     return nearest
 
 
+@cache
 def by_library(name: str) -> bool:
     """Whether ``name`` is one of those that libraries read when they are loaded."""
     return any(fnmatchcase(name, pattern) for pattern in READ_BY_LIBRARIES)
