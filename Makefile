@@ -11,8 +11,8 @@ PY := $(VENV)/bin/python
 TORCH_PY := $(TORCH_VENV)/bin/python
 
 # What the built extension depends on.
-ENGINE := $(wildcard csrc/*.[ch] csrc/guard/*.[ch] src/rankspawn/*.pyx src/rankspawn/*.px[di]) setup.py
-C_FILES := $(wildcard csrc/*.[ch] csrc/guard/*.[ch] benchmarks/*.c tests/*.c tests/*/*.c tests/*/*.h)
+ENGINE := $(wildcard csrc/*.[ch] csrc/*/*.[ch] src/rankspawn/*.pyx src/rankspawn/*.px[di]) setup.py
+C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] benchmarks/*.c tests/*.c tests/*/*.c tests/*/*.h)
 PYX_FILES := $(wildcard src/rankspawn/*.pyx src/rankspawn/*.px[di])
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
 
@@ -81,10 +81,10 @@ lint-c: $(VENV)/.lint
 	    $(CC) $(C_CHECK) $$numa -c $$file -o build/lint.o || exit 1; \
 	  done; \
 	done; \
-	for file in $(wildcard csrc/guard/*.c); do \
-	  for hosted in "-ffreestanding -fno-stack-protector" -DRANKSPAWN_GUARD_HOSTED; do \
-	    echo "$(CC) $(C_CHECK) $$hosted -c $$file"; \
-	    $(CC) $(C_CHECK) $$hosted -c $$file -o build/lint.o || exit 1; \
+	for file in $(wildcard csrc/*/*.c); do \
+	  for how in "-DRANKSPAWN_FREESTANDING -ffreestanding -fno-stack-protector" ""; do \
+	    echo "$(CC) $(C_CHECK) $$how -c $$file"; \
+	    $(CC) $(C_CHECK) $$how -c $$file -o build/lint.o || exit 1; \
 	  done; \
 	done; rm -f build/lint.o
 	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)

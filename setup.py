@@ -36,10 +36,16 @@ LINUX = sys.platform.startswith("linux")
 GUARD = "rankspawn-guard"
 
 # How it is compiled, beside compile_args(). The C library would set up what a stack protector and fortified calls need;
-# csrc/guard/kernel.c says why the rest.
-FREESTANDING = ["-ffreestanding", "-fno-tree-loop-distribute-patterns", "-fno-stack-protector", "-U_FORTIFY_SOURCE"]
+# csrc/search/kernel.c says why the rest.
+FREESTANDING = [
+    "-DRANKSPAWN_FREESTANDING",
+    "-ffreestanding",
+    "-fno-tree-loop-distribute-patterns",
+    "-fno-stack-protector",
+    "-U_FORTIFY_SOURCE",
+]
 FREESTANDING += ["-fno-asynchronous-unwind-tables", "-nostdlib", "-static-pie"]
-HOSTED = ["-DRANKSPAWN_GUARD_HOSTED", "-pie"]
+HOSTED = ["-pie"]
 
 # What the engine needs of libnuma: the two headers, and a library that defines what they declare.
 LIBNUMA_PROBE = """\
@@ -75,6 +81,11 @@ def compile_args() -> list[str]:
         # Undefined first, because some distributions' compilers define it themselves, with another level.
         args += ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"]
     return args
+
+
+def c_files(*folders: str) -> list[str]:
+    """The sources in these folders: relative paths, sorted, so that the same source gives the same build."""
+    return sorted(path.as_posix() for folder in folders for path in Path(folder).glob("*.c"))
 
 
 def link_args() -> list[str]:
@@ -144,7 +155,7 @@ class BuildSpawn(build_ext):
 
     def _build_guard(self, ext: Extension) -> None:
         """Build the guard's program: without the C library where compiler and machine allow it, else with it."""
-        sources = sorted(path.as_posix() for path in Path("csrc/guard").glob("*.c"))
+        sources = c_files("csrc/guard", "csrc/search")
         command = [*self.compiler.compiler_so, *ext.extra_compile_args, "-fPIE", *sources, *link_args()]
         complaint = ""
         # AddressSanitizer is a library above the C library.
@@ -232,11 +243,10 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "rankspawn._spawn",
-            # Relative paths with forward slashes, sorted: the same build whatever order the file system lists in.
-            ["src/rankspawn/_spawn.pyx", *sorted(path.as_posix() for path in Path("csrc").glob("*.c"))],
+            ["src/rankspawn/_spawn.pyx", *c_files("csrc", *(["csrc/search"] if LINUX else []))],
             depends=[
                 "setup.py",
-                *sorted(path.as_posix() for path in [*Path("csrc").glob("*.h"), *Path("csrc/guard").glob("*")]),
+                *sorted(path.as_posix() for path in Path("csrc").rglob("*.[ch]")),
                 *sorted(path.as_posix() for path in Path("src/rankspawn").glob("*.px[di]")),
             ],
             extra_compile_args=compile_args(),

@@ -5,6 +5,8 @@
  *
  * Each of these files uses only files below it:
  *
+ *   end.c        the ends of many ranks (end.h; Linux)
+ *   members.c    what is left in their sessions, by search/, which the guard's program shares
  *   crew.c       spawn() and spawn_many(): the threads that start ranks, and those that death signals are tied to
  *   spawn.c      which mechanism a start takes; masks, the caller's memory policy, signals by pidfd
  *   fork.c       a warm start: ranks forked from a template, and adopted by the launcher

@@ -41,7 +41,7 @@ def told(sig, frame):
 for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(sig, told)
 open("ready." + os.environ["RANK"], "w").close()
-while True: time.sleep(100)
+while True: time.sleep(0.1)  # a signal that comes just before a sleep is acted on after it
 """
 PROGRAM = f"{sys.executable} -I -S save.py"
 

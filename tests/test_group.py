@@ -268,8 +268,8 @@ def test_a_rank_that_a_debugger_holds(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(_group, "KILL_SECONDS", 0.5)
     looks = []
-    status = _watch.status
-    monkeypatch.setattr(_watch, "status", lambda rank: looks.append(rank) or status(rank))
+    returncodes = _watch.returncodes
+    monkeypatch.setattr(_watch, "returncodes", lambda ranks: looks.append(ranks) or returncodes(ranks))
     group = launch(SLEEPING, 3)
     with debugger(group.pids()[1]):
         group.send_signal(signal.SIGKILL)
@@ -388,7 +388,9 @@ def test_a_stopped_rank_can_end_well() -> None:
 
 SAVING = (
     "import signal, sys, time; signal.signal(15, lambda *_: sys.exit())\n"
-    "try: open('ready', 'w'); time.sleep(1000)\n"
+    "try:\n"
+    "  open('ready', 'w')\n"
+    "  while True: time.sleep(0.1)  # a signal that comes just before a sleep is acted on after it\n"
     "finally: time.sleep(0.3); open('saved', 'w')"
 )
 

@@ -15,14 +15,31 @@ from pathlib import Path
 
 import pytest
 
-from rankspawn._end import sessions as _sessions
+from rankspawn._end import way as _way
+from rankspawn._end import without
 from rankspawn._end.sessions import describe_stuck, kill_members, members
+from rankspawn._start.engine import EXTENSION_ERROR
 from tests.support.processes import PATIENCE, eventually, frozen_by_v1, has_ended, state
 from tests.support.state import NOBODY, become, fork, in_child
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sessions as Linux has them")
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+@pytest.fixture(autouse=True, params=["engine", "python"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test runs with the engine's C and with Python."""
+    if request.param == "python":
+        monkeypatch.setattr(_way, "way", without)
+    elif EXTENSION_ERROR is not None:
+        pytest.skip("this install has no extension")
+    assert _way.way.__name__ == {"engine": "rankspawn._spawn", "python": "rankspawn._end.without"}[request.param]
+    return str(request.param)
+
+
+# For tests that change functions of Python's, or the path of procfs.
+only_python = pytest.mark.parametrize("way", ["python"], indirect=True)
 
 # How the programs of a session begin: tell() writes the pid, and numbers that it is given, to the pipe.
 PRELUDE = """
@@ -142,6 +159,7 @@ def test_zombies_are_no_members(session: Callable[[str], Session]) -> None:
     assert kill_members({negligent.sid}, PATIENCE) == {}
 
 
+@only_python
 @pytest.mark.parametrize("pidfds", [True, False])
 def test_who_is_reaped_during_the_look_is_no_member(
     session: Callable[[str], Session], pidfds: bool, monkeypatch: pytest.MonkeyPatch
@@ -165,7 +183,7 @@ def test_who_is_reaped_during_the_look_is_no_member(
     assert brief.leader.returncode == -signal.SIGKILL, "it lived until the look came to it"
 
 
-@pytest.mark.parametrize("pidfds", [True, False])
+@pytest.mark.parametrize(("way", "pidfds"), [("engine", True), ("python", True), ("python", False)], indirect=["way"])
 def test_process_whose_first_thread_has_ended_lives(
     session: Callable[[str], Session], pidfds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,7 +265,7 @@ def test_who_is_not_in_the_session_any_more_is_not_signalled(session: Callable[[
     """A pid was found in the session, and is another process's by the time of the signal."""
     bystander = session("tell(); rest()")
     bystander.hear(1)
-    _sessions._kill({bystander.sid: bystander.sid + 1}, 0.01)
+    _way.way.kill_found({bystander.sid: bystander.sid + 1}, 0.01)
     time.sleep(0.05)
     assert not has_ended(bystander.sid)
 
@@ -343,6 +361,7 @@ def test_what_is_said_of_others(session: Callable[[str], Session]) -> None:
 # ---- with less to work with -----------------------------------------------------------------------------------------
 
 
+@only_python
 def test_without_pidfds(session: Callable[[str], Session], monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux before 5.3 has none, and neither has a Python that was built on it."""
     monkeypatch.delattr(os, "pidfd_open")
@@ -378,6 +397,7 @@ def test_without_free_descriptors(session: Callable[[str], Session]) -> None:
     assert all(has_ended(pid) for pid in inside)
 
 
+@only_python
 @pytest.mark.parametrize("link", [None, "1234567890"])
 def test_without_a_procfs_of_ours_the_leaders_groups_are_ended(
     session: Callable[[str], Session], link: str | None, tmp_path: Path
@@ -388,9 +408,10 @@ def test_without_a_procfs_of_ours_the_leaders_groups_are_ended(
         (tmp_path / str(os.getppid())).mkdir()
     group = session("os.fork(); tell(); rest()")
     told = group.hear(2)
-    assert members({group.sid}, proc=str(tmp_path)) == {group.sid: group.sid}
-    assert kill_members({group.sid}, PATIENCE, proc=str(tmp_path)) == {}
+    assert without.members({group.sid}, set(), False, str(tmp_path)) == {group.sid: group.sid}
+    without.kill_groups({group.sid})
     eventually(lambda: all(map(has_ended, told)))
+    assert without.members({group.sid}, set(), True, str(tmp_path)) == {}
 
 
 @needs_root

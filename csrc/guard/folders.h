@@ -2,7 +2,7 @@
 #ifndef RANKSPAWN_GUARD_FOLDERS_H
 #define RANKSPAWN_GUARD_FOLDERS_H
 
-#include "kernel.h"
+#include "search/kernel.h"
 
 /* Remove what is in a folder, and then the folder itself, if `path` is still its path. */
 void folder_remove(int folder, const char *path);

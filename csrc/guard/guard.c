@@ -153,6 +153,14 @@ descriptor_in(const char *text)
     return end == text ? -1 : number;
 }
 
+#ifndef RANKSPAWN_FREESTANDING
+int
+main(int argc, char **argv)
+{
+    return guard_main(argc, argv);
+}
+#endif
+
 int
 guard_main(int argc, char *const *argv)
 {
@@ -177,7 +185,7 @@ guard_main(int argc, char *const *argv)
     guard.folder_path = argv[6];
     guard.cgroup_path = argv[7];
     guard.sessions.epoll = (int)make_epoll();
-    processes_begin(&guard.sessions.processes);
+    processes_begin(&guard.sessions.search.processes);
     set_nonblocking(guard.pipe);
     epoll_watch(guard.sessions.epoll, guard.pipe, FROM_PIPE);
     if (guard.launcher_pidfd >= 0) {

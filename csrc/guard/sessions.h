@@ -2,7 +2,7 @@
 #ifndef RANKSPAWN_GUARD_SESSIONS_H
 #define RANKSPAWN_GUARD_SESSIONS_H
 
-#include "processes.h"
+#include "search/search.h"
 
 struct session {
     pid_t number;
@@ -16,7 +16,7 @@ struct sessions {
     struct session *all; /* by ascending number */
     size_t count, room;
     int epoll; /* where witnesses are watched; the event's data is the session's number */
-    struct processes processes;
+    struct search search;
 };
 
 /* A rank has registered, at that clock tick. Returns false where there is no memory for it. */

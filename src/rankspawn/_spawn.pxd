@@ -98,6 +98,53 @@ cdef extern from "spawn.h" nogil:
     bint spawn_has_libnuma()
 
 
+cdef extern from "end.h":
+    """
+    #ifdef __linux__
+    #define RANKSPAWN_HAS_ENDS 1
+    #else
+    #define RANKSPAWN_HAS_ENDS 0
+    #endif
+    """
+    bint RANKSPAWN_HAS_ENDS
+    enum:
+        END_USAGE_FIELDS
+
+    cdef enum end_state:
+        END_RUNS
+        END_ENDED
+        END_REAPED
+
+    cdef struct end_rank:
+        pid_t pid
+        int pidfd
+        end_state state
+        int status
+        int error
+        long usage[18]
+
+    cdef struct end_member:
+        pid_t pid
+        pid_t session
+
+    cdef struct end_sessions:
+        const pid_t *numbers
+        const pid_t *zombies
+        size_t count
+        size_t zombie_count
+        end_member *found
+        size_t found_count
+        bint lacks_memory
+
+    void end_look(end_rank *ranks, size_t count) nogil
+    void end_collect(end_rank *ranks, size_t count) nogil
+    void end_signal(end_rank *ranks, size_t count, const int *signals, size_t signal_count) nogil
+    void end_kill_groups(const end_sessions *sessions) nogil
+    void end_search(end_sessions *sessions, bint kills) nogil
+    void end_kill_found(const end_sessions *sessions, int64_t pause) nogil
+    void end_signal_members(end_sessions *sessions, const int *signals, size_t count, bint groups) nogil
+
+
 cdef extern from "arena.h":
     cdef struct arena:
         pass

@@ -6,9 +6,10 @@ file system must not stop the caller's other threads (cpython#104372).
 """
 
 from libc.limits cimport CHAR_BIT, INT_MAX
+from libc.stdint cimport int64_t
 from libc.stdlib cimport free
-from libc.string cimport memchr, memcpy, strerror
-from posix.types cimport gid_t
+from libc.string cimport memchr, memcpy, memset, strerror
+from posix.types cimport gid_t, pid_t
 from posix.unistd cimport close
 
 SAME_AS_STDOUT = STREAM_SAME_AS_STDOUT
@@ -127,7 +128,7 @@ cdef class _Arena:
         """A C array of int (descriptors) or gid_t (groups), which are 32 bits wide. Raises OverflowError for more."""
         cdef size_t count = 0
         cdef tuple fixed = tuple(values)
-        taken = <unsigned int *>self.take(len(fixed) * sizeof(unsigned int))
+        taken = <unsigned int *>self.take((len(fixed) + 1) * sizeof(unsigned int))
         for value in fixed:
             taken[count] = value
             count += 1
@@ -373,3 +374,4 @@ def spawn(
 include "_crew.pxi"
 include "_bottom.pxi"
 include "_fork.pxi"
+include "_end.pxi"

@@ -16,6 +16,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 ENGINE = sorted((ROOT / "csrc").glob("*.c"))
+SEARCH = sorted((ROOT / "csrc" / "search").glob("*.c"))  # Linux only
 CHECK = [HERE / name for name in ("engine_check.c", "one.c", "many.c", "born.c")]
 
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wvla")
@@ -57,7 +58,7 @@ def build_check(
     compiler: Sequence[str], folder: Path, *options: str, check: Sequence[str] = (), link: Sequence[str] = ()
 ) -> Path:
     """engine_check: the engine is compiled with ``options``, the check's own sources with ``options`` and ``check``."""
-    objects = compile_each(compiler, ENGINE, folder, *options)
+    objects = compile_each(compiler, [*ENGINE, *SEARCH], folder, *options)
     objects += compile_each(compiler, CHECK, folder, *options, *check)
     program = folder / "engine_check"
     run([*compiler, *options, *objects, "-Wl,--wrap=clone3_to_child", "-pthread", *link, "-o", program])

@@ -17,7 +17,18 @@ import pytest
 
 from tests.numavm.kernel import initramfs, kernel
 from tests.numavm.run import die_with_parent
-from tests.platforms.building import ENGINE, HERE, MAY_BE_REFUSED, MODES, ROOT, build_check, run, run_check, tool
+from tests.platforms.building import (
+    ENGINE,
+    HERE,
+    MAY_BE_REFUSED,
+    MODES,
+    ROOT,
+    SEARCH,
+    build_check,
+    run,
+    run_check,
+    tool,
+)
 from tests.platforms.building import said as read
 from tests.platforms.foreign import Apt
 
@@ -132,10 +143,16 @@ def test_python_on_a_kernel(folder: Path) -> None:
     options = ["-std=c11", "-O2", "-fPIC", "-shared", "-Wl,-z,now", "-DRANKSPAWN_HAVE_LIBNUMA=1"]
     folders = ["-iquote", ROOT / "csrc", "-I", headers / python, "-I", headers, "-isystem", numa]
     libnuma = tree / "usr" / "lib" / "aarch64-linux-gnu" / "libnuma.so.1"
-    run([*cross_compiler(), *options, *folders, translated, *ENGINE, libnuma, "-o", extension])
-    alone = ["-fPIE", "-ffreestanding", "-fno-tree-loop-distribute-patterns", "-fno-stack-protector"]
+    run([*cross_compiler(), *options, *folders, translated, *ENGINE, *SEARCH, libnuma, "-o", extension])
+    alone = [
+        "-fPIE",
+        "-DRANKSPAWN_FREESTANDING",
+        "-ffreestanding",
+        "-fno-tree-loop-distribute-patterns",
+        "-fno-stack-protector",
+    ]
     alone += ["-nostdlib", "-static-pie"]
-    sources = sorted((ROOT / "csrc" / "guard").glob("*.c"))
+    sources = [*sorted((ROOT / "csrc" / "guard").glob("*.c")), *SEARCH]
     program = tree / "package" / "rankspawn" / "rankspawn-guard"
     run([*cross_compiler(), *options[:2], *alone, *folders[:2], *sources, "-o", program])
     said = boot(folder, f"/usr/bin/{python} /python_checks.py\n", tree=tree)

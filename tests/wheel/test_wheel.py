@@ -100,7 +100,7 @@ def test_it_is_linked_to_its_own_libnuma_and_to_libc(extension: Path, libnuma: P
 
 
 def test_its_guard_needs_no_library(guard: Path) -> None:
-    """Nobody relocates it, either: csrc/guard/kernel.c."""
+    """Nobody relocates it, either: csrc/search/kernel.c."""
     assert elf.dynamic(guard, "NEEDED") == []
     assert "INTERP" not in elf.readelf("-l", guard)
     assert "There are no relocations" in elf.readelf("-r", guard)

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
+from . import way as _way
 from .deadline import left, passed, until
 from .processes import ProcessTree
-from .reap import is_unreaped, reap, status
+from .reap import reap, returncodes, unreaped
 from .sessions import describe_stuck, kill_members, members, signal_members
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ KILL_SECONDS = 10.0
 """How long a killed process may take to end; one in uninterruptible sleep may never end."""
 
 _MOST_NAMES = 20
+
+# How many free ones the search for members needs.
+_SEARCH_DESCRIPTORS = 2
 
 
 SignalTo: TypeAlias = Literal["rank", "group", "session"]
@@ -50,47 +54,50 @@ def signal_ranks(ranks: Sequence[Popen], *signals: int, to: SignalTo = "session"
     Raises:
         PermissionError: A rank may not be signalled. All others have been.
     """
-    refused = None
-    tree = None if os.name == "posix" else ProcessTree()
-    for rank in ranks if told is None or tree is not None else ():
-        for sig in signals:
+    refused: list[int] = []
+    if os.name != "posix":
+        _signal_trees(ranks, signals, to, told)
+    elif told is None and to == "rank":
+        refused = [rank.pid for rank in ranks if not _signal_leader(rank, signals)]
+    elif told is None:
+        refused = _way.way.signal_groups(ranks, signals)
+    if to == "session" and os.name == "posix":
+        # A session's number is its own until its leader is reaped.
+        signal_members({rank.pid for rank in unreaped(ranks)}, signals, groups=told == "rank")
+    if refused:
+        raise PermissionError(errno.EPERM, f"process {refused[0]}: {os.strerror(errno.EPERM)}")
+
+
+def _signal_leader(rank: Popen, signals: Sequence[int]) -> bool:
+    """Signal the rank's process alone; whether that is allowed. Popen's own send_signal would reap it."""
+    for sig in signals:
+        pidfd = rank._pidfd
+        refusal = errno.ENOSYS if pidfd is None else pidfd.send_signal(sig)
+        if refusal == errno.EPERM:
+            return False
+        if refusal not in (0, errno.ESRCH) and unreaped([rank]):
             try:
-                if tree is not None:
-                    _signal_tree(rank, tree, sig, to, told)
-                elif to == "rank":
-                    _signal_leader(rank, sig)
-                else:
-                    rank.send_signal_group(sig)
+                os.kill(rank.pid, sig)
             except ProcessLookupError:
                 continue
-            except PermissionError as error:
-                refused = error
-    if to == "session" and tree is None:
-        # A session's number is its own until its leader is reaped.
-        signal_members({rank.pid for rank in ranks if is_unreaped(rank)}, signals, groups=told == "rank")
-    if refused is not None:
-        raise refused
+            except PermissionError:
+                return False
+    return True
 
 
-def _signal_leader(rank: Popen, sig: int) -> None:
-    """Signal the rank's process alone. Popen's own send_signal would reap it."""
-    pidfd = rank._pidfd
-    if pidfd is not None and (refusal := pidfd.send_signal(sig)) in (0, errno.ESRCH, errno.EPERM):
-        if refusal == errno.EPERM:
-            raise PermissionError(refusal, f"process {rank.pid}: {os.strerror(refusal)}")
-    elif is_unreaped(rank):
-        os.kill(rank.pid, sig)
-
-
-def _signal_tree(rank: Popen, tree: ProcessTree, sig: int, to: SignalTo, told: SignalTo | None) -> None:
+def _signal_trees(ranks: Sequence[Popen], signals: Sequence[int], to: SignalTo, told: SignalTo | None) -> None:
     import psutil
 
-    below = tree.descendants(rank.pid, rank._born) if to != "rank" and told != "group" else []
-    if told is None:
-        rank.send_signal(sig)
-    for process in below:
-        with suppress(psutil.Error):
-            process.send_signal(sig)
+    tree = ProcessTree()
+    for rank in ranks:
+        for sig in signals:
+            below = tree.descendants(rank.pid, rank._born) if to != "rank" and told != "group" else []
+            if told is None:
+                with suppress(ProcessLookupError):
+                    rank.send_signal(sig)
+            for process in below:
+                with suppress(psutil.Error):
+                    process.send_signal(sig)
 
 
 def living(ranks: Iterable[Popen]) -> dict[int, int] | None:
@@ -100,7 +107,7 @@ def living(ranks: Iterable[Popen]) -> dict[int, int] | None:
     """
     if not hasattr(os, "getpgid"):
         return None
-    pids = {rank.pid for rank in ranks if is_unreaped(rank)}
+    pids = {rank.pid for rank in unreaped(ranks)}
     return members(pids, pids) if pids else {}
 
 
@@ -118,21 +125,19 @@ def kill_sessions(
     Returns:
         The processes that do not end: pid -> whose it is.
     """
-    unreaped = {}
-    for number, rank in ranks.items():
-        if is_unreaped(rank):
-            unreaped[rank.pid] = number
-            if number in ended:
-                # Its number is its own until it is reaped. The search for members needs a free descriptor.
-                rank._pidfd = None
-        else:
-            # Other code has reaped it: another process may have its number, and only the kernel can tell (Linux 6.9).
-            reap(rank, ended.get(number))
-            with suppress(PermissionError):
-                signal_ranks([rank], SIGKILL, to="group")
-    zombies = {pid for pid, number in unreaped.items() if number in ended}
-    stuck = kill_members(unreaped.keys(), seconds, zombies, found) if unreaped else {}
-    return {pid: f"rank {unreaped[session]}" for pid, session in stuck.items()}
+    own = {rank.pid for rank in unreaped(ranks.values())}
+    numbers = {rank.pid: number for number, rank in ranks.items() if rank.pid in own}
+    others = {number: rank for number, rank in ranks.items() if rank.pid not in own}
+    for number in [number for number in numbers.values() if number in ended][:_SEARCH_DESCRIPTORS]:
+        # Its number is its own until it is reaped.
+        ranks[number]._pidfd = None
+    if others:
+        # Other code has reaped them: other processes may have their numbers, and only the kernel can tell (Linux 6.9).
+        reap(others, ended)
+        _way.way.signal_groups([*others.values()], [SIGKILL])
+    zombies = {pid for pid, number in numbers.items() if number in ended}
+    stuck = kill_members(own, seconds, zombies, found) if own else {}
+    return {pid: f"rank {numbers[session]}" for pid, session in stuck.items()}
 
 
 def end_ranks(ranks: list[Popen]) -> None:
@@ -140,17 +145,15 @@ def end_ranks(ranks: list[Popen]) -> None:
     started = {number: rank for number, rank in enumerate(ranks) if rank._child_created and rank.returncode is None}
     with suppress(PermissionError):
         signal_ranks([*started.values()], SIGKILL, to="group")
-    ended: dict[int, int] = {}
     end = until(KILL_SECONDS)
-    for number, rank in started.items():
-        # No selector here: there may be no descriptor left, which may be why they are ended.
-        while (code := status(rank)) is None and not passed(end):
-            time.sleep(0.001)
-        if code is not None:
-            ended[number] = code
+    while True:
+        codes = zip(started, returncodes([*started.values()]), strict=True)
+        ended = {number: code for number, code in codes if code is not None}
+        if len(ended) == len(started) or passed(end):
+            break
+        time.sleep(0.001)  # no selector: there may be no descriptor left, which may be why they are ended
     kill_sessions(started, ended, 1.0 + (left(end) or 0))
-    for number, rank in started.items():
-        reap(rank, ended.get(number))
+    reap(started, ended)
     ranks[:] = [rank for rank in started.values() if rank.returncode is None]
 
 

@@ -1,14 +1,17 @@
-"""The end of one rank: looked at without reaping it, and collected."""
+"""The ends of ranks: looked at without reaping them, and collected."""
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 import sys
 from typing import TYPE_CHECKING, Any
 
+from . import way as _way
+
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
     from .._start.popen import Popen
 
 # The kernel's include/uapi/linux/pidfd.h: the fields "mask" and "exit_code" of struct pidfd_info, and how to ask.
@@ -16,88 +19,73 @@ _PIDFD_INFO = struct.Struct("=Q52xi")
 _PIDFD_INFO_EXIT = 1 << 3
 _PIDFD_GET_INFO = 3 << 30 | _PIDFD_INFO.size << 16 | 0xFF << 8 | 11  # _IOWR(0xFF, 11, struct pidfd_info)
 
-
-def status(rank: Popen) -> int | None:
-    """How a rank has ended, as a returncode, without reaping it; None while it runs."""
-    if rank.returncode is not None or not hasattr(os, "waitid"):
-        return rank.poll()
-    try:
-        ended = wait_without_reaping(rank)
-    except ChildProcessError:
-        # Other code has reaped it. Not poll(), because it would wait for the process that has the number now.
-        lock = rank._waitpid_lock  # type: ignore[attr-defined]
-        if lock.acquire(blocking=False):
-            if rank.returncode is None:
-                rank._handle_exitstatus(0 if rank.pidfd is None else _status_of_reaped(rank.pidfd))
-            lock.release()
-        return rank.returncode
-    if ended is None:
-        return None
-    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+_REAPED = -1  # way's word for a rank that other code has reaped
 
 
-def wait_without_reaping(rank: Popen) -> os.waitid_result | None:
-    """How a rank has ended; None while it runs. By its pidfd where that can be: a number may be another child's by now.
-
-    Raises:
-        ChildProcessError: Other code has reaped it.
-    """
-    flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-    pidfd = rank._pidfd  # the object: another thread may let go of it, and its descriptor would be closed
-    if pidfd is not None and hasattr(os, "P_PIDFD"):
-        try:
-            return os.waitid(os.P_PIDFD, pidfd.fd, flags)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # before Linux 5.4
-                raise
-    return os.waitid(os.P_PID, rank.pid, flags)
+def returncodes(ranks: Sequence[Popen]) -> list[int | None]:
+    """How ranks have ended, without reaping them; None of one that runs."""
+    if not hasattr(os, "waitid"):
+        return [rank.poll() for rank in ranks]
+    unknown = [rank for rank in ranks if rank.returncode is None]
+    seen = iter(_way.way.look(unknown))
+    return [_returncode(rank, next(seen)) if rank.returncode is None else rank.returncode for rank in ranks]
 
 
-def is_unreaped(rank: Popen) -> bool:
-    """Whether a rank's number is still its own: it runs, or is a zombie that nobody has waited for."""
-    if rank.returncode is not None:
-        return False
-    if hasattr(os, "waitid"):
-        try:
-            wait_without_reaping(rank)
-        except ChildProcessError:
-            return False
-    return True
+def _returncode(rank: Popen, status: int | None) -> int | None:
+    if status != _REAPED:
+        return None if status is None else os.waitstatus_to_exitcode(status)
+    # Other code has reaped it. Not poll(), because it would wait for the process that has the number now.
+    lock = rank._waitpid_lock  # type: ignore[attr-defined]
+    if lock.acquire(blocking=False):
+        if rank.returncode is None:
+            rank._handle_exitstatus(0 if rank.pidfd is None else _status_of_reaped(rank.pidfd))
+        lock.release()
+    return rank.returncode
 
 
-def reap(rank: Popen, returncode: int | None) -> tuple[Any, bool] | None:
-    """Collect a rank if it has ended.
+def unreaped(ranks: Iterable[Popen]) -> list[Popen]:
+    """The ranks whose numbers are still their own: they run, or are zombies that nobody has waited for."""
+    own = [rank for rank in ranks if rank.returncode is None]
+    if not hasattr(os, "waitid"):
+        return own
+    return [rank for rank, status in zip(own, _way.way.look(own), strict=True) if status != _REAPED]
+
+
+def reap(ranks: Mapping[int, Popen], ended: Mapping[int, int]) -> dict[int, tuple[Any, bool]]:
+    """Collect the ranks that have ended.
 
     Args:
-        rank: The rank.
-        returncode: What it was seen to end with.
+        ranks: The ranks, by number.
+        ended: The returncodes that they were seen to end with.
 
     Returns:
-        What it used (resource.struct_rusage), and whether it dumped core. None where it runs, where somebody else has
-        collected it, or where wait4(2) cannot be called.
+        By number, what a rank used (the fields of resource.struct_rusage), and whether it dumped core; not of one that
+        runs, that somebody else has collected, or where wait4(2) cannot be called.
     """
     # At the end of the interpreter wait4 reaps, and then fails to import the type of what it returns. In a
     # free-threaded build, a group's finalizer may run that late.
     if not hasattr(os, "wait4") or sys.is_finalizing():
-        rank.poll()
-        return None
-    lock = rank._waitpid_lock  # type: ignore[attr-defined]
-    # A thread that waits for it holds the lock, and is about to collect it if it has ended.
-    if rank.returncode is not None or not lock.acquire(timeout=0.1):
-        return None
+        for rank in ranks.values():
+            rank.poll()
+        return {}
+    found: dict[int, tuple[Any, bool]] = {}
+    held: dict[int, Popen] = {}
     try:
-        if rank.returncode is None:
-            if rank.pidfd is not None:
-                wait_without_reaping(rank)  # which raises where its number is another child's by now
-            pid, status, usage = os.wait4(rank.pid, os.WNOHANG)
-            if pid:
+        for number, rank in ranks.items():
+            # A thread that waits for it holds the lock, and is about to collect it if it has ended.
+            if rank.returncode is None and rank._waitpid_lock.acquire(timeout=0.1):  # type: ignore[attr-defined]
+                held[number] = rank
+        own = {number: rank for number, rank in held.items() if rank.returncode is None}
+        for (number, rank), (status, usage) in zip(own.items(), _way.way.collect([*own.values()]), strict=True):
+            if status == _REAPED:
+                rank.returncode = ended.get(number, 0)
+            elif status is not None:
                 rank._handle_exitstatus(status)
-                return usage, os.WCOREDUMP(status)
-    except ChildProcessError:
-        rank.returncode = returncode or 0
+                found[number] = usage, os.WCOREDUMP(status)
     finally:
-        lock.release()
-    return None
+        for rank in held.values():
+            rank._waitpid_lock.release()  # type: ignore[attr-defined]
+    return found
 
 
 def _status_of_reaped(pidfd: int) -> int:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from .deadline import left
-from .reap import status
+from .reap import returncodes
 
 if TYPE_CHECKING:
     import asyncio
@@ -204,10 +204,9 @@ class Watch:
 
     def _ended(self, numbers: Iterable[int]) -> list[int]:
         ended = []
-        for number in numbers:
-            rank = self.running.get(number)
-            code = None if rank is None else status(rank)
-            if code is not None:
+        ranks = {number: rank for number in numbers if (rank := self.running.get(number)) is not None}
+        for number, code in zip(ranks, returncodes([*ranks.values()]) if ranks else (), strict=True):
+            if code is not None and number in self.running:
                 self.exited_ns[number] = time.monotonic_ns()
                 self.returncodes[number] = code
                 if code and self.first_failure is None:

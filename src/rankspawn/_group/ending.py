@@ -200,9 +200,7 @@ class Ending:
             self._cgroup.kill()
             if not self._cgroup.wait_empty(1.0 + (left(end) or 0)):
                 stuck.update(dict.fromkeys(self._cgroup.pids(), "the cgroup"))
-        for number, rank in numbered.items():
-            if (collected := reap(rank, codes.get(number))) is not None:
-                self.collected[number] = collected
+        self.collected.update(reap(numbered, codes))
         look(0)
         return {**stuck, **self.stuck()}
 

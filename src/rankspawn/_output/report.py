@@ -29,7 +29,6 @@ from .form import (
 from .usage import usage_now
 
 if TYPE_CHECKING:
-    import resource
     from collections.abc import Iterable, Mapping, Sequence
 
     from .._binding import Binding
@@ -68,7 +67,7 @@ def rank_report(
     exited_ns: int | None,
     returncode: int | None,
     effective: Binding | None,
-    usage: resource.struct_rusage | None,
+    usage: tuple[Any, ...] | None,
     core: bool | None = None,
     tree: ProcessTree | None = None,
 ) -> RankReport:
@@ -116,7 +115,7 @@ def attempt(
     exited_ns: Mapping[int, int],
     returncodes: Mapping[int, int],
     effective: Mapping[int, Binding | None],
-    collected: Mapping[int, tuple[Any, bool]],
+    collected: Mapping[int, tuple[tuple[Any, ...], bool]],
     stacks: Iterable[Stacks] = (),
     templates: Sequence[TemplateReport] = (),
 ) -> Attempt:
@@ -227,9 +226,10 @@ def _exit(returncode: int, core: bool | None) -> Exit:
     return {"returncode": returncode, "status": None, "signal": name, "core": core}
 
 
-def _rusage(usage: resource.struct_rusage) -> ResourceUsage:
+def _rusage(fields: tuple[Any, ...]) -> ResourceUsage:
     import resource
 
+    usage = resource.struct_rusage(fields)
     largest: int | None = usage.ru_maxrss
     # Linux: at its execve a process records the peak of the memory that it leaves (exec_mmap in fs/exec.c), which was
     # shared with us or copied from us. A figure that is not above ours says nothing of the rank.

@@ -54,7 +54,7 @@ struct kernel_time {
     long nanoseconds;
 };
 
-#ifdef RANKSPAWN_GUARD_HOSTED
+#ifndef RANKSPAWN_FREESTANDING
 
 #include <stdlib.h>
 
@@ -63,12 +63,6 @@ call(long number, long a, long b, long c, long d, long e, long f)
 {
     long done = syscall(number, a, b, c, d, e, f);
     return done < 0 ? -(long)errno : done;
-}
-
-int
-main(int argc, char **argv)
-{
-    return guard_main(argc, argv);
 }
 
 bool
@@ -145,7 +139,7 @@ call(long number, long a, long b, long c, long d, long e, long f)
 }
 
 #else
-#error "build with RANKSPAWN_GUARD_HOSTED: the system call of this machine is not known here"
+#error "build without RANKSPAWN_FREESTANDING: the system call of this machine is not known here"
 #endif
 
 /* The kernel puts argc, argv and a NULL, envp and a NULL on the stack. */
@@ -225,6 +219,12 @@ long
 session_of(pid_t pid)
 {
     return call(SYS_getsid, pid, 0, 0, 0, 0, 0);
+}
+
+long
+group_of(pid_t pid)
+{
+    return call(SYS_getpgid, pid, 0, 0, 0, 0, 0);
 }
 
 long

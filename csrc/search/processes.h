@@ -1,6 +1,6 @@
-/* Which processes there are, by the numbers of the guard's own PID namespace. */
-#ifndef RANKSPAWN_GUARD_PROCESSES_H
-#define RANKSPAWN_GUARD_PROCESSES_H
+/* Which processes there are, by the numbers of our own PID namespace. */
+#ifndef RANKSPAWN_SEARCH_PROCESSES_H
+#define RANKSPAWN_SEARCH_PROCESSES_H
 
 #include "kernel.h"
 
@@ -25,7 +25,7 @@ void processes_begin(struct processes *processes);
  *
  * A procfs of an outer PID namespace (unshare --pid without --mount-proc) shows other numbers; the line NSpid of
  * /proc/N/status has the own one beside them (Linux 4.1). That number may be one of a process
- * in a sibling namespace, so the user of it asks the kernel for its session. Where no procfs shows the guard itself,
+ * in a sibling namespace, so the user of it asks the kernel for its session. Where no procfs shows this process itself,
  * every number that a process can have is listed. */
 void processes_list(struct processes *processes);
 
@@ -33,8 +33,10 @@ void processes_list(struct processes *processes);
  * in the line Pid of /proc/self/fdinfo/N (Linux 5.3). */
 struct process process_numbered(enum procfs procfs, pid_t pid);
 
-/* The session of a process; -ESRCH: it has ended. A security module may refuse getsid(2): /proc says it, too. */
+/* The session and the process group of a process; -ESRCH: it has ended. A security module may refuse getsid(2) and getpgid(2):
+ * /proc says it, too. */
 long process_session(const struct process *process);
+long process_group(const struct process *process);
 
 /* Whether all of its threads have ended, by /proc; or whether it has been reaped. */
 bool process_has_ended(const struct process *process);

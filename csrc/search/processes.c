@@ -12,6 +12,7 @@
 
 enum {
     STAT_STATE = 3,
+    STAT_GROUP = 5,
     STAT_SESSION = 6,
     STAT_THREADS = 20,
     STAT_START = 22,
@@ -109,7 +110,7 @@ recognize(struct processes *processes)
     char status[STATUS_ROOM];
     pid_t shown = 0;
     int depth = 0;
-    /* Where /proc is another namespace's, /proc/self has the guard's number there; an unrelated one shows no self. */
+    /* Where /proc is another namespace's, /proc/self has our number there; an unrelated one shows no self. */
     if (read_file(AT_FDCWD, "/proc/self/status", status, sizeof status) > 0) {
         const char *at = after_line_start(status, "Pid:\t");
         depth = numbers_in(status, 1, &shown);
@@ -161,16 +162,25 @@ process_numbered(enum procfs procfs, pid_t pid)
     return process;
 }
 
+/* What the kernel has said, or where a security module has refused it, what the field says. */
+static long
+or_field(long said, const struct process *process, int number)
+{
+    char text[STAT_ROOM];
+    const char *field = said == -EPERM || said == -EACCES ? stat_field(process, number, text) : NULL;
+    return field ? (long)number_in(field, &field) : said;
+}
+
 long
 process_session(const struct process *process)
 {
-    char text[STAT_ROOM];
-    long session = session_of(process->pid);
-    if (session == -EPERM && process->shown) {
-        const char *field = stat_field(process, STAT_SESSION, text);
-        return field ? (long)number_in(field, &field) : -EPERM;
-    }
-    return session;
+    return or_field(session_of(process->pid), process, STAT_SESSION);
+}
+
+long
+process_group(const struct process *process)
+{
+    return or_field(group_of(process->pid), process, STAT_GROUP);
 }
 
 bool

@@ -1,13 +1,13 @@
-/* The system calls of the guard's program, and the little that it needs of a C library.
+/* The system calls of the search and of the guard's program, and the little that these need of a C library.
  *
  * The program is linked with no C library where kernel.c knows the machine's system call (x86-64, AArch64). So it starts
- * without a dynamic linker, in a tenth of a millisecond, and maps some 40 KiB. RANKSPAWN_GUARD_HOSTED builds it with the
- * C library: on other machines, and for the sanitizers.
+ * without a dynamic linker, in a tenth of a millisecond, and maps some 40 KiB. RANKSPAWN_FREESTANDING builds it so;
+ * without that macro it is built with the C library: for the engine, on other machines, and for the sanitizers.
  *
  * Every function returns what the kernel returns: an error is a negative errno.
  */
-#ifndef RANKSPAWN_GUARD_KERNEL_H
-#define RANKSPAWN_GUARD_KERNEL_H
+#ifndef RANKSPAWN_SEARCH_KERNEL_H
+#define RANKSPAWN_SEARCH_KERNEL_H
 
 #include <fcntl.h>
 #include <poll.h>
@@ -18,7 +18,7 @@
 #include <sys/epoll.h>
 #include <sys/types.h>
 
-/* Where it starts. */
+/* Where the guard's program starts. */
 int guard_main(int argc, char *const *argv);
 
 /* ---- processes ----------------------------------------------------------------------------------------------------*/
@@ -26,6 +26,7 @@ int guard_main(int argc, char *const *argv);
 pid_t own_pid(void);
 pid_t parent_pid(void);
 long session_of(pid_t pid);
+long group_of(pid_t pid);
 long signal_to(pid_t pid, int sig); /* kill(2): a negative pid is a process group */
 long pidfd_of(pid_t pid);
 long signal_by(int pidfd, int sig);

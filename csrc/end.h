@@ -1,0 +1,74 @@
+/* The end of many ranks at once: how they ended, their groups signalled, their sessions searched. Linux only; elsewhere
+ * Python does it (src/rankspawn/_end/without.py), and says there what everything means. */
+#ifndef RANKSPAWN_END_H
+#define RANKSPAWN_END_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+enum end_state {
+    END_RUNS,
+    END_ENDED,
+    END_REAPED, /* by other code: its status is lost, and its number may be another process's */
+};
+
+/* What wait4(2) tells as struct rusage: the kernel counts in longs on every machine. */
+enum { END_USAGE_FIELDS = 18 };
+
+struct end_rank {
+    pid_t pid;
+    int pidfd; /* -1: none */
+    enum end_state state;
+    int status; /* END_ENDED: as waitpid(2) gives it */
+    int error;  /* end_signal: EPERM, or 0 */
+    long usage[END_USAGE_FIELDS];
+};
+
+struct end_member {
+    pid_t pid, session;
+};
+
+/* Sessions whose numbers are still theirs, and who lives in them. The caller owns the two sets, in ascending order. */
+struct end_sessions {
+    const pid_t *numbers, *zombies; /* zombies: known to have ended, skipped */
+    size_t count, zombie_count;
+    struct end_member *found;
+    size_t found_count, found_room;
+    bool lacks_memory;
+};
+
+/* See how each rank has ended, without reaping it. */
+void end_look(struct end_rank *ranks, size_t count);
+
+/* Reap each rank that has ended, and get what it used. */
+void end_collect(struct end_rank *ranks, size_t count);
+
+/* Send these signals to the process group of each rank: by its pidfd, or by its number while that is its own. */
+void end_signal(struct end_rank *ranks, size_t count, const int *signals, size_t signal_count);
+
+/* SIGKILL to the process groups of these sessions' leaders. */
+void end_kill_groups(const struct end_sessions *sessions);
+
+/* Find the members that live; SIGKILL to each, too, if asked to. */
+void end_search(struct end_sessions *sessions, bool kills);
+
+/* SIGKILL to those that were found, and wait for their end, so many nanoseconds at most. */
+void end_kill_found(const struct end_sessions *sessions, int64_t pause);
+
+/* Signal the members but the leaders; those in the leaders' process groups only if asked to. */
+void end_signal_members(struct end_sessions *sessions, const int *signals, size_t count, bool groups);
+
+#ifndef __linux__
+/* _spawn.pyx calls none of them there. */
+#define end_look(ranks, count) ((void)(ranks), (void)(count))
+#define end_collect(ranks, count) ((void)(ranks), (void)(count))
+#define end_signal(ranks, count, signals, signal_count) ((void)(ranks), (void)(signals), (void)(signal_count))
+#define end_kill_groups(sessions) ((void)(sessions))
+#define end_search(sessions, kills) ((void)(sessions), (void)(kills))
+#define end_kill_found(sessions, pause) ((void)(sessions), (void)(pause))
+#define end_signal_members(sessions, signals, count, groups) ((void)(sessions), (void)(signals))
+#endif
+
+#endif

@@ -1,0 +1,155 @@
+"""What the kernel tells of other processes: which there are, in which session and group, whether they have ended.
+
+A procfs of an outer PID namespace (``unshare --pid`` without ``--mount-proc``) shows other numbers than system calls
+take; the line NSpid has both (Linux 4.1). It imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from contextlib import suppress
+
+TYPE_CHECKING = False  # typing's own costs more than this module
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_STATE, _GROUP, _SESSION, _THREADS = 3, 5, 6, 20  # fields of /proc/PID/stat as proc(5) counts them
+
+
+def pids(proc: str = "/proc") -> Iterable[int] | None:
+    """All processes, the youngest first, which are listed last; None where no procfs shows this process itself.
+
+    The youngest first, because a process that forks and ends again and again is met in time then.
+    """
+    if not sys.platform.startswith("linux"):
+        import psutil
+
+        return reversed(psutil.pids())
+    at = depth(proc)
+    if at == 0:
+        return None
+    shown = [name for name in reversed(os.listdir(proc)) if name.isdecimal()]
+    if at == 1:
+        return map(int, shown)
+    inner = (line(f"{proc}/{name}/status", "NSpid:").split() for name in shown)
+    return [int(numbers[at - 1]) for numbers in inner if len(numbers) >= at]
+
+
+def depth(proc: str = "/proc") -> int:
+    """At which place of the line NSpid our own numbers stand, from 1; 0 where ``proc`` does not show this process."""
+    status = f"{proc}/self/status"
+    own = line(status, "NSpid:").split() or line(status, "Pid:").split()
+    return len(own) if own and own[-1] == str(os.getpid()) else 0
+
+
+def folder(pid: int, proc: str = "/proc") -> str:
+    """Where ``proc`` shows a process; a path that is not there where it does not, or where that cannot be told."""
+    at = depth(proc)
+    if at == 1:
+        return f"{proc}/{pid}"
+    nowhere = f"{proc}/-1"
+    pidfd = open_pidfd(pid) if at else -1
+    if pidfd < 0:
+        return nowhere
+    try:
+        # The kernel gives the number that the procfs has, in which this file is.
+        return f"{proc}/{line(f'{proc}/self/fdinfo/{pidfd}', 'Pid:') or -1}"
+    finally:
+        os.close(pidfd)
+
+
+def session(pid: int, proc: str = "/proc") -> int:
+    """The session of a process. A security module may refuse getsid(2): /proc says it, too.
+
+    Raises:
+        OSError: It has ended, or nothing tells.
+    """
+    try:
+        return os.getsid(pid)
+    except PermissionError:
+        return int(_field(pid, _SESSION, proc))
+
+
+def group(pid: int, proc: str = "/proc") -> int:
+    """The process group of a process, as session()."""
+    try:
+        return os.getpgid(pid)
+    except PermissionError:
+        return int(_field(pid, _GROUP, proc))
+
+
+def has_ended(pid: int, proc: str = "/proc") -> bool:
+    """Whether all threads of a process have ended, or it has been reaped."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    except (AttributeError, OSError):
+        pidfd = -1
+    if pidfd >= 0:
+        try:
+            return wait(pidfd, 0)
+        finally:
+            os.close(pidfd)
+    try:
+        # Where only the first thread has ended, the kernel calls the whole process a zombie.
+        return _field(pid, _STATE, proc) in ("Z", "X") and int(_field(pid, _THREADS, proc)) <= 1
+    except OSError:
+        return is_gone(pid)  # a file that is not there says nothing where there is no procfs
+
+
+def is_gone(pid: int) -> bool:
+    """Whether no process has this number, not even a zombie."""
+    try:
+        os.getsid(pid)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def name_and_state(pid: int, proc: str = "/proc") -> tuple[str, str]:
+    """The name of a process, and the letter of its state.
+
+    Raises:
+        OSError: It has been reaped, or cannot be read.
+    """
+    name, fields = _stat(pid, proc)
+    return name, fields[0]
+
+
+def line(path: str, start: str = "") -> str:
+    """What follows ``start`` in the file; "" where there is nothing."""
+    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        return next((line[len(start) :].strip() for line in file if line.startswith(start)), "")
+    return ""
+
+
+def open_pidfd(pid: int) -> int:
+    """A pidfd of a process; -1 where there is none."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return -1
+
+
+def wait(pidfd: int, seconds: float) -> bool:
+    """Wait for a process to end; whether it has."""
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(max(0.0, seconds) * 1000))
+
+
+def _field(pid: int, number: int, proc: str) -> str:
+    return _stat(pid, proc)[1][number - _STATE]
+
+
+def _stat(pid: int, proc: str) -> tuple[str, list[str]]:
+    """Name of a process, and the fields behind it."""
+    with open(f"{folder(pid, proc)}/stat", encoding="utf-8", errors="replace") as file:
+        before, _, after = file.read().rpartition(")")
+    return before.partition("(")[2], after.split()

@@ -1,0 +1,232 @@
+"""The work on many ranks and processes without the engine's C; _end.pxi has the same functions.
+
+Where it says "rank", it takes a Popen that leads a session of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from . import procfs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence, Set
+
+    from .._start.popen import Popen
+
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has one way to end a process, named SIGTERM
+
+# Where thousands of processes come and go, one ends during every pass.
+_MOST_PASSES = 100
+
+
+# ---- ranks ----------------------------------------------------------------------------------------------------------
+
+
+def look(ranks: Sequence[Popen]) -> list[int | None]:
+    """How ranks have ended, without reaping them. For systems with waitid(2).
+
+    By their pidfds where that can be: a number may be another child's by now.
+
+    Returns:
+        Of each, the status as from waitpid(2); None: it runs; -1: other code has reaped it.
+    """
+    return [_see(rank, os.WNOWAIT) for rank in ranks]
+
+
+def collect(ranks: Sequence[Popen]) -> list[tuple[int | None, tuple[Any, ...]]]:
+    """Reap the ranks that have ended. The caller holds the locks that Popen has for that.
+
+    Returns:
+        As look(); and what the rank used, as the fields of resource.struct_rusage; none where that is not known.
+    """
+    collected: list[tuple[int | None, tuple[Any, ...]]] = []
+    for rank in ranks:
+        try:
+            # By its number: a look by the pidfd shows first that it is the rank's own.
+            if rank.pidfd is not None and hasattr(os, "waitid") and _see(rank, os.WNOWAIT) == -1:
+                raise ChildProcessError
+            pid, status, usage = os.wait4(rank.pid, os.WNOHANG)
+            collected.append((status, tuple(usage)) if pid else (None, ()))
+        except ChildProcessError:
+            collected.append((-1, ()))
+    return collected
+
+
+def _see(rank: Popen, options: int) -> int | None:
+    options |= os.WEXITED | os.WNOHANG
+    pidfd = rank._pidfd  # the object: another thread may let go of it, and its descriptor would be closed
+    ended = None
+    try:
+        try:
+            if pidfd is None or not hasattr(os, "P_PIDFD"):
+                raise OSError(errno.EINVAL, "")
+            ended = os.waitid(os.P_PIDFD, pidfd.fd, options)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # before Linux 5.4
+                raise
+            ended = os.waitid(os.P_PID, rank.pid, options)
+    except ChildProcessError:
+        return -1
+    if ended is None:
+        return None
+    if ended.si_code == os.CLD_EXITED:
+        return (ended.si_status & 0xFF) << 8
+    return ended.si_status | (0x80 if ended.si_code == os.CLD_DUMPED else 0)
+
+
+def signal_groups(ranks: Iterable[Popen], signals: Sequence[int]) -> list[int]:
+    """Signal the process groups of ranks. A group without members is no error.
+
+    Returns:
+        The pids of the ranks of whose groups no process may be signalled.
+    """
+    refused = []
+    for rank in ranks:
+        for sig in signals:
+            try:
+                rank.send_signal_group(sig)
+            except ProcessLookupError:
+                continue
+            except PermissionError:
+                refused.append(rank.pid)
+                break
+    return refused
+
+
+# ---- sessions -------------------------------------------------------------------------------------------------------
+
+
+def kill_groups(sessions: Iterable[int]) -> None:
+    """SIGKILL to the process groups of the sessions' leaders, each at once: a fork that is under way in one fails."""
+    for sid in sessions if hasattr(os, "killpg") else ():
+        with suppress(OSError):  # it has no member, or none that we may signal
+            os.killpg(sid, _KILL)
+
+
+def members(sessions: Set[int], ended: Set[int], kill: bool, proc: str = "/proc") -> dict[int, int]:
+    """As sessions.members()."""
+    before = ended
+    for _ in range(_MOST_PASSES):
+        found, gone = _look(sessions, ended, proc, kill)
+        if found or gone <= before:
+            break
+        before = gone
+    return found
+
+
+def kill_found(found: Mapping[int, int], pause: float) -> None:
+    """SIGKILL to these members, pid -> session, and a wait for their end, of ``pause`` seconds at most."""
+    pidfds: list[int] = []
+    until = time.monotonic() + pause
+    blind = False
+    try:
+        for pid, sid in found.items():
+            pidfd = procfs.open_pidfd(pid)
+            if pidfd >= 0:
+                pidfds.append(pidfd)
+            try:
+                # Looked at again: the pidfd is of this member, or of one that has ended since, which gets nothing.
+                if not hasattr(os, "getsid") or procfs.session(pid) == sid:
+                    _signal(pid, pidfd, _KILL)
+                    blind = blind or pidfd < 0
+            except OSError:
+                continue  # it has ended; or it is another user's, and stays
+        for pidfd in pidfds:
+            procfs.wait(pidfd, until - time.monotonic())
+    finally:
+        for pidfd in pidfds:
+            os.close(pidfd)
+    if blind:
+        time.sleep(max(0.0, until - time.monotonic()))
+
+
+def signal_members(sessions: Set[int], signals: Sequence[int], groups: bool, proc: str = "/proc") -> None:
+    """As sessions.signal_members()."""
+    told: set[int] = set()
+    more = bool(sessions) and hasattr(os, "getpgid")
+    while more:
+        more = False
+        for pid in _all_or(sessions, proc):
+            try:
+                sid = procfs.session(pid, proc)
+                if sid in sessions and pid not in told and pid != sid and (groups or procfs.group(pid, proc) != sid):
+                    told.add(pid)
+                    more = signal.SIGSTOP in signals
+                    signal_one(pid, sid, signals)
+            except OSError:
+                continue  # it has ended
+
+
+def signal_one(pid: int, session: int, signals: Iterable[int]) -> None:
+    """As sessions.signal_one()."""
+    pidfd = procfs.open_pidfd(pid)
+    try:
+        # The pidfd is of this member, or of one that has ended since, which gets nothing.
+        if procfs.session(pid) == session:
+            for sig in signals:
+                _signal(pid, pidfd, sig)
+    finally:
+        if pidfd >= 0:
+            os.close(pidfd)
+
+
+def _look(sessions: Set[int], ended: Set[int], proc: str, kill: bool) -> tuple[dict[int, int], set[int]]:
+    """The members, and the processes that ended during the look or were zombies before."""
+    if not hasattr(os, "getsid"):
+        return _trees(sessions), set()
+    found: dict[int, int] = {}
+    gone: set[int] = set()
+    for pid in _all_or(sessions, proc):
+        if pid in ended:
+            continue
+        try:
+            sid = procfs.session(pid, proc)
+        except ProcessLookupError:
+            gone.add(pid)
+            continue
+        except OSError:
+            continue
+        if sid in sessions:
+            if kill:
+                kill_found({pid: sid}, 0.0)
+            if procfs.has_ended(pid, proc):
+                gone.add(pid)
+            else:
+                found[pid] = sid
+    return found, gone
+
+
+def _all_or(sessions: Set[int], proc: str) -> Iterable[int]:
+    """All processes; or the leaders alone, where nothing lists the others."""
+    found = procfs.pids(proc)
+    return sessions if found is None else found
+
+
+def _signal(pid: int, pidfd: int, sig: int) -> None:
+    if pidfd >= 0:
+        try:
+            return signal.pidfd_send_signal(pidfd, sig)
+        except ProcessLookupError:
+            return None
+        except OSError:
+            pass  # a seccomp profile refuses the call; or it is another user's, and kill(2) fails, too
+    os.kill(pid, sig)
+
+
+def _trees(leaders: Set[int]) -> dict[int, int]:
+    import psutil
+
+    found = {}
+    for leader in leaders:
+        try:
+            process = psutil.Process(leader)
+            found.update({one.pid: leader for one in (process, *process.children(recursive=True))})
+        except psutil.NoSuchProcess:
+            continue
+    return found
