@@ -56,9 +56,9 @@ def prepare(modules: Sequence[str], *, proc: str = "/proc") -> dict[str, Any]:
 
         - ``modules``: the seconds that each import took, by name;
         - ``failed``: by name of a module that could not be imported, the last line of the traceback;
-        - ``environment``: the variables before the imports; ``environment_read``: which of them were read, by name, and
-          the module that was being imported; ``environment_copied``: the modules that took all at once;
-          ``environment_written``: values that imports have set, None for a variable that they removed;
+        - ``environment``: the variables that this process was executed with; ``environment_read``: which of them were
+          read, by name, and the module that was being imported; ``environment_copied``: the modules that took all at
+          once; ``environment_written``: values that have been set since, None for a variable that was removed;
         - ``files``: of each module that is new, the file and its st_mtime_ns;
         - ``threads``: names of native threads that stay;
         - ``notes``: what a reader may want to know, in sentences;
@@ -68,7 +68,7 @@ def prepare(modules: Sequence[str], *, proc: str = "/proc") -> dict[str, Any]:
     descriptors = set(_descriptors(proc))
     threads = set(_threads(proc))
     known = set(sys.modules)
-    recorder = Recorder()
+    recorder = Recorder(proc)
     seconds: dict[str, float] = {}
     failed: dict[str, str] = {}
     with recorder.recording():

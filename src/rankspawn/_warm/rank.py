@@ -111,8 +111,8 @@ def _ignored(proc: str) -> set[int]:
 def _set_stream(fd: int, name: str, mode: str) -> None:
     """Make a standard stream new for the file that the descriptor is now, in the objects that programs hold.
 
-    A logger that was made at an import holds sys.stderr. All three layers are therefore initialised again in place:
-    they keep what they have found out about a file: whether it is a terminal, can be sought, how large its blocks are.
+    A logger that was made at an import holds sys.stderr. The text and its buffer are therefore initialised again in
+    place. The layer below them keeps for good what it has found out about a file, as whether it can be sought.
     """
     text: Any = getattr(sys, f"__{name}__")
     try:
@@ -124,14 +124,15 @@ def _set_stream(fd: int, name: str, mode: str) -> None:
         return
     if text is None:
         return
-    raw = getattr(text.buffer, "raw", text.buffer)
-    raw.__init__(fd, f"{mode}b", closefd=False)
+    raw: Any = io.FileIO(fd, f"{mode}b", closefd=False)
     raw.name = f"<{name}>"
-    if raw is not text.buffer:
-        text.buffer.__init__(raw, _buffer_size(raw))
-    # -u, or PYTHONUNBUFFERED, is what has streams written through.
+    buffered = raw
+    if not isinstance(text.buffer, io.FileIO):  # -u has only stdin buffered
+        buffered = text.buffer
+        buffered.__init__(raw, _buffer_size(raw))
+    # -u has all streams written through.
     lines = not text.write_through and (fd == 2 or raw.isatty())
-    text.__init__(text.buffer, text.encoding, text.errors, "\n", line_buffering=lines, write_through=text.write_through)
+    text.__init__(buffered, text.encoding, text.errors, "\n", line_buffering=lines, write_through=text.write_through)
     text.mode = mode
 
 

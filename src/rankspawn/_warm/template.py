@@ -71,6 +71,7 @@ class Template:
         self._inherited: dict[str, str] = {}
         self._guard: Guard | None = None
         self._said: set[str] = set()
+        self._found: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._lock = threading.RLock()
         self._owner, self._closed = os.getpid(), False
 
@@ -205,9 +206,14 @@ class Template:
     def _modules_of(self, launch: Launch, number: int) -> tuple[str, ...]:
         if self.modules is not True:
             return self.modules
-        from .find import modules_of
+        # The source is read once: a template that lasts is used again for a script that has been edited.
+        command = launch.commands[number]
+        program = (command.python, command.kind, command.target, launch.cwd)
+        if program not in self._found:
+            from .find import find
 
-        return tuple(modules_of(launch.words(number), cwd=launch.cwd))
+            self._found[program] = find(launch.words(number), launch.cwd).modules
+        return self._found[program]
 
     def _kind(self, launch: Launch, number: int) -> Any:
         return launch.kind(number), self._modules_of(launch, number) if self.modules is True else ()

@@ -7,11 +7,11 @@ so it must start cold where its own variable has another value.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
-from functools import cache
+from fnmatch import translate
 from typing import Any
 
 # Code that no recorder in Python sees reads these when it is loaded. "*" stands for any characters. Found by a getenv()
@@ -35,6 +35,8 @@ READ_BY_LIBRARIES = (
     "CUDA_MODULE_LOADING", "GRPC_*", "TF_*", "XLA_*", "JAX_*",
 )  # fmt: skip
 
+_READ_BY_LIBRARIES = re.compile("|".join(map(translate, READ_BY_LIBRARIES)))
+
 # With these libgomp and libomp bind the threads of a process to places that they choose at the load, among the CPUs
 # that the importer has.
 BIND_THREADS = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
@@ -50,15 +52,21 @@ class Recorder:
     """What imports do to ``os.environ``, from ``with recorder.recording():`` on.
 
     Attributes:
+        before: The variables that this process was executed with.
         read: By name of a variable, the module that was being imported when it was read first.
         written: By name, the last value that was set; None for a variable that was removed.
         copied: The modules that took all variables at once, which says nothing about what they need.
     """
 
-    def __init__(self) -> None:
-        self.before = dict(os.environ)
+    def __init__(self, proc: str) -> None:
+        self.before = _executed_with(proc)
         self.read: dict[str, str] = {}
-        self.written: dict[str, str | None] = {}
+        # The interpreter sets LC_CTYPE, where the locale is C (PEP 538), as it would in a rank.
+        self.written: dict[str, str | None] = {
+            name: os.environ.get(name)
+            for name in {*self.before, *os.environ}
+            if self.before.get(name) != os.environ.get(name)
+        }
         self.copied: list[str] = []
         self._copying_at: set[tuple[int, int]] = set()
 
@@ -112,6 +120,15 @@ class Recorder:
         return wrapper
 
 
+def _executed_with(proc: str) -> dict[str, str]:
+    try:
+        with open(f"{proc}/self/environ", "rb") as file:
+            pairs = [pair.partition(b"=") for pair in file.read().split(b"\0") if b"=" in pair]
+    except OSError:
+        return dict(os.environ)
+    return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
+
+
 def _text(name: object) -> str | None:
     if isinstance(name, (str, bytes)):
         return os.fsdecode(name)
@@ -143,10 +160,9 @@ def importing() -> str:
     return nearest
 
 
-@cache
 def by_library(name: str) -> bool:
     """Whether ``name`` is one of those that libraries read when they are loaded."""
-    return any(fnmatchcase(name, pattern) for pattern in READ_BY_LIBRARIES)
+    return _READ_BY_LIBRARIES.match(name) is not None
 
 
 def difference(prepared: Mapping[str, Any], env: Mapping[str, str]) -> str | None:
@@ -156,16 +172,17 @@ def difference(prepared: Mapping[str, Any], env: Mapping[str, str]) -> str | Non
         prepared: What prepare() returned in the importer, or its copy by JSON.
         env: All variables of the rank, as it would be executed with.
     """
-    for name in BIND_THREADS:
+    for name in BIND_THREADS if prepared["openmp"] else ():
         if name in env:
             return f"{name} is set, by which OpenMP binds threads to CPUs that it chooses when it is loaded"
     before: Mapping[str, str] = prepared["environment"]
-    for name, module in prepared["environment_read"].items():
+    for name in sorted({*before, *env}):
         if before.get(name) != env.get(name):
-            return f"{module} read {name} when it was imported: {_values(before.get(name), env.get(name))}"
-    for name in {*filter(by_library, before), *filter(by_library, env)}:
-        if before.get(name) != env.get(name):
-            return f"libraries read {name} when they are loaded: {_values(before.get(name), env.get(name))}"
+            module = prepared["environment_read"].get(name)
+            if module is not None:
+                return f"{module} read {name} when it was imported: {_values(before.get(name), env.get(name))}"
+            if by_library(name):
+                return f"libraries read {name} when they are loaded: {_values(before.get(name), env.get(name))}"
     return None
 
 
