@@ -21,12 +21,14 @@ from .progress import Progress, say
 from .refusals import refusals
 from .reports import Reports
 from .signals import name_of, status_of, suspend
+from .warm import template_for
 
 if TYPE_CHECKING:
     from .._group.group import RankGroup
     from .._group.job import Job
     from .._output.failure import Failure
     from .._output.logs import LogFolder
+    from .._warm.template import Template
     from .settings import RunSettings
     from .signals import Signals
 
@@ -56,23 +58,24 @@ def run_attempts(settings: RunSettings, folder: LogFolder, signals: Signals) -> 
     reports = Reports(settings, signals.fileno())
     job = settings.job
     try:
-        while True:
-            status, final = _run_attempt(settings, job, folder, signals, reports)
-            if final:
-                return status
-            for sig in signals.read():  # that came when there was no rank to hand them to
-                if signals.asks_for_end(sig):
-                    return status_of(sig)
-            # Where no port was given, each attempt has another: the last one's ranks may have left theirs in a state
-            # that refuses a listener.
-            job = job._replace(restart_count=job.restart_count + 1)
-            say(f"restart {job.restart_count} of {job.max_restarts}")
+        with template_for(settings.warm, settings.preload) as template:
+            while True:
+                status, final = _run_attempt(settings, job, folder, signals, reports, template)
+                if final:
+                    return status
+                for sig in signals.read():  # that came when there was no rank to hand them to
+                    if signals.asks_for_end(sig):
+                        return status_of(sig)
+                # Where no port was given, each attempt has another: the last one's ranks may have left theirs in a
+                # state that refuses a listener.
+                job = job._replace(restart_count=job.restart_count + 1)
+                say(f"restart {job.restart_count} of {job.max_restarts}")
     finally:
         reports.write_last()
 
 
 def _run_attempt(
-    settings: RunSettings, job: Job, folder: LogFolder, signals: Signals, reports: Reports
+    settings: RunSettings, job: Job, folder: LogFolder, signals: Signals, reports: Reports, template: Template | None
 ) -> tuple[int, bool]:
     """Start all ranks once and watch them end; the status, and whether it is the last word."""
     streams = settings.streams
@@ -87,7 +90,7 @@ def _run_attempt(
     progress = Progress(streams.silent, job.first_rank)
     with _shown(settings, job, files or (), folder, signals):
         try:
-            group = _launch(settings, job, files, progress, None if folder.keep else folder.path or None)
+            group = _launch(settings, job, files, progress, None if folder.keep else folder.path or None, template)
         except OSError as error:
             if not hasattr(error, "rank") or isinstance(error, BindingError):
                 raise
@@ -110,7 +113,12 @@ def _run_attempt(
 
 
 def _launch(
-    settings: RunSettings, job: Job, files: Sequence[RankFiles] | None, progress: Progress, temporary: str | None
+    settings: RunSettings,
+    job: Job,
+    files: Sequence[RankFiles] | None,
+    progress: Progress,
+    temporary: str | None,
+    template: Template | None,
 ) -> RankGroup:
     with progress.starting(job.nprocs) as follow:
         return launch(
@@ -128,6 +136,7 @@ def _launch(
             signal_to=settings.signal_to,
             stacks=settings.stacks,
             progress=follow,
+            warm=template or False,
         )
 
 

@@ -16,6 +16,7 @@ from .options import CommandError, add_placement_options
 from .progress import say
 from .settings import read_settings
 from .vocabulary import add_torchrun_options, endpoint, needles, nodes, processes, read_variables, streams
+from .warm import add_warm_options
 
 # What starts and watches processes is imported where it is used, the standard library's part too: the other commands
 # start no process, and most of their time goes into imports.
@@ -139,6 +140,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     add("--log-line-prefix-template", "--log_line_prefix_template", metavar="TEXT", help="as '[${role_name} ${rank}]:'")
     add("--report", metavar="FILE.json", help="times, bindings, exits and use of each rank")
     add("--timeline", metavar="FILE", help="the same as a drawing (FILE.svg), or as a trace for Perfetto (FILE.json)")
+    add_warm_options(run)
     add_placement_options(run)
     add_torchrun_options(run)
     read_variables(run, os.environ)

@@ -50,6 +50,8 @@ class RunSettings(Frozen):
         guard: None where neither --guard nor --no-guard was given.
         stacks: Whether the launcher looks at what ranks do before it ends them.
         cgroup: The delegated cgroup.
+        warm: Whether ranks are forked from a template.
+        preload: The modules that it imports; None for those that are found in the script.
     """
 
     command: tuple[str, ...]
@@ -69,6 +71,8 @@ class RunSettings(Frozen):
     guard: bool | None
     stacks: bool
     cgroup: str | None
+    warm: bool
+    preload: tuple[str, ...] | None
 
 
 def read_settings(args: argparse.Namespace) -> RunSettings:
@@ -107,6 +111,8 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
         guard=args.guard,
         stacks=args.stacks,
         cgroup=args.cgroup,
+        warm=args.warm or args.preload is not None,
+        preload=args.preload,
     )
 
 

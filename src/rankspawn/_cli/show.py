@@ -12,6 +12,7 @@ from .._ids import format_ids
 from .._place.sysfs import Tree
 from .._place.topology import Topology
 from .options import AUTO_BINDS, PlacementOptions, add_placement_options, placement
+from .warm import describe, found
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ def add_plan_options(plan: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--nproc-per-node", "--nproc_per_node", type=int, metavar="N", help="default: one for each device"
     )
+    plan.add_argument(
+        "--warm", metavar="SCRIPT", help="say what a warm start of SCRIPT would import first, and what not"
+    )
+    plan.add_argument("-m", "--module", action="store_true", help="with --warm: SCRIPT is a module")
     add_placement_options(plan)
     _add_common_options(plan)
     plan.set_defaults(run=_plan)
@@ -80,6 +85,11 @@ def _plan(args: argparse.Namespace) -> int:
     from .._place.devices import find_devices, is_live
     from .._place.openmp import openmp_warnings, quota_note
 
+    if args.module and args.warm is None:
+        args.parser.error("--module needs --warm")
+    if args.warm is not None and args.nproc_per_node is None and not args.json:
+        print(*describe(found([args.warm], args.module), args.warm), sep="\n")
+        return 0
     topology = Topology.read(args.sysfs)
     options = PlacementOptions.read(args)
     ranks = placement(options, topology, args.nproc_per_node)
@@ -98,9 +108,15 @@ def _plan(args: argparse.Namespace) -> int:
         _print_map(topology, devices, ranks)
         _notes((*topology.notes, *notes), sys.stdout)
     elif args.json:
-        _print_json({"ranks": [rank_json(i, rank) for i, rank in enumerate(ranks)], "notes": notes})
+        data = {"ranks": [rank_json(i, rank) for i, rank in enumerate(ranks)], "notes": notes}
+        if args.warm is not None:
+            warm = found([args.warm], args.module)
+            data["warm"] = {"modules": list(warm.modules), "left_out": dict(warm.left_out)}
+        _print_json(data)
     else:
         _print_plan(topology, ranks, notes, sys.stdout)
+    if args.warm is not None and not args.json:
+        print("", *describe(found([args.warm], args.module), args.warm), sep="\n")
     return 0
 
 

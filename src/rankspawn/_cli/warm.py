@@ -1,0 +1,67 @@
+"""--warm: the template that ``run`` forks its ranks from, and what ``plan`` says of one."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from contextlib import nullcontext
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+
+    from .._warm.find import Found
+    from .._warm.template import Template
+
+_NAME = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
+
+
+def add_warm_options(parser: argparse.ArgumentParser) -> None:
+    """Add --warm and --preload.
+
+    --warm takes no value: in ``--warm train.py`` nobody could tell whether train.py is one, because it is a module's
+    name, too.
+    """
+    add = parser.add_argument_group(
+        "warm start", "Ranks are forked from a process that has the imports done."
+    ).add_argument
+    add("--warm", action="store_true", help="it imports what SCRIPT imports at its top: see rankspawn plan --warm")
+    add("--preload", type=modules, metavar="LIST", help="it imports these instead: torch,torch._dynamo")
+
+
+def modules(text: str) -> tuple[str, ...]:
+    """Names of modules, with commas between them."""
+    names = text.split(",")
+    for name in names:
+        if not re.fullmatch(_NAME, name):
+            raise argparse.ArgumentTypeError(f"expected names of modules, as torch,torch._dynamo, got {text!r}")
+    return tuple(dict.fromkeys(names))
+
+
+def template_for(warm: bool, preload: Sequence[str] | None) -> AbstractContextManager[Template | None]:
+    """The template of a job, kept over its restarts; None where ranks are executed."""
+    if not warm and preload is None:
+        return nullcontext()
+    from .._warm.template import Template
+
+    return Template(True if preload is None else preload)
+
+
+def found(command: Sequence[str], module: bool) -> Found:
+    """What ``rankspawn run --warm`` would preload for SCRIPT."""
+    from .._warm.find import find
+
+    python = os.environ.get("PYTHON_EXEC", sys.executable)
+    return find([python, *(["-m"] if module else []), *command], os.getcwd())
+
+
+def describe(one: Found, script: str) -> list[str]:
+    """Lines that say what would be preloaded, and what not and why."""
+    if one.modules:
+        lines = [f"a warm start of {script} preloads {', '.join(one.modules)}"]
+    else:
+        lines = [f"a warm start of {script} preloads nothing"]
+    return [*lines, *(f"  not {name}: {why}" for name, why in one.left_out)]
