@@ -91,6 +91,7 @@ PUBLIC = {
     "RankGroup",
     "Template",
     "RankFiles",
+    "RankLine",
     "Failure",
     "RanksFailedError",
     "Stacks",

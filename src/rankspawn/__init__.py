@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ._multiprocessing.context import get_context
     from ._output.failure import Failure, RanksFailedError
     from ._output.form import GroupReport
+    from ._output.lines import RankLine
     from ._output.logs import RankFiles
     from ._place.plan import place
     from ._place.sysfs import TopologyError
@@ -39,6 +40,7 @@ __all__ = [
     "Popen",
     "RankFiles",
     "RankGroup",
+    "RankLine",
     "RanksFailedError",
     "Stacks",
     "SubprocessHandler",
@@ -66,6 +68,7 @@ _MODULES = {
     "Popen": "_start.popen",
     "RankFiles": "_output.logs",
     "RankGroup": "_group.group",
+    "RankLine": "_output.lines",
     "RanksFailedError": "_output.failure",
     "Stacks": "_stacks.take",
     "SubprocessHandler": "_torch.handler",

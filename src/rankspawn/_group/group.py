@@ -20,11 +20,13 @@ from .._end.watch import Watch
 from .._public import public
 from .descriptors import enough_descriptors
 from .ending import Ending
+from .lines import Lined
 from .reporting import Reporting
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from .._output.lines import RankLine
     from .._output.report import Attempt
     from .order import Started
     from .restarts import Restarts
@@ -34,7 +36,7 @@ GRACE_SECONDS = 30.0
 
 
 @public
-class RankGroup(Reporting):
+class RankGroup(Reporting, Lined):
     """Ranks that live and die together. Leaving the ``with`` block ends those that still run, and what they started.
 
     A rank is signalled, waited for and killed with all that is in its session: what it has started, and what that has,
@@ -66,10 +68,11 @@ class RankGroup(Reporting):
         signal_to: SignalTo,
         restarts: Restarts | None,
         stacks: bool = False,
+        on_line: Callable[[RankLine], object] | None = None,
     ) -> None:
         self._resources, self._restarts = resources, restarts
         self._keep_going, self._grace, self._signal_to = keep_going, grace, signal_to
-        self._takes_stacks = stacks
+        self._takes_stacks, self._on_line, self._loops = stacks, on_line, []
         self._past: list[Attempt] = []
         self._watched: list[int] = []
         self.stop_asked: tuple[int, float | None] | None = None
@@ -88,6 +91,7 @@ class RankGroup(Reporting):
         self.ranks, self.files, self.job = ranks, None if files is None else tuple(files), started.job
         self._called_ns, self._templates = started.called_ns, started.templates
         self._note_birth()
+        self._begin_lines()
         self._ending = Ending(ranks, watch, grace=self._grace, signal_to=self._signal_to, cgroup=started.cgroup)
         self._watch = watch
         if self._takes_stacks:
@@ -99,6 +103,7 @@ class RankGroup(Reporting):
         """End what is left of ranks that have ended, before the next attempt: pid -> whose it is of what is stuck."""
         if stuck := self._ending.kill_and_reap(self._look):
             return stuck
+        self._end_lines()
         self._past.append(self.attempt())
         self._watch.close()
         for rank in self.ranks:
@@ -177,12 +182,14 @@ class RankGroup(Reporting):
             TimeoutError: A killed rank does not end.
         """
         self._end_after_failure()
-        due = self._ending.do_due()
-        if (self._watch.running or self._ending.lingering) and self._look(left(sooner(until(timeout), due))):
+        self._ending.do_due()
+        if (self._watch.running or self._ending.lingering) and self._look(left(sooner(until(timeout), self._due()))):
             self._end_after_failure()
         self._ending.look_at_sessions()
+        self._hand_lines()
         if self._watch.running or self._ending.lingering:
             return True
+        self._end_lines()
         return self._restarts is not None and self._restarts.after_end(self)
 
     def watch(self, descriptor: int) -> None:
@@ -200,7 +207,7 @@ class RankGroup(Reporting):
 
     async def _wait_in_loop(self) -> tuple[int, ...]:
         while self.advance():
-            await self._watch.sleep(self._ending.due)
+            await self._watch.sleep(self._due())
         return self._all_returncodes()
 
     def _look(self, timeout: float | None) -> list[int]:
@@ -327,6 +334,7 @@ class RankGroup(Reporting):
             self.terminate()
         finally:
             self._closed = True
+            self._resources.callback(self._end_lines)  # before what holds the files goes
             self._watch.close()
             for rank in self.ranks:
                 if rank.returncode is not None:

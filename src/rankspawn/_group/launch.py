@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing import IO, Any, Literal
 
     from .._binding import AffinityMode, Binding, MemoryMode, MemoryPolicy, NumaMode
+    from .._output.lines import RankLine
     from .._output.logs import RankFiles
     from .._place.visible import Device
     from .._warm.template import Template
@@ -49,6 +50,8 @@ def launch(
     tee: bool | IO[str] = False,
     tee_prefix: str = "[rank {rank}]:",
     tee_ranks: Collection[int] | None = None,
+    capture_output: bool = False,
+    on_line: Callable[[RankLine], object] | None = None,
     files: Sequence[RankFiles] | None = None,
     die_with_parent: bool | None = None,
     guard: bool | None = None,
@@ -92,6 +95,11 @@ def launch(
             to it, from another thread. Without ``log_dir`` the files are temporary ones.
         tee_prefix: Stands before each of these lines; ``{rank}`` is the rank's number.
         tee_ranks: Those of these ranks only.
+        capture_output: The ranks write to log files, for ``lines()`` of the group and for the text of a failure;
+            without ``log_dir`` to temporary ones.
+        on_line: Is called with each line that a rank writes, as a RankLine, by whoever waits for the group, in that
+            thread or asyncio loop, and by ``close``. The lines come from log files, as those of ``lines()``: a program
+            that waits late, or does not return soon, delays no rank. What it raises, the wait raises.
         files: Instead of ``log_dir``, made by ``rank_files``.
         die_with_parent: The kernel kills the ranks when this process ends, however it ends; None: where it can.
         guard: A small process ends, when this process has been killed, also what the ranks have started; None: where
@@ -139,6 +147,8 @@ def launch(
     check_ranks(nprocs, bindings=bindings, rank_env=rank_env, files=files)
     if env is not None:
         check_environment("env", env)
+    if on_line is not None and not callable(on_line):
+        raise TypeError(f"on_line: expected a function that takes a RankLine, got {on_line!r}")
     _check_ending(grace, signal_to)
     _check_output(files, log_dir, tee, tee_prefix, tee_ranks, max_restarts)
     wanted = _given(
@@ -159,7 +169,7 @@ def launch(
     order = Order(
         commands_of_ranks(args, nprocs), bindings, threads, env, rank_env, cwd, log_dir, files,
         tee, tee_prefix, tee_ranks, die_with_parent, guard, cgroup, temporary, progress,
-        template := chosen_template(warm, lasts=bool(max_restarts)),
+        template := chosen_template(warm, lasts=bool(max_restarts)), capture_output or on_line is not None,
     )  # fmt: skip
     # Not a with block: at every moment either this function or the group owns what was opened and closes it.
     resources, ranks = ExitStack(), list[Popen]()
@@ -187,6 +197,7 @@ def launch(
             signal_to=signal_to,
             restarts=restarts,
             stacks=stacks,
+            on_line=on_line,
         )
         if template is not None and template is not warm and not max_restarts:
             template.close()  # what was forked from it does not need it

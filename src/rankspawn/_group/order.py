@@ -71,6 +71,7 @@ class Order(Frozen):
         temporary: A folder that the guard removes.
         progress: Is called before the first start.
         template: What ranks are forked from; None where they are executed.
+        captures: Whether ranks have log files in any case.
     """
 
     commands: Sequence[Sequence[str]]
@@ -90,6 +91,7 @@ class Order(Frozen):
     temporary: str | os.PathLike[str] | None
     progress: Callable[[Callable[[], int]], object] | None
     template: Template | None = None
+    captures: bool = False
 
     def start(self, job: Job, called_ns: int, resources: ExitStack, ranks: list[Popen]) -> Started:
         """Start all ranks, or none.
@@ -147,7 +149,7 @@ class Order(Frozen):
 
     def _files(self, job: Job, resources: ExitStack) -> tuple[Sequence[RankFiles] | None, LogFolder | None]:
         """Where each rank writes, and the temporary folder of it, which goes with ``resources``."""
-        if self.files is not None or not (self.tee or self.log_dir is not None):
+        if self.files is not None or not (self.captures or self.tee or self.log_dir is not None):
             return self.files, None
         from .._output.logs import LogFolder, claimed, rank_files
 

@@ -5,7 +5,7 @@ tee        what all ranks write, shown while they run       follow     one log f
 report     times, bindings, exits and use, as data          usage      what a rank uses now
 form       the types of a report                            timeline   a report as a picture
 write      reports written to files and pipes               trace      a report as a trace for Perfetto
-console    what the launcher says on stderr
+console    what the launcher says on stderr                 lines      what all ranks write, for a program
 
 This room starts and ends no process: it imports Popen only as a type, and only `processes` from _end.
 """
