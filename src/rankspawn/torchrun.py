@@ -38,6 +38,10 @@ _torchs: dict[tuple[str, str], Any] = {}
 def install(numa_options: NumaOptions | None = None, guard: bool = True) -> None:
     """From now on, torch elastic in this process starts and watches its ranks through rankspawn, until uninstall().
 
+    Where somebody else has replaced torch's ``get_subprocess_handler``, before or after, as NVIDIA's ft_launcher does
+    for its logs, ranks that are programs are started through that function, bound all the same; they do not die with
+    this process, and have no guard.
+
     Args:
         numa_options: How ranks are bound that are launched without options of their own (``LaunchConfig.numa_options``,
             torch's or ours); the memory policy also for ranks whose options are torch's, which have none. Installing
@@ -64,14 +68,20 @@ def install(numa_options: NumaOptions | None = None, guard: bool = True) -> None
     elastic.guards = guard
     for module, name in _REPLACED:
         place = import_module(module)
-        _torchs.setdefault((module, name), getattr(place, name))
-        setattr(place, name, getattr(elastic, name))
+        present = getattr(place, name)
+        if present is elastic.TORCHS_HANDLER or (name != "get_subprocess_handler" and (module, name) not in _torchs):
+            _torchs[module, name] = present
+        if present is _torchs.get((module, name)):  # else it is ours, or somebody else's, which ours go through
+            setattr(place, name, getattr(elastic, name))
 
 
 def uninstall() -> None:
     """Give torch its own back; running ranks are left alone. Does nothing when nothing is installed."""
+    elastic = sys.modules.get("rankspawn._torch.elastic")
     for (module, name), torchs in _torchs.items():
-        setattr(import_module(module), name, torchs)
+        place = import_module(module)
+        if getattr(place, name) is getattr(elastic, name):  # else somebody has replaced it since, and keeps it
+            setattr(place, name, torchs)
     _torchs.clear()
 
 

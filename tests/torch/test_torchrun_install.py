@@ -179,6 +179,87 @@ def test_elastic_launch(tmp_path: Path, where: str) -> None:
     assert masks["none"] == masks["uninstalled"] == [sorted(os.sched_getaffinity(0))] * 2
 
 
+FOREIGN = """
+import os, subprocess, sys, time
+from torch.distributed.elastic.multiprocessing import api
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from rankspawn import AffinityMode, NumaOptions, torchrun
+
+handlers = []
+
+class PipeHandler(SubprocessHandler):
+    def __init__(self, entrypoint, args, env, stdout, stderr, local_rank_id, numa_options=None):
+        self._stdout, self._stderr = subprocess.PIPE, None
+        self.local_rank_id = local_rank_id
+        self.proc = self._popen((entrypoint, *map(str, args)), {**os.environ, **env})
+        handlers.append(self)
+
+    def close(self, death_sig=None):
+        os.killpg(self.proc.pid, death_sig or 15)
+
+def start_by_pipe(**keywords):
+    return PipeHandler(**keywords)
+
+def launch(*args):
+    config = LaunchConfig(1, 1, 2, run_id="foreign", rdzv_backend="c10d", rdzv_endpoint="localhost:0")
+    elastic_launch(config, sys.executable)(*args)
+    for handler in handlers:
+        print(handler.local_rank_id, handler.proc.stdout.read().decode(), end="")
+        handler.proc.stdout.close()
+    handlers.clear()
+
+options = NumaOptions(AffinityMode.EXCLUSIVE)
+if sys.argv[2] == "before":
+    api.get_subprocess_handler = start_by_pipe
+    torchrun.install(options)
+else:
+    torchrun.install(options)
+    api.get_subprocess_handler = start_by_pipe
+torchrun.install(options)
+launch("-c", sys.argv[1])
+torchrun.uninstall()
+assert api.get_subprocess_handler is start_by_pipe
+launch("-c", sys.argv[1])
+"""
+
+
+@needs_two_cpus
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_somebody_elses_function_that_starts_ranks(tmp_path: Path, order: str) -> None:
+    """As NVIDIA's ft_launcher has one: ranks are started through it, and bound; uninstall() leaves it alone."""
+    script = tmp_path / "launch.py"
+    script.write_text(FOREIGN)
+    rank = "import os, json; print(json.dumps([int(os.environ['RANK']), sorted(os.sched_getaffinity(0))]))"
+    done = subprocess.run([sys.executable, str(script), rank, order], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
+    said = [(int(number), *json.loads(text)) for number, text in lines]
+    assert [(number, rank) for number, rank, _ in said] == [(0, 0), (1, 1)] * 2
+    assert apart([mask for _, _, mask in said[:2]])
+    assert [mask for _, _, mask in said[2:]] == [sorted(os.sched_getaffinity(0))] * 2
+
+
+def test_somebody_elses_function_that_fails_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, api
+
+    started: list[Any] = []
+
+    def start(**keywords: Any) -> Any:
+        if keywords["local_rank_id"] == 1:
+            raise OSError("no more of these")
+        started.append(import_module("rankspawn._torch.elastic").TORCHS_HANDLER(**keywords))
+        return started[-1]
+
+    monkeypatch.setattr(api, "get_subprocess_handler", start)
+    install()
+    elastic = import_module("rankspawn._torch.elastic")
+    context = elastic.SubprocessContext("c", "sleep", {0: ("60",), 1: ("60",)}, {0: {}, 1: {}}, DefaultLogsSpecs())
+    with pytest.raises(OSError, match="no more of these"):
+        context._start()
+    assert started[0].proc.returncode == -9
+
+
 FUNCTIONS = """
 import json, os, sys, time
 mask_at_import = sorted(os.sched_getaffinity(0))

@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
+from inspect import signature
 from multiprocessing import connection, context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed.elastic.agent.server.local_elastic_agent as agents
 import torch.distributed.elastic.multiprocessing.api as contexts
+import torch.distributed.elastic.multiprocessing.subprocess_handler as handlers
 
 from .._binding import AffinityMode
 from .._end.guard import Guard
@@ -21,9 +24,12 @@ from .._end.watch import Watch
 from .._group.start import start_ranks
 from .._multiprocessing.context import get_context
 from .._start.engine import bind_thread, mechanisms
+from .._start.without import in_thread
 from .handler import SubprocessHandler, binding_for, warn_of_refused
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .._binding import Binding
     from .._start.popen import Popen
     from .numa_options import NumaOptions
@@ -34,6 +40,9 @@ rank that the agent ends is reported with the agent's signal instead of its own 
 its interval, which is as long by default, and may be nothing."""
 _NO_PAUSE = 1e-9  # seconds; torch requires more than 0
 _DIE_WITH_AGENT = sys.platform == "linux" and bool(mechanisms())
+
+TORCHS_HANDLER = handlers.get_subprocess_handler
+"""torch's own, whatever stands in its place where torch looks it up."""
 
 default_numa_options: NumaOptions | None = None
 """For launches that name none themselves; rankspawn.torchrun.install() sets it."""
@@ -120,6 +129,10 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
     def _start(self) -> None:
         if self.subprocess_handlers:
             super()._start()  # which raises
+        start = contexts.get_subprocess_handler
+        if start is not get_subprocess_handler and start is not TORCHS_HANDLER:
+            self._start_through(start)
+            return
         if guards and not Guard.why_not():
             self._guard = Guard.start()
         try:
@@ -149,10 +162,43 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
             warn_of_refused(number, ranks[number].binding_report.refused)
         self._watch = Watch(ranks)
 
+    def _start_through(self, start: Callable[..., Any]) -> None:
+        """Start the ranks by a function that somebody has put in the place of torch's, and bind them all the same.
+
+        What a thread starts inherits its mask and policy, so a thread made for a rank is bound first.
+        """
+        known = {"numa_options": None} if "numa_options" in signature(TORCHS_HANDLER).parameters else {}
+        started: dict[int, Any] = {}
+        try:
+            for number, binding in enumerate(self._bindings()):
+                call = functools.partial(
+                    start,
+                    entrypoint=self.entrypoint,
+                    args=self.args[number],
+                    env=self.envs[number],
+                    stdout=self.stdouts[number],
+                    stderr=self.stderrs[number],
+                    local_rank_id=number,
+                    **known,
+                )
+                if binding is None:
+                    started[number] = call()
+                    continue
+                refused, started[number] = in_thread(lambda: (bind_thread(binding), call()))  # noqa: B023
+                warn_of_refused(number, refused)
+        except BaseException:
+            for handler in started.values():
+                handler.close(signal.SIGKILL)
+                handler.proc.wait()
+            raise
+        self.subprocess_handlers = started
+
     def rest(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         failed = False
         watch = self._watch
+        if watch is None and self.subprocess_handlers:  # started by somebody else's function: nothing tells their end
+            time.sleep(seconds)
         while watch is not None and watch.running and (left := end - time.monotonic()) > 0:
             if any(watch.returncodes[number] for number in watch.look(left)) and not failed:
                 failed, end = True, time.monotonic() + _SIBLINGS_SECONDS

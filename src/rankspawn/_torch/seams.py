@@ -43,8 +43,9 @@ class Seam(NamedTuple):
 
 
 SEAMS = (
+    # torch's own: what stands in its place in .api may be somebody else's.
     Seam(
-        f"{MULTIPROCESSING}.api",
+        f"{MULTIPROCESSING}.subprocess_handler",
         "get_subprocess_handler",
         "entrypoint args env stdout stderr local_rank_id [numa_options]",
     ),
