@@ -207,18 +207,23 @@ def threads_job(place: Place, *, api: str, threads: int, batch: int = 200) -> Jo
     return once
 
 
+def support(name: str) -> Any:
+    """A module of tests/support, loaded by its path: with tests/ on sys.path tests/torch would pass for torch."""
+    source = Path(__file__).resolve().parent.parent / "tests" / "support" / f"{name}.py"
+    if not source.exists():
+        raise Skip(f"tests/support/{source.name} is not here")
+    spec: Any = importlib.util.spec_from_file_location(name, source)
+    loaded = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
 @cache
 def made_up_machine() -> tuple[tempfile.TemporaryDirectory[str], tuple[str, ...]]:
     """A sysfs tree of 2 sockets, 256 CPUs and 8 GPUs, and the GPUs' addresses. The tree is in memory, as sysfs is,
     where there is such a folder. The kernel's own files take longer to open and read, so that everything but reading
     weighs more here."""
-    source = Path(__file__).resolve().parent.parent / "tests" / "support" / "sysfs_tree.py"
-    if not source.exists():
-        raise Skip(f"tests/support/{source.name}, which makes the tree, is not here")
-    # Loaded by its path, because with tests/ on sys.path tests/torch would pass for torch.
-    spec: Any = importlib.util.spec_from_file_location("sysfs_tree", source)
-    trees = sys.modules["sysfs_tree"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(trees)
+    trees = support("sysfs_tree")
     memory = Path("/dev/shm")
     folder = tempfile.TemporaryDirectory(prefix="rankspawn-bench-", dir=memory if os.access(memory, os.W_OK) else None)
     gpus = tuple(trees.Gpu(node=number // 4) for number in range(8))
@@ -261,19 +266,14 @@ def torch_plan(root: str, addresses: Iterable[str], allowed: Iterable[int]) -> C
     """torch's functions for each of the ranks, made to read below ``root``, where they see GPUs at ``addresses``."""
     module("torch")
     binding: Any = importlib.import_module("torch.numa.binding")
-    gpus = []
-    for address in addresses:
-        domain, bus, slot = (int(part, 16) for part in address.removesuffix(".0").split(":"))
-        gpus.append(SimpleNamespace(pci_domain_id=domain, pci_bus_id=bus, pci_device_id=slot))
-    cuda = SimpleNamespace(device_count=lambda: len(gpus), get_device_properties=lambda index: gpus[index])
-    binding.torch = SimpleNamespace(cuda=cuda)
+    numa = support("torch_numa")
+    binding.torch = numa.seen_by_torch(addresses)
     binding.open = lambda path: builtins.open(root + path)
     binding.os = SimpleNamespace(
         path=os.path, listdir=lambda path: os.listdir(root + path), sched_getaffinity=lambda _pid: set(allowed)
     )
-    options = binding.NumaOptions(affinity_mode=binding.AffinityMode.EXCLUSIVE)
-    cpus = binding._get_logical_cpus_to_bind_to
-    return lambda: [cpus(gpu_index=rank, numa_options=options) for rank in range(len(gpus))]
+    cpus, count = numa.cpus_by_torch(binding), len(tuple(addresses))
+    return lambda: [cpus("exclusive", rank) for rank in range(count)]
 
 
 def files_job(place: Place) -> Job:

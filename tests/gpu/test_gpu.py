@@ -127,10 +127,14 @@ from torch.numa import binding
 loaded = time.perf_counter()
 count = torch._C._cuda_getDeviceCount() if torch.version.cuda else None
 devices = []
+if hasattr(binding, "_get_numa_node_index_for_device_index"):  # torch 2.14 and newer
+    node_of = lambda index: binding._get_numa_node_index_for_device_index(device_index=index)
+else:
+    node_of = lambda index: binding._get_numa_node_index_for_gpu_index(gpu_index=index)
 for index in range(count or 0):
     found = torch.cuda.get_device_properties(index)
     try:
-        node = binding._get_numa_node_index_for_gpu_index(gpu_index=index)
+        node = node_of(index)
     except OSError:
         node = None
     bus = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"

@@ -19,6 +19,7 @@ from rankspawn._place.devices import as_devices
 from rankspawn._place.plan import place, plan
 from rankspawn._place.topology import Topology
 from tests.support.sysfs_tree import Gpu, Machine, address, write
+from tests.support.torch_numa import cpus_by_torch, seen_by_torch
 from tests.test_placement import machines
 
 binding = pytest.importorskip("torch.numa.binding", reason="torch 2.9 or newer is not installed")
@@ -63,12 +64,6 @@ def torch_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, tuple[str, ...]
     """Makes torch's functions see another machine's tree, its GPUs' addresses, and a mask of allowed CPUs."""
 
     def point_at(root: Path, addresses: tuple[str, ...], allowed: frozenset[int]) -> TorchPlan:
-        found = []
-        for one in addresses:
-            domain, bus, rest = one.split(":")
-            slot = int(rest.partition(".")[0], 16)
-            found.append(SimpleNamespace(pci_domain_id=int(domain, 16), pci_bus_id=int(bus, 16), pci_device_id=slot))
-        cuda = SimpleNamespace(device_count=lambda: len(found), get_device_properties=lambda i: found[i])
         system = SimpleNamespace(
             path=os.path,
             listdir=lambda path: os.listdir(f"{root}{path}"),
@@ -76,14 +71,8 @@ def torch_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, tuple[str, ...]
         )
         monkeypatch.setattr(binding, "open", lambda path: builtins.open(f"{root}{path}"), raising=False)
         monkeypatch.setattr(binding, "os", system)
-        monkeypatch.setattr(binding, "torch", SimpleNamespace(cuda=cuda))
-
-        def plan(mode: str, index: int) -> set[int]:
-            options = binding.NumaOptions(affinity_mode=binding.AffinityMode(mode))
-            cpus: set[int] = binding._get_logical_cpus_to_bind_to(gpu_index=index, numa_options=options)
-            return cpus
-
-        return plan
+        monkeypatch.setattr(binding, "torch", seen_by_torch(addresses))
+        return cpus_by_torch(binding)
 
     return point_at
 
