@@ -15,17 +15,15 @@ import pytest
 from rankspawn import Popen, launch
 from rankspawn._output.failure import (
     Failure,
-    RecordedError,
     describe,
     describe_interruption,
     failures,
     first_failure,
     how_it_ended,
-    pass_on,
-    read_error_file,
     read_last_lines,
 )
 from rankspawn._output.logs import RankFiles, rank_files
+from rankspawn._output.recorded import RecordedError, pass_on, read_error_file
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "train.py", line 1, in main\nRuntimeError: boom\n'
 

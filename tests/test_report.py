@@ -141,12 +141,12 @@ def test_a_refused_optional_binding() -> None:
         "effective": None,  # nobody looked before it ended
         "refused": [{"step": "sched_setaffinity", "errno": 22, "name": "EINVAL", "text": os.strerror(errno.EINVAL)}],
     }
-    assert told["exit"] == {"returncode": 0, "status": 0, "signal": None, "core": False}
+    assert told["exit"] == {"returncode": 0, "status": 0, "signal": None, "core": False, "why": ""}
 
 
 def test_a_rank_that_fails() -> None:
     with started("/bin/sh", "-c", "exit 7") as one:
-        assert one.ended()["exit"] == {"returncode": 7, "status": 7, "signal": None, "core": False}
+        assert one.ended()["exit"] == {"returncode": 7, "status": 7, "signal": None, "core": False, "why": ""}
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_rank_that_a_signal_ended(sig: int, name: str) -> None:
     with started("/bin/sleep", "60") as one:
         one.rank.send_signal(sig)
         told = one.ended(core=None)
-    assert told["exit"] == {"returncode": -sig, "status": None, "signal": name, "core": None}
+    assert told["exit"] == {"returncode": -sig, "status": None, "signal": name, "core": None, "why": ""}
     assert told["now"] is None
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from rankspawn import Popen
-from rankspawn._output.failure import Failure, describe, first_failure, pass_on, read_error_file
+from rankspawn._output.failure import Failure, describe, first_failure
 from rankspawn._output.logs import RankFiles, rank_files
+from rankspawn._output.recorded import pass_on, read_error_file
 
 errors = pytest.importorskip("torch.distributed.elastic.multiprocessing.errors", reason="torch is not installed")
 

@@ -12,8 +12,9 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from .._group.launch import launch
-from .._output.failure import describe, describe_interruption, pass_on
+from .._output.failure import describe, describe_interruption
 from .._output.logs import RankFiles, rank_files
+from .._output.recorded import pass_on
 from .._place.glance import sets_threads
 from .._start.outcome import BindingError
 from .options import CommandError

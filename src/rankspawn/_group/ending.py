@@ -71,6 +71,11 @@ class Ending:
             return sooner(end, until(POLL_SECONDS))
         return sooner(end, self._half_at) if self._rest else end
 
+    @property
+    def cgroup_path(self) -> str | None:
+        """The directory of the group's own cgroup; None where it has none."""
+        return None if self._cgroup is None else self._cgroup.path
+
     def ask(self, sig: int, grace: float | None) -> None:
         """Ask the ranks to end.
 

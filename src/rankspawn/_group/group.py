@@ -212,7 +212,7 @@ class RankGroup(Reporting, Lined):
 
     def _look(self, timeout: float | None) -> list[int]:
         self._check_owner()
-        return self._watch.look(timeout)
+        return self._look_for_deaths(timeout, self._ending.cgroup_path)
 
     def _all_returncodes(self) -> tuple[int, ...]:
         return tuple(self._watch.returncodes[number] for number in range(len(self.ranks)))

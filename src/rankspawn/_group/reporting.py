@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from .._binding import Binding
+    from .._end.deaths import Deaths
     from .._end.watch import Watch
     from .._output.failure import Failure
     from .._output.form import GroupReport, TemplateReport
@@ -25,6 +26,8 @@ _REQUESTS = {
     code for sig in ("SIGINT", "SIGTERM", "SIGHUP") if (n := getattr(signal, sig, 0)) for code in (-n, 128 + n)
 }
 """How a rank ends that somebody has asked to, or the shell that reports so."""
+
+_MOMENT = 0.02  # seconds
 
 
 class Reporting:
@@ -50,6 +53,9 @@ class Reporting:
 
     def _note_birth(self) -> None:
         """Note what ranks inherit, when they have just been started."""
+        self._why: dict[int, str] = {}
+        self._deaths: Deaths | None = None
+        self._has_looked = False
         self.stacks: list[Stacks] = []
         self.stacks_at_failure: Stacks | None = None
         self._effective: dict[int, Binding | None] = {}
@@ -104,9 +110,42 @@ class Reporting:
         """The ranks that have failed, with what is known of each; first the one whose failure came first."""
         from .._output.failure import failures
 
-        watch, sent = self._watch, self._ending.sent
-        others = "" if self.stacks_at_failure is None else self.stacks_at_failure.folded
-        return failures(self.ranks, watch.returncodes, watch.exited_ns, self.files, sent, self.job.first_rank, others)
+        return failures(
+            self.ranks,
+            self._watch.returncodes,
+            self._watch.exited_ns,
+            self.files,
+            self._ending.sent,
+            self.job.first_rank,
+            others="" if self.stacks_at_failure is None else self.stacks_at_failure.folded,
+            why=self._why,
+        )
+
+    def _look_for_deaths(self, timeout: float | None, cgroup: str | None) -> list[int]:
+        """Look who has ended, and why, while the kernel still knows it.
+
+        The first look is a short one: what is counted before any rank dies is read when the ranks have lived that long,
+        so that it costs short jobs nothing.
+        """
+        if not self._has_looked:
+            self._has_looked = True
+            timeout = _MOMENT if timeout is None else min(timeout, _MOMENT)
+        elif self._deaths is None:
+            self._deaths = self._new_deaths(cgroup)
+        ended = self._watch.look(timeout)
+        codes = {number: code for number in ended if (code := self._watch.returncodes[number])}
+        if codes:
+            if self._deaths is None:
+                self._deaths = self._new_deaths(cgroup, counts=not {-9, 137}.intersection(codes.values()))
+            sent = self._ending.sent
+            dead = {one: (self.ranks[one], code, sent.get(one, ())) for one, code in codes.items()}
+            self._why |= self._deaths.why(dead)
+        return ended
+
+    def _new_deaths(self, cgroup: str | None, *, counts: bool = True) -> Deaths:
+        from .._end.deaths import Deaths
+
+        return Deaths(self._called_ns, cgroup, counts=counts)
 
     def dump(self, seconds: float = 2.0, *, because: str = "asked for") -> Stacks:
         """Look at what every rank does now, and what they have started, from outside; no process gets a signal.
@@ -184,6 +223,7 @@ class Reporting:
             collected=self._ending.collected,
             stacks=self.stacks,
             templates=self._templates,
+            why=self._why,
         )
 
     def note_effective(self) -> None:

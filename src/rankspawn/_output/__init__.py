@@ -1,6 +1,7 @@
 """What ranks write, and what is written of them.
 
 logs       where each rank writes                           failure    which rank failed first, and why
+recorded   the error that a rank has recorded              words      why it has failed, by its own words
 tee        what all ranks write, shown while they run       follow     one log file as it grows, and where it is shown
 report     times, bindings, exits and use, as data          usage      what a rank uses now
 form       the types of a report                            timeline   a report as a picture

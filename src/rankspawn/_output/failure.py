@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
 import time
@@ -13,9 +11,10 @@ from typing import TYPE_CHECKING
 from .._frozen import Frozen
 from .._ids import format_ids
 from .._public import public
-from .logs import last_lines, printable, read_regular
+from .logs import last_lines, printable
+from .recorded import RecordedError, read_error_file
+from .words import why_by_words
 
-_MOST_BYTES = 1 << 20
 _MOST_LINES = 20
 _WIDEST = 300  # characters of a line that are printed
 
@@ -39,93 +38,6 @@ _MEANINGS = {
     "SIGXCPU": "the signal of a CPU time limit that was passed",
     "SIGXFSZ": "the signal of a file size limit that was passed",
 }
-
-
-class RecordedError(Frozen):
-    """What a rank left in its error file (TORCHELASTIC_ERROR_FILE), as torch's ``@record`` writes it.
-
-    Attributes:
-        message: The exception in words.
-        traceback: Its traceback, "" where there is none.
-        time: Seconds since the epoch, whole seconds in torch's files; None where there is none.
-        raw: The text of the file.
-        problem: Why the file cannot be understood, or "".
-    """
-
-    message: str
-    traceback: str
-    time: float | None
-    raw: str
-    problem: str = ""
-
-
-def read_error_file(path: str | os.PathLike[str]) -> RecordedError | None:
-    """Read the error that a rank recorded; None where it recorded none.
-
-    The forms are those that torch.distributed.elastic.multiprocessing.errors writes and reads: ``{"message":
-    {"message": ..., "extraInfo": {"py_callstack": ..., "timestamp": ...}}}``, and ``{"message": "text"}``. A file that
-    cannot be read or understood raises nothing: ``problem`` says what is wrong with it.
-    """
-    try:
-        data, cut = read_regular(path, _MOST_BYTES)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        return RecordedError("", "", None, "", f"cannot be read: {error.strerror}")
-    raw = data.decode(errors="backslashreplace")
-    if cut:
-        return RecordedError("", "", None, raw, f"is larger than {_MOST_BYTES >> 20} MiB")
-    try:
-        found = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        return RecordedError("", "", None, raw, f"is no JSON: {error}" if raw else "is empty")
-    message = found.get("message") if isinstance(found, dict) else None
-    if isinstance(message, str):
-        return RecordedError(message, "", _seconds(found.get("timestamp")), raw)
-    if not isinstance(message, dict):
-        return RecordedError("", "", None, raw, "has no message")
-    extra = message.get("extraInfo")
-    extra = extra if isinstance(extra, dict) else {}
-    text, traceback = message.get("message", ""), extra.get("py_callstack", "")
-    return RecordedError(
-        text if isinstance(text, str) else json.dumps(text),
-        traceback if isinstance(traceback, str) else json.dumps(traceback),
-        _seconds(extra.get("timestamp")),
-        raw,
-    )
-
-
-def _seconds(timestamp: object) -> float | None:
-    """A time from JSON, where torch writes it as text."""
-    try:
-        seconds = float(timestamp)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return seconds if 0 <= seconds < 1e11 else None
-
-
-def pass_on(error: RecordedError, returncode: int, path: str | os.PathLike[str]) -> None:
-    """Write the error that ended the job to the launcher's own error file, with the rank's status as its errorCode.
-
-    torchrun does this for whoever started it and set TORCHELASTIC_ERROR_FILE. An error file that cannot be understood
-    is not passed on.
-
-    Args:
-        error: What the rank recorded.
-        returncode: How the rank ended, as ``Popen.returncode``.
-        path: The launcher's error file.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
-    if error.problem:
-        return
-    from .write import write_text
-
-    found = json.loads(error.raw)
-    if isinstance(found["message"], dict):
-        found["message"]["errorCode"] = returncode
-    write_text(json.dumps(found), path)
 
 
 class LastLines(Frozen):
@@ -176,6 +88,8 @@ class Failure(Frozen):
         first_rank: The RANK of this machine's local rank 0.
         others: What the other ranks did when this one had failed, "7 ranks (0-2,4-7): in all_reduce, train.py:88"; ""
             where nobody has looked.
+        why: The cause as far as facts say it, in one line: a memory limit, a resource limit, a GPU's fault, a core, an
+            exception; "" where none is known.
     """
 
     rank: int
@@ -189,6 +103,7 @@ class Failure(Frozen):
     output: LastLines | None = None
     first_rank: int = 0
     others: str = ""
+    why: str = ""
 
     @property
     def local_rank(self) -> int:
@@ -238,6 +153,7 @@ def failures(
     sent: Mapping[int, Collection[int]] = MappingProxyType({}),
     first_rank: int = 0,
     others: str = "",
+    why: Mapping[int, str] = MappingProxyType({}),
 ) -> list[Failure]:
     """The ranks that have failed: the first failure, then the others by number.
 
@@ -249,6 +165,7 @@ def failures(
         sent: The signals that the launcher sent to each rank before it ended, by local rank.
         first_rank: The RANK of this machine's local rank 0.
         others: What the other ranks did when the first had failed, in words.
+        why: What the kernel says of their deaths, by local rank.
     """
     failed = []
     first_seen = min((number for number, code in returncodes.items() if code), key=exited_ns.__getitem__, default=None)
@@ -256,6 +173,8 @@ def failures(
     for number, returncode in returncodes.items():
         if returncode:
             asked, of_rank = ranks[number].binding_report.requested, None if files is None else files[number]
+            error = None if of_rank is None else read_error_file(of_rank.error)
+            output = read_last_lines(of_rank)
             failed.append(
                 Failure(
                     first_rank + number,
@@ -264,11 +183,12 @@ def failures(
                     pid=ranks[number].pid,
                     binding="" if asked is None else str(asked),
                     files=of_rank,
-                    error=None if of_rank is None else read_error_file(of_rank.error),
+                    error=error,
                     sent=frozenset(sent.get(number, ())),
-                    output=read_last_lines(of_rank),
+                    output=output,
                     first_rank=first_rank,
                     others=others if number == first_seen else "",
+                    why=why.get(number) or why_by_words(returncode, error, () if output is None else output.lines),
                 )
             )
     first = first_failure(failed) if failed else None
@@ -332,6 +252,8 @@ def describe(
     """
     pid = "" if first.pid is None else f" (pid {first.pid})"
     told = [f"rank {first.rank}{pid} {how_it_ended(first.returncode, first.sent)}"]
+    if first.why and not _is_quoted(first):
+        told.append(f"  why: {_short(first.why)}")
     if first.binding:
         told.append(f"  it was bound to {first.binding}")
     traceback: list[str] = []
@@ -353,6 +275,14 @@ def describe(
     if ended:
         told.append("  others: " + "; ".join(f"{format_ids(ranks)} {how}" for how, ranks in ended.items()))
     return "".join(f"{line}\n" for line in told)
+
+
+def _is_quoted(failure: Failure) -> bool:
+    """Whether the cause is the last line that it wrote, or the error that it recorded, which are quoted anyway."""
+    lines = [] if failure.output is None else [*failure.output.lines[-1:]]
+    if failure.error is not None:
+        lines += _text_lines(failure.error.message)[:1]
+    return any(failure.why == line.strip() for line in lines)
 
 
 def _recorded(error: RecordedError, path: str, traceback: Sequence[str], most: int) -> list[str]:

@@ -64,12 +64,14 @@ class Exit(TypedDict):
         status: What it exited with (0 to 255 on POSIX), or None.
         signal: The name of the signal that ended it, or None.
         core: Whether that left a core dump; None where it is not known.
+        why: What the kernel says of a death, in one line; "" where it says nothing.
     """
 
     returncode: int
     status: int | None
     signal: str | None
     core: bool | None
+    why: str
 
 
 class ResourceUsage(TypedDict):

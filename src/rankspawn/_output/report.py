@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .._end.processes import ProcessTree
@@ -69,6 +70,7 @@ def rank_report(
     effective: Binding | None,
     usage: tuple[Any, ...] | None,
     core: bool | None = None,
+    why: str = "",
     tree: ProcessTree | None = None,
 ) -> RankReport:
     """Make the report of one rank.
@@ -83,6 +85,7 @@ def rank_report(
             reaped.
         usage: From wait4(2).
         core: Whether it dumped core; None where that is not known.
+        why: What the kernel says of its death, or "".
         tree: All processes, read once for all ranks of a report; None reads them now.
     """
     executed_ns = rank._executed_ns
@@ -102,7 +105,7 @@ def rank_report(
             "effective": _placement(effective),
             "refused": [_refusal(step) for step in report.refused],
         },
-        "exit": None if returncode is None else _exit(returncode, core),
+        "exit": None if returncode is None else _exit(returncode, core, why),
         "rusage": None if usage is None else _rusage(usage),
         "now": _now(rank.pid, tree) if returncode is None and rank.returncode is None else None,
     }
@@ -118,6 +121,7 @@ def attempt(
     collected: Mapping[int, tuple[tuple[Any, ...], bool]],
     stacks: Iterable[Stacks] = (),
     templates: Sequence[TemplateReport] = (),
+    why: Mapping[int, str] = MappingProxyType({}),
 ) -> Attempt:
     """Make the record of one start of all ranks.
 
@@ -130,6 +134,7 @@ def attempt(
         collected: What each rank that was reaped used (from wait4(2)), and whether it dumped core, by local rank.
         stacks: The looks at what the ranks did.
         templates: Those that ranks were forked from.
+        why: What the kernel says of the deaths, by local rank.
     """
     tree = ProcessTree()
     told = []
@@ -145,6 +150,7 @@ def attempt(
                 effective=effective.get(number),
                 usage=usage,
                 core=core,
+                why=why.get(number, ""),
                 tree=tree,
             )
         )
@@ -216,14 +222,14 @@ def _refusal(refused: RefusedStep) -> Refusal:
     return {"step": refused.step, "errno": code, "name": errno.errorcode.get(code, ""), "text": text_of(code)}
 
 
-def _exit(returncode: int, core: bool | None) -> Exit:
+def _exit(returncode: int, core: bool | None, why: str) -> Exit:
     if returncode >= 0:
-        return {"returncode": returncode, "status": returncode, "signal": None, "core": core}
+        return {"returncode": returncode, "status": returncode, "signal": None, "core": core, "why": why}
     try:
         name = signal.Signals(-returncode).name
     except ValueError:  # real-time signals other than the first and the last have no name
         name = f"signal {-returncode}"
-    return {"returncode": returncode, "status": None, "signal": name, "core": core}
+    return {"returncode": returncode, "status": None, "signal": name, "core": core, "why": why}
 
 
 def _rusage(fields: tuple[Any, ...]) -> ResourceUsage:

@@ -1,0 +1,42 @@
+"""Why a rank has failed, by its own words: the exception that it has recorded or written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .recorded import RecordedError
+
+# The last line of a traceback: the class, with its module, and the message.
+_EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:: .*)?")
+_FRAME = re.compile(r' *File ".*", line \d+')
+
+_SHELLS = {
+    126: "126 is the status of a shell or wrapper (env, timeout, numactl) that could not execute its command",
+    127: "127 is the status of a shell or wrapper (env, timeout, numactl) that did not find its command",
+}
+
+
+def why_by_words(returncode: int, error: RecordedError | None, lines: Sequence[str]) -> str:
+    """The cause in one line; "" where neither the error nor the lines say it.
+
+    Args:
+        returncode: As ``Popen.returncode``.
+        error: What it recorded.
+        lines: The end of what it wrote.
+    """
+    if error is not None and not error.problem and error.message.strip():
+        return error.message.strip().splitlines()[0]
+    if returncode in _SHELLS:
+        return _SHELLS[returncode] + (f": {lines[-1].strip()}" if lines else "")
+    return _exception_in(lines) if returncode > 0 else ""
+
+
+def _exception_in(lines: Sequence[str]) -> str:
+    """The last line of the last traceback."""
+    for number in range(len(lines) - 1, -1, -1):
+        if _FRAME.match(lines[number]):
+            return next((line for line in lines[number + 1 :] if _EXCEPTION.fullmatch(line)), "")
+    return ""
