@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from statistics import quantiles
 from typing import Any
 
-from harness import Bench, Case, Group, Situation, Timings
+from harness import ALL_CPUS, Case, Group, Situation, Timings
 
 
 @dataclass(frozen=True)
 class Figure:
-    """The ratio ``over`` / ``under``, or ``over`` - ``beyond`` in milliseconds, or else the median of ``over`` in
-    microseconds.
+    """The ratio ``over`` / ``under``, or ``over`` - ``beyond`` in milliseconds, or else the median of ``over``, in
+    microseconds or milliseconds.
 
     most, least: the target, if there is one.
     """
@@ -21,6 +21,7 @@ class Figure:
     over: Case
     under: Case | None = None
     beyond: Case | None = None
+    milliseconds: bool = False
     most: float | None = None
     least: float | None = None
 
@@ -37,7 +38,8 @@ class Figure:
             middle, low, high = timings.difference(self.over, self.beyond)
             return middle / 1e6, low / 1e6, high / 1e6
         low, middle, high = quantiles(timings.samples(self.over), n=4)
-        return middle / 1000, low / 1000, high / 1000
+        unit = 1e6 if self.milliseconds else 1e3
+        return middle / unit, low / unit, high / unit
 
     def met(self, value: float) -> bool | None:
         """Whether ``value`` meets the target, both as they are shown, to two decimals. None: there is no target."""
@@ -177,7 +179,34 @@ def _threads() -> Section:
     )
 
 
-FLOORS = ("crew", "homing")
+def _ranks() -> Section:
+    """``launch`` of few and many ranks, on all CPUs, beside the quickest of the floor's ways."""
+    whole = Situation(cores=ALL_CPUS)
+    cases: list[Case] = []
+    rows: list[Figure] = []
+    for ranks in (8, 64, 256, 1024):
+        ways = {"unbound": {"bound": False}, "bound": {}, "with a guard": {"bound": False, "guard": True}}
+        ours, bound, guarded = (
+            Case(f"launch of {ranks}, {way}", "launch", (("ranks", ranks), *options.items()), whole)
+            for way, options in ways.items()
+        )
+        floor, bound_floor = (
+            Case(f"floor: {ranks}, {'bound' if is_bound else 'unbound'}", "floor", _best(ranks, is_bound))
+            for is_bound in (False, True)
+        )
+        cases += [ours, bound, guarded, floor, bound_floor]
+        most = 1.4 if ranks < 64 else 1.15
+        rows += [
+            Figure(f"launch of {ranks} / the best floor", ours, floor, most=most),
+            Figure("  bound / bound", bound, bound_floor, most=most),
+            Figure("  with a guard / without", guarded, ours, most=None if ranks < 64 else 1.1),
+            Figure("  with a guard / the best floor", guarded, floor),
+        ]
+    return Section(Group("ranks", tuple(cases), blocks=30, rounds=2, warmup=1), tuple(rows))
+
+
+def _best(ranks: int, bound: bool) -> tuple[tuple[str, Any], ...]:
+    return (("mode", "best"), ("ranks", ranks), ("cores", ALL_CPUS), ("bound", bound))
 
 
 def _launch() -> Section:
@@ -187,17 +216,14 @@ def _launch() -> Section:
     rows: list[Figure] = []
     for ranks in (64, 256):
         ours = Case(f"launch of {ranks}", "launch", (("ranks", ranks),), two)
-        floor, homing = (Case(f"floor: {m}, {ranks}", "floor", (("mode", m), ("ranks", ranks))) for m in FLOORS)
         loop = Case(f"subprocess.Popen of numactl, {ranks}", "numactl_loop", (("ranks", ranks),), two)
         theirs = Case(f"torch's SubprocessContext, {ranks}", "context", (("ranks", ranks),), loaded)
-        cases += [ours, floor, homing, loop, theirs]
+        cases += [ours, loop, theirs]
         rows += [
-            Figure(f"launch of {ranks} bound ranks / the floor's 4 threads", ours, floor, most=1.10),
-            Figure("  / the same, each thread on the CPU of its ranks, as ours are", ours, homing),
-            Figure("  torch's SubprocessContext, node / launch", theirs, ours, least=6.0),
+            Figure(f"torch's SubprocessContext, node, {ranks} ranks / launch", theirs, ours, least=6.0),
             Figure("  a loop of subprocess.Popen of numactl / launch", loop, ours, least=3.0),
         ]
-    return Section(Group("launch", tuple(cases), blocks=30, rounds=2, warmup=1), tuple(rows))
+    return Section(Group("launch", tuple(cases), blocks=20, rounds=2, warmup=1), tuple(rows))
 
 
 def _commands() -> Section:
@@ -211,10 +237,10 @@ def _commands() -> Section:
         "srun": ("srun", "--overcommit", "-N1", "-n64"),
     }
     others = [Case(f"{name}, 64 ranks", "command", (("command", words),), two) for name, words in commands.items()]
-    rows: list[Figure] = []
+    rows = [Figure("rankspawn run of 64 ranks, an interpreter's start with it (ms)", ours, milliseconds=True)]
     for case in others:
-        rows.append(Figure(f"{case.label} / launch", case, call, least=1.0))
-        rows.append(Figure("  / rankspawn run, an interpreter's start with it", case, ours))
+        rows.append(Figure(f"{case.label} / rankspawn run", case, ours))
+        rows.append(Figure("  / launch", case, call, least=1.0))
     return Section(Group("commands", (ours, call, *others), blocks=10, rounds=1, warmup=1), tuple(rows))
 
 
@@ -291,22 +317,9 @@ SECTIONS = (
     _memory(),
     _notice(),
     _threads(),
+    _ranks(),
     _launch(),
     _groups(),
     _commands(),
     _placement(),
 )
-
-
-class Measured:
-    """The timings of each section, taken in turns when they are first asked for."""
-
-    def __init__(self, bench: Bench) -> None:
-        self._bench = bench
-        self._timings: dict[str, Timings] = {}
-
-    def timings(self, section: Section) -> Timings:
-        name = section.group.name
-        if name not in self._timings:
-            self._timings[name] = self._bench.interleave(section.group)
-        return self._timings[name]

@@ -4,6 +4,7 @@
  *   floor posix_spawn CPU  NODE PROGRAM [ROUNDS]
  *   floor crew        CPUS NODE PROGRAM RANKS THREADS [ROUNDS]
  *   floor homing      CPUS NODE PROGRAM RANKS THREADS [ROUNDS]
+ *   floor unbound     CPUS NODE PROGRAM RANKS THREADS [ROUNDS]
  *
  * clone: clone(CLONE_VM|CLONE_VFORK), and in the child setsid, sched_setaffinity to CPU, set_mempolicy(MPOL_BIND) to
  * NODE, execve; waitpid in the parent. A NODE of -1 leaves the memory policy alone.
@@ -12,7 +13,9 @@
  *
  * crew: RANKS of them, each as in clone and bound to one of CPUS ("0,1") in turn, started by THREADS threads, of which
  * the main one is one and the others are made for the round; then each is reaped. The floor itself runs on all of CPUS.
- * homing: the same, but each thread binds itself to one of CPUS and takes the ranks of that CPU.
+ * homing: the same, but each thread binds itself to one of CPUS and takes the ranks of that CPU: there are at least as
+ * many THREADS as CPUS.
+ * unbound: as crew, but the ranks are not bound, and NODE does not count.
  *
  * Prints the nanoseconds of each round, a line of them for ROUNDS rounds. Without ROUNDS it reads numbers of rounds
  * from stdin, one a line, and answers each with its line: so the harness can time it in turns with others, in short
@@ -44,7 +47,7 @@
 
 struct job {
     char *argv[2];
-    size_t cpus_size;
+    size_t cpus_size; /* 0 leaves the affinity alone */
     unsigned long cpus[MASK_BITS / WORD_BITS];
     unsigned long nodes[MASK_BITS / WORD_BITS];
     unsigned long maxnode;       /* 0 leaves the memory policy alone */
@@ -65,7 +68,7 @@ child(void *argument)
     if (setsid() < 0)
         goto fail;
     job->failed = "sched_setaffinity";
-    if (syscall(SYS_sched_setaffinity, 0, job->cpus_size, job->cpus) < 0)
+    if (job->cpus_size && syscall(SYS_sched_setaffinity, 0, job->cpus_size, job->cpus) < 0)
         goto fail;
     job->failed = "set_mempolicy";
     if (job->maxnode && syscall(SYS_set_mempolicy, MPOL_BIND_MODE, job->nodes, job->maxnode) < 0)
@@ -267,13 +270,14 @@ main(int argc, char **argv)
     static long cpus[MASK_BITS];
     static struct crew crew;
     crew.homing = argc > 1 && strcmp(argv[1], "homing") == 0;
-    bool many = crew.homing || (argc > 1 && strcmp(argv[1], "crew") == 0);
+    bool unbound = argc > 1 && strcmp(argv[1], "unbound") == 0;
+    bool many = crew.homing || unbound || (argc > 1 && strcmp(argv[1], "crew") == 0);
     int most = many ? 8 : 6;
 
     if (argc < most - 1 || argc > most ||
         (!many && strcmp(argv[1], "clone") != 0 && strcmp(argv[1], "posix_spawn") != 0)) {
         fprintf(stderr, "usage: floor clone|posix_spawn CPU NODE PROGRAM [ROUNDS]\n"
-                        "       floor crew|homing CPUS NODE PROGRAM RANKS THREADS [ROUNDS]\n");
+                        "       floor crew|homing|unbound CPUS NODE PROGRAM RANKS THREADS [ROUNDS]\n");
         return 2;
     }
     starter *start = strcmp(argv[1], "posix_spawn") == 0 ? start_posix_spawn : start_clone;
@@ -290,12 +294,14 @@ main(int argc, char **argv)
         crew.threads = strtol(argv[6], NULL, 10);
         crew.jobs = calloc((size_t)crew.ranks, sizeof *crew.jobs);
         crew.pids = calloc((size_t)crew.ranks, sizeof *crew.pids);
-        if (crew.ranks < 1 || crew.threads < 1 || crew.threads > MOST_THREADS || !crew.jobs || !crew.pids) {
+        if (crew.ranks < 1 || crew.threads < (crew.homing ? count : 1) || crew.threads > MOST_THREADS || !crew.jobs ||
+            !crew.pids) {
             fprintf(stderr, "floor: no crew of %s ranks and %s threads\n", argv[5], argv[6]);
             return 2;
         }
         for (long rank = 0; rank < crew.ranks; rank++)
-            crew.jobs[rank] = job_on(cpus[rank % count], node, argv[4]);
+            crew.jobs[rank] =
+                unbound ? (struct job){.argv = {argv[4], NULL}} : job_on(cpus[rank % count], node, argv[4]);
     }
 
     if (argc == most) {

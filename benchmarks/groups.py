@@ -14,7 +14,7 @@ from shutil import which
 from time import perf_counter_ns
 from typing import Any
 
-from job import RANK_ENV, Job, Place, Skip, binding_to, module, pretend_device, reaped
+from job import RANK_ENV, Job, Place, Skip, allow_fds, binding_to, module, pretend_device, reaped
 
 
 def bindings(place: Place, ranks: int) -> list[Any]:
@@ -24,14 +24,16 @@ def bindings(place: Place, ranks: int) -> list[Any]:
     return [distinct[rank % len(distinct)] for rank in range(ranks)]
 
 
-def launch_job(place: Place, *, ranks: int) -> Job:
-    """``launch`` of bound ranks, from the call to the end of the ``with`` block: all reaped, and nobody left."""
+def launch_job(place: Place, *, ranks: int, bound: bool = True, guard: bool = False) -> Job:
+    """``launch``, from the call to the end of the ``with`` block: all ranks are reaped, and nobody is left."""
     launch = module("rankspawn").launch
-    argv, bound = [place.programs["tiny"]], bindings(place, ranks)
+    argv = [place.programs["tiny"]]
+    where = {"bindings": bindings(place, ranks)} if bound else {}
+    allow_fds(ranks + 64)
 
     def once() -> int:
         began = perf_counter_ns()
-        with launch(argv, ranks, bindings=bound) as group:
+        with launch(argv, ranks, guard=guard, **where) as group:
             statuses = group.wait()
         took = perf_counter_ns() - began
         if any(statuses):
@@ -72,10 +74,9 @@ def context_job(place: Place, *, ranks: int) -> Job:
     pretend_device()
     logging.getLogger("torch").setLevel(logging.ERROR)
     options = numa.NumaOptions(affinity_mode=numa.AffinityMode.NODE)
-    folder = tempfile.TemporaryDirectory(prefix="rankspawn-bench-")
 
     def once() -> int:
-        specs = multiprocessing.DefaultLogsSpecs(log_dir=tempfile.mkdtemp(dir=folder.name))
+        specs = multiprocessing.DefaultLogsSpecs(log_dir=tempfile.mkdtemp(dir=place.logs))
         began = perf_counter_ns()
         context = multiprocessing.start_processes(
             name="bench",
@@ -112,7 +113,8 @@ def command_job(place: Place, *, command: tuple[str, ...]) -> Job:
             raise Skip(f"{command[0]} did not end within 30 s") from None
         took = perf_counter_ns() - began
         if done.returncode:
-            raise Skip(f"{command[0]} ended with status {done.returncode}: {done.stderr.decode(errors='replace')[:80]}")
+            why = done.stderr.decode(errors="replace").partition("\n")[0]
+            raise Skip(f"{command[0]} ended with status {done.returncode}: {why[:80]}")
         return took
 
     return once

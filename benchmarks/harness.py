@@ -32,13 +32,16 @@ PROGRAMS = {
 }
 
 
+ALL_CPUS = 0
+
+
 class Unable(Exception):
     """A case cannot run on this machine; the text says why."""
 
 
 @dataclass(frozen=True)
 class Situation:
-    """The state of the measuring process: open fds, touched memory, one core or several, extra variables."""
+    """The state of the measuring process: open fds, touched memory, CPUs (ALL_CPUS: what it has), extra variables."""
 
     fds: int = 10
     touch_mib: int = 0
@@ -116,6 +119,7 @@ class Bench:
         self._stack = ExitStack()
         self._logs = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="rankspawn-bench-"))
         self._processes: dict[object, subprocess.Popen[str]] = {}
+        self._best: dict[tuple[int, int, bool], tuple[str, int]] = {}
         self.node, self.node_note = self._usable_node()
 
     def __enter__(self) -> Bench:
@@ -164,24 +168,65 @@ class Bench:
             raise RuntimeError(f"{process.args!r} ended with status {process.wait()}; its error is above")
         return answer
 
-    def _floor(self, mode: str, ranks: int = 0) -> subprocess.Popen[str]:
+    def _floor(self, mode: str, ranks: int = 0, cores: int = 2, bound: bool = True) -> subprocess.Popen[str]:
+        cpus = self.cpus(cores)
         if mode == "ends":
             command = [self.programs["ends"], str(ranks)]
-            return self._started((mode, ranks), command, cpus=self._cpus(2))  # the CPUs of our ranks
-        cpus, crew = [self.cpu], []
-        if mode in ("crew", "homing"):
-            # As many threads as launch() takes: two for each of two CPUs.
-            cpus, crew = self._cpus(2), [str(ranks), "4"]
-        argv = [self.programs["floor"], mode, ",".join(map(str, cpus)), str(self.node), self.programs["tiny"], *crew]
-        return self._started((mode, ranks), argv)
+            return self._started((mode, ranks), command, cpus=cpus)  # the CPUs of our ranks
+        if mode == "best":
+            if (ranks, cores, bound) not in self._best:
+                self._best[ranks, cores, bound] = self._best_floor(ranks, cpus, bound)
+            return self._crew(*self._best[ranks, cores, bound], ranks, cpus)
+        return self._started(mode, [self.programs["floor"], mode, str(self.cpu), str(self.node), self.programs["tiny"]])
 
-    def _cpus(self, cores: int) -> list[int]:
-        return [self.cpu, *sorted(os.sched_getaffinity(0) - {self.cpu})[: cores - 1]]
+    def _crew(self, mode: str, threads: int, ranks: int, cpus: Sequence[int]) -> subprocess.Popen[str]:
+        places = ",".join(map(str, cpus))
+        numbers = (self.programs["tiny"], str(ranks), str(threads))
+        command = [self.programs["floor"], mode, places, str(self.node), *numbers]
+        return self._started((mode, threads, ranks, places), command)
+
+    def _best_floor(self, ranks: int, cpus: Sequence[int], bound: bool) -> tuple[str, int]:
+        """The way and the number of threads by which the floor is the quickest here."""
+        ways = [
+            (mode, threads)
+            for mode in (("crew", "homing") if bound else ("unbound",))
+            for threads in (1, 2, 3, 4, 6, 8, 12, 16)
+            if threads >= len(cpus) or mode != "homing"
+        ]
+        times: dict[tuple[str, int], list[int]] = {way: [] for way in ways}
+        for _ in range(max(5, 512 // ranks)):
+            for way in ways:
+                times[way] += map(int, self._ask(self._crew(*way, ranks, cpus), "1").split())
+        best = min(ways, key=lambda way: median(times[way]))
+        for way in ways:
+            if way != best:
+                self._stop((*way, ranks, ",".join(map(str, cpus))))
+        return best
+
+    @property
+    def facts(self) -> list[str]:
+        """What was found out on the way."""
+        return [
+            f"the best floor of {ranks} {'bound' if bound else 'unbound'} ranks on"
+            f" {len(self.cpus(cores))} CPUs: {mode}, {threads} threads"
+            for (ranks, cores, bound), (mode, threads) in sorted(self._best.items())
+        ]
+
+    def _stop(self, key: object) -> None:
+        process = self._processes.pop(key)
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+
+    def cpus(self, cores: int) -> list[int]:
+        """The CPUs of a situation with so many: the measuring one first."""
+        others = sorted(os.sched_getaffinity(0) - {self.cpu})
+        return [self.cpu, *(others if cores == ALL_CPUS else others[: cores - 1])]
 
     def _worker(self, situation: Situation) -> subprocess.Popen[str]:
         settings = {
             "cpu": self.cpu,
-            "cpus": self._cpus(situation.cores),
+            "cpus": self.cpus(situation.cores),
             "node": self.node,
             "programs": self.programs,
             "logs": self._logs,

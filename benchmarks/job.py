@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import resource
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter_ns
@@ -46,6 +48,15 @@ def module(name: str) -> Any:
         if missing.name != name:
             raise
         raise Skip(f"{name} is not installed") from None
+
+
+def allow_fds(count: int) -> int:
+    """Raise the soft limit of open fds to ``count``, as far as that may be; the hard limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard == resource.RLIM_INFINITY else count, hard))
+    return hard
 
 
 def binding_to(place: Place, cpus: Iterable[int]) -> Any:

@@ -22,11 +22,12 @@ HEADER = """# Benchmarks
 
 Written by `python benchmarks/run.py --markdown docs/benchmarks.md`; `make bench` prints the same table.
 
-The measuring process and its children are pinned to one core, unless a row says otherwise. Competitors are timed in
-turns, in blocks of a few rounds; a ratio is the median over the blocks, with its quartiles beside it. Every time is
-from the call to the return of `wait`. The floor is `benchmarks/floor.c`: clone, setsid, sched_setaffinity,
-set_mempolicy, execve and waitpid of a program of one system call. Absolute times hold for the machine named here, and
-only for that hour."""
+The measuring process and its children are pinned to one core, unless a row says otherwise; those of `launch` have all.
+Competitors are timed in turns, in blocks of a few rounds; a ratio is the median over the blocks, with its quartiles
+beside it. Every time is from the call to the return of `wait`, and of `launch` to the end of the `with` block. The
+floor is `benchmarks/floor.c`: clone, setsid, sched_setaffinity, set_mempolicy, execve and waitpid of a program of one
+system call; the best floor is that of many ranks with the number of threads, of 1 to 16, and with the way that are the
+quickest on this machine. Absolute times hold for the machine named here, and only for that hour."""
 HEADINGS = ("figure", "measured", "quartiles", "target", "", "medians, us")
 
 
@@ -94,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"measuring {section.group.name} ...", file=sys.stderr, flush=True)
             timings = bench.interleave(section.group, effort=options.effort)
             rows += [row(figure, timings) for figure in section.figures]
+        facts += bench.facts
 
     print("\n".join(facts))
     print("\n".join(aligned([HEADINGS, *(one.cells() for one in rows)])))

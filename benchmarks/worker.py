@@ -14,13 +14,11 @@ import json
 import mmap
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from shutil import which
@@ -29,7 +27,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import groups
-from job import RANK_ENV, Job, Place, Skip, binding_to, module, pretend_device, reaped
+from job import RANK_ENV, Job, Place, Skip, allow_fds, binding_to, module, pretend_device, reaped
 
 
 def popen_job(
@@ -335,17 +333,18 @@ JOBS: dict[str, Callable[..., Job]] = {
 }
 
 
-def open_fds(count: int) -> None:
+def open_fds(count: int) -> list[int]:
     """Hold ``count`` fds open in all, as a busy server does: close-on-exec, which is how Python opens them."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < count + 64:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard == resource.RLIM_INFINITY else count + 64, hard))
+    opened = []
+    hard = allow_fds(count + 64)
     try:
         while len(os.listdir("/proc/self/fd")) - 1 < count:  # one is the listing's own
             for _ in range(max(1, count - len(os.listdir("/proc/self/fd")))):
-                os.open(os.devnull, os.O_RDONLY)
+                opened.append(os.open(os.devnull, os.O_RDONLY))
+        return opened
     except OSError as full:
+        for fd in opened:
+            os.close(fd)
         raise Skip(f"cannot hold {count} fds open (RLIMIT_NOFILE allows {hard}): {full.strerror}") from None
 
 

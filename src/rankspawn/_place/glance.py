@@ -59,7 +59,9 @@ def unbound_threads(nprocs: int) -> int:
         cores = core_count(cpus)
     except PlacementError:  # the kernel does not say the cores, or no descriptor is free
         cores = len(cpus)
-    threads, quota = max(1, cores // nprocs), cpu_quota()
+    threads = max(1, cores // nprocs)
+    # No quota makes one thread fewer, and to look for one takes as long as a rank does.
+    quota = cpu_quota() if threads > 1 else None
     return threads if quota is None else min(threads, quota.share(nprocs))
 
 
