@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from rankspawn import Template, launch
+from rankspawn._output.logs import rank_files
 from rankspawn._start.engine import EXTENSION_ERROR
 from rankspawn._warm import stem as of_stem
 from rankspawn._warm.adoption import adopting, children
@@ -204,10 +206,20 @@ def test_an_interrupted_request_leaves_nothing() -> None:
 
 
 def test_a_failed_step_is_the_same_error(tmp_path: Path) -> None:
+    files = rank_files(str(tmp_path / "logs"), 2, 0)
+    shutil.rmtree(tmp_path / "logs")
+    said = []
     for warm in (False, ["json"]):
         with pytest.raises(FileNotFoundError) as told:
-            launch([*PYTHON, ""], 2, warm=warm, cwd=tmp_path / "absent")
-        assert told.value.errno == errno.ENOENT and told.value.rank in (0, 1)  # type: ignore[attr-defined]
+            launch([*PYTHON, ""], 2, warm=warm, files=files)
+        said.append((told.value.errno, str(told.value.filename).endswith("stdout.log")))
+        assert told.value.strerror and told.value.strerror.startswith("rank ")
+    assert said == [(errno.ENOENT, True)] * 2
+
+
+def test_a_folder_that_is_not_there_is_the_ranks_error(tmp_path: Path) -> None:
+    with pytest.warns(RuntimeWarning, match="no template can be made"), pytest.raises(FileNotFoundError, match="rank "):
+        launch([*PYTHON, ""], 2, warm=["json"], cwd=tmp_path / "absent")
 
 
 def test_a_strangers_orphan_is_reaped() -> None:

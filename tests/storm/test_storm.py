@@ -34,6 +34,43 @@ while True:
 """
 
 
+# The same with ranks that are forked from a template, which is made anew after a few groups.
+WARM_LAUNCHER = """
+import os, random, sys, time
+from rankspawn import Template, launch
+children, options = sys.argv[1] == "children", eval(sys.argv[2])
+script = "import subprocess, time; kept = [subprocess.Popen(['sleep', '300']) for _ in range(2)]; time.sleep(300)"
+script = script if children else "import time; time.sleep(300)"
+os.write(1, b".")
+while True:
+    with Template(["json", "decimal"], required=True) as template:
+        for _ in range(3):
+            with launch([sys.executable, "-S", "-c", script], 8, grace=1.0, warm=template, **options):
+                time.sleep(random.uniform(0, 0.05))
+"""
+
+# Ends when its stdin does. Whoever of its processes is killed, it goes on, and has no child in the end.
+SURVIVOR = """
+import os, random, select, sys, time, warnings
+from contextlib import suppress
+from rankspawn import Template, launch
+from rankspawn._warm.adoption import children
+warnings.simplefilter("ignore")
+os.write(1, b".")
+warm = cold = 0
+while not select.select([0], [], [], 0)[0]:
+    # A group whose guard is killed before its ranks start does not start.
+    with suppress(BrokenPipeError), Template(["json", "decimal"]) as template:
+        for _ in range(3):
+            with launch([sys.executable, "-S", "-c", "import time; time.sleep(300)"], 4, grace=1.0, warm=template,
+                        keep_going=True, **eval(sys.argv[1])) as group:
+                time.sleep(random.uniform(0, 0.05))
+                for rank in group.ranks:
+                    warm, cold = warm + (rank.mechanism == "warm"), cold + (rank.mechanism != "warm")
+print(children(), warm, cold)
+"""
+
+
 def left_behind(mark: str) -> dict[int, str]:
     """The processes that carry the mark in their environment, zombies left out."""
     found = {}
@@ -46,10 +83,12 @@ def left_behind(mark: str) -> dict[int, str]:
     return found
 
 
-def kill_a_launcher(random_moment: float, children: bool, options: dict[str, object]) -> dict[int, str]:
+def kill_a_launcher(
+    random_moment: float, children: bool, options: dict[str, object], program: str = LAUNCHER
+) -> dict[int, str]:
     """Kill a launcher. The processes that are left a second later."""
     mark = uuid.uuid4().hex
-    command = [sys.executable, "-c", LAUNCHER, "children" if children else "alone", repr(options)]
+    command = [sys.executable, "-c", program, "children" if children else "alone", repr(options)]
     with subprocess.Popen(command, env={**os.environ, MARK: mark}, stdout=subprocess.PIPE) as launcher:
         assert launcher.stdout is not None
         assert launcher.stdout.read(1) == b"."
@@ -77,6 +116,62 @@ def test_a_killed_launcher_leaves_nothing(what: str, times: int, request: pytest
     for turn in range(times):
         left = kill_a_launcher(moments.uniform(0, 0.15), "children" in what, options)
         assert left == {}, f"turn {turn} of seed {seed}"
+
+
+@pytest.mark.parametrize("guard", [False, True])
+def test_a_killed_launcher_leaves_nothing_of_a_warm_start(guard: bool) -> None:
+    seed = random.randrange(1 << 32)
+    moments = random.Random(seed)
+    for turn in range(int(os.environ.get("RANKSPAWN_STORM_TURNS", "250"))):
+        left = kill_a_launcher(moments.uniform(0, 0.8), guard, {"guard": guard}, WARM_LAUNCHER)
+        assert left == {}, f"turn {turn} of seed {seed}"
+
+
+def children_of(pid: int) -> list[int]:
+    """The children of all threads of a process, but for those that are known to be guards."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += map(int, path.read_text().split())
+        except OSError:
+            continue
+    return [child for child in found if "guard" not in name_of(child)]
+
+
+def name_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return ""
+
+
+@pytest.mark.parametrize("guard", [False, True])
+def test_importers_templates_and_ranks_are_killed(guard: bool) -> None:
+    seed = random.randrange(1 << 32)
+    chance = random.Random(seed)
+    mark = uuid.uuid4().hex
+    with subprocess.Popen(
+        [sys.executable, "-c", SURVIVOR, repr({"guard": guard})],
+        env={**os.environ, MARK: mark}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as launcher:  # fmt: skip
+        assert launcher.stdin is not None and launcher.stdout is not None
+        assert launcher.stdout.read(1) == b"."
+        killed = 0
+        while killed < int(os.environ.get("RANKSPAWN_STORM_TURNS", "250")):
+            time.sleep(chance.uniform(0, 0.8))
+            assert launcher.poll() is None, f"seed {seed}"
+            if victims := children_of(launcher.pid):
+                try:
+                    os.kill(chance.choice(victims), signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+                killed += 1
+        launcher.stdin.close()
+        said = launcher.stdout.read().decode().split()
+        assert launcher.wait() == 0, f"seed {seed}"
+    assert said[0] == "set()", f"children are left: {said}, seed {seed}"
+    assert int(said[-2]) > 0
+    assert left_behind(mark) == {}
 
 
 @pytest.fixture

@@ -89,6 +89,9 @@ class Stem:
                 importer.let_go()
             self.pid = importer.pid
             send(self._socket, {"modules": list(modules), "folder": first_folder(command, cwd)})
+        except OSError as error:
+            self.close()
+            raise OSError(error.errno, f"the importer: {os.strerror(error.errno or 0)}") from error
         except BaseException:
             self.close()
             raise

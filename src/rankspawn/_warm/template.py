@@ -188,6 +188,9 @@ class Template:
         guard, cgroup = launch.guard, launch.cgroup
         if self._lasts:
             cgroup = None
+            if self._guard is not None and self._guard.process.poll() is not None:
+                self._guard.close()  # somebody has killed it
+                self._guard = None
             if self._guard is None and guard >= 0:
                 from .._end.guard import Guard
 
