@@ -6,10 +6,12 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from rankspawn import Failure, Job, Popen, RanksFailedError, launch
+from rankspawn import Failure, Job, Popen, RanksFailedError, Topology, launch, place
+from tests.support.sysfs_tree import Machine, write
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals of sessions")
 
@@ -85,3 +87,18 @@ def test_the_state_of_a_group_is_in_its_repr() -> None:
     with launch(["/bin/true"], 1) as group:
         group.wait(60)
         assert repr(group) == "<RankGroup of 1 rank: all have ended>"
+
+
+def test_figures_are_texts_that_a_notebook_shows(tmp_path: Path) -> None:
+    topology = Topology.read(write(tmp_path, Machine(sockets=2, cores=2)))
+    bindings = place(topology, "node", nprocs=2, devices=[])
+    drawn = topology.svg(bindings)
+    assert ElementTree.fromstring(drawn).tag.endswith("svg")
+    assert f"rank 1: {bindings[1]}" in drawn and "rank 1" not in topology.svg()
+    assert topology.svg([None]) and topology.svg(devices=[], distances=True)
+    assert drawn._repr_svg_() == drawn and topology._repr_svg_() == topology.svg()
+    with launch(FAILS, 2) as group:
+        group.wait(60)
+        drawn = group.timeline()
+    assert ElementTree.fromstring(drawn._repr_svg_()).tag.endswith("svg")
+    assert "exit 3" in drawn and "SIGTERM" in drawn

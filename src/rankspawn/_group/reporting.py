@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from .._binding import Binding
+    from .._canvas import Svg
     from .._end.deaths import Deaths
     from .._end.watch import Watch
     from .._output.failure import Failure
@@ -208,6 +209,16 @@ class Reporting:
         return group_report(
             [*self._past, self.attempt()], command=command, nprocs=len(self.ranks), run_id=self.job.run_id
         )
+
+    def timeline(self) -> Svg:
+        """Draw the report: a row for each rank, with its start, its run, its end and its binding.
+
+        Returns:
+            The text of an SVG file. A notebook shows it as a picture.
+        """
+        from .._output.timeline import timeline_svg
+
+        return timeline_svg(self.report())
 
     def attempt(self) -> Attempt:
         """The present attempt, as one of several that a report is made of."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple
 
-from .._canvas import Canvas, escaped
+from .._canvas import Canvas, Svg, escaped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,7 +80,7 @@ def timeline_text(report: GroupReport, path: str) -> str:
     return timeline_svg(report)
 
 
-def timeline_svg(report: GroupReport) -> str:
+def timeline_svg(report: GroupReport) -> Svg:
     """The SVG text of a report.
 
     The attempts of a restarted job follow each other on one axis. The costs of the start that are drawn, and the ends
@@ -112,7 +112,7 @@ class _Timeline(Canvas):
         self.width = self.memory + _CHARACTER * memory + _PAD
         self.bottom = _TOP + self.count * self.rows.height
 
-    def drawn(self) -> str:
+    def drawn(self) -> Svg:
         self.title()
         for number in range(1, self.count, 2):
             top = _TOP + number * self.rows.height

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import ceil, sqrt
 
-from .._canvas import Canvas, escaped
+from .._binding import Binding
+from .._canvas import Canvas, Svg, escaped
 from .._ids import format_ids
 from .colours import STYLE, colour, shade
-from .devices import locate
+from .devices import as_devices, find_devices, locate
 from .plan import Placed
 from .surroundings import Adapter, adapters, cache_size
 from .sysfs import Tree
@@ -135,6 +136,15 @@ class _Artist(Canvas):
             self.chip(rank, x + w - (_CHIP_W + 3) * (len(box.ranks) - number), y + 3)
 
 
+def draw(
+    topology: Topology, bindings: Iterable[Binding | None], devices: Sequence[str | Device] | None, distances: bool
+) -> Svg:
+    """Do what ``Topology.svg`` says."""
+    ranks = [Placed(Binding(None) if binding is None else binding) for binding in bindings]
+    found = find_devices(topology) if devices is None else as_devices(topology, devices)
+    return drawing(topology, found, ranks, distances=distances)
+
+
 def drawing(
     topology: Topology,
     devices: Sequence[Device],
@@ -142,7 +152,7 @@ def drawing(
     *,
     title: str = "",
     distances: bool = False,
-) -> str:
+) -> Svg:
     """Draw a machine.
 
     Args:

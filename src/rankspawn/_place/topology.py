@@ -18,6 +18,14 @@ from .._public import public
 from .allowed import allowed
 from .sysfs import TopologyError, Tree
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .._binding import Binding
+    from .._canvas import Svg
+    from .visible import Device
+
 _CPU = "sys/devices/system/cpu"
 _NODE = "sys/devices/system/node"
 
@@ -144,6 +152,30 @@ class Topology(Frozen):
     caches: tuple[Cache, ...]
     notes: tuple[str, ...] = ()
     files: int = 0
+
+    def svg(
+        self,
+        bindings: Iterable[Binding | None] = (),
+        *,
+        devices: Sequence[str | Device] | None = None,
+        distances: bool = False,
+    ) -> Svg:
+        """Draw the machine: sockets, nodes, caches, cores and devices, with each rank's cores in its colour.
+
+        Args:
+            bindings: The ranks, as ``place`` gives them; none to draw the machine alone.
+            devices: Its accelerators, as for ``place``; None looks for them.
+            distances: Whether the distances between the NUMA nodes are drawn.
+
+        Returns:
+            The text of an SVG file. A notebook shows it as a picture, and the Topology itself, too.
+        """
+        from .drawing import draw
+
+        return draw(self, bindings, devices, distances)
+
+    def _repr_svg_(self) -> str:
+        return str(self.svg())
 
     @classmethod
     def read(cls, root: str | os.PathLike[str] | Tree = "/") -> Topology:
