@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.pages import compare
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the launcher binds its ranks")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -109,3 +111,25 @@ def test_ddp_digits_says_what_it_needs() -> None:
     done = completed([sys.executable, "-I", "-S", str(EXAMPLES / "ddp_digits.py")])
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("\n") == 1 and "pip install torch scikit-learn" in done.stderr
+
+
+# ---- the guide's programs --------------------------------------------------------------------------------------------
+
+PAGE = (EXAMPLES.parent / "docs" / "guide" / "programs.md").read_text(encoding="utf-8")
+PROGRAMS = re.findall(r"{literalinclude} \.\./\.\./examples/(\w+)\.py\n.*?```text\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize(("name", "printed"), PROGRAMS, ids=[name for name, _ in PROGRAMS])
+def test_program_prints_what_the_guide_says(name: str, printed: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py")],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == (9 if name == "pipeline" else 0), done.stdout
+    compare(printed, done.stdout)
+
+
+def test_every_program_of_the_guide_is_run() -> None:
+    others = {"ddp_digits", "ring_allreduce"}
+    assert {name for name, _ in PROGRAMS} == {path.stem for path in EXAMPLES.glob("*.py")} - others
+    assert len(PROGRAMS) == 8
