@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -15,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from ._binding import MEMORY_MODES, AffinityMode, PlacementError
 from ._start.outcome import BindingError
+from ._torch.early import early_template
 from ._torch.numa_options import NumaOptions
 from ._torch.seams import MULTIPROCESSING, SEAMS
+from ._warm.command import module_names
 
 if TYPE_CHECKING:
     import argparse
+
+    from ._warm.template import Template
 
 __all__ = ["install", "installed", "main", "uninstall"]
 
@@ -35,7 +40,7 @@ _torchs: dict[tuple[str, str], Any] = {}
 """What was there before; empty when nothing is installed."""
 
 
-def install(numa_options: NumaOptions | None = None, guard: bool = True) -> None:
+def install(numa_options: NumaOptions | None = None, guard: bool = True, template: Template | None = None) -> None:
     """From now on, torch elastic in this process starts and watches its ranks through rankspawn, until uninstall().
 
     Where somebody else has replaced torch's ``get_subprocess_handler``, before or after, as NVIDIA's ft_launcher does
@@ -48,6 +53,7 @@ def install(numa_options: NumaOptions | None = None, guard: bool = True) -> None
             again only replaces these.
         guard: Whether a guard, where one can run, ends what ranks that are programs leave behind in their sessions,
             when they have ended and when this process is killed.
+        template: What ranks that are programs are forked from: a warm start. The caller closes it.
 
     Raises:
         ModuleNotFoundError: There is no torch.
@@ -66,6 +72,7 @@ def install(numa_options: NumaOptions | None = None, guard: bool = True) -> None
 
     elastic.default_numa_options = numa_options
     elastic.guards = guard
+    elastic.template = template
     for module, name in _REPLACED:
         place = import_module(module)
         present = getattr(place, name)
@@ -86,17 +93,20 @@ def uninstall() -> None:
 
 
 @contextmanager
-def installed(numa_options: NumaOptions | None = None, guard: bool = True) -> Iterator[None]:
+def installed(
+    numa_options: NumaOptions | None = None, guard: bool = True, template: Template | None = None
+) -> Iterator[None]:
     """Install for the length of a ``with`` block, for all threads of the process; afterwards all is as before.
 
     Args:
         numa_options: As of install().
         guard: As of install().
+        template: As of install().
     """
     inside = bool(_torchs)
     elastic = import_module("rankspawn._torch.elastic") if inside else None
-    before = (elastic.default_numa_options, elastic.guards) if elastic else (None, True)
-    install(numa_options, guard)
+    before = (elastic.default_numa_options, elastic.guards, elastic.template) if elastic else (None, True, None)
+    install(numa_options, guard, template)
     try:
         yield
     finally:
@@ -119,6 +129,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m rankspaw
     Raises:
         Exception: What torchrun's command raises, too: ChildFailedError, SignalException.
     """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    with early_template(arguments) as template:
+        return _main(arguments, prog, template)
+
+
+def _main(arguments: Sequence[str], prog: str, template: Template | None) -> int:
     try:
         run = _import_run()
     except ModuleNotFoundError as error:
@@ -139,7 +155,17 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m rankspaw
         "--no-guard", dest="guard", action="store_false",
         help="Of rankspawn: leave alone what workers have started when they end or torchrun is killed.",
     )  # fmt: skip
+    parser.add_argument(
+        "--warm", action="store_true",
+        help="Of rankspawn: workers are forked from a process that has imported what the script imports at its top.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--preload", type=_modules, metavar="LIST",
+        help="Of rankspawn: the same, but these modules: torch,torch._dynamo.",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
+    if template is not None and not (options.warm or options.preload):
+        template = None  # it was an argument of the script's
     numa_options = None
     if options.numa_binding:
         # torch gets the option as well: without one it initializes CUDA in this process, to see whether to bind.
@@ -147,12 +173,19 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m rankspaw
     elif options.memory_policy:
         parser.error("--memory-policy needs --numa-binding")
     try:
-        with installed(numa_options, options.guard):
+        with installed(numa_options, options.guard, template):
             run.record(run.run)(options)
     except (PlacementError, BindingError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _modules(text: str) -> tuple[str, ...]:
+    try:
+        return module_names(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 def _import_run() -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from contextlib import nullcontext
 
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
 
     from .._warm.find import Found
     from .._warm.template import Template
-
-_NAME = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
 
 
 def add_warm_options(parser: argparse.ArgumentParser) -> None:
@@ -29,16 +26,16 @@ def add_warm_options(parser: argparse.ArgumentParser) -> None:
         "warm start", "Ranks are forked from a process that has the imports done."
     ).add_argument
     add("--warm", action="store_true", help="it imports what SCRIPT imports at its top: see rankspawn plan --warm")
-    add("--preload", type=modules, metavar="LIST", help="it imports these instead: torch,torch._dynamo")
+    add("--preload", type=_modules, metavar="LIST", help="it imports these instead: torch,torch._dynamo")
 
 
-def modules(text: str) -> tuple[str, ...]:
-    """Names of modules, with commas between them."""
-    names = text.split(",")
-    for name in names:
-        if not re.fullmatch(_NAME, name):
-            raise argparse.ArgumentTypeError(f"expected names of modules, as torch,torch._dynamo, got {text!r}")
-    return tuple(dict.fromkeys(names))
+def _modules(text: str) -> tuple[str, ...]:
+    from .._warm.command import module_names
+
+    try:
+        return module_names(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def template_for(warm: bool, preload: Sequence[str] | None) -> AbstractContextManager[Template | None]:

@@ -2,6 +2,7 @@
 
 handler       SubprocessHandler                             elastic       the agent's own classes, over ours
 numa_options  NumaOptions                                   seams         the torch functions that ours rely on
+early         torchrun --warm, before torch is imported
 
 Only elastic imports torch, which is loaded by then. Nothing here imports _cli.
 """

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from .._binding import Binding
     from .._start.popen import Popen
+    from .._warm.template import Template
     from .numa_options import NumaOptions
 
 _SIBLINGS_SECONDS = 0.1
@@ -46,6 +47,8 @@ TORCHS_HANDLER = handlers.get_subprocess_handler
 
 default_numa_options: NumaOptions | None = None
 """For launches that name none themselves; rankspawn.torchrun.install() sets it."""
+template: Template | None = None
+"""What programs are forked from, instead of executed; rankspawn.torchrun.install() sets it."""
 guards = True
 """Whether a guard ends what the programs of these classes leave running; rankspawn.torchrun.install() sets it."""
 
@@ -156,6 +159,7 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
             streams=[(None, Path(out) if out else None, Path(err) if err else None) for out, err in logs],
             die_with_parent=_DIE_WITH_AGENT,
             guard=-1 if self._guard is None else self._guard.fd,
+            template=template,
         )
         self.subprocess_handlers = {number: Worker.started(ranks[number], number, *logs[number]) for number in numbers}
         for number in numbers:

@@ -78,6 +78,18 @@ def _last_flag(word: str) -> int | str:
     return len(word)
 
 
+def module_names(text: str) -> tuple[str, ...]:
+    """Split names of modules, with commas between them.
+
+    Raises:
+        ValueError: Something else stands there.
+    """
+    names = text.split(",")
+    if not all(re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name) for name in names):
+        raise ValueError(f"expected names of modules, as torch,torch._dynamo, got {text!r}")
+    return tuple(dict.fromkeys(names))
+
+
 def first_folder(command: PythonCommand, cwd: str) -> str:
     """What the interpreter puts in front of sys.path for this command, unless it is told to put nothing there.
 

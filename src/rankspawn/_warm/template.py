@@ -7,6 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from .._ids import format_ids
@@ -68,6 +69,8 @@ class Template:
         self.timeout = timeout
         self._lasts = lasts
         self._stems: list[tuple[Any, Stem]] = []
+        self._begun: list[tuple[Any, Stem]] = []
+        """Those of them that nobody has waited for."""
         self._inherited: dict[str, str] = {}
         self._guard: Guard | None = None
         self._said: set[str] = set()
@@ -116,7 +119,40 @@ class Template:
             self._say(line)
         return sorted(cold)
 
+    def begin(self, command: Sequence[str], env: Mapping[str, str], *, guard: bool) -> None:
+        """Begin with the imports, and return at once: the next start waits for what is left of them.
+
+        It is for ranks that will be unbound. Where they turn out to be others, as by a variable that an import reads,
+        another template is made for them. What cannot be begun is left to the start, which says why.
+
+        Args:
+            command: What a rank will run.
+            env: The variables that the ranks will have in common.
+            guard: Whether a guard is to end the template, too, if this process is killed.
+        """
+        if self.why_not() is not None:
+            return
+        from .._end.guard import Guard
+        from .._start.crew import RankProcess
+        from .._start.variables import RankVariables
+        from .ranks import Launch
+
+        with self._lock, suppress(OSError):
+            if guard and self._guard is None and not Guard.why_not():
+                self._guard = Guard.start()
+            rank = RankProcess(command, (None, None, None), None)
+            launch = Launch(
+                [rank], RankVariables(env, [{}]), cwd=None, homes=[None], die_with_parent=True, cgroup=None, guard=-1
+            )
+            rank.let_go()
+            self._inherited = self._inherited or inherited()
+            for number in launch.left:
+                self._begun.append((self._kind(launch, number), self._stem(launch, [number])))
+                self._stems.append(self._begun[-1])
+
     def _start(self, launch: Launch) -> None:
+        self._adopt(self._begun)
+        self._begun.clear()
         now = inherited()
         self._inherited = self._inherited or now
         changed = difference(self._inherited, now)
@@ -155,15 +191,18 @@ class Template:
             if some:
                 made.append((key, self._stem(launch, some)))
                 self._stems.append(made[-1])
-        for _, stem in made:
-            stem.adopt(self.timeout)
-            for name, error in stem.prepared.get("failed", {}).items():
-                self._say(f"the template could not import {name}: {error}")
+        self._adopt(made)
         for key, numbers in homes.items():
             for of_home, stem in made:
                 if of_home == key and stem.refused is not None:
                     launch.cold.update(dict.fromkeys(set(numbers) & set(launch.left), stem.refused))
         return bool(made)
+
+    def _adopt(self, made: Sequence[tuple[Any, Stem]]) -> None:
+        for _, stem in made:
+            stem.adopt(self.timeout)
+            for name, error in stem.prepared.get("failed", {}).items():
+                self._say(f"the template could not import {name}: {error}")
 
     def _together(self, launch: Launch, key: Any, numbers: list[int]) -> list[int]:
         """Those of the ranks that one new template is for; the others become cold where none can help them."""
