@@ -25,6 +25,7 @@
 #include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -36,6 +37,9 @@
 #endif
 #ifndef PR_GET_TID_ADDRESS
 #define PR_GET_TID_ADDRESS 40
+#endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
 #endif
 #ifndef SYS_clone3
 #define SYS_clone3 435
@@ -195,6 +199,12 @@ spawn_die_with_parent(void)
     return prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0 ? errno : 0;
 }
 
+int
+spawn_collapse_pages(size_t address, size_t length)
+{
+    return syscall(SYS_madvise, address, length, MADV_COLLAPSE) < 0 ? errno : 0;
+}
+
 #else
 
 pid_t
@@ -228,6 +238,13 @@ spawn_set_subreaper(bool on)
 int
 spawn_die_with_parent(void)
 {
+    return ENOSYS;
+}
+
+int
+spawn_collapse_pages(size_t address, size_t length)
+{
+    (void)address, (void)length;
     return ENOSYS;
 }
 

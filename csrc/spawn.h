@@ -184,6 +184,9 @@ int spawn_die_with_parent(void);
  * errno. */
 int spawn_show_command(char *const *argv, char *const *envp);
 
+/* Have the kernel back a part of this process's memory with huge pages (MADV_COLLAPSE). Returns 0 or an errno. */
+int spawn_collapse_pages(size_t address, size_t length);
+
 /* Try with a child whether clone(CLONE_VM | CLONE_VFORK) shares memory and suspends the caller (QEMU's user mode and
  * WSL1 make it a fork). Returns 1 or 0, or a negative errno when no child could be made. */
 int spawn_clone_is_honoured(void);

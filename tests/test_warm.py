@@ -14,7 +14,7 @@ import pytest
 from rankspawn import Binding, Template, launch
 from rankspawn._start.engine import EXTENSION_ERROR
 from rankspawn._warm.adoption import children
-from tests.support.processes import PATIENCE
+from tests.support.processes import PATIENCE, eventually
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a warm start needs Linux"),
@@ -105,3 +105,26 @@ def test_ranks_live_on_when_the_template_is_killed() -> None:
                 assert other.wait(PATIENCE) == (0,)
                 assert other.ranks[0].mechanism == "warm"
         assert [told["refused"] for told in template.report()] == ["the template has ended", None]
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists()
+    or tuple(map(int, os.uname().release.split(".")[:2])) < (6, 1),
+    reason="needs MADV_COLLAPSE of Linux 6.1",
+)
+def test_a_template_that_lasts_has_huge_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "large.py").write_text("kept = b'x' * (16 << 20)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def huge() -> int:
+        with open(f"/proc/{template.report()[0]['pid']}/smaps_rollup") as rollup:
+            return next(int(line.split()[1]) for line in rollup if line.startswith("AnonHugePages:"))
+
+    with Template(["large"]) as template:
+        for _ in range(2):
+            with launch(
+                [*PYTHON[:1], "-c", "import large; assert large.kept == b'x' * (16 << 20)"], 2, warm=template
+            ) as group:
+                assert group.wait(PATIENCE) == (0, 0)
+            eventually(lambda: huge() >= 8 << 10)
+        assert template.report()[0]["ranks"] == 4

@@ -18,6 +18,7 @@ cdef extern from "spawn.h" nogil:
     int spawn_set_subreaper(bint on)
     int spawn_die_with_parent()
     int spawn_show_command(char **argv, char **envp)
+    int spawn_collapse_pages(size_t address, size_t length)
 
 
 cdef spawn_result *_results(Py_buffer *view, Py_ssize_t count) except NULL:
@@ -133,3 +134,14 @@ def own_environment():
         if separator:
             found.setdefault(name, value)
     return found
+
+
+def collapse_pages(size_t address, size_t length):
+    """Have the kernel back this part of this process's memory with huge pages (MADV_COLLAPSE of madvise(2), Linux 6.1).
+
+    Returns 0 or an errno.
+    """
+    cdef int error
+    with nogil:
+        error = spawn_collapse_pages(address, length)
+    return error

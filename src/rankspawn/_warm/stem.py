@@ -62,7 +62,9 @@ class Stem:
         binding: Binding | None,
         cgroup: int | None,
         guard: int,
+        lasts: bool,
     ) -> None:
+        self._lasts = lasts
         self.env, self.binding = dict(env), binding
         self.prepared: dict[str, Any] = {}
         self.seconds, self.was_ready = 0.0, False
@@ -130,7 +132,7 @@ class Stem:
             self.importer.wait(_ANSWER_SECONDS)
             self._pidfd = _spawn.Pidfd(os.pidfd_open(self.pid))
         self.importer = None
-        send(self._socket, _adopted())
+        send(self._socket, {**_adopted(), "lasts": self._lasts})
         self.refused = receive(self._socket)[0]["refused"]
         self.seconds, self.was_ready = time.monotonic() - self._began, self.refused is None
 

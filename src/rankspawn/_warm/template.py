@@ -243,6 +243,7 @@ class Template:
             binding=launch.common_binding(numbers),
             cgroup=cgroup,
             guard=guard,
+            lasts=self._lasts,
         )
 
     def _modules_of(self, launch: Launch, number: int) -> tuple[str, ...]:
