@@ -302,6 +302,14 @@ def test_passed_on_as_torchrun_does(tmp_path: Path) -> None:
         assert json.loads(target.read_text()) == expected
 
 
+def test_what_the_others_did_is_passed_on(tmp_path: Path) -> None:
+    error = in_file(tmp_path, recorded())
+    assert error is not None
+    pass_on(error, 1, tmp_path / "reply", "rank 1: in all_reduce, train.py:88")
+    extra = json.loads((tmp_path / "reply").read_text())["message"]["extraInfo"]
+    assert extra == {**json.loads(recorded())["message"]["extraInfo"], "others": "rank 1: in all_reduce, train.py:88"}
+
+
 def test_what_makes_no_sense_is_not_passed_on(tmp_path: Path) -> None:
     error = in_file(tmp_path, "{")
     assert error is not None

@@ -40,7 +40,12 @@ _torchs: dict[tuple[str, str], Any] = {}
 """What was there before; empty when nothing is installed."""
 
 
-def install(numa_options: NumaOptions | None = None, guard: bool = True, template: Template | None = None) -> None:
+def install(
+    numa_options: NumaOptions | None = None,
+    guard: bool = True,
+    template: Template | None = None,
+    stacks: bool = False,
+) -> None:
     """From now on, torch elastic in this process starts and watches its ranks through rankspawn, until uninstall().
 
     Where somebody else has replaced torch's ``get_subprocess_handler``, before or after, as NVIDIA's ft_launcher does
@@ -54,6 +59,8 @@ def install(numa_options: NumaOptions | None = None, guard: bool = True, templat
         guard: Whether a guard, where one can run, ends what ranks that are programs leave behind in their sessions,
             when they have ended and when this process is killed.
         template: What ranks that are programs are forked from: a warm start. The caller closes it.
+        stacks: Log what the other ranks do, of those that are programs, before they are ended because one has failed
+            (two seconds at most), in one line; all of it is in ``stacks.txt`` beside the ranks' folders of logs.
 
     Raises:
         ModuleNotFoundError: There is no torch.
@@ -73,6 +80,7 @@ def install(numa_options: NumaOptions | None = None, guard: bool = True, templat
     elastic.default_numa_options = numa_options
     elastic.guards = guard
     elastic.template = template
+    elastic.stacks = stacks
     for module, name in _REPLACED:
         place = import_module(module)
         present = getattr(place, name)
@@ -94,7 +102,10 @@ def uninstall() -> None:
 
 @contextmanager
 def installed(
-    numa_options: NumaOptions | None = None, guard: bool = True, template: Template | None = None
+    numa_options: NumaOptions | None = None,
+    guard: bool = True,
+    template: Template | None = None,
+    stacks: bool = False,
 ) -> Iterator[None]:
     """Install for the length of a ``with`` block, for all threads of the process; afterwards all is as before.
 
@@ -102,11 +113,14 @@ def installed(
         numa_options: As of install().
         guard: As of install().
         template: As of install().
+        stacks: As of install().
     """
     inside = bool(_torchs)
     elastic = import_module("rankspawn._torch.elastic") if inside else None
-    before = (elastic.default_numa_options, elastic.guards, elastic.template) if elastic else (None, True, None)
-    install(numa_options, guard, template)
+    before: tuple[Any, ...] = (None, True, None, False)
+    if elastic:
+        before = elastic.default_numa_options, elastic.guards, elastic.template, elastic.stacks
+    install(numa_options, guard, template, stacks)
     try:
         yield
     finally:
@@ -163,6 +177,10 @@ def _main(arguments: Sequence[str], prog: str, template: Template | None) -> int
         "--preload", type=_modules, metavar="LIST",
         help="Of rankspawn: the same, but these modules: torch,torch._dynamo.",
     )  # fmt: skip
+    parser.add_argument(
+        "--stacks", action="store_true",
+        help="Of rankspawn: when a worker has failed, log what the others do before they are ended.",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     if template is not None and not (options.warm or options.preload):
         template = None  # it was an argument of the script's
@@ -173,7 +191,7 @@ def _main(arguments: Sequence[str], prog: str, template: Template | None) -> int
     elif options.memory_policy:
         parser.error("--memory-policy needs --numa-binding")
     try:
-        with installed(numa_options, options.guard, template):
+        with installed(numa_options, options.guard, template, options.stacks):
             run.record(run.run)(options)
     except (PlacementError, BindingError) as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -350,7 +350,8 @@ def _tell_end(supervision: Supervision, *, last: bool, kept: bool) -> tuple[int,
         theirs = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if theirs and failures[0].error is not None and last:
             try:
-                pass_on(failures[0].error, failures[0].returncode, theirs)
+                others = next((failure.others for failure in failures if failure.others), "")
+                pass_on(failures[0].error, failures[0].returncode, theirs, others)
             except OSError as error:
                 say(f"TORCHELASTIC_ERROR_FILE: {error.strerror}: {theirs}")
     if asked is not None:

@@ -74,7 +74,7 @@ def _seconds(timestamp: object) -> float | None:
     return seconds if 0 <= seconds < 1e11 else None
 
 
-def pass_on(error: RecordedError, returncode: int, path: str | os.PathLike[str]) -> None:
+def pass_on(error: RecordedError, returncode: int, path: str | os.PathLike[str], others: str = "") -> None:
     """Write the error that ended the job to the launcher's own error file, with the rank's status as its errorCode.
 
     torchrun does this for whoever started it and set TORCHELASTIC_ERROR_FILE. An error file that cannot be understood
@@ -84,6 +84,7 @@ def pass_on(error: RecordedError, returncode: int, path: str | os.PathLike[str])
         error: What the rank recorded.
         returncode: How the rank ended, as ``Popen.returncode``.
         path: The launcher's error file.
+        others: What the other ranks did then, for the error's extraInfo; "" adds nothing.
 
     Raises:
         OSError: The file cannot be written.
@@ -95,4 +96,6 @@ def pass_on(error: RecordedError, returncode: int, path: str | os.PathLike[str])
     found = json.loads(error.raw)
     if isinstance(found["message"], dict):
         found["message"]["errorCode"] = returncode
+        if others and isinstance(found["message"].setdefault("extraInfo", {}), dict):
+            found["message"]["extraInfo"]["others"] = others
     write_text(json.dumps(found), path)

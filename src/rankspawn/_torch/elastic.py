@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import os
 import signal
@@ -22,6 +23,7 @@ from .._binding import AffinityMode
 from .._end.guard import Guard
 from .._end.watch import Watch
 from .._group.start import start_ranks
+from .._ids import format_ids
 from .._multiprocessing.context import get_context
 from .._start.engine import bind_thread, mechanisms
 from .._start.without import in_thread
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from .._warm.template import Template
     from .numa_options import NumaOptions
 
+_log = logging.getLogger(__name__)
 _SIBLINGS_SECONDS = 0.1
 """Once a rank has failed, how long the others have to end by themselves. The same cause often breaks all ranks, and a
 rank that the agent ends is reported with the agent's signal instead of its own error. torch leaves them the rest of
@@ -49,6 +52,8 @@ default_numa_options: NumaOptions | None = None
 """For launches that name none themselves; rankspawn.torchrun.install() sets it."""
 template: Template | None = None
 """What programs are forked from, instead of executed; rankspawn.torchrun.install() sets it."""
+stacks = False
+"""Whether it is looked at what ranks do before they are ended because others have failed; as guards."""
 guards = True
 """Whether a guard ends what the programs of these classes leave running; rankspawn.torchrun.install() sets it."""
 
@@ -207,7 +212,27 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
             if any(watch.returncodes[number] for number in watch.look(left)) and not failed:
                 failed, end = True, time.monotonic() + _SIBLINGS_SECONDS
 
+    def _look_at_others(self) -> None:
+        """Log what the ranks do that still run, before they are ended because others have failed."""
+        from .._stacks.take import add_to, take
+
+        alive = {
+            handler.proc.pid: int(self.envs[number]["RANK"])
+            for number, handler in self.subprocess_handlers.items()
+            if number not in self._failures and handler.proc.poll() is None
+        }
+        if alive:
+            failed = format_ids(int(self.envs[number]["RANK"]) for number in self._failures)
+            found = take(alive, f"rank {failed} has failed")
+            # The error files lie in the folders of the ranks, whatever is logged.
+            add_to(Path(self.error_files[0]).parent.with_name("stacks.txt"), found)
+            _log.error("rank %s has failed; what the others did then: %s", failed, found.folded)
+            for note in found.notes:
+                _log.error("%s", note)
+
     def _close(self, death_sig: Any, timeout: int = 30) -> None:
+        if self._failures and stacks and death_sig != signal.SIGKILL:
+            self._look_at_others()
         if self._failures:
             # torch signals only the groups of running ranks. The groups of failed ranks may still have members.
             for handler in self.subprocess_handlers.values():
