@@ -131,7 +131,7 @@ class Reporting:
         if not self._has_looked:
             self._has_looked = True
             timeout = _MOMENT if timeout is None else min(timeout, _MOMENT)
-        elif self._deaths is None:
+        elif self._deaths is None and self._watch.running:
             self._deaths = self._new_deaths(cgroup)
         ended = self._watch.look(timeout)
         codes = {number: code for number in ended if (code := self._watch.returncodes[number])}
