@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Reporting:
             self._deaths = self._new_deaths(cgroup)
         ended = self._watch.look(timeout)
         codes = {number: code for number in ended if (code := self._watch.returncodes[number])}
-        if codes:
+        if codes and not sys.is_finalizing():  # then nothing can be imported, and nobody will ask
             if self._deaths is None:
                 self._deaths = self._new_deaths(cgroup, counts=not {-9, 137}.intersection(codes.values()))
             sent = self._ending.sent
