@@ -156,7 +156,7 @@ def test_a_forked_copy_of_the_launcher_starts_cold() -> None:
 def test_too_many_processes_is_all_or_nothing(module: Path) -> None:
     # The template may have two processes beside itself, as a user who has no others.
     module.write_text(f"""
-import ctypes, os, resource
+import ctypes, importlib.metadata, os, resource
 os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
 ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE, which the change of ids has cleared
 resource.setrlimit(resource.RLIMIT_NPROC, (3, 3))
