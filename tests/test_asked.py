@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import rankspawn._group.launch  # noqa: F401
-from rankspawn import Binding, Job, MemoryPolicy, Topology, launch, place
+from rankspawn import AffinityMode, Binding, Job, MemoryPolicy, NumaOptions, Topology, launch, place
 
 _launch = sys.modules["rankspawn._group.launch"]
 
@@ -108,7 +108,7 @@ def test_a_default_gives_way_to_env(given: dict[str, str], has: str, tmp_path: P
 
 
 def test_placement_is_that_of_place() -> None:
-    options: dict[str, Any] = {"devices": [], "threads_per_core": 1, "memory": "bind"}
+    options: dict[str, Any] = {"devices": [], "threads_per_core": 1, "memory_policy": "bind"}
     with launch(TRUE, 1, numa="node", **options) as group:
         asked = [rank.binding_report.requested for rank in group]
         group.wait(60)
@@ -124,3 +124,12 @@ def test_lines_are_shown_on_a_stream_with_a_prefix(tmp_path: Path) -> None:
     with launch(["/bin/sh", "-c", script], 2, tee=shown, tee_prefix="{rank:02d}> ") as group:
         group.wait(60)
     assert sorted(shown.getvalue().splitlines()) == ["00> err", "00> out", "01> err", "01> out"]
+
+
+def test_options_of_torch_say_what_they_want() -> None:
+    with pytest.raises(
+        TypeError, match=r"^affinity_mode: expected an AffinityMode, got 'node'; AffinityMode\('node'\)"
+    ):
+        NumaOptions("node")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^memory_policy: expected a mode or a MemoryPolicy, got \{0\}$"):
+        NumaOptions(AffinityMode.NODE, memory_policy={0})  # type: ignore[arg-type]

@@ -135,7 +135,7 @@ def test_a_gpu_of_an_unknown_node_leaves_all_unbound_with_the_reason(tmp_path: P
 
 def test_options_that_hold_without_a_binding_to_nodes(tmp_path: Path) -> None:
     topology = Topology.read(write(tmp_path, machine(FOUR, gpus=gpus(2, 2))))
-    ranks = plan_auto(topology, reserve_cores=1, threads_per_core=1, memory="interleave")
+    ranks = plan_auto(topology, reserve_cores=1, threads_per_core=1, memory_policy="interleave")
     assert {rank.binding.cpus for rank in ranks} == {frozenset(range(1, 16))}
     assert {str(rank.binding.memory) for rank in ranks} == {"interleave:0-3"}
 
@@ -176,12 +176,12 @@ def test_a_binding_by_auto_is_said_once(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("of", "nprocs", "options", "note"),
     [
-        (EIGHT, 4, {"mode": "node", "devices": ["0000:10:00.0", "0000:11:00.0"]}, "64 cores unused: nodes 2-3, 6-7"),
-        (FOUR, 1, {"mode": "node"}, "12 cores unused: nodes 1-3"),
-        (FOUR, 4, {"mode": "node"}, ""),
-        (FOUR, 4, {"mode": "node", "reserve_cores": 2}, "2 cores unused: CPUs 0, 4, 16, 20"),
-        (FOUR, 4, {"mode": "exclusive", "threads_per_core": 1}, ""),
-        (Machine(cores=2), 1, {"mode": "exclusive", "reserve_cores": 1}, "1 core unused: CPU 0"),
+        (EIGHT, 4, {"numa": "node", "devices": ["0000:10:00.0", "0000:11:00.0"]}, "64 cores unused: nodes 2-3, 6-7"),
+        (FOUR, 1, {"numa": "node"}, "12 cores unused: nodes 1-3"),
+        (FOUR, 4, {"numa": "node"}, ""),
+        (FOUR, 4, {"numa": "node", "reserve_cores": 2}, "2 cores unused: CPUs 0, 4, 16, 20"),
+        (FOUR, 4, {"numa": "exclusive", "threads_per_core": 1}, ""),
+        (Machine(cores=2), 1, {"numa": "exclusive", "reserve_cores": 1}, "1 core unused: CPU 0"),
     ],
 )
 def test_what_stays_idle(of: Machine, nprocs: int, options: dict[str, Any], note: str, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_what_stays_idle(of: Machine, nprocs: int, options: dict[str, Any], note
     on = (0, 1, 4, 5) if of is EIGHT else ()
     topology = Topology.read(write(tmp_path, machine(of, gpus=gpus(*on))))
     if on:
-        options = {"mode": "node", "devices": [f"0000:{0x10 + i:02x}:00.0" for i in range(4)]}
+        options = {"numa": "node", "devices": [f"0000:{0x10 + i:02x}:00.0" for i in range(4)]}
     assert idle_note(topology, plan(topology, nprocs=nprocs, **options)) == note
 
 
@@ -276,7 +276,7 @@ def test_launch_binds_by_auto(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     bindings, threads = _launch._place("auto", 4)
     assert [binding and sorted(binding.cpus or ()) for binding in bindings] == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
     assert threads == [2] * 4
-    assert _launch._place("auto", 1, memory="bind")[0][0].memory is not None  # type: ignore[union-attr]
+    assert _launch._place("auto", 1, memory_policy="bind")[0][0].memory is not None  # type: ignore[union-attr]
 
 
 def test_a_rank_with_a_memory_policy_is_not_called_unbound(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_a_rank_with_a_memory_policy_is_not_called_unbound(tmp_path: Path) -> No
 
     topology = Topology.read(write(tmp_path, machine(FOUR, gpus=gpus(0, -1))))
     for memory, words in ((None, "is left unbound"), ("local", "keeps the CPUs that it inherits")):
-        rank = plan(topology, "node", memory=memory, required=False)[1]  # type: ignore[arg-type]
+        rank = plan(topology, "node", memory_policy=memory, required=False)[1]  # type: ignore[arg-type]
         assert rank.notes[-1].startswith(f"rank 1 {words}: device 0000:11:00.0: its NUMA node is unknown")
-    auto = plan_auto(topology, memory="bind")
+    auto = plan_auto(topology, memory_policy="bind")
     assert all("unbound" not in note for rank in auto for note in rank.notes)

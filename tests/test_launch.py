@@ -114,7 +114,7 @@ def test_bindings() -> None:
 
 
 def test_placement(tmp_path: Path) -> None:
-    with launch(TELL, 2, numa="node", memory="preferred", log_dir=tmp_path) as group:
+    with launch(TELL, 2, numa="node", memory_policy="preferred", log_dir=tmp_path) as group:
         group.wait(PATIENCE)
         bindings = [rank.binding_report.requested for rank in group.ranks]
     for binding, (_, env, _) in zip(bindings, told(tmp_path, 2), strict=True):
@@ -217,11 +217,11 @@ def test_progress(nprocs: int) -> None:
         (2, {"rank_env": [{}] * 3}, "rank_env has 3 items for 2 ranks"),
         (2, {"files": []}, "files has 0 items for 2 ranks"),
         (1, {"numa": "node", "bindings": [None]}, "bindings say where ranks go: they exclude numa='node'"),
-        (1, {"memory": "local", "bindings": [None]}, "bindings say where ranks go: they exclude memory"),
-        (1, {"memory": "local", "numa": None}, "numa=None leaves ranks unbound: it excludes memory"),
-        (1, {"memory": "local", "numa": "none"}, "numa='none' leaves ranks unbound: it excludes memory"),
+        (1, {"memory_policy": "local", "bindings": [None]}, "bindings say where ranks go: they exclude memory_policy"),
+        (1, {"memory_policy": "local", "numa": None}, "numa=None leaves ranks unbound: it excludes memory_policy"),
+        (1, {"memory_policy": "local", "numa": "none"}, "numa='none' leaves ranks unbound: it excludes memory_policy"),
         (1, {"numa": "nowhere"}, "nowhere"),
-        (1, {"numa": "node", "memory": "elsewhere"}, "elsewhere"),
+        (1, {"numa": "node", "memory_policy": "elsewhere"}, "elsewhere"),
         (1, {"grace": -1}, "grace: expected a number of seconds from 0 on, got -1"),
         (1, {"grace": float("nan")}, "grace: expected a number of seconds from 0 on, got nan"),
         (1, {"files": [None], "log_dir": "/tmp"}, "give log_dir or files"),

@@ -120,7 +120,7 @@ def test_a_cpuset_without_the_devices_node() -> None:
     message = r"rank 0: node 1 has no usable CPU: it has 4-7, ranks may use 0-3 \(device 0000:10:00\.0\)"
     with pytest.raises(PlacementError, match=message):
         place(topology, "node", nprocs=1, devices=on(1))
-    (rank,) = plan(topology, "node", nprocs=1, devices=on(1), memory="preferred", required=False)
+    (rank,) = plan(topology, "node", nprocs=1, devices=on(1), memory_policy="preferred", required=False)
     # The plan gives up CPUs and memory separately: the rank may still use the node's memory.
     assert (rank.binding.cpus, str(rank.binding.memory)) == (None, "preferred:1")
 
@@ -151,14 +151,17 @@ def test_a_mask_of_one_cpu() -> None:
 def test_wrong_arguments_are_named() -> None:
     topology = read(Machine())
     for arguments, message in (
-        ({"mode": "numa", "nprocs": 1}, "affinity mode 'numa' is none of node, socket, exclusive, core-complex"),
-        ({"mode": "node", "nprocs": 0}, "nprocs 0: must be 1 or more"),
-        ({"mode": "node", "gpu_index": -1}, "gpu_index -1: must be 0 or more"),
-        ({"mode": "node", "gpu_index": 2, "devices": on(0, 0)}, "gpu_index 2: only 2 devices are visible"),
-        ({"mode": "node"}, "nprocs is needed: there are no devices to count"),
-        ({"mode": "node", "nprocs": 1, "memory": "strict"}, "memory policy 'strict' is none of default, local, bind"),
-        ({"mode": "node", "nprocs": 1, "devices": ("gpu0",)}, "device 'gpu0' is not a PCI address"),
-        ({"mode": "node", "nprocs": 1, "devices": ("af:00.0",)}, r"device 0000:af:00\.0: there is no "),
+        ({"numa": "numa", "nprocs": 1}, "affinity mode 'numa' is none of node, socket, exclusive, core-complex"),
+        ({"numa": "node", "nprocs": 0}, "nprocs 0: must be 1 or more"),
+        ({"numa": "node", "gpu_index": -1}, "gpu_index -1: must be 0 or more"),
+        ({"numa": "node", "gpu_index": 2, "devices": on(0, 0)}, "gpu_index 2: only 2 devices are visible"),
+        ({"numa": "node"}, "nprocs is needed: there are no devices to count"),
+        (
+            {"numa": "node", "nprocs": 1, "memory_policy": "strict"},
+            "memory policy 'strict' is none of default, local, bind",
+        ),
+        ({"numa": "node", "nprocs": 1, "devices": ("gpu0",)}, "device 'gpu0' is not a PCI address"),
+        ({"numa": "node", "nprocs": 1, "devices": ("af:00.0",)}, r"device 0000:af:00\.0: there is no "),
     ):
         with pytest.raises(PlacementError, match=message):
             place(topology, **arguments)  # type: ignore[arg-type]
@@ -185,24 +188,26 @@ MEMORY = {
 @pytest.mark.parametrize("mode", MEMORY)
 def test_memory_modes_over_the_nodes_of_a_rank(mode: str) -> None:
     topology = read(Machine(sockets=2, nodes=2, memory_only=1))
-    (binding,) = place(topology, "socket", nprocs=1, devices=on(3), memory=mode)  # type: ignore[arg-type]
+    (binding,) = place(topology, "socket", nprocs=1, devices=on(3), memory_policy=mode)  # type: ignore[arg-type]
     assert str(binding.memory) == MEMORY[mode]
 
 
 def test_memory_beside_the_rules() -> None:
     topology = read(Machine(sockets=2, nodes=2, cores=2, memory_only=1, no_memory=frozenset({1}), mems="0-2,4"))
-    (rank,) = plan(topology, "node", nprocs=1, devices=on(1), memory="bind")
+    (rank,) = plan(topology, "node", nprocs=1, devices=on(1), memory_policy="bind")
     assert str(rank.binding.memory) == "bind:0"
     assert rank.notes == ("node 1 has no memory: the nearest that has, 0, is taken",)
-    (whole,) = place(topology, "node", nprocs=1, devices=on(1), memory=MemoryPolicy("interleave", frozenset({0, 4})))
+    (whole,) = place(
+        topology, "node", nprocs=1, devices=on(1), memory_policy=MemoryPolicy("interleave", frozenset({0, 4}))
+    )
     assert str(whole.memory) == "interleave:0,4"
     for memory, message in (
         ("bind", r"memory policy bind: node 3 is not allowed \(allowed: 0-2,4\)"),
         (MemoryPolicy("bind", frozenset({3, 9})), r"memory policy bind:3,9: nodes 3,9 are absent or not allowed"),
     ):
         with pytest.raises(PlacementError, match=message):
-            place(topology, "node", nprocs=1, devices=on(3), memory=memory)  # type: ignore[arg-type]
-        (rank,) = plan(topology, "node", nprocs=1, devices=on(3), memory=memory, required=False)  # type: ignore[arg-type]
+            place(topology, "node", nprocs=1, devices=on(3), memory_policy=memory)  # type: ignore[arg-type]
+        (rank,) = plan(topology, "node", nprocs=1, devices=on(3), memory_policy=memory, required=False)  # type: ignore[arg-type]
         assert (rank.binding.cpus, rank.binding.memory) == ({6, 7}, None)
         assert rank.notes[0].startswith("memory is left to the inherited policy")
 
@@ -211,7 +216,7 @@ def test_no_rank_is_sent_to_the_memory_of_a_device() -> None:
     # Node 0 has CPUs and no memory, as in a machine of HBM only; node 1 is the GPU's own memory, node 2 is not.
     extra = {"sys/devices/system/node/node0/distance": "10 20 40"}
     topology = read(Machine(memory_only=2, no_memory=frozenset({0}), extra=extra))
-    (rank,) = plan(topology, "node", nprocs=1, devices=on(1), memory="bind")
+    (rank,) = plan(topology, "node", nprocs=1, devices=on(1), memory_policy="bind")
     assert (rank.node, str(rank.binding.memory)) == (0, "bind:2")
 
 
@@ -250,14 +255,17 @@ def test_lists_by_hand() -> None:
     assert [str(rank.binding) for rank in ranks] == ["cpus 0-1, memory bind:0", "cpus 4-7, memory bind:1"]
     assert [(rank.node, rank.omp_threads) for rank in ranks] == [(0, 2), (1, 4)]
     assert lists(rank.binding for rank in plan_lists(topology, 3, cpus="2")) == ["2"] * 3
-    assert plan_lists(topology, 1, mems="0-1", memory="interleave")[0].binding.cpus is None
+    assert plan_lists(topology, 1, mems="0-1", memory_policy="interleave")[0].binding.cpus is None
     for arguments, message in (
         ({"cpus": "0:1:2"}, "--cpus '0:1:2' has 3 lists for 2 ranks"),
         ({"cpus": "0:1-"}, "--cpus '0:1-', rank 1: not a list of ids"),
         ({"cpus": "0:"}, "--cpus '0:', rank 1: the list is empty"),
         ({"cpus": "0:9"}, r"--cpus '0:9', rank 1: 9 may not be used \(allowed: 0-7\)"),
         ({"mems": "0:2"}, r"--mems '0:2', rank 1: 2 may not be used \(allowed: 0-1\)"),
-        ({"mems": "0-1", "memory": "preferred"}, "--mems '0-1', rank 0: memory policy 'preferred' takes one node"),
+        (
+            {"mems": "0-1", "memory_policy": "preferred"},
+            "--mems '0-1', rank 0: memory policy 'preferred' takes one node",
+        ),
     ):
         with pytest.raises(PlacementError, match=message):
             plan_lists(topology, 2, **arguments)  # type: ignore[arg-type]
@@ -316,7 +324,7 @@ def test_what_holds_of_every_plan(machine, nprocs, mode, reserve, threads, requi
             devices=on(*(gpu.node for gpu in machine.gpus)),
             reserve_cores=reserve,
             threads_per_core=threads,
-            memory=memory,
+            memory_policy=memory,
             required=required,
         )
     except PlacementError as error:
@@ -385,7 +393,7 @@ def test_a_broken_file_gives_a_plan_or_a_clear_error(whole_tree, data, text, mod
     whole = file.read_bytes()
     file.write_text(text)
     try:
-        ranks = plan(Topology.read(whole_tree), mode, nprocs=2, memory="bind")
+        ranks = plan(Topology.read(whole_tree), mode, nprocs=2, memory_policy="bind")
     except PlacementError as error:
         assert len(str(error)) > 20
     else:

@@ -315,7 +315,7 @@ def _(folder: Path) -> str:
 @provokes("nodes ... are absent or not allowed")
 def _(folder: Path) -> str:
     topology = Topology.read(write(folder, TWO_NODES))
-    return raised(lambda: place(topology, "node", nprocs=1, memory=MemoryPolicy("bind", {7})))
+    return raised(lambda: place(topology, "node", nprocs=1, memory_policy=MemoryPolicy("bind", {7})))
 
 
 @provokes("memory policy ...: node ... is not allowed")

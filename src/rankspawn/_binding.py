@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from typing import Literal
 
     MemoryMode = Literal["default", "local", "bind", "preferred", "preferred-many", "interleave", "weighted-interleave"]
+    ModeName = Literal["node", "socket", "exclusive", "core-complex"]
     NumaMode = Literal["auto", "none", "node", "socket", "exclusive", "core-complex"]
 
 MEMORY_MODES: tuple[MemoryMode, ...] = (

@@ -203,20 +203,20 @@ def test_plans_stay_inside(cpuset: Cpuset, touched: Start) -> None:
         ranks = plan(topology, "node", devices=[machine.device_of(3), machine.device_of(machine.MEMORY_ONLY)])
         assert [rank.binding.cpus for rank in ranks] == [{10, 11}, {8, 9, 12}]
         assert [rank.cpus for rank in place(topology, "exclusive", nprocs=3)] == [{8, 9}, {12}, {10, 11}]
-        (rank,) = place(topology, "socket", devices=[machine.device_of(3)], memory="preferred-many")
+        (rank,) = place(topology, "socket", devices=[machine.device_of(3)], memory_policy="preferred-many")
         assert rank == bound(ids(CPUS), "preferred-many", {2})
         child = touched(rank)
         assert child.process.binding_report.effective == rank
         with pytest.raises(PlacementError, match="node 0 has no usable CPU"):
             place(topology, "node", devices=[machine.device_of(0)])
         with pytest.raises(PlacementError, match="node 3 is not allowed"):
-            place(topology, "node", devices=[machine.device_of(3)], memory="bind")
+            place(topology, "node", devices=[machine.device_of(3)], memory_policy="bind")
 
 
 def test_plans_stay_inside_the_inherited_mask(touched: Start) -> None:
     mask = machine.CPUS[0] | {2, 6}
     with own_cpus(mask):
-        ranks = place(Topology.read(), "exclusive", nprocs=3, memory="bind")
+        ranks = place(Topology.read(), "exclusive", nprocs=3, memory_policy="bind")
         # Cores 0-1, 4-5, and the half cores 2 and 6.
         assert [rank.cpus for rank in ranks] == [{0, 1}, {4, 5}, {2, 6}]
         for rank in ranks:

@@ -136,7 +136,7 @@ def test_ranks_follow_their_gpus(mode: str, gpus: None) -> None:
 @pytest.mark.parametrize("mode", ["node", "exclusive", "core-complex"])
 def test_no_rank_is_ever_sent_to_the_node_without_cpus(mode: str, nprocs: int) -> None:
     for devices in ([], [machine.device_of(machine.MEMORY_ONLY)]):
-        ranks = plan(Topology.read(), mode, nprocs=nprocs, devices=devices, memory="bind", required=False)
+        ranks = plan(Topology.read(), mode, nprocs=nprocs, devices=devices, memory_policy="bind", required=False)
         for rank in ranks:
             assert rank.node in machine.CPUS
             assert rank.binding.cpus is None or rank.binding.cpus <= machine.CPUS[rank.node]

@@ -124,7 +124,9 @@ def placement(options: PlacementOptions, topology: Topology, nprocs: int | None)
         if nprocs is None:
             raise PlacementError("--cpus and --mems need the number of ranks: --nproc-per-node")
         memory: MemoryMode = options.memory_policy or "bind"
-        return plan_lists(topology, nprocs, cpus=options.cpus, mems=options.mems, memory=memory, required=required)
+        return plan_lists(
+            topology, nprocs, cpus=options.cpus, mems=options.mems, memory_policy=memory, required=required
+        )
     if options.numa_binding == "none":
         _refuse_beside("--numa-binding none, which leaves ranks unbound", options, numa_binding="")
         if nprocs is None:
@@ -136,7 +138,7 @@ def placement(options: PlacementOptions, topology: Topology, nprocs: int | None)
 
         devices = parse_devices(options.devices)
     plan_by_mode = (
-        plan_auto if options.numa_binding == "auto" else partial(plan, mode=options.numa_binding, required=required)
+        plan_auto if options.numa_binding == "auto" else partial(plan, numa=options.numa_binding, required=required)
     )
     return plan_by_mode(
         topology,
@@ -144,7 +146,7 @@ def placement(options: PlacementOptions, topology: Topology, nprocs: int | None)
         devices=devices,
         reserve_cores=options.reserve_cores,
         threads_per_core=options.threads_per_core,
-        memory=options.memory_policy,
+        memory_policy=options.memory_policy,
     )
 
 

@@ -36,7 +36,7 @@ def launch(
     nprocs: int,
     *,
     numa: AffinityMode | NumaMode | None = "auto",
-    memory: MemoryMode | MemoryPolicy | None = None,
+    memory_policy: MemoryMode | MemoryPolicy | None = None,
     devices: Sequence[str | Device] | None = None,
     reserve_cores: int = 0,
     threads_per_core: int | None = None,
@@ -74,7 +74,7 @@ def launch(
         numa: One of torch's modes, as for ``place``; "auto" binds each rank to its NUMA node where several nodes have
             CPUs and each of these gets ranks, and is optional; "none" or None leaves the ranks unbound. OMP_NUM_THREADS
             is each rank's share of the cores, unless ``env`` has it.
-        memory: A mode or policy, as for ``place``.
+        memory_policy: A mode or policy, as for ``place``.
         devices: As for ``place``: accelerators in local-rank order, empty for none; None looks for them.
         reserve_cores: As for ``place``: how many physical cores of the machine no rank gets.
         threads_per_core: As for ``place``: how many hardware threads of each core are used; None for all.
@@ -152,7 +152,10 @@ def launch(
     _check_ending(grace, signal_to)
     _check_output(files, log_dir, tee, tee_prefix, tee_ranks, max_restarts)
     wanted = _given(
-        memory=memory, devices=devices, reserve_cores=reserve_cores or None, threads_per_core=threads_per_core
+        memory_policy=memory_policy,
+        devices=devices,
+        reserve_cores=reserve_cores or None,
+        threads_per_core=threads_per_core,
     )
     threads: Sequence[int] | None = None
     if bindings is None:

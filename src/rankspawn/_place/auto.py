@@ -26,7 +26,7 @@ def plan_auto(
     devices: Sequence[str | Device] | None = None,
     reserve_cores: int = 0,
     threads_per_core: int | None = None,
-    memory: MemoryMode | MemoryPolicy | None = None,
+    memory_policy: MemoryMode | MemoryPolicy | None = None,
 ) -> tuple[Placed, ...]:
     """Bind each rank to its node if several nodes have usable CPUs and each of these gets ranks; else bind none.
 
@@ -61,7 +61,7 @@ def plan_auto(
     bindings = []
     for home in homes:
         cpus = machine.on(home.node) if is_bound and home.node is not None else whole
-        policy = policy_of_rank(machine, memory, home, cpus, seen.devices, False)
+        policy = policy_of_rank(machine, memory_policy, home, cpus, seen.devices, False)
         bindings.append(Binding(cpus if is_bound or narrowed else None, policy, False))
     threads = threads_of_ranks(topology, machine.allowed, [binding.cpus for binding in bindings])
     return tuple(

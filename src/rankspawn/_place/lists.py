@@ -21,7 +21,7 @@ def plan_lists(
     *,
     cpus: str | None = None,
     mems: str | None = None,
-    memory: MemoryMode = "bind",
+    memory_policy: MemoryMode = "bind",
     allowed_cpus: Iterable[int] | None = None,
     required: bool = True,
 ) -> tuple[Placed, ...]:
@@ -32,7 +32,7 @@ def plan_lists(
         nprocs: How many ranks there are.
         cpus: ``--cpus``: a list for each rank, with colons between them ("0-3:4-7"), or one list for all.
         mems: ``--mems``: nodes in the same form.
-        memory: The mode that is applied over the nodes of ``mems``.
+        memory_policy: The mode that is applied over the nodes of ``mems``.
         allowed_cpus: The CPUs that ranks may use, instead of the topology's own.
         required: Whether a refused binding fails the start.
 
@@ -46,7 +46,7 @@ def plan_lists(
     ranks = []
     for rank, (ids, nodes) in enumerate(zip(cpu_lists, mem_lists, strict=True)):
         try:
-            policy = None if nodes is None else MemoryPolicy(memory, nodes)
+            policy = None if nodes is None else MemoryPolicy(memory_policy, nodes)
         except ValueError as error:
             raise PlacementError(f"--mems {mems!r}, rank {rank}: {error}") from None
         on = [node.id for node in topology.nodes if ids is not None and node.cpus & ids]

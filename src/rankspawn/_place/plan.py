@@ -23,7 +23,7 @@ from .visible import Device, Visible
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .._binding import MemoryMode, MemoryPolicy
+    from .._binding import MemoryMode, MemoryPolicy, ModeName
 
 
 class Placed(Frozen):
@@ -47,7 +47,7 @@ class Placed(Frozen):
 @public
 def place(
     topology: Topology,
-    mode: AffinityMode | str,
+    numa: AffinityMode | ModeName,
     *,
     nprocs: int | None = None,
     gpu_index: int | None = None,
@@ -55,7 +55,7 @@ def place(
     allowed_cpus: Iterable[int] | None = None,
     reserve_cores: int = 0,
     threads_per_core: int | None = None,
-    memory: MemoryMode | MemoryPolicy | None = None,
+    memory_policy: MemoryMode | MemoryPolicy | None = None,
     required: bool = True,
 ) -> tuple[Binding, ...]:
     """Find where each rank goes. Only the devices are looked up, if they are not given; nothing is changed.
@@ -64,7 +64,7 @@ def place(
 
     Args:
         topology: The machine.
-        mode: How CPUs follow from a rank's device.
+        numa: How CPUs follow from a rank's device: one of torch's four modes.
         nprocs: How many ranks are launched; as many as devices if left out. Rank i follows device i, or i modulo the
             number of devices. Splits are made over these ranks, not over devices that no rank follows.
         gpu_index: As torch counts: the one rank that follows the visible device of this index, with splits over all
@@ -77,7 +77,7 @@ def place(
         allowed_cpus: CPUs that ranks may use, instead of the topology's own. CPUs that are not online are left out.
         reserve_cores: How many physical cores of the machine no rank gets; taken from all nodes, lowest first.
         threads_per_core: How many hardware threads of each core are used, the lowest first; None for all.
-        memory: A mode, applied over the nodes of each rank's CPUs, or one policy for every rank. None leaves the
+        memory_policy: A mode, applied over the nodes of each rank's CPUs, or one policy for every rank. None leaves the
             inherited policy, by which a page comes from the node of the CPU that touches it first.
         required: False leaves a rank that cannot be placed unbound, with a note; CPUs and memory separately.
 
@@ -89,9 +89,9 @@ def place(
     """
     if not isinstance(topology, Topology):
         raise TypeError(f"topology: expected a Topology, got {topology!r}; Topology.read() is this machine's")
-    mode = _mode(mode)
+    mode = _mode(numa)
     machine = usable_machine(topology, allowed_cpus, reserve_cores, threads_per_core)
-    placed = _placed(machine, mode, nprocs, gpu_index, devices, memory, required)
+    placed = _placed(machine, mode, nprocs, gpu_index, devices, memory_policy, required)
     for note in dict.fromkeys(note for home, _ in placed for note in home.notes):
         warnings.warn(note, RuntimeWarning, stacklevel=2)
     return tuple(binding for _, binding in placed)
@@ -99,7 +99,7 @@ def place(
 
 def plan(
     topology: Topology,
-    mode: AffinityMode | str,
+    numa: AffinityMode | str,
     *,
     nprocs: int | None = None,
     gpu_index: int | None = None,
@@ -107,13 +107,13 @@ def plan(
     allowed_cpus: Iterable[int] | None = None,
     reserve_cores: int = 0,
     threads_per_core: int | None = None,
-    memory: MemoryMode | MemoryPolicy | None = None,
+    memory_policy: MemoryMode | MemoryPolicy | None = None,
     required: bool = True,
 ) -> tuple[Placed, ...]:
     """Do what ``place`` does, with what else there is to say of each rank. It gives notes instead of warnings."""
-    mode = _mode(mode)
+    mode = _mode(numa)
     machine = usable_machine(topology, allowed_cpus, reserve_cores, threads_per_core)
-    placed = _placed(machine, mode, nprocs, gpu_index, devices, memory, required)
+    placed = _placed(machine, mode, nprocs, gpu_index, devices, memory_policy, required)
     threads = threads_of_ranks(topology, machine.allowed, [binding.cpus for _, binding in placed])
     return tuple(
         Placed(binding, home.device, home.node, count, tuple(home.notes))
@@ -127,7 +127,7 @@ def _placed(
     nprocs: int | None,
     gpu_index: int | None,
     devices: Sequence[str | Device] | None,
-    memory: MemoryMode | MemoryPolicy | None,
+    memory_policy: MemoryMode | MemoryPolicy | None,
     required: bool,
 ) -> list[tuple[Home, Binding]]:
     """Find the home, with its notes, and the binding of each rank that is asked for."""
@@ -137,7 +137,7 @@ def _placed(
     drafts = [(homes[i], cpus_of_rank(machine, mode, homes, i, required)) for i in chosen]
     bound = []
     for i, (home, cpus) in zip(chosen, drafts, strict=True):
-        policy = policy_of_rank(machine, memory, home, cpus, seen.devices, required)
+        policy = policy_of_rank(machine, memory_policy, home, cpus, seen.devices, required)
         if cpus is None:
             is_left = "is left unbound" if policy is None else "keeps the CPUs that it inherits"
             home.notes.append(f"rank {i} {is_left}: {home.problem}")

@@ -259,7 +259,9 @@ def _plan(
     from .._place.plan import plan
     from .._place.topology import Topology
 
-    (rank,) = plan(Topology.read(), mode, gpu_index=local_rank, nprocs=nprocs, memory=memory, required=not fall_back)
+    (rank,) = plan(
+        Topology.read(), mode, gpu_index=local_rank, nprocs=nprocs, memory_policy=memory, required=not fall_back
+    )
     return rank.binding, rank.notes
 
 

@@ -6,12 +6,14 @@ In a module of its own, so that only its users import ``dataclasses``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
+from .._binding import MemoryPolicy
 from .._public import public
 
 if TYPE_CHECKING:
-    from .._binding import AffinityMode, MemoryMode, MemoryPolicy
+    from .._binding import AffinityMode, MemoryMode
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,19 @@ class NumaOptions:
         should_fall_back_if_binding_fails: Start the rank unbound, with a warning, where it cannot be bound.
         memory_policy: A mode, applied over the nodes of the rank's own CPUs, or a whole MemoryPolicy for every rank
             alike; None leaves memory to the kernel's default, which is local to the CPU that touches first.
+
+    Raises:
+        TypeError: An argument has the wrong type.
     """
 
     affinity_mode: AffinityMode
     should_fall_back_if_binding_fails: bool = False
     memory_policy: MemoryMode | MemoryPolicy | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.affinity_mode, Enum):  # torch's AffinityMode is another class than ours
+            mode = self.affinity_mode
+            raise TypeError(f"affinity_mode: expected an AffinityMode, got {mode!r}; AffinityMode({mode!r}) makes one")
+        policy = self.memory_policy
+        if policy is not None and not isinstance(policy, (str, MemoryPolicy)):
+            raise TypeError(f"memory_policy: expected a mode or a MemoryPolicy, got {policy!r}")
