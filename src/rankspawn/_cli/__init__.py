@@ -9,7 +9,7 @@ step       what srun, mpirun and torchrun say of us         show       topology 
 vocabulary  torchrun's options, values and variables        streams    what becomes of the ranks' stdout and stderr
 meeting    which machine this is, and where ranks meet
 doctor     what this machine and this installation have    dump       what the ranks of a running job do
-warm       --warm: its template, and what it preloads
+warm       --warm: its template, and what it preloads        ps         what the ranks of all jobs do and use
 
 Nothing imports it but __main__. It imports no _end: a group ends its ranks.
 """

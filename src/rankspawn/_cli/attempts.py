@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from .._group.launch import launch
 from .._output.failure import describe, describe_interruption
 from .._output.logs import RankFiles, rank_files
+from .._output.noted import noted
 from .._output.recorded import pass_on
 from .._place.glance import sets_threads
 from .._start.outcome import BindingError
@@ -99,7 +100,7 @@ def _run_attempt(
             # As a shell: 127 when the program is not there, 126 when it cannot be executed.
             return 1 if error.errno in _TOO_MANY else 127 if isinstance(error, FileNotFoundError) else 126, True
         try:
-            with group:
+            with group, noted(group.ranks):
                 reports.note_bindings(group)
                 for line in refusals(group, job.first_rank):
                     say(line)

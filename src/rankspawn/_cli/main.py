@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         ("torchrun", None, "torchrun of the torch that is installed, with its workers started by rankspawn"),
         ("topology", _topology, "show this machine's nodes, cores, caches and accelerators"),
         ("plan", _plan, "show where ranks would go, and start none"),
+        ("ps", _ps, "show the jobs on this machine, and what their ranks do and use"),
         ("dump", _dump, "show what the ranks of a running job do: the stacks of their threads"),
         ("doctor", _doctor, "say what this machine allows"),
     ):
@@ -142,6 +143,12 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     from .show import add_plan_options
 
     add_plan_options(parser)
+
+
+def _ps(parser: argparse.ArgumentParser) -> None:
+    from .ps import add_ps_options
+
+    add_ps_options(parser)
 
 
 def _dump(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ report     times, bindings, exits and use, as data          usage      what a ra
 form       the types of a report                            timeline   a report as a picture
 write      reports written to files and pipes               trace      a report as a trace for Perfetto
 console    what the launcher says on stderr                 lines      what all ranks write, for a program
+noted      where ranks were to be bound, for `ps`
 
 This room starts and ends no process: it imports Popen only as a type, and only `processes` from _end.
 """

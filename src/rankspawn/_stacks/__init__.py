@@ -3,7 +3,7 @@
 facts      a process, its threads and their frames         kernel     what /proc says of processes and threads
 unwinder   Python frames, by the standard library          spy        Python frames, by py-spy
 take       all of it at once, within a limited time        fold       a look as one line, and as text
-ranks      which processes are ranks
+ranks      which processes are ranks                       now        what they use, and where they are bound
 
 It starts py-spy and nothing else, and it knows no group: it imports only _start.
 """

@@ -21,8 +21,16 @@ def ranks_below(pid: int, proc: str = "/proc") -> dict[int, int | None]:
 
 def ranks_of_job(run_id: str, proc: str = "/proc") -> dict[int, int | None]:
     """The ranks of a job on this machine, by their TORCHELASTIC_RUN_ID: RANK by pid; none where it has none."""
-    pids = [int(name) for name in os.listdir(proc) if name.isdecimal()]
-    return {**_ranks_among(pids, proc, run_id)}
+    return {**_ranks_among(_pids(proc), proc, run_id)}
+
+
+def all_ranks(proc: str = "/proc") -> dict[int, int]:
+    """The ranks of all jobs on this machine whose variables this user may read: RANK by pid."""
+    return _ranks_among(_pids(proc), proc)
+
+
+def _pids(proc: str) -> list[int]:
+    return [int(name) for name in os.listdir(proc) if name.isdecimal()]
 
 
 def _ranks_among(pids: Iterable[int], proc: str, run_id: str | None = None) -> dict[int, int]:

@@ -1,0 +1,169 @@
+"""What ranks use and where they are bound now, for ``rankspawn ps``: procfs alone, a few reads for each rank."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from .._frozen import Frozen
+from .._ids import format_ids, parse_ids
+from .kernel import command_of, environment_of, parent_of, read
+from .ranks import all_ranks
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+
+class RankNow(Frozen):
+    """A rank that runs.
+
+    Attributes:
+        rank: Its RANK.
+        pid: Its process.
+        state: The letter of proc(5).
+        asked: The CPUs that it was to be bound to, "0-3"; None where they are not known, or none were asked for.
+        cpus: The CPUs that its first thread may use now.
+        strays: How many of its threads may use CPUs that were not asked for.
+        threads: How many it has.
+        cpu: Seconds of CPU time that it has used.
+        delay: Seconds that its first thread was ready to run and waited for a CPU.
+        rss: Resident bytes.
+        age: Seconds since it was started.
+        stdout: The file that it writes to; None where that is no file.
+        stderr: As stdout.
+        gpu: Bytes of GPU memory that it uses; None where nothing tells it.
+    """
+
+    rank: int
+    pid: int
+    state: str
+    asked: str | None
+    cpus: str
+    strays: int
+    threads: int
+    cpu: float
+    delay: float
+    rss: int
+    age: float
+    stdout: str | None
+    stderr: str | None
+    gpu: int | None = None
+
+
+class JobNow(Frozen):
+    """A job that runs on this machine.
+
+    Attributes:
+        job: Its id (TORCHELASTIC_RUN_ID), or "".
+        launcher: The process that has started the ranks.
+        command: The launcher's command line.
+        world: WORLD_SIZE, or "".
+        ranks: By RANK.
+    """
+
+    job: str
+    launcher: int
+    command: str
+    world: str
+    ranks: Sequence[RankNow]
+
+
+def jobs_now(asked: Mapping[int, str | None], proc: str = "/proc") -> list[JobNow]:
+    """The jobs whose ranks this user may look at, by launcher, whoever has started them.
+
+    Args:
+        asked: The CPUs that ranks were to be bound to, by pid, where that is known.
+        proc: Where procfs is mounted.
+    """
+    by_launcher: dict[int, dict[int, int]] = {}
+    for pid, rank in all_ranks(proc).items():
+        by_launcher.setdefault(parent_of(pid, proc), {})[pid] = rank
+    gpus = _gpu_memory()
+    found = []
+    for launcher, ranks in sorted(by_launcher.items()):
+        its = [_rank(pid, rank, asked.get(pid), gpus, proc) for pid, rank in ranks.items()]
+        alive = sorted((one for one in its if one is not None), key=lambda one: (one.rank, one.pid))
+        if alive:
+            told = environment_of(alive[0].pid, proc)
+            job, world = told.get("TORCHELASTIC_RUN_ID", ""), told.get("WORLD_SIZE", "")
+            found.append(JobNow(job, launcher, command_of(launcher, proc), world, alive))
+    return found
+
+
+def _rank(pid: int, rank: int, asked: str | None, gpus: Mapping[int, int], proc: str) -> RankNow | None:
+    fields = read(f"{proc}/{pid}/stat").rpartition(")")[2].split()
+    if not fields or fields[0] in "ZX":
+        return None
+    masks = [*_masks(pid, proc)]
+    wanted = None if asked is None else parse_ids(asked)
+    ticks = os.sysconf("SC_CLK_TCK")
+    delay = read(f"{proc}/{pid}/schedstat").split()
+    size = read(f"{proc}/{pid}/statm").split()
+    uptime = float((read(f"{proc}/uptime") or "0").split()[0])
+    return RankNow(
+        rank,
+        pid,
+        fields[0],
+        asked,
+        format_ids(masks[0]) if masks else "",
+        sum(wanted is not None and not mask <= wanted for mask in masks),
+        len(masks),
+        (int(fields[11]) + int(fields[12])) / ticks,
+        int(delay[1]) / 1e9 if len(delay) > 1 else 0.0,
+        int(size[1]) * os.sysconf("SC_PAGE_SIZE") if len(size) > 1 else 0,
+        uptime - int(fields[19]) / ticks,
+        _file(f"{proc}/{pid}/fd/1"),
+        _file(f"{proc}/{pid}/fd/2"),
+        gpus.get(pid),
+    )
+
+
+def _masks(pid: int, proc: str) -> Iterable[frozenset[int]]:
+    """The CPU mask of each thread, the first one first."""
+    try:
+        tids = sorted(map(int, os.listdir(f"{proc}/{pid}/task")), key=lambda tid: (tid != pid, tid))
+    except OSError:
+        return
+    for tid in tids:
+        try:
+            yield frozenset(os.sched_getaffinity(tid))
+        except OSError:
+            continue
+
+
+def _file(link: str) -> str | None:
+    try:
+        path = os.readlink(link)
+    except OSError:
+        return None
+    return path if path.startswith("/") and not path.startswith("/dev/") else None
+
+
+def age_of(path: str) -> float | None:
+    """Seconds since a file was written to; None where it is not there."""
+    try:
+        return max(0.0, time.time() - os.stat(path).st_mtime)
+    except OSError:
+        return None
+
+
+def _gpu_memory() -> dict[int, int]:
+    """Bytes of GPU memory by process, by NVML (``pip install "rankspawn[nvidia]"``); nothing where it is not here."""
+    try:
+        import pynvml  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        return {}
+    used: dict[int, int] = {}
+    try:
+        pynvml.nvmlInit()
+        try:
+            for index in range(pynvml.nvmlDeviceGetCount()):
+                device = pynvml.nvmlDeviceGetHandleByIndex(index)
+                for process in pynvml.nvmlDeviceGetComputeRunningProcesses(device):
+                    used[process.pid] = used.get(process.pid, 0) + (process.usedGpuMemory or 0)
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return used
+    return used

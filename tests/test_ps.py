@@ -1,0 +1,120 @@
+"""``rankspawn ps``: the ranks of running jobs, by rankspawn's launchers and by others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankspawn._output.noted import noted, read_noted
+from tests.support.launchers import LAUNCHER, SLEEP, completed, in_ranks, launched
+from tests.support.processes import eventually
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="procfs")
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "runtime"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    return folder / "rankspawn"
+
+
+def job_of(launcher: int) -> dict[str, Any]:
+    """What ps says of this launcher's job."""
+    done = completed([*LAUNCHER, "ps", "--json"])
+    assert (done.returncode, done.stderr) == (0, "")
+    (job,) = [job for job in json.loads(done.stdout) if job["launcher"] == launcher]
+    return dict(job)
+
+
+def test_the_ranks_of_a_job(runtime: Path, tmp_path: Path) -> None:
+    cpu = str(min(os.sched_getaffinity(0)))
+    options = ["--nproc-per-node", "2", "--cpus", cpu, "--log-dir", str(tmp_path / "logs")]
+    code = SLEEP.replace("say(os.getpid())", "print('epoch', os.environ['RANK'], flush=True)")
+    with launched(in_ranks(code, *options)) as job:
+        logs = tmp_path / "logs"
+        eventually(lambda: len([one for one in logs.glob("*/*/*/stdout.log") if one.read_text()]) == 2)
+        about = job_of(job.process.pid)
+        assert [(rank["rank"], rank["asked"], rank["cpus"], rank["strays"]) for rank in about["ranks"]] == [
+            (0, cpu, cpu, 0),
+            (1, cpu, cpu, 0),
+        ]
+        for rank in about["ranks"]:
+            assert rank["state"] in "RSD" and rank["threads"] >= 1 and rank["rss"] > 1 << 20
+            assert rank["cpu"] > 0 and rank["delay"] >= 0 and 0 <= rank["silent"] <= rank["age"] + 1
+            assert rank["last_line"] == f"epoch {rank['rank']}" and rank["stdout"].endswith("stdout.log")
+        assert about["world"] == "2" and "rankspawn" in about["command"]
+        text = completed([*LAUNCHER, "ps"]).stdout
+        assert f"2 of 2 ranks, launcher {job.process.pid}: " in text and "epoch 1" in text
+        job.process.send_signal(signal.SIGTERM)
+        job.end()
+    assert [*runtime.iterdir()] == []
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_threads_that_have_left_their_binding_are_marked(runtime: Path) -> None:
+    cpu, other = sorted(os.sched_getaffinity(0))[:2]
+    code = f"import os\nos.sched_setaffinity(0, {{{other}}})\n" + SLEEP
+    with launched(in_ranks(code, "--cpus", str(cpu))) as job:
+        job.hear(1)
+        (rank,) = job_of(job.process.pid)["ranks"]
+        assert (rank["asked"], rank["cpus"], rank["strays"]) == (str(cpu), str(other), rank["threads"])
+        assert f"{other} ! asked {cpu}, {rank['threads']} threads" in completed([*LAUNCHER, "ps"]).stdout
+
+
+def test_ranks_of_another_launcher(runtime: Path) -> None:
+    variables = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "other"}
+    with subprocess.Popen(["sleep", "300"], env={**os.environ, **variables}) as rank:
+        eventually(lambda: Path(f"/proc/{rank.pid}/comm").read_text() == "sleep\n")
+        about = job_of(os.getpid())
+        rank.kill()
+    assert (about["job"], about["world"]) == ("other", "8")
+    assert [(one["rank"], one["pid"], one["asked"]) for one in about["ranks"]] == [(3, rank.pid, None)]
+
+
+def test_notes_are_this_users_alone(runtime: Path) -> None:
+    with launched(in_ranks(SLEEP)) as job:
+        job.hear(1)
+        (note,) = runtime.iterdir()
+        assert stat.S_IMODE(runtime.stat().st_mode) == 0o700 and stat.S_IMODE(note.stat().st_mode) == 0o600
+
+
+def test_a_killed_launchers_note_is_removed_by_the_next_look(runtime: Path) -> None:
+    with launched(in_ranks(SLEEP)) as job:
+        job.hear(1)
+        job.process.kill()
+        job.end()
+    assert len([*runtime.iterdir()]) == 1
+    assert read_noted() == {}
+    assert [*runtime.iterdir()] == []
+
+
+def test_nothing_is_noted_where_others_may_write(runtime: Path) -> None:
+    runtime.mkdir()
+    runtime.chmod(0o777)
+    with noted(()):
+        assert [*runtime.iterdir()] == []
+
+
+@pytest.mark.parametrize("place", ["", "relative", "/no/such/folder"])
+def test_without_a_place_nothing_is_noted(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", place)
+    with noted(()):
+        assert read_noted() == {}
+
+
+def test_watch_looks_again_until_it_is_interrupted(runtime: Path) -> None:
+    with launched([*LAUNCHER, "ps", "--watch", "0.05"]) as ps:
+        assert ps.stdout.readline() and ps.stdout.readline()
+        ps.process.send_signal(signal.SIGINT)
+        assert ps.end() in (-signal.SIGINT, 128 + signal.SIGINT)
+        assert "Traceback" not in ps.stderr.read()
