@@ -33,6 +33,7 @@ _REPLACED = (
     (MULTIPROCESSING, "SubprocessContext"),
     (MULTIPROCESSING, "MultiprocessContext"),
     ("torch.distributed.launcher.api", "LocalElasticAgent"),
+    (f"{MULTIPROCESSING}.errors", "get_error_handler"),
 )
 """Where torch looks up the names that ``_torch.elastic`` replaces."""
 

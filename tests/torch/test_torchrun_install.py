@@ -97,7 +97,7 @@ def test_difference(seam: Seam, told: str | None) -> None:
 def test_install_and_uninstall() -> None:
     uninstall()  # harmless
     install()
-    assert [one.__module__ for one in replaced()] == ["rankspawn._torch.elastic"] * len(_REPLACED)
+    assert all(one.__module__.startswith("rankspawn._torch.") for one in replaced())
     install(NumaOptions(AffinityMode.NODE))
     assert options() == NumaOptions(AffinityMode.NODE)
     uninstall()

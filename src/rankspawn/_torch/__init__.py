@@ -3,6 +3,7 @@
 handler       SubprocessHandler                             elastic       the agent's own classes, over ours
 numa_options  NumaOptions                                   seams         the torch functions that ours rely on
 early         torchrun --warm, before torch is imported
+deaths        what the agent knows of a death by signal
 
-Only elastic imports torch, which is loaded by then. Nothing here imports _cli.
+Only elastic and deaths import torch, which is loaded by then. Nothing here imports _cli.
 """

@@ -20,20 +20,24 @@ import torch.distributed.elastic.multiprocessing.api as contexts
 import torch.distributed.elastic.multiprocessing.subprocess_handler as handlers
 
 from .._binding import AffinityMode
+from .._end.deaths import Deaths
 from .._end.guard import Guard
+from .._end.reap import returncodes
 from .._end.watch import Watch
 from .._group.start import start_ranks
 from .._ids import format_ids
 from .._multiprocessing.context import get_context
 from .._start.engine import bind_thread, mechanisms
+from .._start.popen import Popen
 from .._start.without import in_thread
+from . import deaths
+from .deaths import get_error_handler as get_error_handler
 from .handler import SubprocessHandler, binding_for, warn_of_refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .._binding import Binding
-    from .._start.popen import Popen
     from .._warm.template import Template
     from .numa_options import NumaOptions
 
@@ -72,16 +76,29 @@ class Worker(SubprocessHandler):
     """A rank of an elastic agent. It dies with the agent, however the agent ends."""
 
     _die_with_parent = _DIE_WITH_AGENT
+    proc: Popen
+    sent: set[int]
+    """The signals that the agent has sent to it while it ran."""
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        self.sent = set()
+        super().__init__(*args, **keywords)
 
     @classmethod
     def started(cls, process: Popen, local_rank_id: int, stdout: str, stderr: str) -> Worker:
         """The handler of a rank that start_ranks has started."""
         handler = cls.__new__(cls)
+        handler.sent = set()
         handler.proc = process
         handler.local_rank_id = local_rank_id
         handler._log_paths = (stdout or None, stderr or None)
         handler._log_files = {}
         return handler
+
+    def close(self, death_sig: Any = None) -> None:
+        if self.proc.poll() is None:
+            self.sent.add(death_sig or signal.SIGTERM)
+        super().close(death_sig)
 
 
 def get_subprocess_handler(
@@ -133,10 +150,13 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
     subprocess_handlers: dict[int, SubprocessHandler]
     _watch: Watch | None = None
     _guard: Guard | None = None
+    _deaths: Deaths | None = None
 
     def _start(self) -> None:
         if self.subprocess_handlers:
             super()._start()  # which raises
+        deaths.forget()
+        self._deaths = Deaths(time.monotonic_ns())
         start = contexts.get_subprocess_handler
         if start is not get_subprocess_handler and start is not TORCHS_HANDLER:
             self._start_through(start)
@@ -229,6 +249,22 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
             _log.error("rank %s has failed; what the others did then: %s", failed, found.folded)
             for note in found.notes:
                 _log.error("%s", note)
+
+    def _poll(self) -> Any:
+        # torch reaps those that have ended, and the kernel forgets what it knows of them.
+        ours = {number: handler for number, handler in self.subprocess_handlers.items() if isinstance(handler, Worker)}
+        alive = {number: handler for number, handler in ours.items() if handler.proc.returncode is None}
+        codes = dict(zip(alive, returncodes([handler.proc for handler in alive.values()]), strict=True))
+        dead = {number: code for number, code in codes.items() if code is not None and code < 0}
+        ended = {number: (ours[number].proc, code, ours[number].sent) for number, code in dead.items()}
+        why = self._deaths.why(ended) if self._deaths is not None and ended else {}
+        result = super()._poll()
+        for number, failure in self._failures.items():
+            if number in ours and -failure.exitcode in ours[number].sent:
+                deaths.note(failure, "sent by the agent")
+            elif why.get(number):
+                deaths.note(failure, why[number])
+        return result
 
     def _close(self, death_sig: Any, timeout: int = 30) -> None:
         if self._failures and stacks and death_sig != signal.SIGKILL:
