@@ -20,6 +20,7 @@ import pytest
 from rankspawn import AffinityMode, MemoryPolicy, NumaOptions, Popen, SubprocessHandler, launch
 from rankspawn._binding import PlacementError
 from rankspawn._cli.options import AUTO_BINDS
+from rankspawn._ids import parse_ids
 from tests.numavm import machine
 from tests.numavm.cgroups import Group, group_of
 from tests.numavm.conftest import Touched, bound
@@ -79,7 +80,10 @@ def test_plan_shows_what_run_and_launch_do(nprocs: int, options: str, tmp_path: 
     plan = json.loads(subprocess.run([*rankspawn, "plan", "--json", *words], stdout=subprocess.PIPE, check=True).stdout)
     ranks, _ = run_ranks(tmp_path / "run", nprocs, *options.split())
     everything = set(range(machine.CPU_COUNT))
-    wanted = [(set(one["cpus"] or everything), str(one["omp_num_threads"])) for one in plan["ranks"]]
+    wanted = [
+        (set(parse_ids(one["cpus"])) if one["cpus"] else everything, str(one["omp_num_threads"]))
+        for one in plan["ranks"]
+    ]
     assert [(set(told.cpus), told.threads) for told in ranks] == wanted
     if not options:
         with launch(["/bin/sh", "-c", TELL], nprocs, log_dir=tmp_path / "launch") as group:

@@ -14,6 +14,7 @@ from rankspawn._cli.options import PlacementOptions
 from rankspawn._cli.run import add_run_options
 from rankspawn._cli.settings import place_ranks
 from rankspawn._cli.show import add_plan_options
+from rankspawn._ids import format_ids
 
 
 def parsed(add: Any, words: list[str]) -> argparse.Namespace:
@@ -48,8 +49,8 @@ def would_run(root: Path, nprocs: int, options: str, capsys: pytest.CaptureFixtu
         if binding is None:
             ranks.append((None, None, False, count))
             continue
-        memory = binding.memory and {"mode": binding.memory.mode, "nodes": sorted(binding.memory.nodes)}
-        ranks.append((binding.cpus and sorted(binding.cpus), memory, binding.required, count))
+        memory = binding.memory and str(binding.memory)
+        ranks.append((binding.cpus and format_ids(binding.cpus), memory, binding.required, count))
     return ranks, [line.removeprefix("rankspawn: ") for line in capsys.readouterr().err.splitlines()]
 
 

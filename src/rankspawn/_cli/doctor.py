@@ -15,13 +15,18 @@ from .._place.topology import Topology
 from .._start.engine import EXTENSION_ERROR, mechanisms
 from .._start.outcome import BindingError
 from .._start.popen import Popen
+from .show import JSON_VERSION, print_json
 
 if TYPE_CHECKING:
     from .._binding import MemoryMode
 
 
-def report() -> int:
-    """Print the report; return 0 when ranks can be bound to CPUs at birth, else 1."""
+def report(*, as_json: bool = False) -> int:
+    """Print the report; return 0 when ranks can be bound to CPUs at birth, else 1.
+
+    Args:
+        as_json: As JSON, with "bound_at_birth" for the status, and the same texts by the same names.
+    """
     affinity = _affinity()
     lines = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}, Python {platform.python_version()}",
@@ -35,10 +40,14 @@ def report() -> int:
         **{f"memory {mode}": _memory(mode) for mode in MEMORY_MODES},
         **_machine(),
     }
-    width = max(map(len, lines))
-    for name, line in lines.items():
-        print(f"{name:<{width}}  {line}")
-    return 0 if mechanisms() and affinity.startswith("yes") else 1
+    bound = bool(mechanisms()) and affinity.startswith("yes")
+    if as_json:
+        print_json({"version": JSON_VERSION, "bound_at_birth": bound, "findings": lines})
+    else:
+        width = max(map(len, lines))
+        for name, line in lines.items():
+            print(f"{name:<{width}}  {line}")
+    return 0 if bound else 1
 
 
 def _child(**options: Any) -> Popen:

@@ -158,6 +158,7 @@ def _dump(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_report)
 
 
@@ -173,4 +174,4 @@ def _report(args: argparse.Namespace) -> int:
         mechanisms()
     except ValueError as error:
         parser.error(str(error))
-    return report()
+    return report(as_json=args.json)

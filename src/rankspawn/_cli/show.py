@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .._place.plan import Placed
     from .._place.visible import Device
 
+JSON_VERSION = 1
+"""The version of what --json prints. It changes when a field goes or means something else, not when one is added."""
+
 _GIB = 1 << 30
 # Two lines of a process's status say what it may use; a capture leaves the others out.
 _STATUS, _STATUS_LINES = "proc/self/status", ("Cpus_allowed_list:", "Mems_allowed_list:")
@@ -74,7 +77,7 @@ def _topology(args: argparse.Namespace) -> int:
     if args.map:
         _print_map(topology, devices, ())
     elif args.json:
-        _print_json(topology_json(topology, devices))
+        print_json(topology_json(topology, devices))
     else:
         _print_topology(topology, devices, sys.stdout)
     return 0
@@ -108,11 +111,11 @@ def _plan(args: argparse.Namespace) -> int:
         _print_map(topology, devices, ranks)
         _notes((*topology.notes, *notes), sys.stdout)
     elif args.json:
-        data = {"ranks": [rank_json(i, rank) for i, rank in enumerate(ranks)], "notes": notes}
+        data = {"version": JSON_VERSION, "ranks": [rank_json(i, rank) for i, rank in enumerate(ranks)], "notes": notes}
         if args.warm is not None:
             warm = found([args.warm], args.module)
             data["warm"] = {"modules": list(warm.modules), "left_out": dict(warm.left_out)}
-        _print_json(data)
+        print_json(data)
     else:
         _print_plan(topology, ranks, notes, sys.stdout)
     if args.warm is not None and not args.json:
@@ -133,21 +136,22 @@ def _auto_note(options: PlacementOptions, topology: Topology, ranks: Sequence[Pl
 
 
 def topology_json(topology: Topology, devices: Iterable[Device]) -> dict[str, Any]:
-    """Turn a machine into plain data; ids are lists of int, memory is in bytes."""
+    """Turn a machine into plain data; ids are texts as the kernel lists them, memory is in bytes."""
     return {
+        "version": JSON_VERSION,
         "root": topology.root,
-        "cpus": sorted(topology.cpus),
-        "offline": sorted(topology.offline),
-        "allowed_cpus": sorted(topology.allowed_cpus),
-        "allowed_nodes": sorted(topology.allowed_nodes),
+        "cpus": format_ids(topology.cpus),
+        "offline": format_ids(topology.offline),
+        "allowed_cpus": format_ids(topology.allowed_cpus),
+        "allowed_nodes": format_ids(topology.allowed_nodes),
         "nodes": [
-            {"id": one.id, "cpus": sorted(one.cpus), "memory": one.memory, "distances": dict(one.distances)}
+            {"id": one.id, "cpus": format_ids(one.cpus), "memory": one.memory, "distances": dict(one.distances)}
             for one in topology.nodes
         ],
-        "sockets": [{"id": one.id, "cpus": sorted(one.cpus)} for one in topology.sockets],
-        "dies": [{"id": one.id, "cpus": sorted(one.cpus)} for one in topology.dies],
-        "cores": [{"cpus": list(one.cpus), "kind": one.kind} for one in topology.cores],
-        "caches": [{"level": one.level, "cpus": sorted(one.cpus)} for one in topology.caches],
+        "sockets": [{"id": one.id, "cpus": format_ids(one.cpus)} for one in topology.sockets],
+        "dies": [{"id": one.id, "cpus": format_ids(one.cpus)} for one in topology.dies],
+        "cores": [{"cpus": format_ids(one.cpus), "kind": one.kind} for one in topology.cores],
+        "caches": [{"level": one.level, "cpus": format_ids(one.cpus)} for one in topology.caches],
         "devices": [device_json(one) for one in devices],
         "notes": list(topology.notes),
     }
@@ -158,7 +162,7 @@ def device_json(device: Device) -> dict[str, Any]:
     return {
         "address": device.address,
         "node": device.node,
-        "local_cpus": sorted(device.local_cpus),
+        "local_cpus": format_ids(device.local_cpus),
         "vendor": device.vendor,
         "name": device.name,
         "uuid": device.uuid,
@@ -166,12 +170,12 @@ def device_json(device: Device) -> dict[str, Any]:
 
 
 def rank_json(index: int, rank: Placed) -> dict[str, Any]:
-    """Turn one rank of a plan into plain data; cpus and memory are None where the rank inherits them."""
+    """Turn one rank of a plan into plain data, as a report has it; cpus and memory are None where it inherits them."""
     cpus, memory = rank.binding.cpus, rank.binding.memory
     return {
         "rank": index,
-        "cpus": None if cpus is None else sorted(cpus),
-        "memory": None if memory is None else {"mode": memory.mode, "nodes": sorted(memory.nodes)},
+        "cpus": None if cpus is None else format_ids(cpus),
+        "memory": None if memory is None else str(memory),
         "required": rank.binding.required,
         "node": rank.node,
         "device": None if rank.device is None else device_json(rank.device),
@@ -180,7 +184,8 @@ def rank_json(index: int, rank: Placed) -> dict[str, Any]:
     }
 
 
-def _print_json(data: dict[str, Any]) -> None:
+def print_json(data: dict[str, Any]) -> None:
+    """Print plain data, indented."""
     import json
 
     print(json.dumps(data, indent=2))
