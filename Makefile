@@ -158,6 +158,9 @@ test-gpu-here: $(TORCH_VENV)/.nvidia
 bench: $(VENV)/.test $(VENV)/.built | build/.test-tools ## measure: the figures of docs/benchmarks.md (BENCH_ARGS="--effort 0.2": a quick look)
 	$(if $(wildcard $(TORCH_VENV)/.built),$(TORCH_PY),$(PY)) benchmarks/run.py $(BENCH_ARGS)
 
+bench-warm: $(TORCH_VENV)/.built ## measure: ranks forked from a template beside ranks that import torch (BENCH_ARGS="--turns 3")
+	$(TORCH_PY) benchmarks/warm.py $(BENCH_ARGS)
+
 bench-torchrun: $(TORCH_VENV)/.built | build/.test-tools ## measure: whole jobs under torchrun and under ours (docs/torchrun.md)
 	$(TORCH_PY) benchmarks/torchrun.py $(BENCH_ARGS)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 from rankspawn import Binding, Template, launch
 from rankspawn._start.engine import EXTENSION_ERROR
 from rankspawn._warm.adoption import children
-from tests.support.processes import PATIENCE, eventually
+from tests.support.processes import PATIENCE, eventually, has_ended, new_cgroup
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a warm start needs Linux"),
@@ -128,3 +130,59 @@ def test_a_template_that_lasts_has_huge_pages(tmp_path: Path, monkeypatch: pytes
                 assert group.wait(PATIENCE) == (0, 0)
             eventually(lambda: huge() >= 8 << 10)
         assert template.report()[0]["ranks"] == 4
+
+
+# A seccomp filter that answers clone3(2), whose number is the same on all processors, with ENOSYS, as Docker's does.
+WITHOUT_CLONE3 = """
+import ctypes, struct
+steps = [(0x20, 0, 0, 0), (0x15, 0, 1, 435), (0x06, 0, 0, 0x00050000 | 38), (0x06, 0, 0, 0x7FFF0000)]
+code = b"".join(struct.pack("=HBBI", *step) for step in steps)
+kept = ctypes.create_string_buffer(code)
+program = struct.pack("@HP", 4, ctypes.addressof(kept))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0, "PR_SET_NO_NEW_PRIVS"
+assert libc.prctl(22, 2, ctypes.c_char_p(program), 0, 0) == 0, "PR_SET_SECCOMP"
+assert libc.syscall(435, 0, 0) == -1 and ctypes.get_errno() == 38
+"""
+
+
+@pytest.mark.parametrize("clone", ["clone3", "clone"])
+@pytest.mark.parametrize("in_cgroup", [False, True], ids=["", "cgroup"])
+def test_a_template_without_clone3(
+    clone: str, in_cgroup: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "preloaded.py").write_text(WITHOUT_CLONE3 if clone == "clone" else "")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with contextlib.ExitStack() as stack:
+        options: dict[str, Any] = {}
+        if in_cgroup:
+            options["cgroup"] = stack.enter_context(new_cgroup())
+        with Template(["preloaded"], required=True) as template:
+            for turn in range(2):
+                code = "print(open('/proc/self/cgroup').read(), open('/proc/thread-self/comm').read(), end='')"
+                with launch(
+                    [sys.executable, "-c", code], 2, warm=template, log_dir=tmp_path / f"{turn}", **options
+                ) as group:
+                    assert group.wait(PATIENCE) == (0, 0)
+                    assert {rank.mechanism for rank in group.ranks} == {"warm"}
+                    told = {Path(files.stdout).read_text() for files in group.files or ()}
+                own = Path("/proc/self/cgroup").read_text()
+                assert all((own in text) == (not in_cgroup) for text in told), told
+
+
+def test_a_guard_ends_what_warm_ranks_have_started() -> None:
+    launcher = """
+import os, sys
+from rankspawn import launch
+code = "import os, subprocess; kept = subprocess.Popen(['sleep', '1000']); os.write(1, b'%d\\\\n' % kept.pid)"
+code += "; kept.wait()"
+with launch([sys.executable, "-S", "-c", code], 2, warm=["json"]) as group:
+    assert {rank.mechanism for rank in group.ranks} == {"warm"}
+    group.wait()
+"""
+    with subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        pids = [int(process.stdout.readline()) for _ in range(2)]
+        process.kill()
+    for pid in pids:
+        eventually(lambda: has_ended(pid))  # noqa: B023 - it is called at once
