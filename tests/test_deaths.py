@@ -34,7 +34,7 @@ def fails(code: str, folder: Path | None = None) -> Failure:
         (failure,) = group.failures()
         its = group.report()["attempts"][0]["ranks"][0]["exit"]
         assert its is not None and its["why"] in (failure.why, "")
-    assert (f"\n  why: {failure.why}" in str(failure)) or failure.output is not None
+    assert not failure.why or f"\n  why: {failure.why}" in str(failure) or failure.output is not None
     return failure
 
 
@@ -134,7 +134,7 @@ def test_cpu_time_is_over() -> None:
 
 def test_a_signal_that_only_looks_like_a_limit() -> None:
     code = NO_CORE + "resource.setrlimit(resource.RLIMIT_CPU, (500, 600))\nos.kill(os.getpid(), signal.SIGXCPU)\n"
-    assert fails(code).why == "no core was written: ulimit -c is 0"
+    assert fails(code).why == ""
 
 
 def test_a_file_is_too_large(tmp_path: Path) -> None:
@@ -207,7 +207,8 @@ def test_a_fault_of_a_gpu_is_said_of_whom_it_names(tmp_path: Path, own: bool) ->
         why = Deaths(time.monotonic_ns(), log=str(log)).why({0: (rank, -signal.SIGABRT, ())})[0]
     told = why.split("; ")
     mmu = f"GPU 0000:3b:00 has reported Xid 31: pid={whose}, name=python, Ch 00000008, MMU Fault"
-    assert told[:-1] == [*([mmu] if own else []), "GPU 0000:5e:00 has reported Xid 79: GPU has fallen off the bus."]
+    told = [one for one in told if "core" not in one]
+    assert told == [*([mmu] if own else []), "GPU 0000:5e:00 has reported Xid 79: GPU has fallen off the bus."]
 
 
 def test_without_a_log_nothing_is_said_of_it(tmp_path: Path) -> None:

@@ -81,9 +81,10 @@ class Deaths:
             told.append(self._fault(rank.pid))
         if sig or os.path.exists(f"{self._proc}/driver/nvidia"):
             told += self._gpu_faults(rank.pid)
-        if returncode < 0 and _name(sig) in _CORE:
-            told.append(self._core(rank))
-        return "; ".join(filter(None, told))
+        told = [*filter(None, told)]
+        if returncode < 0 and _name(sig) in _CORE and (core := self._core(rank, alone=not told)):
+            told.append(core)
+        return "; ".join(told)
 
     def _why_killed(self, rank: Popen, *, itself: bool) -> str:
         """Who has sent SIGKILL, to the rank itself or to what it ran."""
@@ -151,7 +152,8 @@ class Deaths:
                     told.append(f"GPU {found[1]} has reported Xid {found[2]}: {found[3].strip()}")
         return told[:3]
 
-    def _core(self, rank: Popen) -> str:
+    def _core(self, rank: Popen, *, alone: bool) -> str:
+        """Where its core is. That there is none is no cause by itself."""
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         try:
             if rank.pidfd is None:
@@ -160,7 +162,7 @@ class Deaths:
                 ended = os.waitid(os.P_PIDFD, rank.pidfd, flags)
         except OSError:  # other code has reaped it
             return ""
-        if ended is None:
+        if ended is None or (alone and ended.si_code != os.CLD_DUMPED):
             return ""
         if ended.si_code != os.CLD_DUMPED:
             limit = _limits(rank.pid, "RLIMIT_CORE")[0]
