@@ -164,6 +164,14 @@ bench-warm: $(TORCH_VENV)/.built ## measure: ranks forked from a template beside
 bench-torchrun: $(TORCH_VENV)/.built | build/.test-tools ## measure: whole jobs under torchrun and under ours (docs/torchrun.md)
 	$(TORCH_PY) benchmarks/torchrun.py $(BENCH_ARGS)
 
+# What is not to be had is left out, and the table says so. The environment is large, and nothing else needs it.
+preloads: ## packages preloaded for a warm start, and used by a forked rank (docs/guide/warm.md; gigabytes)
+	@$(MAKE) --no-print-directory VENV=.venv-preloads .venv-preloads/.built
+	@for package in $$(.venv-preloads/bin/python benchmarks/preloads.py --distributions); do \
+	  .venv-preloads/bin/python -m pip install -q $$package || echo "make: $$package cannot be installed" >&2; \
+	done
+	.venv-preloads/bin/python benchmarks/preloads.py
+
 # Warnings are errors, and -n asks that every name in the reference is described. The folder with the parsed pages lies
 # beside the site, because it is not a part of it.
 docs: $(VENV)/.docs $(VENV)/.built ## build the documentation: build/docs/index.html
