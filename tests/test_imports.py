@@ -36,7 +36,7 @@ ROOMS: dict[str, set[str]] = {
     "_output": {"_start", "_end", "_stacks", "_canvas", *BASE},
     "_warm": {"_start", "_spawn", "_end", "_output", *BASE},
     "_group": {"_canvas", "_place", "_start", "_end", "_stacks", "_output", "_warm", *BASE},
-    "_multiprocessing": {"_start", "_spawn", *BASE},
+    "_multiprocessing": {"_place", "_start", "_spawn", "_warm", *BASE},
     "_torch": {"_place", "_start", "_end", "_stacks", "_group", "_multiprocessing", "_warm", *BASE},
     "torchrun": {"_torch", "_start", "_warm", *BASE},
     "_cli": {

@@ -12,7 +12,7 @@ import itertools
 import os
 import threading
 import weakref
-from multiprocessing import context
+from multiprocessing import context, util
 from typing import TYPE_CHECKING, Any
 
 from .._binding import Binding
@@ -25,11 +25,19 @@ if TYPE_CHECKING:
     from multiprocessing.popen_fork import Popen
     from multiprocessing.process import BaseProcess
 
+    from .._warm.template import Template
+
     Bindings = Sequence[Binding | None] | Callable[[BaseProcess], Binding | None]
 
 
 @public
-def get_context(method: str = "spawn", bindings: Bindings = (), *, die_with_parent: bool = False) -> Context:
+def get_context(
+    method: str = "spawn",
+    bindings: Bindings = (),
+    *,
+    die_with_parent: bool = False,
+    preload: Sequence[str] | None = None,
+) -> Context:
     """Make a context of multiprocessing whose processes are bound, to be used wherever a context is taken.
 
     Args:
@@ -37,14 +45,18 @@ def get_context(method: str = "spawn", bindings: Bindings = (), *, die_with_pare
             "forkserver": a process binds itself as the first thing after the fork, before it reads what it is to run:
             before the program's main module and before any thread of its own. What the server has preloaded (from
             Python 3.14 on the main module, unless it is told otherwise) lies where the server ran, and has counted its
-            CPUs.
+            CPUs. "warm": as "spawn", but a process is forked from a template that has imported ``preload``, each a
+            child of this process and in a session of its own; where it cannot be, a RuntimeWarning says why, and it is
+            executed.
         bindings: One for each place, as ``rankspawn.place`` returns them; None in it leaves a process where its parent
             (with "forkserver" the server) is. A process takes the place that has the fewest living processes of this
             context; of several, the one that was taken longest ago. So the i-th process has the i-th binding, whether
             or not others have ended; the process that replaces an ended worker has the binding of that worker; and a
             group that is started again gets the same places. Or a function that is given the process, which has not
             started, and returns its binding or None. Empty: rankspawn starts the processes and binds none.
-        die_with_parent: As of ``rankspawn.Popen``; with "spawn" alone.
+        die_with_parent: As of ``rankspawn.Popen``; not with "forkserver".
+        preload: With "warm": the names of the modules that the template imports. It is made by the first start and
+            ends with the context.
 
     Returns:
         The context. A process of it has an attribute ``binding_report``, a BindingReport, once it has started. Its
@@ -52,31 +64,37 @@ def get_context(method: str = "spawn", bindings: Bindings = (), *, die_with_pare
         server process of a Manager is not one of them: it takes no place and is not bound.
 
     Raises:
-        ValueError: There is no such method here; or ``die_with_parent`` is given with "forkserver", whose processes are
-            children of the server.
+        ValueError: There is no such method here; ``die_with_parent`` is given with "forkserver", whose processes are
+            children of the server; or ``preload`` without "warm".
         TypeError: A binding is no Binding.
         ImportError: This Python's multiprocessing is not one that this rankspawn knows.
     """
     if method not in _CONTEXTS or os.name != "posix":
-        raise ValueError(f"no context for {method!r}: there are 'spawn' and 'forkserver', on POSIX systems")
+        raise ValueError(f"no context for {method!r}: there are 'spawn', 'forkserver' and 'warm', on POSIX systems")
     if die_with_parent and method == "forkserver":
-        raise ValueError("die_with_parent is for 'spawn': with 'forkserver' the server is the parent")
+        raise ValueError("die_with_parent is for 'spawn' and 'warm': with 'forkserver' the server is the parent")
+    if preload is not None and method != "warm":
+        raise ValueError(f"preload is for 'warm', not for {method!r}")
+    if isinstance(preload, str):
+        raise TypeError(f"preload: expected a sequence of names, got {preload!r}")
     if not callable(bindings):
         bindings = tuple(map(_checked, bindings))
     from . import methods  # noqa: F401  An unknown Python fails here, not at the first start.
 
-    return _CONTEXTS[method](bindings, die_with_parent)
+    return _CONTEXTS[method](bindings, die_with_parent, tuple(preload or ()))
 
 
 class Context(context.BaseContext):
     """What the contexts of both start methods have; made by get_context()."""
 
     _name: str
+    _stock_name: str
 
-    def __init__(self, bindings: Bindings, die_with_parent: bool) -> None:
+    def __init__(self, bindings: Bindings, die_with_parent: bool, preload: tuple[str, ...] = ()) -> None:
         # Not by multiprocessing.get_context(): a program may have put one of ours there, under the stock name.
-        stock: Any = getattr(context, type(self).__name__)()
+        stock: Any = getattr(context, self._stock_name)()
         self._stock = stock
+        self._preload = preload
         self._bindings = bindings
         self._die_with_parent = die_with_parent
         self._starts = itertools.count(1)
@@ -94,7 +112,8 @@ class Context(context.BaseContext):
         return manager
 
     def __reduce__(self) -> tuple[Any, ...]:
-        remade = functools.partial(get_context, die_with_parent=self._die_with_parent)
+        preload = self._preload if self._name == "warm" else None
+        remade = functools.partial(get_context, die_with_parent=self._die_with_parent, preload=preload)
         return remade, (self._name, self._bindings)
 
     def _place(self, popen: Popen, process: BaseProcess) -> Binding | None:
@@ -122,15 +141,40 @@ class SpawnContext(Context):
     """Processes are fresh interpreters, born bound."""
 
     _name = "spawn"
+    _stock_name = "SpawnContext"
 
 
 class ForkServerContext(Context):
     """Processes are forks of a server, and bind themselves first."""
 
     _name = "forkserver"
+    _stock_name = "ForkServerContext"
 
 
-_CONTEXTS: dict[str, type[Context]] = {"spawn": SpawnContext, "forkserver": ForkServerContext}
+class WarmContext(Context):
+    """Processes are forks of a template, each of them a child of this process."""
+
+    _name = "warm"
+    _stock_name = "SpawnContext"
+    _template: Template | None = None
+
+    def template(self) -> Template:
+        """What the processes are forked from; it ends with this context, or with this process."""
+        from .._warm.template import Template
+
+        with self._lock:
+            if self._template is None:
+                self._template = Template(("multiprocessing.spawn", *self._preload))
+                # Behind multiprocessing's own, which have waited for the processes.
+                util.Finalize(self, self._template.close, exitpriority=-1)
+            return self._template
+
+
+_CONTEXTS: dict[str, type[Context]] = {
+    "spawn": SpawnContext,
+    "forkserver": ForkServerContext,
+    "warm": WarmContext,
+}
 
 
 class _BoundProcess:

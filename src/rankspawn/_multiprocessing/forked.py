@@ -18,10 +18,30 @@ from multiprocessing import forkserver, spawn
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, NoReturn
+
+_MOST_FDS = 253  # the kernel takes no more in one message (SCM_MAX_FD, unix(7))
 
 REPORT = struct.Struct("ii")
 """What the process reports: the errno of its sched_setaffinity and of its set_mempolicy, 0 where it was not refused."""
+
+
+def run() -> NoReturn:
+    """Be a process of a context "warm": what it is to run, and what it is given, comes by the socket at stdin."""
+    import socket
+    import sys
+    from multiprocessing import reduction, resource_tracker
+
+    fd = os.dup(0)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    with socket.socket(fileno=fd) as sock:
+        tracker, *inherited = reduction.recvfds(sock, _MOST_FDS)
+        resource_tracker._resource_tracker._fd = tracker  # type: ignore[attr-defined]
+        forkserver._forkserver._inherited_fds = inherited  # type: ignore[attr-defined]
+        reading, sentinel = os.dup(fd), os.dup(fd)
+    sys.exit(spawn._main(reading, sentinel))
 
 
 class _Call:

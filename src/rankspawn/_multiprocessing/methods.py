@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import socket
 from contextlib import suppress
 from multiprocessing import (
     forkserver,
@@ -24,9 +25,12 @@ from multiprocessing.context import reduction, set_spawning_popen  # type: ignor
 from typing import Any
 
 from .._binding import Binding
+from .._place.glance import homes
+from .._start.crew import RankProcess
 from .._start.engine import EXTENSION_ERROR, masks
 from .._start.outcome import BindingError, RefusedStep
 from .._start.popen import Popen
+from .._start.variables import RankVariables
 from . import forked
 
 if EXTENSION_ERROR is None:
@@ -76,6 +80,20 @@ class _Child(Popen):
     def __del__(self, *_: Any, **__: Any) -> None:
         # subprocess would warn of a process that still runs, and wait for it later.
         pass
+
+
+class _Rank(RankProcess):
+    """As _Child, and forked from a template where that can be."""
+
+    def __del__(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+# What a template forks need not find this package in sys.path, nor does it where it is executed.
+_PROGRAM = (
+    "import importlib.util as u; s = u.spec_from_file_location('rankspawn._multiprocessing.forked', {!r});"
+    " m = u.module_from_spec(s); s.loader.exec_module(m); m.run()"
+)
 
 
 class _BoundPopen(popen_fork.Popen):
@@ -202,7 +220,57 @@ class ForkServerPopen(_BoundPopen, popen_forkserver.Popen):
         self.refused = tuple(RefusedStep(step, code) for step, code in steps if code)
 
 
-POPEN = {"spawn": SpawnPopen, "forkserver": ForkServerPopen}
+class WarmPopen(_BoundPopen):
+    """A fork of a template, which is this process's child all the same."""
+
+    DupFd = popen_forkserver._DupFd
+
+    def __init__(self, context: Any, process_obj: Any) -> None:
+        self._fds = []
+        self._template = context.template()
+        super().__init__(context, process_obj)
+
+    def duplicate_for_child(self, fd: int) -> int:
+        """The place of ``fd`` among those that the process is sent."""
+        self._fds.append(fd)
+        return len(self._fds) - 1
+
+    def _launch(self, process_obj: Any) -> None:
+        tracker = resource_tracker.getfd()
+        data = self._pickled(spawn.get_preparation_data(process_obj._name), process_obj)
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                process = self._started(theirs)
+            self.pid, self._pidfd, self.refused = process.pid, process._pidfd, process._refused
+            self.late = process.binding_report.late
+            kept = ours.dup().detach()  # the process notices the end of this one by it
+            self.sentinel = kept if self._pidfd is None else self._pidfd.fd
+            self.finalizer = util.Finalize(self, _close, (kept,))
+            try:
+                reduction.sendfds(ours, [tracker, *self._fds])
+                ours.sendall(data)
+            except BaseException:
+                self._abandon()
+                raise
+
+    def _started(self, theirs: socket.socket) -> _Rank:
+        program = _PROGRAM.format(forked.__file__)
+        flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        command = [os.fsdecode(spawn.get_executable()), *flags, "-c", program, "--multiprocessing-fork"]
+        process = _Rank(command, (theirs, None, None), self.binding)
+        cpus = None if self.binding is None else self.binding.cpus
+        left = self._template.start(
+            [process], RankVariables(None, [{}]), cwd=None, die_with_parent=self._die_with_parent, cgroup=None,
+            guard=-1, homes=homes([cpus]),
+        )  # fmt: skip
+        process.let_go()
+        if left:
+            process.start_alone(die_with_parent=self._die_with_parent)
+        return process
+
+
+POPEN = {"spawn": SpawnPopen, "forkserver": ForkServerPopen, "warm": WarmPopen}
 
 
 def _write(fd: int, data: bytes) -> None:
