@@ -146,10 +146,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m rankspaw
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with early_template(arguments) as template:
-        return _main(arguments, prog, template)
+        return _with_template(arguments, prog, template)
 
 
-def _main(arguments: Sequence[str], prog: str, template: Template | None) -> int:
+def _with_template(arguments: Sequence[str], prog: str, template: Template | None) -> int:
     try:
         run = _import_run()
     except ModuleNotFoundError as error:
