@@ -256,7 +256,8 @@ class Supervision:
         """Say what looks at the ranks have found; that of a failure stands in the text about it."""
         for look in self.group.stacks[self._said :]:
             if look is not self.group.stacks_at_failure:
-                self._progress.say(f"{look.because}: {look.folded or 'no rank runs'}")
+                if look.folded or not look.notes:
+                    self._progress.say(f"{look.because}: {look.folded or 'no rank runs'}")
                 for note in look.notes:
                     self._progress.say(note)
         self._said = len(self.group.stacks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -123,7 +124,7 @@ def launch(
         stacks: Look at what ranks do before they are ended that did not fail themselves: when another has failed, when
             a TimeoutError leaves the ``with`` block, and before SIGKILL. ``RankGroup.dump`` says how; ``stacks`` of the
             group, the report and the text of a failure have what was seen. A look takes two seconds at most, in which
-            the caller waits, also in asyncio; therefore it is not the default here.
+            the caller waits, also in asyncio; therefore it is not the default here. On Linux.
         temporary: A folder that this process removes in the end, with its ``files``; the guard does if it is killed.
         progress: Is called before the first start with a function that tells, in any thread, how many have been
             started.
@@ -199,7 +200,7 @@ def launch(
             grace=GRACE_SECONDS if grace is None else grace,
             signal_to=signal_to,
             restarts=restarts,
-            stacks=stacks,
+            stacks=stacks and sys.platform == "linux",
             on_line=on_line,
         )
         if template is not None and template is not warm and not max_restarts:
