@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from rankspawn._cli import vocabulary
+from rankspawn._cli.warm import add_warm_options
+from rankspawn._torch import early
 from rankspawn._warm.find import Found, find
 
 # Packages that are installed wherever these tests run.
@@ -118,3 +122,28 @@ def test_packages_of_another_interpreter_are_taken_as_written(tmp_path: Path) ->
     assert find([str(tmp_path / "python3"), "train.py"], str(tmp_path)).modules == (
         "one.two", "three", "torch", "torch._dynamo",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--warm", "json", "x.py"], ["--warm", "--preload=json", "x.py"]),
+        (["--warm", "json,nowhere", "x.py"], ["--warm", "--preload=json,nowhere", "x.py"]),
+        (["--warm", "json.decoder", "-m", "x"], ["--warm", "--preload=json.decoder", "-m", "x"]),
+        (["--warm", "x.py", "json"], ["--warm", "x.py", "json"]),
+        (["--warm", "email", "json"], ["--warm", "email", "json"]),  # a file of this name is here
+        (["--warm", "nowhere"], ["--warm", "nowhere"]),
+        (["--nproc-per-node", "2", "--warm"], ["--nproc-per-node", "2", "--warm"]),
+        (["x.py", "--warm", "json"], ["x.py", "--warm", "json"]),
+    ],
+)
+def test_the_word_behind_warm(
+    words: list[str], expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "email").touch()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--nproc-per-node")
+    add_warm_options(parser)
+    assert vocabulary.respelt(parser, words) == expected
+    assert early.respelt(words) == expected

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._binding import MEMORY_MODES, AffinityMode, PlacementError
 from ._start.outcome import BindingError
-from ._torch.early import early_template
+from ._torch.early import early_template, respelt
 from ._torch.numa_options import NumaOptions
 from ._torch.seams import MULTIPROCESSING, SEAMS
 from ._warm.command import module_names
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m rankspaw
     Raises:
         Exception: What torchrun's command raises, too: ChildFailedError, SignalException.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = respelt(sys.argv[1:] if arguments is None else arguments)
     with early_template(arguments) as template:
         return _with_template(arguments, prog, template)
 

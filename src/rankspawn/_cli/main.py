@@ -121,10 +121,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(parser: argparse.ArgumentParser) -> Respell:
     from .run import add_run_options
-    from .vocabulary import with_tee_values
+    from .vocabulary import respelt
 
     add_run_options(parser)
-    return partial(with_tee_values, parser)
+    return partial(respelt, parser)
 
 
 def _bind(parser: argparse.ArgumentParser) -> None:

@@ -112,27 +112,36 @@ def _nearest(name: str, known: Mapping[str, str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def with_tee_values(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
-    """Give ``--tee`` a value where the word behind it is none, because the option may stand alone.
+def respelt(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
+    """Respell the options that may stand alone, so that the parser does not take SCRIPT for a value of theirs.
 
+    ``--tee`` is given a value where the word behind it is none, and ``--warm MODULES`` becomes ``--preload=MODULES``.
     Words from SCRIPT on are left as they are.
     """
-    respelt: list[str] = []
+    found: list[str] = []
     rest = iter(words)
     for word in rest:
-        respelt.append(word)
+        found.append(word)
         if word == "--" or not word.startswith("-"):
             break
+        if word == "--warm":
+            from .._warm.command import are_modules
+
+            value = next(rest, None)
+            if value is not None and are_modules(value):
+                found.append(f"--preload={value}")
+                continue
+            return [*found, *(respelt(parser, [value, *rest]) if value is not None else ())]
         if "=" in word or not _takes_value(parser, word):
             continue
         value = next(rest, None)
         if word in ("-t", "--tee") and not (value is not None and _LIKE_STREAMS.fullmatch(value)):
-            respelt[-1] = f"--tee={BARE}"
+            found[-1] = f"--tee={BARE}"
             if value is not None:
-                respelt += with_tee_values(parser, [value, *rest])
+                found += respelt(parser, [value, *rest])
         elif value is not None:
-            respelt.append(value)
-    return [*respelt, *rest]
+            found.append(value)
+    return [*found, *rest]
 
 
 def _takes_value(parser: argparse.ArgumentParser, word: str) -> bool:

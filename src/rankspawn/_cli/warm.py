@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 def add_warm_options(parser: argparse.ArgumentParser) -> None:
     """Add --warm and --preload.
 
-    --warm takes no value: in ``--warm train.py`` nobody could tell whether train.py is one, because it is a module's
-    name, too.
+    ``--warm MODULES`` is respelt before the parser sees it (vocabulary.py), because --warm may stand alone.
     """
     add = parser.add_argument_group(
         "warm start", "Ranks are forked from a process that has the imports done."
     ).add_argument
-    add("--warm", action="store_true", help="it imports what SCRIPT imports at its top: see rankspawn plan --warm")
+    add(
+        "--warm", action="store_true",
+        help="it imports what SCRIPT imports at its top (see rankspawn plan --warm); --warm LIST is --preload LIST",
+    )  # fmt: skip
     add("--preload", type=_modules, metavar="LIST", help="it imports these instead: torch,torch._dynamo")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from .._warm.command import module_names
+from .._warm.command import are_modules, module_names
 
 if TYPE_CHECKING:
     from .._warm.template import Template
@@ -48,6 +48,16 @@ def early_template(arguments: Sequence[str]) -> Iterator[Template | None]:
                 [python, "-u", *is_module, *script], _environment(options), guard="--no-guard" not in options
             )
         yield template
+
+
+def respelt(arguments: Sequence[str]) -> list[str]:
+    """Respell ``--warm MODULES`` as ``--warm --preload=MODULES``, because --warm may stand alone."""
+    place = len(arguments) - len(_split(arguments)[1])
+    for number, word in enumerate(arguments[:place]):
+        if word == "--warm" and number + 1 < len(arguments) and are_modules(arguments[number + 1]):
+            names = arguments[number + 1]
+            return [*arguments[: number + 1], f"--preload={names}", *arguments[number + 2 :]]
+    return list(arguments)
 
 
 def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -90,6 +90,23 @@ def module_names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def are_modules(word: str) -> bool:
+    """Whether the word behind ``--warm`` names modules, as in ``--warm torch,torch._dynamo train.py``.
+
+    The option may stand alone, so that the word may be the script: it is one where there is such a file, or where its
+    name ends as a script's does, or where no such module is installed.
+    """
+    try:
+        names = module_names(word)
+    except ValueError:
+        return False
+    if "," in word:
+        return True
+    from importlib.util import find_spec
+
+    return not word.endswith(".py") and not os.path.exists(word) and find_spec(names[0].partition(".")[0]) is not None
+
+
 def first_folder(command: PythonCommand, cwd: str) -> str:
     """What the interpreter puts in front of sys.path for this command, unless it is told to put nothing there.
 
