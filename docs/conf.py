@@ -34,7 +34,8 @@ maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
 
 # The standard library's types in signatures are not described here; each of ours has to be.
-nitpick_ignore = [("py:class", "Path")]  # pathlib.Path, in RankFiles
+# pathlib.Path, in RankFiles, and asyncio.subprocess.Process
+nitpick_ignore = [("py:class", "Path"), ("py:class", "Process")]
 nitpick_ignore_regex = [("py:.*", r"(os|signal|collections\.abc|contextlib|subprocess)\..*")]
 
 

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .._binding import Binding
-    from .popen import Path, ProcessGroup, Stream, Variables
+    from .popen import AnyPath, ProcessGroup, Stream, Variables
 
     class Options(TypedDict, total=False):
         """What else Popen takes, but for what makes text of bytes."""
 
-        executable: Path | None
+        executable: AnyPath | None
         preexec_fn: Callable[[], object] | None
         close_fds: bool
-        cwd: Path | None
+        cwd: AnyPath | None
         env: Variables | None
         startupinfo: Any
         creationflags: int
@@ -55,8 +55,8 @@ _AGAIN = 0.02  # seconds between two looks at a process that has ended, and whic
 
 @public
 async def create_subprocess_exec(
-    program: Path,
-    *args: Path,
+    program: AnyPath,
+    *args: AnyPath,
     stdin: Stream = None,
     stdout: Stream = None,
     stderr: Stream = None,

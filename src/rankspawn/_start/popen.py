@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from typing import IO, Literal, TypeAlias, overload
 
-    Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-    Command: TypeAlias = Path | Sequence[Path]
+    AnyPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+    Command: TypeAlias = AnyPath | Sequence[AnyPath]
     Stream: TypeAlias = int | IO[Any] | os.PathLike[str] | None
-    Variables: TypeAlias = Mapping[bytes, Path] | Mapping[str, Path]
+    Variables: TypeAlias = Mapping[bytes, AnyPath] | Mapping[str, AnyPath]
     if sys.version_info >= (3, 11):
         ProcessGroup: TypeAlias = int | None
     else:
@@ -98,10 +98,10 @@ class Popen(Started[AnyStr]):
 
         @overload
         def __init__(
-            self: Popen[str], args: Command, bufsize: int = -1, executable: Path | None = None,
+            self: Popen[str], args: Command, bufsize: int = -1, executable: AnyPath | None = None,
             stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
             preexec_fn: Callable[[], object] | None = None, close_fds: bool = True, shell: bool = False,
-            cwd: Path | None = None, env: Variables | None = None, universal_newlines: bool | None = None,
+            cwd: AnyPath | None = None, env: Variables | None = None, universal_newlines: bool | None = None,
             startupinfo: Any = None, creationflags: int = 0, restore_signals: bool = True,
             start_new_session: bool = False, pass_fds: Collection[int] = (), *, text: bool | None = None,
             encoding: str, errors: str | None = None, user: str | int | None = None,
@@ -111,10 +111,10 @@ class Popen(Started[AnyStr]):
         ) -> None: ...  # fmt: skip
         @overload
         def __init__(
-            self: Popen[str], args: Command, bufsize: int = -1, executable: Path | None = None,
+            self: Popen[str], args: Command, bufsize: int = -1, executable: AnyPath | None = None,
             stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
             preexec_fn: Callable[[], object] | None = None, close_fds: bool = True, shell: bool = False,
-            cwd: Path | None = None, env: Variables | None = None, universal_newlines: bool | None = None,
+            cwd: AnyPath | None = None, env: Variables | None = None, universal_newlines: bool | None = None,
             startupinfo: Any = None, creationflags: int = 0, restore_signals: bool = True,
             start_new_session: bool = False, pass_fds: Collection[int] = (), *, text: bool | None = None,
             encoding: str | None = None, errors: str, user: str | int | None = None,
@@ -124,10 +124,10 @@ class Popen(Started[AnyStr]):
         ) -> None: ...  # fmt: skip
         @overload
         def __init__(
-            self: Popen[str], args: Command, bufsize: int = -1, executable: Path | None = None,
+            self: Popen[str], args: Command, bufsize: int = -1, executable: AnyPath | None = None,
             stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
             preexec_fn: Callable[[], object] | None = None, close_fds: bool = True, shell: bool = False,
-            cwd: Path | None = None, env: Variables | None = None, *, universal_newlines: Literal[True],
+            cwd: AnyPath | None = None, env: Variables | None = None, *, universal_newlines: Literal[True],
             startupinfo: Any = None, creationflags: int = 0, restore_signals: bool = True,
             start_new_session: bool = False, pass_fds: Collection[int] = (), text: bool | None = None,
             encoding: str | None = None, errors: str | None = None, user: str | int | None = None,
@@ -137,10 +137,10 @@ class Popen(Started[AnyStr]):
         ) -> None: ...  # fmt: skip
         @overload
         def __init__(
-            self: Popen[str], args: Command, bufsize: int = -1, executable: Path | None = None,
+            self: Popen[str], args: Command, bufsize: int = -1, executable: AnyPath | None = None,
             stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
             preexec_fn: Callable[[], object] | None = None, close_fds: bool = True, shell: bool = False,
-            cwd: Path | None = None, env: Variables | None = None, universal_newlines: bool | None = None,
+            cwd: AnyPath | None = None, env: Variables | None = None, universal_newlines: bool | None = None,
             startupinfo: Any = None, creationflags: int = 0, restore_signals: bool = True,
             start_new_session: bool = False, pass_fds: Collection[int] = (), *, text: Literal[True],
             encoding: str | None = None, errors: str | None = None, user: str | int | None = None,
@@ -150,10 +150,10 @@ class Popen(Started[AnyStr]):
         ) -> None: ...  # fmt: skip
         @overload
         def __init__(
-            self: Popen[bytes], args: Command, bufsize: int = -1, executable: Path | None = None,
+            self: Popen[bytes], args: Command, bufsize: int = -1, executable: AnyPath | None = None,
             stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
             preexec_fn: Callable[[], object] | None = None, close_fds: bool = True, shell: bool = False,
-            cwd: Path | None = None, env: Variables | None = None, universal_newlines: Literal[False] | None = None,
+            cwd: AnyPath | None = None, env: Variables | None = None, universal_newlines: Literal[False] | None = None,
             startupinfo: Any = None, creationflags: int = 0, restore_signals: bool = True,
             start_new_session: bool = False, pass_fds: Collection[int] = (), *, text: Literal[False] | None = None,
             encoding: None = None, errors: None = None, user: str | int | None = None,
@@ -163,10 +163,10 @@ class Popen(Started[AnyStr]):
         ) -> None: ...  # fmt: skip
         @overload
         def __init__(
-            self: Popen[Any], args: Command, bufsize: int = -1, executable: Path | None = None,
+            self: Popen[Any], args: Command, bufsize: int = -1, executable: AnyPath | None = None,
             stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
             preexec_fn: Callable[[], object] | None = None, close_fds: bool = True, shell: bool = False,
-            cwd: Path | None = None, env: Variables | None = None, universal_newlines: bool | None = None,
+            cwd: AnyPath | None = None, env: Variables | None = None, universal_newlines: bool | None = None,
             startupinfo: Any = None, creationflags: int = 0, restore_signals: bool = True,
             start_new_session: bool = False, pass_fds: Collection[int] = (), *, text: bool | None = None,
             encoding: str | None = None, errors: str | None = None, user: str | int | None = None,
