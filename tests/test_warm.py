@@ -8,15 +8,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rankspawn import Binding, Template, launch
+from rankspawn import Binding, MemoryPolicy, RankGroup, Template, launch
+from rankspawn._place import glance
 from rankspawn._start.engine import EXTENSION_ERROR
 from rankspawn._warm.adoption import children
 from tests.support.processes import PATIENCE, eventually, has_ended, new_cgroup
+from tests.support.sysfs_tree import Machine, write
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a warm start needs Linux"),
@@ -66,7 +69,8 @@ def births(folder: Path, nprocs: int = 2, **options: Any) -> list[dict[str, Any]
 def test_a_warm_rank_is_born_as_a_cold_one(tmp_path: Path) -> None:
     cpus = sorted(os.sched_getaffinity(0))
     options: dict[str, Any] = {
-        "bindings": [Binding({cpus[0]}), Binding({cpus[-1]})], "cwd": tmp_path, "rank_env": [{"A": "0"}, {"A": "1"}],
+        "bindings": [Binding({cpus[0]}, MemoryPolicy("preferred", {0})), Binding({cpus[-1]})],
+        "cwd": tmp_path, "rank_env": [{"A": "0"}, {"A": "1"}],
     }  # fmt: skip
     cold = births(tmp_path / "cold", **options)
     warm = births(tmp_path / "warm", warm=["json"], **options)
@@ -84,6 +88,47 @@ def test_a_template_is_kept(tmp_path: Path) -> None:
     assert children() == before
 
 
+def test_restarts_use_the_template() -> None:
+    script = "import os, sys; sys.exit(os.environ['TORCHELASTIC_RESTART_COUNT'] == '0')"
+    with launch([*PYTHON, "-c", script], 2, warm=["json"], max_restarts=1) as group:
+        assert group.wait(PATIENCE) == (0, 0)
+    attempts = group.report()["attempts"]
+    assert [rank["mechanism"] for one in attempts for rank in one["ranks"]] == ["warm"] * 4
+    assert [[told["ranks"] for told in one["templates"]] for one in attempts] == [[2], [4]]
+
+
+def test_each_node_has_a_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        pytest.skip("needs two CPUs")
+    monkeypatch.setattr(glance, "homes", lambda cpus_of_ranks: [min(one) for one in cpus_of_ranks])
+    bindings = [Binding({cpus[0]}), Binding({cpus[1]}), Binding({cpus[0]})]
+    with Template(["json"]) as template:
+        with launch([*PYTHON, "-c", ""], 3, warm=template, bindings=bindings) as group:
+            assert group.wait(PATIENCE) == (0, 0, 0)
+        assert [(told["cpus"], told["ranks"]) for told in template.report()] == [(str(cpus[0]), 2), (str(cpus[1]), 1)]
+
+
+def test_homes(tmp_path: Path) -> None:
+    root = f"{write(tmp_path, Machine(sockets=2, nodes=1, caches=1, cores=2, threads=1))}/"
+    assert glance.homes([{0}, {0, 1}, {2, 3}, {1, 2}, None], root) == [0, 0, 1, None, None]
+
+
+def test_a_launch_by_another_thread() -> None:
+    """The template, and so the death signal of the ranks, does not depend on the thread that launches."""
+    groups: list[RankGroup] = []
+    with Template(["json"]) as template:
+        code = "import time; time.sleep(1000)"
+        starter = threading.Thread(
+            target=lambda: groups.append(launch([*PYTHON, "-c", code], 2, warm=template, die_with_parent=True))
+        )
+        starter.start()
+        starter.join()
+        with groups[0] as group:
+            assert {rank.mechanism for rank in group.ranks} == {"warm"}
+            assert group.wait_any(0.3) == []
+
+
 def test_how_a_warm_rank_ends() -> None:
     script = (
         "import os, sys, time; rank = int(os.environ['RANK']); rank == 2 and os.kill(os.getpid(), 11); sys.exit(rank)"
@@ -98,11 +143,11 @@ def test_how_a_warm_rank_ends() -> None:
 
 def test_ranks_live_on_when_the_template_is_killed() -> None:
     with Template(["json"]) as template:
-        with launch([*PYTHON, "-c", "import sys; sys.stdin.readline()"], 2, warm=template, keep_going=True) as group:
+        with launch([*PYTHON, "-c", "import time; time.sleep(1000)"], 2, warm=template, grace=0.1) as group:
             pid = template.report()[0]["pid"]
             os.kill(pid, signal.SIGKILL)
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-            assert group.running == (0, 1)
+            assert group.wait_any(0.3) == []
             with launch([*PYTHON, "-c", ""], 1, warm=template) as other:
                 assert other.wait(PATIENCE) == (0,)
                 assert other.ranks[0].mechanism == "warm"

@@ -76,7 +76,8 @@ class Popen(Started[AnyStr]):
         cgroup: The directory of a cgroup v2, or a descriptor of it, that the process is born in.
 
     Attributes:
-        mechanism: What started the process: "clone", "posix_spawn", or "subprocess" for the standard library's code.
+        mechanism: What started the process: "clone", "posix_spawn", or "subprocess" for the standard library's code;
+            "warm" for a rank that was forked from a ``Template``.
 
     Raises:
         BindingError: The system refuses a binding that is ``required``.
