@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -312,7 +313,7 @@ class Way:
         try:
             group = launch(
                 [sys.executable, *words], nprocs, cwd=self.folder, log_dir=logs, keep_going=True, numa=None,
-                env={**os.environ, **(env or {})}, warm=self.template,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, warm=self.template,
             )  # fmt: skip
         finally:
             os.dup2(before, 0)
@@ -351,3 +352,89 @@ def test_program(name: str, folder: Path, template: Template, tmp_path: Path) ->
 def test_command(name: str, folder: Path, tmp_path: Path) -> None:
     with Template(PRELOADED, required=True) as template:
         assert_same(folder, template, tmp_path, COMMANDS[name])
+
+
+SEEDS = """
+import multiprocessing, os, random, secrets, sys, tempfile, uuid
+said = [random.random(), tempfile.mktemp(), bytes(multiprocessing.current_process().authkey), uuid.uuid4()]
+said += [secrets.token_hex(), os.urandom(8)]
+if "numpy" in sys.modules or __import__("importlib.util").util.find_spec("numpy"):
+    import numpy
+    said.append(numpy.random.random())
+print(*said, sep="\\n")
+"""
+
+
+def test_ranks_have_random_numbers_of_their_own(folder: Path, template: Template, tmp_path: Path) -> None:
+    (folder / "seeds.py").write_text(SEEDS)
+    for way, warm in (("cold", None), ("warm", template)):
+        said = [one.splitlines() for one in Way(folder, warm).run(["seeds.py"], tmp_path / way, nprocs=3)]
+        for numbers in zip(*(one[:-3] for one in said), strict=True):
+            assert len(set(numbers)) == 3, f"{way}: {numbers}"
+
+
+def test_the_hash_seed_is_the_templates(folder: Path, template: Template, tmp_path: Path) -> None:
+    (folder / "hashes.py").write_text("print(hash('text'))")
+    words = ["hashes.py"]
+    assert len(set(Way(folder, None).run(words, tmp_path / "cold", nprocs=3))) == 3
+    assert len(set(Way(folder, template).run(words, tmp_path / "warm", nprocs=3))) == 1, "as the guide says"
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "", "LC_CTYPE": "", "LANG": ""}])
+def test_the_interpreters_own_variables(folder: Path, tmp_path: Path, locale: dict[str, str]) -> None:
+    env = {**locale, "PYTHONHASHSEED": "3", "PYTHONIOENCODING": "latin-1", "PYTHONWARNINGS": "error"}
+    words = [
+        "-c",
+        "import os, sys; print(hash('x'), sys.flags, sys.stdout, sys.warnoptions, os.environ.get('LC_CTYPE'))",
+    ]
+    cold = Way(folder, None).run(words, tmp_path / "cold", env=env)
+    with Template(PRELOADED, required=True) as template:
+        assert Way(folder, template).run(words, tmp_path / "warm", env=env) == cold
+
+
+def test_what_an_import_sets_is_there(folder: Path, tmp_path: Path) -> None:
+    (folder / "sets.py").write_text(
+        "import os, signal, sys\nos.environ['SET'] = '1'\nos.environ.pop('HOME')\n"
+        "signal.signal(signal.SIGUSR1, signal.SIG_IGN)\nsys.excepthook = lambda *e: print('hooked', e[0])\n"
+    )
+    program = (
+        "import sets, os, signal; print(os.environ['SET'], 'HOME' in os.environ, signal.getsignal(signal.SIGUSR1))"
+    )
+    program += "; print(*[l for l in open('/proc/self/status') if l.startswith('Sig')]); 1/0"
+    cold = Way(folder, None).run(["-c", program], tmp_path / "cold")
+    with Template(["sets"], required=True) as template:
+        assert Way(folder, template).run(["-c", program], tmp_path / "warm") == cold
+    assert "hooked" in cold[0]
+
+
+LAUNCHER = """
+import sys
+from rankspawn import Template, launch
+with Template(["pdb"], required=True) as template:
+    warm = template if sys.argv[1] == "warm" else False
+    with launch([sys.executable, *sys.argv[2:]], 1, numa=None, warm=warm) as group:
+        group.wait(60)
+        assert group.ranks[0].mechanism == ("warm" if warm else "clone")
+"""
+
+
+@pytest.mark.parametrize("name", ["streams", "breakpoint", "input"])
+def test_at_a_terminal(folder: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    said = {}
+    for way in ("cold", "warm"):
+        ours, theirs = os.openpty()
+        command = [sys.executable, tmp_path / "launcher.py", way, f"{name}_program.py"]
+        with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder) as process:
+            os.close(theirs)
+            os.write(ours, b"p x\nc\n\x04")
+            with open(ours, "rb") as terminal:
+                parts = []
+                try:
+                    while part := terminal.read1():
+                        parts.append(part)
+                except OSError:  # EIO: nobody has the other end
+                    pass
+        assert process.returncode == 0, parts
+        said[way] = comparable(b"".join(parts).decode())
+    assert said["warm"] == said["cold"]
