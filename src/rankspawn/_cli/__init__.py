@@ -7,7 +7,7 @@ progress   lines on stderr while ranks start and end        signals    the launc
 refusals   what the system refused of the bindings          bind       this process, bound, becomes a program
 step       what srun, mpirun and torchrun say of us         show       topology and plan
 vocabulary  torchrun's options, values and variables        streams    what becomes of the ranks' stdout and stderr
-meeting    which machine this is, and where ranks meet
+meeting    which machine this is, and where ranks meet     program    whether what ranks shall run is there
 doctor     what this machine and this installation have    dump       what the ranks of a running job do
 warm       --warm: its template, and what it preloads        ps         what the ranks of all jobs do and use
 

@@ -19,6 +19,7 @@ from .._output.recorded import pass_on
 from .._place.glance import sets_threads
 from .._start.outcome import BindingError
 from .options import CommandError
+from .program import missing_interpreter
 from .progress import Progress, say
 from .refusals import refusals
 from .reports import Reports
@@ -96,7 +97,7 @@ def _run_attempt(
         except OSError as error:
             if not hasattr(error, "rank") or isinstance(error, BindingError):
                 raise
-            say(f"cannot start the ranks: {error}")
+            say(f"cannot start the ranks: {error}{missing_interpreter(error, settings.command[0])}")
             # As a shell: 127 when the program is not there, 126 when it cannot be executed.
             return 1 if error.errno in _TOO_MANY else 127 if isinstance(error, FileNotFoundError) else 126, True
         try:

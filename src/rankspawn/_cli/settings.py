@@ -12,6 +12,7 @@ from .._place.openmp import openmp_warnings, quota_note
 from .._place.sysfs import TopologyError
 from .meeting import count_ranks, read_job
 from .options import AUTO_BINDS, CommandError, PlacementOptions, placement
+from .program import check_folder_of, check_script
 from .progress import say
 from .streams import Streams
 from .vocabulary import settle_torchrun_options
@@ -123,6 +124,11 @@ def _checked_script(args: argparse.Namespace) -> list[str]:
         args.parser.error("SCRIPT is missing")
     if args.module and args.no_python and not args.run_path:
         args.parser.error("--module and --no-python exclude each other")
+    # Another interpreter may be one that sees other files, in a container.
+    if "PYTHON_EXEC" not in os.environ and (args.run_path or not (args.module or args.no_python)):
+        check_script(script[0])
+    for path in (args.report, args.timeline):
+        check_folder_of(path)
     return script
 
 

@@ -10,7 +10,7 @@ from .progress import say
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from typing import NoReturn
 
 # The options of torchrun (torch 2.15), by what becomes of each; tests/torch compares them with the torchrun that is
@@ -84,7 +84,7 @@ def read_variables(parser: argparse.ArgumentParser, environ: Mapping[str, str]) 
     known = {f"PET_{_dest(option).upper()}": option for option in (*TAKEN, *NEEDLESS, *ELASTIC)}
     for name in names:
         if name not in known:
-            say(f"{name} is no variable of torchrun's{_nearest(name, known)}, and is not read")
+            say(f"{name} is no variable of torchrun's{nearest(name, known)}, and is not read")
             continue
         action = parser._option_string_actions[known[name]]
         try:
@@ -105,10 +105,11 @@ def _value_of(action: argparse.Action, text: str) -> object:
     return value
 
 
-def _nearest(name: str, known: Mapping[str, str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The question whether another of these names was meant; "" where none is like it."""
     from difflib import get_close_matches
 
-    near = get_close_matches(name, known, 1, 0.8)
+    near = get_close_matches(name, list(known), 1, 0.8)
     return f" (did you mean {near[0]}?)" if near else ""
 
 

@@ -1,0 +1,58 @@
+"""What cannot be run is said before the ranks are started, and with what is missing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.launchers import LAUNCHER, completed
+
+
+def test_a_misspelt_script(tmp_path: Path) -> None:
+    (tmp_path / "train.py").touch()
+    done = completed([*LAUNCHER, "run", "--nproc-per-node", "4", str(tmp_path / "trian.py")])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"rankspawn: {tmp_path}/trian.py: No such file or directory (did you mean train.py?)\n"
+
+
+def test_a_script_that_another_interpreter_may_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHON_EXEC", "/bin/echo")
+    assert completed([*LAUNCHER, "run", str(tmp_path / "not here.py")]).returncode == 0
+
+
+def test_a_script_from_stdin() -> None:
+    assert completed([*LAUNCHER, "run", "-"], input="print('here')").stdout == "here\n"
+
+
+@pytest.mark.parametrize("option", ["--report", "--timeline"])
+def test_a_folder_that_is_not_there(option: str, tmp_path: Path) -> None:
+    path, ran = tmp_path / "no" / "file.json", tmp_path / "ran"
+    done = completed([*LAUNCHER, "run", option, str(path), "--no-python", "touch", str(ran)])
+    assert (done.returncode, done.stderr) == (1, f"rankspawn: {path}: No such file or directory\n")
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [(["run", "--no-python"], 127), (["bind", "--local-rank", "0", "--nproc-per-node", "1"], 127)],
+    ids=["run", "bind"],
+)
+def test_an_interpreter_that_is_not_there(command: list[str], status: int, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    for first, said in (
+        ("#!/bin/sh\r\n", "its interpreter /bin/sh\\r is not: its first line ends with a carriage return"),
+        ("#!/no/such/python -u\n", "its interpreter /no/such/python is not)"),
+    ):
+        script.write_bytes(first.encode() + b"true\n")
+        script.chmod(0o755)
+        done = completed([*LAUNCHER, *command, str(script)])
+        assert done.returncode == status
+        assert f"({script} is there: {said}" in done.stderr
+    done = completed([*LAUNCHER, *command, str(tmp_path / "none")])
+    assert done.returncode == status and "is there" not in done.stderr
+
+
+def test_what_is_run_is_run() -> None:
+    assert completed([*LAUNCHER, "run", "--no-python", sys.executable, "-c", "print(1)"]).stdout == "1\n"
