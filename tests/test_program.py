@@ -13,7 +13,7 @@ from tests.support.launchers import LAUNCHER, completed
 def test_a_misspelt_script(tmp_path: Path) -> None:
     (tmp_path / "train.py").touch()
     done = completed([*LAUNCHER, "run", "--nproc-per-node", "4", str(tmp_path / "trian.py")])
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"rankspawn: {tmp_path}/trian.py: No such file or directory (did you mean train.py?)\n"
 
 

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .progress import say
 
         say(str(error))
-        return 1
+        return error.status if isinstance(error, CommandError) else 1
 
 
 class _Parser(argparse.ArgumentParser):

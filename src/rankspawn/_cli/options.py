@@ -21,7 +21,16 @@ AUTO_BINDS = "binding each rank to its NUMA node (auto; --numa-binding none leav
 
 
 class CommandError(Exception):
-    """The command cannot do what it was asked; the message is for the user."""
+    """The command cannot do what it was asked.
+
+    Args:
+        message: For the user.
+        status: What the command exits with.
+    """
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def add_placement_options(parser: argparse.ArgumentParser) -> None:

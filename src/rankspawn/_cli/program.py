@@ -18,7 +18,7 @@ def check_script(path: str) -> None:
         others = os.listdir(folder or ".")
     except OSError:
         others = []
-    raise CommandError(f"{path}: {os.strerror(errno.ENOENT)}{nearest(name, others)}")
+    raise CommandError(f"{path}: {os.strerror(errno.ENOENT)}{nearest(name, others)}", 2)  # the interpreter's status
 
 
 def check_folder_of(path: str | None) -> None:

@@ -94,9 +94,11 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
         engine = bool(mechanisms()) and sys.platform == "linux"
     except ValueError as error:
         args.parser.error(str(error))
+    job = read_job(args, nprocs)
+    _check_files(script[0], args)
     return RunSettings(
         command=_command(script, args),
-        job=read_job(args, nprocs),
+        job=job,
         bindings=bindings,
         omp_threads=threads,
         engine=engine,
@@ -124,12 +126,16 @@ def _checked_script(args: argparse.Namespace) -> list[str]:
         args.parser.error("SCRIPT is missing")
     if args.module and args.no_python and not args.run_path:
         args.parser.error("--module and --no-python exclude each other")
+    return script
+
+
+def _check_files(script: str, args: argparse.Namespace) -> None:
+    """Raise CommandError for a script, or a folder of a report, that is not there."""
     # Another interpreter may be one that sees other files, in a container.
     if "PYTHON_EXEC" not in os.environ and (args.run_path or not (args.module or args.no_python)):
-        check_script(script[0])
+        check_script(script)
     for path in (args.report, args.timeline):
         check_folder_of(path)
-    return script
 
 
 def _command(script: Sequence[str], args: argparse.Namespace) -> tuple[str, ...]:
