@@ -223,7 +223,8 @@ class Step(Frozen):
                 )
             raise StepError(
                 f"{self.launcher} started {where}, and each would start all ranks: start one on each node"
-                f" ({self._with(_ONE_A_NODE)}), or a rank in each process with `rankspawn bind`"
+                f" ({self._with(_ONE_A_NODE)}), or a rank in each process with `rankspawn bind`;"
+                " in a shell of the step, --nnodes 1 starts all on this node"
             )
         if self.nnodes is None or self.node_rank is None:
             raise StepError(f"{self.launcher} does not say how many nodes there are: give --nnodes and --node-rank")
