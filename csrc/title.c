@@ -13,10 +13,10 @@
 #ifdef __linux__
 
 #include <fcntl.h>
-#include <linux/prctl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -85,7 +85,7 @@ spawn_show_command(char *const *argv, char *const *envp)
         .arg_end = (uintptr_t)end_of_arguments,
         .env_start = (uintptr_t)end_of_arguments,
         .env_end = (uintptr_t)copy_all(end_of_arguments, envp),
-        .exe_fd = (__u32)-1,
+        .exe_fd = (uint32_t)-1,
     };
     if (syscall(SYS_prctl, PR_SET_MM, PR_SET_MM_MAP, &map, sizeof map, 0) < 0) {
         int error = errno;

@@ -235,3 +235,21 @@ def test_a_strangers_orphan_is_reaped() -> None:
     (taken,) = children() - before
     eventually(lambda: not Path(f"/proc/{taken}").exists())
     assert children() == before
+
+
+def test_a_launcher_with_many_descriptors() -> None:
+    """A descriptor's number may be too large for select(2)."""
+
+    def many() -> set[str | None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard < 2000:
+            return {"warm"}
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        null = os.open(os.devnull, os.O_RDONLY)
+        kept = [os.dup(null) for _ in range(1100)]
+        try:
+            return mechanisms(["json"])[0] | mechanisms(["json"])[0]
+        finally:
+            assert kept
+
+    assert in_child(many) == {"warm"}

@@ -176,13 +176,15 @@ def _collapse(sock: socket.socket, maps: str = "/proc/self/maps") -> None:
 
     It takes tenths of a second, and is done between two requests; one that comes meanwhile ends it.
     """
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
     with open(maps) as file:
         mappings = [line.split() for line in file]
     for span, permissions, _, device, *_ in mappings:
         start, end = (int(address, 16) for address in span.split("-"))
         if permissions.startswith("rw") and permissions.endswith("p") and device == "00:00":
             for piece in range(-(-start // _HUGE) * _HUGE, end // _HUGE * _HUGE, _HUGE):
-                if select.select([sock], [], [], 0)[0]:
+                if poller.poll(0):
                     return
                 _spawn.collapse_pages(piece, _HUGE)
 

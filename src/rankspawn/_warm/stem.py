@@ -149,7 +149,7 @@ class Stem:
             template has ended, and ``refused`` says so.
         """
         size = len(ranks) * _spawn.RESULT_BYTES
-        memory = os.memfd_create("rankspawn", os.MFD_CLOEXEC)
+        memory = _shared_memory()
         reading, done = os.pipe()
         started: dict[int, Any] = {}
         try:
@@ -171,7 +171,7 @@ class Stem:
                     if self.refused is not None:
                         self.close()
                     # No rank is made any more. Its end closes the pipe, too.
-                    select.select([reading], [], [])
+                    _wait_for(reading, None)
                     for place, rank in enumerate(ranks):
                         outcome = _spawn.adopt(rank, results, place)
                         if outcome is not None:
@@ -199,9 +199,7 @@ class Stem:
         return self.works
 
     def _ended(self, seconds: float) -> bool:
-        poller = select.poll()
-        poller.register(self._pidfd.fd, select.POLLIN)
-        return bool(poller.poll(seconds * 1000))
+        return _wait_for(self._pidfd.fd, seconds)
 
     def report(self) -> TemplateReport:
         """What it is and has done, as plain data."""
@@ -241,6 +239,24 @@ class Stem:
 
 def _adopted(descriptors: str = "/proc/self/fd", threads: str = "/proc/self/task") -> dict[str, Any]:
     return {"launcher": os.getpid(), "descriptors": descriptors, "threads": threads}
+
+
+def _shared_memory() -> int:
+    """A descriptor of new memory that can be mapped by several processes."""
+    try:
+        return os.memfd_create("rankspawn", os.MFD_CLOEXEC)
+    except AttributeError:  # this Python was built for a C library older than 2.27
+        import tempfile
+
+        with tempfile.TemporaryFile() as file:
+            return os.dup(file.fileno())
+
+
+def _wait_for(fd: int, seconds: float | None) -> bool:
+    """Wait until a descriptor can be read, or is at its end; whether it came to that. Its number may be any."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(None if seconds is None else seconds * 1000))
 
 
 def _output() -> int:

@@ -270,6 +270,8 @@ class Template:
             return f"a warm start needs rankspawn's engine: {why_no_engine()}"
         if os.confstr("CS_GNU_LIBC_VERSION") is None:
             return "a warm start needs the GNU C library"
+        if not hasattr(os, "pidfd_open"):
+            return "a warm start needs os.pidfd_open, which this Python was built without"
         return closed_streams()
 
     def __del__(self, getpid: Callable[[], int] = os.getpid, warn: Callable[..., None] = warnings.warn) -> None:
