@@ -7,6 +7,7 @@ In a program that launches by itself (``elastic_launch``, ``LaunchConfig``), ``i
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,8 @@ _REPLACED = (
     (f"{MULTIPROCESSING}.errors", "get_error_handler"),
 )
 """Where torch looks up the names that ``_torch.elastic`` replaces."""
+_REPLACED_IF_THERE = ("torch.distributed.elastic.rendezvous.api", "get_free_port")
+"""In torch 2.4 and newer, and no seam: where it is missing, no port is held."""
 
 _torchs: dict[tuple[str, str], Any] = {}
 """What was there before; empty when nothing is installed."""
@@ -43,7 +46,11 @@ _torchs: dict[tuple[str, str], Any] = {}
 
 def install(
     numa_options: NumaOptions | None = None,
-    guard: bool = True,
+    guard: bool | None = None,
+    *,
+    cgroup: str | None = None,
+    devices: str | None = None,
+    reserve_cores: int = 0,
     template: Template | None = None,
     stacks: bool = False,
 ) -> None:
@@ -57,8 +64,13 @@ def install(
         numa_options: How ranks are bound that are launched without options of their own (``LaunchConfig.numa_options``,
             torch's or ours); the memory policy also for ranks whose options are torch's, which have none. Installing
             again only replaces these.
-        guard: Whether a guard, where one can run, ends what ranks that are programs leave behind in their sessions,
-            when they have ended and when this process is killed.
+        guard: Whether a guard ends what ranks that are programs leave behind in their sessions, when they have ended
+            and when this process is killed; None: where a guard can run.
+        cgroup: A delegated cgroup v2, in which one is made for the ranks of each attempt that are programs; it ends all
+            in it when they have ended. "auto" finds a delegated cgroup. With it there is a guard.
+        devices: For ranks that are bound: the accelerators in local-rank order, as ``--devices`` of ``rankspawn run``;
+            None for those that are visible.
+        reserve_cores: For ranks that are bound: cores of the machine that are left free.
         template: What ranks that are programs are forked from: a warm start. The caller closes it.
         stacks: Log what the other ranks do, of those that are programs, before they are ended because one has failed
             (two seconds at most), in one line; all of it is in ``stacks.txt`` beside the ranks' folders of logs.
@@ -76,19 +88,22 @@ def install(
                 " A newer rankspawn is needed, or something else has replaced parts of torch first",
                 name="torch",
             )
-    from ._torch import elastic
+    from ._torch import elastic, extras
 
     elastic.default_numa_options = numa_options
-    elastic.guards = guard
-    elastic.template = template
-    elastic.stacks = stacks
-    for module, name in _REPLACED:
+    elastic.extras = extras.Extras(guard, cgroup, devices, reserve_cores, template, stacks)
+    for module, name in _replaced():
         place = import_module(module)
         present = getattr(place, name)
         if present is elastic.TORCHS_HANDLER or (name != "get_subprocess_handler" and (module, name) not in _torchs):
             _torchs[module, name] = present
         if present is _torchs.get((module, name)):  # else it is ours, or somebody else's, which ours go through
             setattr(place, name, getattr(elastic, name))
+
+
+def _replaced() -> tuple[tuple[str, str], ...]:
+    module, name = _REPLACED_IF_THERE
+    return (*_REPLACED, _REPLACED_IF_THERE) if hasattr(import_module(module), name) else _REPLACED
 
 
 def uninstall() -> None:
@@ -104,31 +119,40 @@ def uninstall() -> None:
 @contextmanager
 def installed(
     numa_options: NumaOptions | None = None,
-    guard: bool = True,
+    guard: bool | None = None,
+    *,
+    cgroup: str | None = None,
+    devices: str | None = None,
+    reserve_cores: int = 0,
     template: Template | None = None,
     stacks: bool = False,
 ) -> Iterator[None]:
     """Install for the length of a ``with`` block, for all threads of the process; afterwards all is as before.
 
     Args:
-        numa_options: As of install().
-        guard: As of install().
-        template: As of install().
-        stacks: As of install().
+        numa_options: As of install(), as all the others.
+        guard: Whether there is a guard.
+        cgroup: The delegated cgroup.
+        devices: The accelerators.
+        reserve_cores: Cores left free.
+        template: What programs are forked from.
+        stacks: Whether it is looked at what programs do.
     """
     inside = bool(_torchs)
-    elastic = import_module("rankspawn._torch.elastic") if inside else None
-    before: tuple[Any, ...] = (None, True, None, False)
-    if elastic:
-        before = elastic.default_numa_options, elastic.guards, elastic.template, elastic.stacks
-    install(numa_options, guard, template, stacks)
+    elastic: Any = import_module("rankspawn._torch.elastic") if inside else None
+    before = (elastic.default_numa_options, elastic.extras) if inside else None
+    install(
+        numa_options, guard, cgroup=cgroup, devices=devices, reserve_cores=reserve_cores, template=template,
+        stacks=stacks,
+    )  # fmt: skip
     try:
         yield
     finally:
-        if inside:
-            install(*before)
-        else:
+        if before is None:
             uninstall()
+        else:
+            install()
+            elastic.default_numa_options, elastic.extras = before
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m rankspawn.torchrun") -> int:
@@ -159,29 +183,7 @@ def _with_template(arguments: Sequence[str], prog: str, template: Template | Non
         return 1
     parser: argparse.ArgumentParser = run.get_args_parser()
     parser.prog = prog
-    if "--numa-binding" not in parser._option_string_actions:  # torch before 2.9
-        modes = [mode.value for mode in AffinityMode]
-        parser.add_argument("--numa-binding", "--numa_binding", choices=modes, help="Of rankspawn: binds each worker.")
-    parser.add_argument(
-        "--memory-policy", "--memory_policy", choices=MEMORY_MODES, metavar="MODE",
-        help=f"Of rankspawn, with --numa-binding: over each worker's own nodes; {', '.join(MEMORY_MODES)}.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--no-guard", dest="guard", action="store_false",
-        help="Of rankspawn: leave alone what workers have started when they end or torchrun is killed.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--warm", action="store_true",
-        help="Of rankspawn: workers are forked from a process that has imported what the script imports at its top.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--preload", type=_modules, metavar="LIST",
-        help="Of rankspawn: the same, but these modules: torch,torch._dynamo.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--stacks", action="store_true",
-        help="Of rankspawn: when a worker has failed, log what the others do before they are ended.",
-    )  # fmt: skip
+    _add_options(parser)
     options = parser.parse_args(arguments)
     if template is not None and not (options.warm or options.preload):
         template = None  # it was an argument of the script's
@@ -189,11 +191,25 @@ def _with_template(arguments: Sequence[str], prog: str, template: Template | Non
     if options.numa_binding:
         # torch gets the option as well: without one it initializes CUDA in this process, to see whether to bind.
         numa_options = NumaOptions(AffinityMode(options.numa_binding), memory_policy=options.memory_policy)
-    elif options.memory_policy:
-        parser.error("--memory-policy needs --numa-binding")
+    else:
+        for option in ("memory_policy", "devices", "reserve_cores"):
+            if getattr(options, option):
+                parser.error(f"--{option.replace('_', '-')} needs --numa-binding")
+    for path in filter(None, (options.report, options.timeline)):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            parser.error(f"{path}: there is no such folder")
     try:
-        with installed(numa_options, options.guard, template, options.stacks):
-            run.record(run.run)(options)
+        with installed(
+            numa_options,
+            options.guard,
+            cgroup=options.cgroup,
+            devices=options.devices,
+            reserve_cores=options.reserve_cores,
+            template=template,
+            stacks=options.stacks,
+        ):
+            with _recorded(options.report, options.timeline, prog):
+                run.record(run.run)(options)
     except (PlacementError, BindingError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
@@ -205,6 +221,59 @@ def _modules(text: str) -> tuple[str, ...]:
         return module_names(text)
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from None
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that ``rankspawn torchrun`` has beside torchrun's."""
+    from argparse import BooleanOptionalAction
+
+    if "--numa-binding" not in parser._option_string_actions:  # torch before 2.9
+        modes = [mode.value for mode in AffinityMode]
+        parser.add_argument("--numa-binding", "--numa_binding", choices=modes, help="Of rankspawn: binds each worker.")
+    group = parser.add_argument_group("of rankspawn")
+    add = group.add_argument
+    add(
+        "--memory-policy", "--memory_policy", choices=MEMORY_MODES, metavar="MODE",
+        help=f"with --numa-binding: over each worker's own nodes; {', '.join(MEMORY_MODES)}",
+    )  # fmt: skip
+    add(
+        "--devices",
+        metavar="LIST",
+        help='with --numa-binding: accelerators in local-rank order, "pci:...,..." or "none"',
+    )
+    add("--reserve-cores", type=int, default=0, metavar="N", help="with --numa-binding: cores of the machine left free")
+    add(
+        "--guard", action=BooleanOptionalAction,
+        help="end what workers have started when they end or torchrun is killed; on where it can be",
+    )  # fmt: skip
+    add("--cgroup", metavar="DIR", help="a delegated cgroup v2, in which one is made for the workers; auto finds it")
+    add(
+        "--warm", action="store_true",
+        help="fork workers from a process that has imported what the script imports at its top",
+    )  # fmt: skip
+    add("--preload", type=_modules, metavar="LIST", help="the same, but these modules: torch,torch._dynamo")
+    add("--stacks", action="store_true", help="when a worker has failed, log what the others do before they are ended")
+    add("--report", metavar="FILE.json", help="times, bindings and exits of each worker")
+    add("--timeline", metavar="FILE", help="the same as a drawing (FILE.svg), or as a trace for Perfetto (FILE.json)")
+
+
+@contextmanager
+def _recorded(report: str | None, timeline: str | None, prog: str) -> Iterator[None]:
+    """Record what is started while the block runs, and write the files at its end. One that cannot be is said."""
+    if not (report or timeline):
+        yield
+        return
+    from ._torch import elastic, extras
+
+    record = extras.new_record(report, timeline)
+    elastic.extras = elastic.extras.replace(record=record)
+    try:
+        yield
+    finally:
+        try:
+            record.write()
+        except OSError as error:
+            print(f"{prog}: {error.filename}: {error.strerror}", file=sys.stderr)
 
 
 def _import_run() -> Any:

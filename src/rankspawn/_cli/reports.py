@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .._group.record import write_attempts
 from .options import CommandError
 from .progress import say
 
@@ -72,12 +73,7 @@ class Reports:
 
     def _write(self, attempts: list[Attempt], *, first: bool = False) -> None:
         """Write both files. The first time, pipes and the like are left out: their reader would get two reports."""
-        from .._output.report import group_report
-        from .._output.timeline import timeline_text
-        from .._output.write import is_special, write_report, write_text
-
-        report = group_report(attempts, command=self._command, nprocs=self._job.nprocs, run_id=self._job.run_id)
-        if self._report and not (first and is_special(self._report)):
-            write_report(report, self._report, self._interrupt)
-        if self._timeline and not (first and is_special(self._timeline)):
-            write_text(timeline_text(report, self._timeline), self._timeline, self._interrupt)
+        write_attempts(
+            attempts, command=self._command, nprocs=self._job.nprocs, run_id=self._job.run_id, report=self._report,
+            timeline=self._timeline, interrupt=self._interrupt, first=first,
+        )  # fmt: skip

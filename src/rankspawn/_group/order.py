@@ -123,9 +123,7 @@ class Order(Frozen):
             )  # fmt: skip
         # Without a death signal the ranks shall outlive this process: no guard, either.
         guarded = False if self.guard is None and self.die_with_parent is False else self.guard
-        guard, cgroup = _hold(
-            resources, guarded, self.cgroup, self.temporary if own_folder is None else own_folder.path
-        )
+        guard, cgroup = hold(resources, guarded, self.cgroup, self.temporary if own_folder is None else own_folder.path)
         start_ranks(
             ranks,
             self.commands,
@@ -179,7 +177,7 @@ class Order(Frozen):
         return shared, [{name: own[name] for own in owns for name in own} for owns in zip(*layers, strict=True)]
 
 
-def _hold(
+def hold(
     resources: ExitStack,
     guard: bool | None,
     cgroup: str | os.PathLike[str] | None,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Those of torchrun's options, and of ours, that take no value.
 _FLAGS = {
     "-h", "--help", "--standalone", "-m", "--module", "--no-python", "--run-path", "--virtual-local-rank", "--warm",
-    "--no-guard",
+    "--guard", "--no-guard", "--stacks",
 }  # fmt: skip
 
 

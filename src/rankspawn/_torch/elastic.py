@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from inspect import signature
 from multiprocessing import connection, context
@@ -21,9 +22,9 @@ import torch.distributed.elastic.multiprocessing.subprocess_handler as handlers
 
 from .._binding import AffinityMode
 from .._end.deaths import Deaths
-from .._end.guard import Guard
 from .._end.reap import returncodes
 from .._end.watch import Watch
+from .._group.order import hold
 from .._group.start import start_ranks
 from .._ids import format_ids
 from .._multiprocessing.context import get_context
@@ -32,13 +33,17 @@ from .._start.popen import Popen
 from .._start.without import in_thread
 from . import deaths
 from .deaths import get_error_handler as get_error_handler
+from .extras import Extras
+from .handed_out import get_free_port as get_free_port
+from .handed_out import release_port
 from .handler import SubprocessHandler, binding_for, warn_of_refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .._binding import Binding
-    from .._warm.template import Template
+    from .._end.cgroup import GroupCgroup
+    from .._end.guard import Guard
     from .numa_options import NumaOptions
 
 _log = logging.getLogger(__name__)
@@ -54,12 +59,8 @@ TORCHS_HANDLER = handlers.get_subprocess_handler
 
 default_numa_options: NumaOptions | None = None
 """For launches that name none themselves; rankspawn.torchrun.install() sets it."""
-template: Template | None = None
-"""What programs are forked from, instead of executed; rankspawn.torchrun.install() sets it."""
-stacks = False
-"""Whether it is looked at what ranks do before they are ended because others have failed; as guards."""
-guards = True
-"""Whether a guard ends what the programs of these classes leave running; rankspawn.torchrun.install() sets it."""
+extras = Extras()
+"""What is done beside; rankspawn.torchrun.install() sets it."""
 
 
 def _numa_options(launched: NumaOptions | None) -> NumaOptions | None:
@@ -128,6 +129,8 @@ class _Waiting:
 
     def _bindings(self) -> list[Binding | None]:
         options = _numa_options(self._numa_options)
+        if options is not None and extras.place:
+            return extras.bindings(self.nprocs, options)
         return [binding_for(number, options, self.envs[number]) for number in range(self.nprocs)]
 
     def close(self, death_sig: Any = None, timeout: int | None = None) -> None:
@@ -151,6 +154,7 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
     _watch: Watch | None = None
     _guard: Guard | None = None
     _deaths: Deaths | None = None
+    _resources: ExitStack | None = None
 
     def _start(self) -> None:
         if self.subprocess_handlers:
@@ -161,17 +165,13 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
         if start is not get_subprocess_handler and start is not TORCHS_HANDLER:
             self._start_through(start)
             return
-        if guards and not Guard.why_not():
-            self._guard = Guard.start()
-        try:
-            self._start_ranks()
-        except BaseException:
-            if self._guard is not None:
-                self._guard.close()
-                self._guard = None
-            raise
+        with ExitStack() as resources:
+            guard, cgroup = hold(resources, extras.guard, extras.cgroup, None)
+            self._start_ranks(guard, cgroup)
+            self._guard, self._resources = guard, resources.pop_all()
 
-    def _start_ranks(self) -> None:
+    def _start_ranks(self, guard: Guard | None, cgroup: GroupCgroup | None) -> None:
+        called_ns = time.monotonic_ns()
         numbers = range(self.nprocs)
         logs = [(self.stdouts[number], self.stderrs[number]) for number in numbers]
         ranks: list[Popen] = []
@@ -183,9 +183,12 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
             bindings=self._bindings(),
             streams=[(None, Path(out) if out else None, Path(err) if err else None) for out, err in logs],
             die_with_parent=_DIE_WITH_AGENT,
-            guard=-1 if self._guard is None else self._guard.fd,
-            template=template,
+            cgroup=None if cgroup is None else cgroup.fd,
+            guard=-1 if guard is None else guard.fd,
+            template=extras.template,
         )
+        if extras.record is not None:
+            extras.record.begin(ranks, self.envs[0].get("TORCHELASTIC_RUN_ID", ""), called_ns)
         self.subprocess_handlers = {number: Worker.started(ranks[number], number, *logs[number]) for number in numbers}
         for number in numbers:
             warn_of_refused(number, ranks[number].binding_report.refused)
@@ -267,7 +270,7 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
         return result
 
     def _close(self, death_sig: Any, timeout: int = 30) -> None:
-        if self._failures and stacks and death_sig != signal.SIGKILL:
+        if self._failures and extras.stacks and death_sig != signal.SIGKILL:
             self._look_at_others()
         if self._failures:
             # torch signals only the groups of running ranks. The groups of failed ranks may still have members.
@@ -278,9 +281,13 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
         if self._guard is not None:
             # torch has reaped the ranks, so that the guard alone knows which sessions are still theirs.
             self._guard.end_what_is_left()
-            self._guard.close()
             self._guard = None
+        if self._resources is not None:
+            self._resources.close()
+            self._resources = None
         if self._watch is not None:
+            if extras.record is not None:
+                extras.record.end(self._watch, {})
             self._watch.close()
             self._watch = None
 
@@ -363,6 +370,12 @@ class LocalElasticAgent(agents.LocalElasticAgent):  # type: ignore[misc]
     def __init__(self, spec: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(replace(spec, monitor_interval=_NO_PAUSE), *args, **kwargs)
         self._pause = spec.monitor_interval
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            release_port()
 
     def _start_workers(self, worker_group: Any) -> Any:
         started = super()._start_workers(worker_group)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _ON_WINDOWS = sys.platform == "win32"
 
 
-def _warn(text: str, *values: object) -> None:
+def warn(text: str, *values: object) -> None:
     import logging  # not at import: it is as expensive as all the rest of this package
 
     logging.getLogger("rankspawn").warning(text, *values)
@@ -34,7 +34,7 @@ def _warn(text: str, *values: object) -> None:
 
 def warn_of_refused(local_rank: int, refused: tuple[RefusedStep, ...]) -> None:
     for step in refused:
-        _warn("local rank %d runs without %s", local_rank, step)
+        warn("local rank %d runs without %s", local_rank, step)
 
 
 def _default_signal() -> signal.Signals:
@@ -235,10 +235,10 @@ def binding_for(local_rank: int, options: NumaOptions | None, env: Mapping[str, 
         if not fall_back:
             raise
         # As text, because a log record that keeps the error keeps its frames, and so this handler and its descriptors.
-        _warn("local rank %d starts unbound: %s", local_rank, str(error))
+        warn("local rank %d starts unbound: %s", local_rank, str(error))
         return None
     for note in notes:
-        _warn("local rank %d: %s", local_rank, note)
+        warn("local rank %d: %s", local_rank, note)
     return binding
 
 

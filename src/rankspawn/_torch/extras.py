@@ -1,0 +1,82 @@
+"""What ``rankspawn torchrun`` can do for workers that torchrun cannot: a guard, a cgroup, places, a warm start."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._binding import AffinityMode
+from .._frozen import Frozen
+from .handler import warn
+
+if TYPE_CHECKING:
+    from .._binding import Binding
+    from .._group.record import Record
+    from .._warm.template import Template
+    from .numa_options import NumaOptions
+
+
+class Extras(Frozen):
+    """The arguments of rankspawn.torchrun.install(), beside numa_options.
+
+    Attributes:
+        guard: Whether a guard ends what programs leave behind; None: where one can run.
+        cgroup: A delegated cgroup v2, in which one is made for the programs; "auto" finds it; None for none.
+        devices: The accelerators in local-rank order, as --devices names them; None: those that are visible.
+        reserve_cores: Cores of the machine left free.
+        template: What programs are forked from, instead of executed; None for none.
+        stacks: Whether it is looked at what programs do before they are ended because others have failed.
+        record: What is recorded for a report; None for nothing.
+    """
+
+    guard: bool | None = None
+    cgroup: str | None = None
+    devices: str | None = None
+    reserve_cores: int = 0
+    template: Template | None = None
+    stacks: bool = False
+    record: Record | None = None
+
+    @property
+    def place(self) -> bool:
+        """Whether these say where ranks go, so that a rank's place is not that of its visible device alone."""
+        return self.devices is not None or self.reserve_cores > 0
+
+    def bindings(self, nprocs: int, options: NumaOptions) -> list[Binding | None]:
+        """Place all ranks of this machine.
+
+        Args:
+            nprocs: How many.
+            options: How; torch's own have no memory policy.
+
+        Raises:
+            PlacementError: A rank cannot be placed, and falling back was not asked for.
+        """
+        from .._place.devices import parse_devices
+        from .._place.plan import plan
+        from .._place.topology import Topology
+
+        ranks = plan(
+            Topology.read(),
+            AffinityMode(options.affinity_mode),
+            nprocs=nprocs,
+            devices=None if self.devices is None else parse_devices(self.devices),
+            reserve_cores=self.reserve_cores,
+            memory_policy=getattr(options, "memory_policy", None),
+            required=not options.should_fall_back_if_binding_fails,
+        )
+        for note in dict.fromkeys(note for rank in ranks for note in rank.notes):
+            warn("%s", note)
+        bindings = [rank.binding for rank in ranks]
+        return [None if one.cpus is None and one.memory is None else one for one in bindings]
+
+
+def new_record(report: str | None, timeline: str | None) -> Record:
+    """Make an empty record.
+
+    Args:
+        report: The file for the report; None for none.
+        timeline: The file for the drawing; None for none.
+    """
+    from .._group.record import Record
+
+    return Record(report, timeline)
