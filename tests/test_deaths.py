@@ -23,7 +23,7 @@ from tests.support.processes import writable_cgroups
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what Linux says of deaths")
 
 # A rank lives a moment, so that what is counted before is counted before.
-LIVES = "import ctypes, os, resource, signal, sys, time\ntime.sleep(0.1)\n"
+LIVES = "import ctypes, os, resource, signal, sys, time\ntime.sleep(0.5)\n"
 NO_CORE = "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
 
 
@@ -77,7 +77,7 @@ from rankspawn._end import deaths
 if sys.argv[2] == "counts":
     deaths._read_log = lambda path: []
 ranks = sys.argv[3].split(",")
-code = "import os, time; time.sleep(0.3); os.environ['RANK'] in %r and bytearray(200 << 20); time.sleep(60)" % (ranks,)
+code = "import os, time; time.sleep(0.8); os.environ['RANK'] in %r and bytearray(200 << 20); time.sleep(60)" % (ranks,)
 with launch([sys.executable, "-c", code], 2, keep_going=len(ranks) > 1) as group:
     group.wait()
 for failure in group.failures():

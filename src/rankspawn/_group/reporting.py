@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _REQUESTS = {
 }
 """How a rank ends that somebody has asked to, or the shell that reports so."""
 
-_MOMENT = 0.02  # seconds
+_MOMENT = 0.25  # seconds
 
 
 class Reporting:
@@ -57,7 +58,6 @@ class Reporting:
         """Note what ranks inherit, when they have just been started."""
         self._why: dict[int, str] = {}
         self._deaths: Deaths | None = None
-        self._has_looked = False
         self.stacks: list[Stacks] = []
         self.stacks_at_failure: Stacks | None = None
         self._effective: dict[int, Binding | None] = {}
@@ -126,14 +126,15 @@ class Reporting:
     def _look_for_deaths(self, timeout: float | None, cgroup: str | None) -> list[int]:
         """Look who has ended, and why, while the kernel still knows it.
 
-        The first look is a short one: what is counted before any rank dies is read when the ranks have lived that long,
-        so that it costs short jobs nothing.
+        What is counted before any rank dies is read when the ranks have lived a moment, so that it costs short jobs
+        nothing; until then no look is longer than that.
         """
-        if not self._has_looked:
-            self._has_looked = True
-            timeout = _MOMENT if timeout is None else min(timeout, _MOMENT)
-        elif self._deaths is None and self._watch.running:
-            self._deaths = self._new_deaths(cgroup)
+        if self._deaths is None and self._watch.running and not sys.is_finalizing():
+            young = _MOMENT - (time.monotonic_ns() - self._called_ns) / 1e9
+            if young > 0:
+                timeout = young if timeout is None else min(timeout, young)
+            else:
+                self._deaths = self._new_deaths(cgroup)
         ended = self._watch.look(timeout)
         codes = {number: code for number in ended if (code := self._watch.returncodes[number])}
         if codes and not sys.is_finalizing():  # then nothing can be imported, and nobody will ask
