@@ -9,12 +9,14 @@
 #endif
 #include "end.h"
 
+#include "search/kernel.h"
 #include "spawn.h"
 
 #include <errno.h>
 #include <signal.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 enum {
@@ -56,6 +58,17 @@ end_look(struct end_rank *ranks, size_t count)
 {
     for (size_t i = 0; i < count; i++) {
         see(&ranks[i], WNOWAIT);
+    }
+}
+
+void
+end_wait(const struct end_rank *ranks, size_t count, int64_t pause)
+{
+    int64_t until = now(CLOCK_MONOTONIC) + pause;
+    for (size_t i = 0; i < count; i++) {
+        if (ranks[i].pidfd >= 0 && !wait_for(ranks[i].pidfd, POLLIN, until - now(CLOCK_MONOTONIC))) {
+            return;
+        }
     }
 }
 

@@ -42,6 +42,9 @@ struct end_sessions {
 /* See how each rank has ended, without reaping it. */
 void end_look(struct end_rank *ranks, size_t count);
 
+/* Wait until all ranks have ended that have a pidfd, so many nanoseconds at most; a signal ends the wait. */
+void end_wait(const struct end_rank *ranks, size_t count, int64_t pause);
+
 /* Reap each rank that has ended, and get what it used. */
 void end_collect(struct end_rank *ranks, size_t count);
 
@@ -63,6 +66,7 @@ void end_signal_members(struct end_sessions *sessions, const int *signals, size_
 #ifndef __linux__
 /* _spawn.pyx calls none of them there. */
 #define end_look(ranks, count) ((void)(ranks), (void)(count))
+#define end_wait(ranks, count, pause) ((void)(ranks), (void)(count))
 #define end_collect(ranks, count) ((void)(ranks), (void)(count))
 #define end_signal(ranks, count, signals, signal_count) ((void)(ranks), (void)(signals), (void)(signal_count))
 #define end_kill_groups(sessions) ((void)(sessions))

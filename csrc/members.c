@@ -81,7 +81,8 @@ end_search(struct end_sessions *sessions, bool kills)
 {
     struct search search = {.ended = NULL};
     struct looker looker = {sessions, kills};
-    for (int i = 0; i < MOST_LOOKS; i++) {
+    processes_begin(&search.processes);
+    for (int i = 0; i < most_looks(&search); i++) {
         sessions->found_count = 0;
         processes_list(&search.processes);
         if (!search_listed(&search, wants, meet, &looker) || sessions->found_count > 0) {

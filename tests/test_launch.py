@@ -186,7 +186,7 @@ def test_death_signals(die: bool | None) -> None:
         group = launch(SLEEPING, 2, die_with_parent=die)
         pids = list(group.pids())
         # So that the group's __del__ does nothing when this process ends.
-        group._closed = True
+        group._is_over = True
         return pids
 
     pids = in_child(pids_of_a_launcher_that_dies)

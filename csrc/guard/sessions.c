@@ -147,7 +147,7 @@ look(struct sessions *sessions, bool kills)
 static void
 look_through(struct sessions *sessions, bool kills)
 {
-    for (int i = 0; i < MOST_LOOKS; i++) {
+    for (int i = 0; i < most_looks(&sessions->search); i++) {
         bool all_found = true;
         for (size_t at = 0; at < sessions->count; at++) {
             struct session *session = &sessions->all[at];

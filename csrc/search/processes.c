@@ -111,7 +111,12 @@ recognize(struct processes *processes)
     pid_t shown = 0;
     int depth = 0;
     /* Where /proc is another namespace's, /proc/self has our number there; an unrelated one shows no self. */
-    if (read_file(AT_FDCWD, "/proc/self/status", status, sizeof status) > 0) {
+    long got = read_file(AT_FDCWD, "/proc/self/status", status, sizeof status);
+    if (got == -EMFILE || got == -ENFILE) {
+        processes->procfs = PROCFS_SHUT;
+        return 0;
+    }
+    if (got > 0) {
         const char *at = after_line_start(status, "Pid:\t");
         depth = numbers_in(status, 1, &shown);
         shown = at ? (pid_t)number_in(at, &at) : 0; /* also before Linux 4.1 */
@@ -131,7 +136,8 @@ void
 processes_list(struct processes *processes)
 {
     struct listing listing = {processes, recognize(processes)};
-    long folder = processes->procfs == PROCFS_NONE ? -1 : open_at(AT_FDCWD, "/proc", O_RDONLY | O_DIRECTORY);
+    bool is_there = processes->procfs == PROCFS_OWN || processes->procfs == PROCFS_OUTER;
+    long folder = is_there ? open_at(AT_FDCWD, "/proc", O_RDONLY | O_DIRECTORY) : -1;
     processes->count = 0;
     if (folder >= 0) {
         while (next_names((int)folder, list_one, &listing) > 0) {
@@ -139,7 +145,7 @@ processes_list(struct processes *processes)
         close_fd((int)folder);
         return;
     }
-    processes->procfs = PROCFS_NONE;
+    processes->procfs = is_there ? PROCFS_SHUT : processes->procfs;
     for (pid_t pid = 1; pid < MOST_PIDS; pid++) {
         if (session_of(pid) != -ESRCH) {
             add(processes, pid, 0);

@@ -10,7 +10,12 @@ struct process {
 };
 
 /* What /proc is: see processes_list. */
-enum procfs { PROCFS_OWN, PROCFS_OUTER, PROCFS_NONE };
+enum procfs {
+    PROCFS_OWN,
+    PROCFS_OUTER,
+    PROCFS_NONE,
+    PROCFS_SHUT, /* no descriptor is free to read it */
+};
 
 struct processes {
     struct process *all;
@@ -25,7 +30,7 @@ void processes_begin(struct processes *processes);
  *
  * A procfs of an outer PID namespace (unshare --pid without --mount-proc) shows other numbers; the line NSpid of
  * /proc/N/status has the own one beside them (Linux 4.1). That number may be one of a process
- * in a sibling namespace, so the user of it asks the kernel for its session. Where no procfs shows this process itself,
+ * in a sibling namespace, so the user of it asks the kernel for its session. Where no procfs shows this process itself, or none can be read,
  * every number that a process can have is listed. */
 void processes_list(struct processes *processes);
 

@@ -16,6 +16,15 @@
 
 #include <errno.h>
 
+enum { MOST_LOOKS = 100, MOST_LOOKS_WITHOUT_PROCFS = 3 };
+
+int
+most_looks(const struct search *search)
+{
+    enum procfs procfs = search->processes.procfs;
+    return procfs == PROCFS_SHUT ? 1 : procfs == PROCFS_NONE ? MOST_LOOKS_WITHOUT_PROCFS : MOST_LOOKS;
+}
+
 static bool
 was_ended(const struct search *search, size_t count, pid_t pid)
 {

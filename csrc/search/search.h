@@ -13,8 +13,9 @@ struct search {
 /* What the caller is asked of a process of that session, with a context of the caller's own. */
 typedef bool search_question(void *context, const struct process *process, long session);
 
-/* How often a search looks at most: where thousands of processes come and go, one ends during every look. */
-enum { MOST_LOOKS = 100 };
+/* How often a search looks at most: where thousands of processes come and go, one ends during every look. Without a
+ * procfs to list them, a look takes a third of a second. */
+int most_looks(const struct search *search);
 
 /* Look once at the processes that processes_list() has listed, the youngest first, which are listed last: a process that
  * forks and ends again and again is met in time. Returns whether a process has ended during this look that the one

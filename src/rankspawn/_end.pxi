@@ -40,6 +40,12 @@ def look(ranks):
     return [ends.status(number) for number in range(ends.count)]
 
 
+def await_ends(ranks, double seconds):
+    cdef _Ends ends = _Ends(ranks)
+    with nogil:
+        end_wait(ends.all, ends.count, <int64_t>(seconds * 1e9))
+
+
 def collect(ranks):
     cdef _Ends ends = _Ends(ranks)
     cdef size_t number

@@ -137,6 +137,7 @@ cdef extern from "end.h":
         bint lacks_memory
 
     void end_look(end_rank *ranks, size_t count) nogil
+    void end_wait(const end_rank *ranks, size_t count, int64_t pause) nogil
     void end_collect(end_rank *ranks, size_t count) nogil
     void end_signal(end_rank *ranks, size_t count, const int *signals, size_t signal_count) nogil
     void end_kill_groups(const end_sessions *sessions) nogil

@@ -121,8 +121,11 @@ class Guard:
         return cls(process, writing)
 
     def warn_of_its_end(self) -> None:
-        """Issue a RuntimeWarning: the guard has ended before close()."""
+        """Issue a RuntimeWarning if the guard has ended before close()."""
         import warnings
+
+        if self.fd < 0:
+            return
 
         warnings.warn(
             f"the guard (process {self.process.pid}) has ended: what the ranks have started stays behind if this"

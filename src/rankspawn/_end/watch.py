@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from .deadline import left
+from . import way as _way
+from .deadline import left, passed
 from .reap import returncodes
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.02
 """How often a rank is looked at whose end no descriptor tells: without a pidfd (not Linux), or held by a debugger."""
+
+_SELDOM_LOOKS, _SELDOM_SECONDS = 20, 0.005
 
 _LONGEST = 86400.0
 """The longest single sleep, in seconds: epoll_wait(2) counts milliseconds in an int, and a timeout may be infinite."""
@@ -74,6 +77,18 @@ class Watch:
         self._register()
         fileno = None if self._polled else getattr(self._selector, "fileno", None)
         return None if fileno is None else int(fileno())
+
+    def look_seldom(self, end: float | None) -> None:
+        """For ranks that are being ended: look until ``end``, or for a tenth of a second, but not at each end alone.
+
+        To wake for each of many that end at once takes longer than they do.
+        """
+        for _ in range(_SELDOM_LOOKS):
+            ranks = [rank for rank in self.running.copy().values() if rank.pidfd is not None]
+            if not ranks or passed(end):
+                return
+            _way.way.await_ends(ranks, _SELDOM_SECONDS)
+            self.look(0)
 
     def look(self, timeout: float | None) -> list[int]:
         """See which ranks have ended.
@@ -145,6 +160,11 @@ class Watch:
         self._polled.update(self.running)
         self._new.clear()
         self._selector.close()
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        """For a watch without an owner, as an interrupt may leave it."""
+        if getattr(self, "_bell", -1) >= 0:
+            close(self._bell)
 
     def _look(self, timeout: float | None) -> list[int]:
         if self._new:

@@ -39,6 +39,15 @@ def look(ranks: Sequence[Popen]) -> list[int | None]:
     return [_see(rank, os.WNOWAIT) for rank in ranks]
 
 
+def await_ends(ranks: Sequence[Popen], seconds: float) -> None:
+    """Wait until all have ended that have a pidfd, or ``seconds`` have gone; a signal may end the wait."""
+    until = time.monotonic() + seconds
+    for rank in ranks:
+        pidfd = rank._pidfd
+        if pidfd is not None and not procfs.wait(pidfd.fd, until - time.monotonic()):
+            return
+
+
 def collect(ranks: Sequence[Popen]) -> list[tuple[int | None, tuple[Any, ...]]]:
     """Reap the ranks that have ended. The caller holds the locks that Popen has for that.
 

@@ -196,6 +196,7 @@ class Ending:
         if self._watch.running:
             self.kill()
         end = (self.give_up_at or time.monotonic() + KILL_SECONDS) - 1.0
+        self._watch.look_seldom(end)
         while self._watch.running and not passed(end):
             look(left(end))
         # A second at least is for the sessions: a rank that does not end must not keep the others' children alive.

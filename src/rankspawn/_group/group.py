@@ -6,15 +6,14 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
-import warnings
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from .._end.deadline import left, passed, sooner, until
+from .._end.deferral import Deferral
 from .._end.ranks import SIGKILL, SignalTo, name_running, name_stuck, signal_ranks
 from .._end.watch import Watch
 from .._public import public
@@ -22,6 +21,7 @@ from .descriptors import enough_descriptors
 from .ending import Ending
 from .lines import Lined
 from .reporting import Reporting
+from .unclosed import Owned
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -36,7 +36,7 @@ GRACE_SECONDS = 30.0
 
 
 @public
-class RankGroup(Reporting, Lined):
+class RankGroup(Reporting, Lined, Owned):
     """Ranks that live and die together. Leaving the ``with`` block ends those that still run, and what they started.
 
     A rank is signalled, waited for and killed with all that is in its session: what it has started, and what that has,
@@ -67,23 +67,25 @@ class RankGroup(Reporting, Lined):
         grace: float,
         signal_to: SignalTo,
         restarts: Restarts | None,
+        last: Callable[[], object] | None = None,
         stacks: bool = False,
         on_line: Callable[[RankLine], object] | None = None,
     ) -> None:
-        self._resources, self._restarts = resources, restarts
+        self._resources, self._restarts, self._last = resources, restarts, last
         self._keep_going, self._grace, self._signal_to = keep_going, grace, signal_to
         self._takes_stacks, self._on_line, self._loops = stacks, on_line, []
         self._past: list[Attempt] = []
         self._watched: list[int] = []
         self.stop_asked: tuple[int, float | None] | None = None
         self.begin(started)
-        self._owner, self._closed = os.getpid(), False
+        self._closed = False
+        self._note_open()
 
     def begin(self, started: Started) -> None:
         """Take over the ranks of an attempt."""
         guard, ranks, files = started.guard, tuple(started.ranks), started.files
-        with enough_descriptors(ranks):
-            watch = Watch(ranks)
+        with Deferral(), enough_descriptors(ranks):
+            self._watch = watch = Watch(ranks)
             if guard is not None and guard.process.pidfd is not None:
                 watch.once(guard.process.pidfd, guard.warn_of_its_end)
             for descriptor in self._watched:
@@ -93,7 +95,6 @@ class RankGroup(Reporting, Lined):
         self._note_birth()
         self._begin_lines()
         self._ending = Ending(ranks, watch, grace=self._grace, signal_to=self._signal_to, cgroup=started.cgroup)
-        self._watch = watch
         if self._takes_stacks:
             self._ending.before_kill = self._look_before_kill
         if self.stop_asked is not None:  # while they were being started
@@ -291,14 +292,20 @@ class RankGroup(Reporting, Lined):
         Raises:
             TimeoutError: A process does not end when it is killed. It is named, and its state.
         """
+        with Deferral(self._watch.ring) as deferred:
+            self._terminate(deferred, grace)
+
+    def _terminate(self, deferred: Deferral, grace: float | None = None) -> None:
         try:
             if self._watch.running:
                 with suppress(PermissionError):
                     self.stop(signal.SIGTERM, grace)
+                self._watch.look_seldom(self.kill_at)
+            deferred.deliver()
             while not passed(self.kill_at) and self.advance(left(self.kill_at)):
-                pass
+                deferred.deliver()
         finally:
-            self.kill()
+            self._kill()
 
     def kill(self) -> None:
         """Kill every rank and all that is in its session, at once. The ranks are reaped.
@@ -306,15 +313,14 @@ class RankGroup(Reporting, Lined):
         Raises:
             TimeoutError: As from ``terminate``.
         """
+        # What a signal handler raises, as Ctrl-C's does, waits until no process is left.
+        with Deferral():
+            self._kill()
+
+    def _kill(self) -> None:
         self._check_owner()
         self.stop_asked = SIGKILL, 0.0
-        try:
-            stuck = self._ending.kill_and_reap(self._look)
-        except BaseException:
-            # What a signal handler raises, as Ctrl-C's does, waits until no process is left.
-            self._ending.kill_and_reap(self._look)
-            raise
-        if stuck:
+        if stuck := self._ending.kill_and_reap(self._look):
             raise TimeoutError(name_stuck(stuck))
 
     def close(self) -> None:
@@ -325,36 +331,31 @@ class RankGroup(Reporting, Lined):
         Raises:
             TimeoutError: As from ``terminate``.
         """
-        reaped = all(rank.returncode is not None for rank in self.ranks)
-        if self._owner != os.getpid() or (self._closed and reaped):
+        if self._owner != os.getpid() or (self._is_over and all(rank.returncode is not None for rank in self.ranks)):
             return
         if self._restarts is not None and self._restarts.postpone_close():
             return
         try:
-            self.terminate()
+            with Deferral(self._watch.ring) as deferred:
+                try:
+                    self._terminate(deferred)
+                finally:
+                    self._let_go()
         finally:
-            self._closed = True
-            self._resources.callback(self._end_lines)  # before what holds the files goes
-            self._watch.close()
-            for rank in self.ranks:
-                if rank.returncode is not None:
-                    rank._pidfd = None
-            self._resources.close()
+            # Last, and outside: it gives handlers back.
+            if self._last is not None:
+                self._last()
 
-    def __del__(self, getpid: Callable[[], int] = os.getpid, warn: Callable[..., None] = warnings.warn) -> None:
-        if getattr(self, "_closed", True) or self._owner != getpid():
-            return
-        try:
-            self.kill()
-        finally:
-            self.close()
-            warn(f"a group of ranks was not closed: pids {self.pids()}", ResourceWarning, source=self)
-
-    def _check_owner(self) -> None:
-        if self._owner != os.getpid():
-            raise ChildProcessError(
-                errno.ECHILD, f"the ranks are children of process {self._owner}, of which this is a forked copy"
-            )
+    def _let_go(self) -> None:
+        """Close descriptors, guard, cgroup, tee and logs."""
+        self._closed = True
+        self._resources.callback(self._end_lines)  # before what holds the files goes
+        self._watch.close()
+        for rank in self.ranks:
+            if rank.returncode is not None:
+                rank._pidfd = None
+        self._note_over()
+        self._resources.close()
 
     def _end_after_failure(self) -> None:
         first = self.first_failure

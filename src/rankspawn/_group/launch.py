@@ -7,9 +7,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from .._end.deferral import Deferral
 from .._end.ranks import SignalTo, end_ranks
 from .._public import public
 from .._start.arguments import named_by_text
@@ -177,12 +178,12 @@ def launch(
     )  # fmt: skip
     # Not a with block: at every moment either this function or the group owns what was opened and closes it.
     resources, ranks = ExitStack(), list[Popen]()
-    signals = None
+    signals = group = None
     if handle_signals:
         from .handlers import SignalHold
 
-        # Taken first, and so given back last.
-        signals = resources.enter_context(closing(SignalHold.take()))
+        # Taken first, and given back last.
+        signals = SignalHold.take()
     try:
         if template is not None and template is not warm:
             resources.callback(template.close)
@@ -200,6 +201,7 @@ def launch(
             grace=GRACE_SECONDS if grace is None else grace,
             signal_to=signal_to,
             restarts=restarts,
+            last=None if signals is None else signals.close,
             stacks=stacks and sys.platform == "linux",
             on_line=on_line,
         )
@@ -210,9 +212,16 @@ def launch(
         return group
     except BaseException:
         try:
-            end_ranks(ranks)
+            with Deferral():
+                try:
+                    end_ranks(ranks)
+                finally:
+                    if group is not None:
+                        group.close()
+                    resources.close()
         finally:
-            resources.close()
+            if signals is not None:
+                signals.close()
         raise
 
 

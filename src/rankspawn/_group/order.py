@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .._end.deferral import Deferral
 from .._frozen import Frozen
 from .._start.arguments import named_by_text
 from .._start.engine import mechanisms
@@ -106,24 +107,8 @@ class Order(Frozen):
             OSError: As launch(); ranks that were started have been killed and reaped.
             ValueError: ``env`` sets a variable of the job.
         """
-        job, held = hold_port_of(job)
-        if held is not None:
-            resources.enter_context(held)
-        files, own_folder = self._files(job, resources)
-        shared, own = self._variables(job, files)
-        if self.tee:
-            from .._output.tee import show
-
-            out = None if self.tee is True else self.tee
-            resources.enter_context(
-                show(
-                    files or (), job.first_rank, self.tee_ranks, own_folder,
-                    out=out, err=out, prefix=self.tee_prefix,
-                )
-            )  # fmt: skip
-        # Without a death signal the ranks shall outlive this process: no guard, either.
-        guarded = False if self.guard is None and self.die_with_parent is False else self.guard
-        guard, cgroup = hold(resources, guarded, self.cgroup, self.temporary if own_folder is None else own_folder.path)
+        with Deferral():  # an interrupt finds all that was made in ``resources``
+            job, files, shared, own, guard, cgroup = self._prepare(job, resources)
         start_ranks(
             ranks,
             self.commands,
@@ -144,6 +129,28 @@ class Order(Frozen):
         )
         templates = () if self.template is None else self.template.report()
         return Started(job, called_ns, ranks, files, cgroup, guard, templates)
+
+    def _prepare(self, job: Job, resources: ExitStack) -> tuple[Any, ...]:
+        """Open what the ranks need, and hold it by ``resources``."""
+        job, held = hold_port_of(job)
+        if held is not None:
+            resources.enter_context(held)
+        files, own_folder = self._files(job, resources)
+        shared, own = self._variables(job, files)
+        if self.tee:
+            from .._output.tee import show
+
+            out = None if self.tee is True else self.tee
+            resources.enter_context(
+                show(
+                    files or (), job.first_rank, self.tee_ranks, own_folder,
+                    out=out, err=out, prefix=self.tee_prefix,
+                )
+            )  # fmt: skip
+        # Without a death signal the ranks shall outlive this process: no guard, either.
+        guarded = False if self.guard is None and self.die_with_parent is False else self.guard
+        guard, cgroup = hold(resources, guarded, self.cgroup, self.temporary if own_folder is None else own_folder.path)
+        return job, files, shared, own, guard, cgroup
 
     def _files(self, job: Job, resources: ExitStack) -> tuple[Sequence[RankFiles] | None, LogFolder | None]:
         """Where each rank writes, and the temporary folder of it, which goes with ``resources``."""

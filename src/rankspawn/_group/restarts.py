@@ -8,6 +8,7 @@ from _thread import get_ident
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from .._end.deferral import Deferral
 from .._end.ranks import end_ranks, name_stuck
 from .job import Job
 
@@ -111,15 +112,17 @@ class Restarts:
         port = 0 if self._new_port else job.master_port
         job = job._replace(restart_count=job.restart_count + 1, master_port=port)
         failures = group.failures()
-        if stuck := group.end_attempt():
-            raise TimeoutError(name_stuck(stuck))
-        self._resources.close()
+        with Deferral():
+            if stuck := group.end_attempt():
+                raise TimeoutError(name_stuck(stuck))
+            self._resources.close()
         _log(failures, job)
         ranks: list[Popen] = []
         try:
             group.begin(self._start(job, time.monotonic_ns(), self._resources, ranks))
         except BaseException:
-            end_ranks(ranks)
+            with Deferral():
+                end_ranks(ranks)
             raise
 
 
