@@ -254,24 +254,25 @@ def threads(template: Template) -> str:
 
 
 def used(program: str, folder: Path, warm: Template | bool) -> tuple[str, str]:
-    """Run the program as one rank: what went wrong, or nothing; and how the rank was started."""
+    """Run the program as two ranks: what went wrong, or nothing; and how they were started."""
     folder.mkdir()
     folder.joinpath("use.py").write_text(textwrap.dedent(program))
     until = time.monotonic() + 240
     with launch(
-        [sys.executable, "use.py"], 1, cwd=folder, log_dir=folder / "logs", warm=warm, numa=None,
-        rank_env=[{"STORE": str(folder / "store")}], grace=0,
+        [sys.executable, "use.py"], 2, cwd=folder, log_dir=folder / "logs", warm=warm, numa=None, keep_going=True,
+        rank_env=[{"STORE": str(folder / f"store{rank}"), "WANDB_DIR": str(folder)} for rank in range(2)], grace=0,
     ) as group:  # fmt: skip
-        mechanism = str(group.ranks[0].mechanism)
+        mechanism = "warm" if {rank.mechanism for rank in group.ranks} == {"warm"} else "cold"
         try:
-            (status,) = group.wait(max(1, until - time.monotonic()))
+            status = any(group.wait(max(1, until - time.monotonic())))
         except TimeoutError:
             return "hangs", mechanism
     return (last_line(folder) if status else ""), mechanism
 
 
 def last_line(folder: Path) -> str:
-    lines: Sequence[str] = (folder / "logs" / "attempt_0" / "0" / "stderr.log").read_text().strip().splitlines()
+    logs = [(folder / "logs" / "attempt_0" / str(rank) / "stderr.log").read_text() for rank in range(2)]
+    lines: Sequence[str] = "\n".join(logs).strip().splitlines()
     return f"fails: {lines[-1][:100]}" if lines else "fails"
 
 

@@ -3,7 +3,8 @@
 Eight ranks import torch and say when they have: executed, forked from a new template, and forked from it again. What is
 measured is the time from the call of launch() until the last of them is ready; the time from a rank's death until all
 ranks of the restart are ready; and the memory of all ranks, each page divided by those that share it (Pss of proc(5)),
-after the imports and after one step of an optimizer.
+after the imports and after one step of an optimizer. Then whole commands: examples/ddp_digits.py with four ranks, under
+torchrun and under ours, in turn.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -109,9 +111,35 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--many", type=int, default=64, help="ranks of one template, beside the others")
+    parser.add_argument("--commands", action="store_true", help="only the whole commands")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        measure(Bench(Path(name)), options.ranks, options.turns, options.many)
+    if not options.commands:
+        with tempfile.TemporaryDirectory() as name:
+            measure(Bench(Path(name)), options.ranks, options.turns, options.many)
+    commands(min(options.turns, 3))
+
+
+def commands(turns: int) -> None:
+    """Whole commands, each beside torchrun's of the same turn."""
+    job = ["--nproc-per-node", "4", str(Path(__file__).parent.parent / "examples" / "ddp_digits.py"), "--epochs", "2"]
+    ways = {
+        "torchrun": ["torch.distributed.run"],
+        "rankspawn run": ["rankspawn", "run"],
+        "rankspawn torchrun --warm": ["rankspawn.torchrun", "--warm"],
+        "rankspawn run --warm": ["rankspawn", "run", "--warm"],
+    }
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(turns):
+        for name, words in ways.items():
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "-m", *words, *job], check=True, capture_output=True)
+            took[name].append(time.perf_counter() - began)
+    for name, seconds in took.items():
+        show(f"{name} of the DDP example", median(seconds), "s")
+        if name != "torchrun":
+            goal = 2.5 if name == "rankspawn run --warm" else None
+            ratios = [ref / own for own, ref in zip(seconds, took["torchrun"], strict=True)]
+            show("  torchrun / that", median(ratios), "", goal, at_least=True)
 
 
 def measure(bench: Bench, ranks: int, turns: int, many: int) -> None:

@@ -22,6 +22,10 @@ cdef extern from "Python.h":
     void Py_LeaveRecursiveCall()
     PyInterpreterState *PyInterpreterState_Get()
 
+cdef extern from "signal.h":
+    int SIGINT
+    int c_raise "raise"(int)
+
 cdef extern from *:
     """
     #include <dlfcn.h>
@@ -64,6 +68,8 @@ cdef class MainAtTheBottom:
         Py_INCREF(self)  # for good: the interpreter borrows its hook from sys
         _sys.excepthook = self.hook
         _clear(error, trace)
+        if kind is KeyboardInterrupt:  # instead of the exception of ours: it is for the program
+            c_raise(SIGINT)
         _run_main(self.argv)
 
 

@@ -38,6 +38,7 @@ _PAUSE_HARD = 2  # omp_pause_hard of omp.h
 
 handlers_before: dict[int, Any] = {}
 """The handler of each signal before the imports, by its number; rank.py finds by them what imports have set."""
+handlers_after: dict[int, Any] = {}
 
 
 def prepare(modules: Sequence[str], *, proc: str = "/proc") -> dict[str, Any]:
@@ -91,6 +92,9 @@ def prepare(modules: Sequence[str], *, proc: str = "/proc") -> dict[str, Any]:
     }
     gc.enable()
     gc.freeze()
+    handlers_after.update({number: signal.getsignal(number) for number in signal.valid_signals()})
+    # As in an interpreter that has just been executed, a rank that has not become its program yet dies of it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     return prepared
 
 

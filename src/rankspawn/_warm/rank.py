@@ -31,7 +31,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from .. import _spawn
-from .imports import handlers_before
+from .imports import handlers_after, handlers_before
 
 _SEED_OF_OLDER_TORCH = 67280421310721  # c10::detail::default_rng_seed_val
 
@@ -58,7 +58,6 @@ def become(
         Unwound: Always.
     """
     _set_environment(env, prepared["environment_written"])
-    _set_signals(proc)
     for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         _set_stream(fd, name, mode)
     _set_identity()
@@ -66,6 +65,7 @@ def become(
     importlib.invalidate_caches()
     sys.modules["__main__"] = _new_main()
     sys.excepthook = _spawn.MainAtTheBottom([os.fsencode(word) for word in argv], sys.excepthook)
+    _set_signals(proc)
     raise Unwound
 
 
@@ -86,8 +86,8 @@ def _set_signals(proc: str) -> None:
     What an import has set stays. Of the others, those that the launcher ignores are ignored, as across execve(2).
     """
     ignored = _ignored(proc)
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        handler = signal.getsignal(number)
+    for number in sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}, key=signal.SIGINT.__eq__):
+        handler = handlers_after[number]
         if handler is None:
             continue  # that of a library
         if handler == handlers_before[number]:
