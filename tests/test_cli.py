@@ -214,7 +214,10 @@ def test_the_others_are_told_to_end() -> None:
         told = job.stderr.read()
         assert "rankspawn: rank 1 has failed: ending the others\n" in told
         assert re.search(
-            r"^rankspawn: rank 1 \(pid \d+\) exited with status 4\n  others: 0,2 status 5$", told, re.MULTILINE
+            r"^rankspawn: rank 1 \(pid \d+\) exited with status 4\n  what the others did then: 2 ranks \(0,2\): .*\n"
+            r"  others: 0,2 status 5$",
+            told,
+            re.MULTILINE,
         )
 
 
@@ -599,6 +602,7 @@ LINES = {
     "NUMA nodes": r"\d+ \(CPUs [\d,-]+\)|unknown",
     "inherited CPUs": r"[\d,-]+",
     "inherited nodes": r"[\d,-]+",
+    "CPU quota": r"none|[\d.]+ CPUs? \(/",
 }
 
 
