@@ -25,7 +25,7 @@ NUMAVM_ARGS ?=
 # Options of tests/interpreters/run.py, which passes pytest's on to it.
 INTERPRETERS_ARGS ?=
 # The tests that exercise C: everything else would only run Python slower.
-ASAN_TESTS ?= $(wildcard tests/test_spawn*.py tests/test_popen*.py tests/test_start_fails*.py tests/test_injected_faults.py tests/test_signals.py tests/test_crew.py tests/test_guard.py)
+ASAN_TESTS ?= $(wildcard tests/test_spawn*.py tests/test_popen*.py tests/test_start_fails*.py tests/test_injected_faults.py tests/test_signals.py tests/test_crew.py tests/test_guard.py tests/test_sessions.py tests/test_warm.py tests/test_interrupts.py)
 
 # A build without the engine fails here, so that nobody takes it for one with the engine. Warnings are errors for the
 # project's developers, but not in `make demo`, which strangers run with compilers that we have not met.

@@ -159,6 +159,7 @@ def test_ranks_live_on_when_the_template_is_killed() -> None:
     or tuple(map(int, os.uname().release.split(".")[:2])) < (6, 1),
     reason="needs MADV_COLLAPSE of Linux 6.1",
 )
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer's memory is not collapsed")
 def test_a_template_that_lasts_has_huge_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "large.py").write_text("kept = b'x' * (16 << 20)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
