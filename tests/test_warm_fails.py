@@ -253,3 +253,26 @@ def test_a_launcher_with_many_descriptors() -> None:
             assert kept
 
     assert in_child(many) == {"warm"}
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_run_ends_while_the_template_imports(module: Path, name: str) -> None:
+    module.write_text(
+        "import os, pathlib, time; pathlib.Path(__file__).with_name(str(os.getpid())).touch()\ntime.sleep(600)"
+    )
+    script = module.with_name("script.py")
+    script.write_text("raise SystemExit('a rank was started')")
+    command = [sys.executable, "-m", "rankspawn", "run", "--warm", "preloaded", str(script)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as launcher:
+        try:
+            eventually(lambda: list(module.parent.glob("[0-9]*")))
+            launcher.send_signal(signal.SIGUSR1)  # for ranks: it ends nothing
+            launcher.send_signal(getattr(signal, name))
+            _, said = launcher.communicate(timeout=PATIENCE)
+        finally:
+            launcher.kill()
+    sig = getattr(signal, name)
+    assert launcher.returncode == (-sig if name == "SIGHUP" else 128 + sig), said
+    assert said.splitlines()[-1] == f"rankspawn: {name}: no rank was started"
+    (importer,) = module.parent.glob("[0-9]*")
+    eventually(lambda: not Path("/proc", importer.name).exists())

@@ -23,7 +23,7 @@ from .program import missing_interpreter
 from .progress import Progress, say
 from .refusals import refusals
 from .reports import Reports
-from .signals import name_of, status_of, suspend
+from .signals import EndAsked, name_of, status_of, suspend
 from .warm import template_for
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def run_attempts(settings: RunSettings, folder: LogFolder, signals: Signals) -> 
     reports = Reports(settings, signals.fileno())
     job = settings.job
     try:
-        with template_for(settings.warm, settings.preload) as template:
+        with template_for(settings.warm, settings.preload, signals.raise_for_end) as template:
             while True:
                 status, final = _run_attempt(settings, job, folder, signals, reports, template)
                 if final:
@@ -73,6 +73,9 @@ def run_attempts(settings: RunSettings, folder: LogFolder, signals: Signals) -> 
                 # state that refuses a listener.
                 job = job._replace(restart_count=job.restart_count + 1)
                 say(f"restart {job.restart_count} of {job.max_restarts}")
+    except EndAsked as asked:  # while the template was importing
+        say(f"{name_of(asked.sig)}: no rank was started")
+        return status_of(asked.sig)
     finally:
         reports.write_last()
 

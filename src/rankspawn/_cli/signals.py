@@ -47,6 +47,18 @@ _SUSPENDS = _present("SIGTSTP")
 _LOOKS = _present("SIGQUIT")
 
 
+class EndAsked(Exception):
+    """A signal has come that asks for the end, before there was any rank.
+
+    Args:
+        sig: Its number.
+    """
+
+    def __init__(self, sig: int) -> None:
+        super().__init__(sig)
+        self.sig = sig
+
+
 class Signals:
     """The signals that have come and have not been read.
 
@@ -72,6 +84,19 @@ class Signals:
             return b""
         finally:
             self._reader.setblocking(False)
+
+    def raise_for_end(self) -> None:
+        """Raise EndAsked where a signal that asks for the end has come. It stays to be read.
+
+        Raises:
+            EndAsked: There is such a signal.
+        """
+        try:
+            came = self._reader.recv(256, socket.MSG_PEEK)
+        except BlockingIOError:
+            return
+        for sig in filter(self.asks_for_end, came):
+            raise EndAsked(sig)
 
     def hands_on(self, sig: int) -> bool:
         """Whether ``sig`` is the ranks' affair, and the job goes on."""

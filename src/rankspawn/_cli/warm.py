@@ -9,7 +9,7 @@ from contextlib import nullcontext
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     from .._warm.find import Found
@@ -40,13 +40,17 @@ def _modules(text: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def template_for(warm: bool, preload: Sequence[str] | None) -> AbstractContextManager[Template | None]:
-    """The template of a job, kept over its restarts; None where ranks are executed."""
+def template_for(
+    warm: bool, preload: Sequence[str] | None, interrupt: Callable[[], object]
+) -> AbstractContextManager[Template | None]:
+    """The template of a job, kept over its restarts; None where ranks are executed. ``interrupt``: see Template."""
     if not warm and preload is None:
         return nullcontext()
     from .._warm.template import Template
 
-    return Template(True if preload is None else preload)
+    template = Template(True if preload is None else preload)
+    template.interrupt = interrupt
+    return template
 
 
 def found(command: Sequence[str], module: bool) -> Found:

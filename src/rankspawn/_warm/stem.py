@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # A template that has imported needs milliseconds for each of these.
 _ANSWER_SECONDS = 60.0
 _KILL_SECONDS = 10.0
+_LOOK_SECONDS = 0.1
 
 # The importer finds this very package, wherever it is, without an entry in sys.path.
 _PROGRAM = (
@@ -103,13 +104,17 @@ class Stem:
         """Whether ranks can be forked from it."""
         return self.refused is None and self._pidfd is not None
 
-    def adopt(self, seconds: float) -> None:
+    def adopt(self, seconds: float, interrupt: Callable[[], object] | None = None) -> None:
         """Wait until it has imported and is ready. What goes wrong is in ``refused``, and the process is gone then.
 
         Args:
             seconds: How long the imports may take, from the start on.
+            interrupt: Called ten times a second during the imports. What it raises ends the process, and the call.
         """
         try:
+            if interrupt is not None:
+                while not _wait_for(self._socket.fileno(), _LOOK_SECONDS) and self._left(seconds) > 0:
+                    interrupt()
             self._adopt(seconds)
         except (EOFError, OSError, subprocess.TimeoutExpired) as error:
             self.refused = self.refused or _why(error, seconds)
@@ -117,8 +122,11 @@ class Stem:
             if not self.works:
                 self.close()
 
+    def _left(self, seconds: float) -> float:
+        return max(0.0, self._began + seconds - time.monotonic())
+
     def _adopt(self, seconds: float) -> None:
-        self._socket.settimeout(max(0.001, seconds - (time.monotonic() - self._began)))
+        self._socket.settimeout(max(0.001, self._left(seconds)))
         told, _ = receive(self._socket)
         self.prepared = told["prepared"]
         self.refused = self.prepared.get("refused")

@@ -67,6 +67,8 @@ class Template:
         self.modules: tuple[str, ...] | Literal[True] = True if modules is True else tuple(modules)
         self.required = required
         self.timeout = timeout
+        self.interrupt: Callable[[], object] | None = None
+        """Called ten times a second while a launch waits for imports; what it raises ends the launch."""
         self._lasts = lasts
         self._stems: list[tuple[Any, Stem]] = []
         self._begun: list[tuple[Any, Stem]] = []
@@ -200,7 +202,7 @@ class Template:
 
     def _adopt(self, made: Sequence[tuple[Any, Stem]]) -> None:
         for _, stem in made:
-            stem.adopt(self.timeout)
+            stem.adopt(self.timeout, self.interrupt)
             for name, error in stem.prepared.get("failed", {}).items():
                 self._say(f"the template could not import {name}: {error}")
 
