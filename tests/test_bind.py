@@ -228,7 +228,7 @@ def test_a_launcher_s_mask_is_kept_and_said(script: bool) -> None:
 def test_what_one_rank_was_given_is_not_split_among_all() -> None:
     command = bound_to(CPUS[1:], [*BIND, "--numa-binding", "exclusive"])
     done = ran([*command, *PLACE])
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert "rankspawn: exclusive: mpirun bound this rank by itself to CPUs" in done.stderr
     place = found([*command, "--numa-binding-optional", *PLACE])
     assert place["cpus"] == CPUS[1:]
@@ -284,7 +284,7 @@ def test_too_few_cpus_for_all_is_said() -> None:
 @two_cpus
 def test_a_place_outside_the_mask_is_an_error_with_its_reason() -> None:
     done = ran(bound_to(CPUS[:1], [*BIND, "--cpus", f"{CPUS[0]}:{CPUS[1]}", *PLACE]))
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert f"{CPUS[1]} may not be used" in done.stderr and KEPT.format(CPUS[0]) in done.stderr
 
 
@@ -327,7 +327,7 @@ def test_a_program_that_cannot_be_executed(tmp_path: Path) -> None:
 )
 def test_a_rank_without_a_place(told: dict[str, str], words: list[str], message: str) -> None:
     done = ran([*BIND, *words, *PLACE], environment(told))
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"rankspawn: {message}") and done.stderr.count("\n") == 1
 
 

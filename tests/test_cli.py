@@ -111,7 +111,8 @@ AS_GIVEN = ["--nproc-per-node", "7", "-m", "-x=1", "", "--help", "--no-python", 
 
 def test_a_script_is_run_by_our_interpreter_unbuffered(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text(SAY + "say([sys.argv, sys.executable, sys.stdout.write_through])\n")
+    code = SAY + "say([sys.argv, sys.executable, sys.stdout.write_through])\n"
+    script.write_text(f"{code}# --nproc-per-node is its own\n")
     done = completed([*LAUNCHER, "run", str(script), *AS_GIVEN])
     assert (done.returncode, done.stderr) == (0, "")
     assert said(done.stdout)[0] == [[str(script), *AS_GIVEN], sys.executable, True]
@@ -446,7 +447,7 @@ def test_what_cannot_be_placed_is_said_and_nothing_starts() -> None:
     one = max(os.sched_getaffinity(0))
     options = ["--nproc-per-node", "2", "--numa-binding", "exclusive"]
     done = completed(after(f"os.sched_setaffinity(0, [{one}])", in_ranks(PLACE, *options)))
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert re.match("rankspawn: rank 0: exclusive: 2 ranks on node .*1 usable core", done.stderr)
 
 
@@ -468,6 +469,17 @@ def test_what_cannot_be_placed_starts_unbound_where_that_is_allowed() -> None:
     [
         ("", "COMMAND"),
         ("fly", "invalid choice: 'fly'"),
+        ("rnu x.py", "(did you mean run?)"),
+        ("torchrnu x.py", "(did you mean torchrun?)"),
+        ("topolgy", "(did you mean topology?)"),
+        ("run --nproc-pre-node 2 x.py", "--nproc-pre-node (did you mean --nproc-per-node?)"),
+        ("run --rdzv_endpiont=a:1 x.py", "--rdzv_endpiont=a:1 (did you mean --rdzv_endpoint?)"),
+        ("bind --numa-bnding node x.py", "(did you mean --numa-binding?)"),
+        ("plan --jsn", "(did you mean --json?)"),
+        ("run --numa-binding nod x.py", "(did you mean node?)"),
+        ("plan --numa-binding exclusve", "(did you mean exclusive?)"),
+        ("bind --memory-policy interleaved x.py", "(did you mean interleave?)"),
+        ("run --signal-to sesion x.py", "(did you mean session?)"),
         ("run", "SCRIPT is missing"),
         ("run --nproc-per-node 2", "SCRIPT is missing"),
         ("run --no-such-option x.py", "--no-such-option"),
@@ -475,11 +487,29 @@ def test_what_cannot_be_placed_starts_unbound_where_that_is_allowed() -> None:
         ("run --nproc-per-node -1 x.py", "--nproc-per-node"),
         ("run --nproc-per-node two x.py", "expected a positive integer, auto, cpu, gpu or xpu, got 'two'"),
         ("run --nproc-per-node 1.5 x.py", "expected a positive integer, auto, cpu, gpu or xpu, got '1.5'"),
-        ("run --numa-binding nodes x.py", "--numa-binding"),
+        ("run --numa-binding gpu x.py", "--numa-binding"),
         ("run --numa-binding node --memory-policy some x.py", "invalid choice: 'some'"),
         ("run --module --no-python x", "--module and --no-python exclude each other"),
         ("run --master-port http x.py", "--master-port"),
         ("doctor now", "now"),
+        ("dump", "PID|JOB"),
+        ("dump --seconds x 1", "expected a number of seconds, got 'x'"),
+        ("ps --watch x", "expected a number of seconds, got 'x'"),
+        ("topology --capture no/such/x.tar.gz", "no/such/x.tar.gz: No such file or directory"),
+        ("topology --svg no/such/x.svg", "no/such/x.svg: No such file or directory"),
+        ("plan --nproc-per-node 1 --svg no/such/x.svg", "no/such/x.svg: No such file or directory"),
+        ("plan --nproc-per-node 0", "expected a positive integer, got '0'"),
+        ("plan --cpus 0", "--cpus and --mems need the number of ranks"),
+        ("plan --nproc-per-node 1 --devices gpu0", "'gpu0' is not a PCI address"),
+        ("plan --threads-per-core 0", "expected a positive integer, got '0'"),
+        ("bind --reserve-cores -1 x.py", "expected a non-negative integer, got '-1'"),
+        ("run --reserve-cores one --no-python true", "expected a non-negative integer, got 'one'"),
+        ("run --cpus 0-x --no-python true", "not a list of ids like 0-3,8: '0-x'"),
+        ("run --cpus 0 --numa-binding none --no-python true", "does not go with --cpus and --mems"),
+        ("run --nproc-per-node 2 --cpus 0:0:0 --no-python true", "has 3 lists for 2 ranks"),
+        ("run --report no/such/x.json --no-python true", "no/such/x.json: No such file or directory"),
+        ("run no/such/x.py", "no/such/x.py: No such file or directory"),
+        ("bind --local-rank 2 --nproc-per-node 2 true", "local rank 2 is not one of 2"),
     ],
 )
 def test_wrong_usage(arguments: str, words: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -491,6 +521,7 @@ def test_wrong_usage(arguments: str, words: str, capfd: pytest.CaptureFixture[st
     stdout, stderr = capfd.readouterr()
     assert (status, stdout) == (2, "")
     assert words in stderr.splitlines()[-1]
+    assert "did you mean" in words or "did you mean" not in stderr
 
 
 def test_wrong_usage_ends_the_process_with_2() -> None:

@@ -30,8 +30,41 @@ def test_a_script_from_stdin() -> None:
 def test_a_folder_that_is_not_there(option: str, tmp_path: Path) -> None:
     path, ran = tmp_path / "no" / "file.json", tmp_path / "ran"
     done = completed([*LAUNCHER, "run", option, str(path), "--no-python", "touch", str(ran)])
-    assert (done.returncode, done.stderr) == (1, f"rankspawn: {path}: No such file or directory\n")
+    assert (done.returncode, done.stderr) == (2, f"rankspawn: {path}: No such file or directory\n")
     assert not ran.exists()
+
+
+MISPLACED = (
+    "rankspawn: --nproc-per-node and --numa_binding behind SCRIPT: handed to {}, whose text does not name them;"
+    " options of rankspawn run stand before SCRIPT\n"
+)
+
+
+def test_an_option_of_ours_behind_the_script(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("import sys\nprint(sys.argv[1:])\nsys.exit(1)\n")
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__main__.py").write_text("import sys\nprint(sys.argv[1:])\nsys.exit(1)\n")
+    behind = ["--nproc-per-node", "8", "--numa_binding=node", "--nproc-per-node=4", "--lr", "1"]
+    for what in (["train.py"], ["--run-path", "train.py"], ["-m", "train"], ["-m", "package"]):
+        done = completed([*LAUNCHER, "run", "--max-restarts", "1", *what, *behind], cwd=tmp_path)
+        assert done.stdout == f"{behind}\n" * 2, "they are handed to SCRIPT all the same, in each attempt"
+        assert done.stderr.startswith(MISPLACED.format(what[-1])) and done.stderr.count("behind SCRIPT") == 1
+
+
+def test_an_option_that_the_script_may_have_meant(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("import sys\nNNODES = '--nproc_per_node'\n")
+    link = tmp_path / "python"
+    link.symlink_to(sys.executable)
+    for what in (
+        ["train.py", "--nproc-per-node", "8"],  # its text names it, with an underscore
+        ["train.py", "--log-dir", "here", "--master-port", "1"],  # scripts have such options
+        ["train.py", "nproc-per-node", "8"],
+        ["-m", "sysconfig", "--nproc-per-node", "8"],  # installed: it may be a launcher
+        ["--no-python", "./python", "train.py", "--max-restarts", "8"],
+    ):
+        done = completed([*LAUNCHER, "run", *what], cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -439,7 +439,7 @@ def _(_: Path) -> str:
 @provokes("--log-dir: ...")
 def _(folder: Path) -> str:
     (folder / "file").touch()
-    return run("--log-dir", str(folder / "file"), "x.py")
+    return run("--log-dir", str(folder / "file"), "--no-python", "true")
 
 
 # ---- under other launchers ------------------------------------------------------------------------------------------
@@ -539,7 +539,7 @@ def _(_: Path) -> str:
 # ---- multiprocessing and torch --------------------------------------------------------------------------------------
 
 
-@provokes("no context for ...: there are 'spawn' and 'forkserver'")
+@provokes("no context for ...: there are 'spawn', 'forkserver' and 'warm'")
 def _(_: Path) -> str:
     return raised(lambda: get_context("fork"))
 

@@ -46,7 +46,7 @@ def test_a_kind_of_device_that_is_not_there_is_said() -> None:
     if Path("/proc/driver/nvidia").exists():
         pytest.skip("this machine has NVIDIA GPUs")
     done = completed(in_ranks("", "--nproc-per-node", "gpu"), env=environment_here())
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "rankspawn: --nproc-per-node gpu: no NVIDIA or AMD GPU is visible\n"
 
 
@@ -107,7 +107,7 @@ def test_each_rank_has_its_own_device_as_number_0() -> None:
         done = completed(in_ranks(code, *TWO, "--virtual-local-rank", "--numa-binding", "none"), env=environment)
         assert said(done.stdout) == {rank: ["0", device] for rank, device in enumerate(devices)}
     done = completed(in_ranks("", *TWO, "--virtual_local_rank"), env=environment_here(CUDA_VISIBLE_DEVICES="3"))
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.endswith("rankspawn: --virtual-local-rank: 2 ranks, and CUDA_VISIBLE_DEVICES=3\n")
 
 
@@ -256,7 +256,7 @@ def test_torchruns_variable_for_the_grace() -> None:
     done = completed(in_ranks(code, *TWO), env=environment_here(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1"))
     assert done.returncode == 3 and "what did not end in time is killed" in done.stderr
     done = completed(in_ranks("", *TWO), env=environment_here(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="soon"))
-    assert done.returncode == 1 and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=soon: expected" in done.stderr
+    assert done.returncode == 2 and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=soon: expected" in done.stderr
 
 
 # ---- what is not needed, and what is refused -------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_mpirun_s_own_binding_is_kept_and_said() -> None:
     )
     assert said and f"local rank 0: cpus {said[1]}, memory inherited" in done.stderr
     refused = ran([*OPEN_MPI, "-np", "2", "--bind-to", "core", *BIND, "--numa-binding", "exclusive", "true"])
-    assert refused.returncode == 1 and "exclusive: mpirun bound this rank by itself" in refused.stderr
+    assert refused.returncode == 2 and "exclusive: mpirun bound this rank by itself" in refused.stderr
 
 
 def test_mpi_finds_itself_behind_bind() -> None:
@@ -184,7 +184,7 @@ def test_the_ranks_of_two_nodes_meet(on_two_nodes: list[str]) -> None:
 
 def test_where_rank_0_is_has_to_be_said(on_two_nodes: list[str]) -> None:
     done = ran([*on_two_nodes, *RUN, "--no-python", "true"])
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert re.search("rankspawn: mpi(run|exec) started this on 2 nodes.*give --master-addr HOST", done.stderr)
 
 
@@ -200,7 +200,7 @@ def test_a_failed_rank_ends_the_job_on_both_nodes(on_two_nodes: list[str]) -> No
 @pytest.mark.parametrize("launcher", UNBOUND)
 def test_several_processes_of_a_node_cannot_each_start_all_ranks(launcher: str) -> None:
     done = ran([*UNBOUND[launcher], "-np", "2", *RUN, "--no-python", "true"])
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert re.search(r"started 2 processes on this node.*(--map-by ppr:1:node|-ppn 1)", done.stderr)
 
 

@@ -213,7 +213,7 @@ def test_a_task_stays_within_the_mask_that_slurm_gave_it(slurm: Cluster) -> None
 @two_cpus
 def test_what_slurm_gave_to_one_task_is_not_split_again(slurm: Cluster) -> None:
     done = ran(slurm, ["srun", "-N1", "-n2", *BIND, "--numa-binding=exclusive", "true"])
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert re.search("exclusive: srun bound this rank by itself to CPUs [01],", done.stderr)
 
 
@@ -284,7 +284,7 @@ def test_a_failed_rank_ends_the_job_on_both_nodes(slurm: Cluster) -> None:
 
 def test_several_tasks_of_a_node_cannot_each_start_all_ranks(slurm: Cluster) -> None:
     done = ran(slurm, ["srun", "-n2", *RUN, "--nproc-per-node", "2", "--no-python", "true"])
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "srun started 2 processes on this node" in done.stderr and "srun --ntasks-per-node=1" in done.stderr
 
 

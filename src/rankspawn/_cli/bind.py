@@ -12,7 +12,7 @@ from .._output.console import flush, say
 from .._place.glance import sets_threads
 from .._place.openmp import openmp_warnings, quota_note, threads_of_ranks
 from .._place.topology import Topology
-from .options import AUTO_BINDS, PlacementOptions, add_placement_options, placement
+from .options import AUTO_BINDS, PlacementOptions, add_placement_options, natural, placement
 from .program import missing_interpreter
 from .step import Step, StepError
 
@@ -35,21 +35,15 @@ def add_bind_options(bind: argparse.ArgumentParser) -> None:
         "Binds itself for the local rank in the environment (of Open MPI, MPICH, Intel MPI, PALS, Slurm, torchrun),"
         " sets OMP_NUM_THREADS unless it is set, and becomes PROGRAM."
     )
-    bind.add_argument("--local-rank", type=_count, metavar="N", help="instead of the environment's")
+    bind.add_argument("--local-rank", type=natural, metavar="N", help="instead of the environment's")
     bind.add_argument(
-        "--nproc-per-node", "--nproc_per_node", type=_count, metavar="N", help="ranks here; else the environment's"
+        "--nproc-per-node", "--nproc_per_node", type=natural, metavar="N", help="ranks here; else the environment's"
     )
     bind.add_argument("-v", "--verbose", action="store_true", help="say the binding that was made")
     add_placement_options(bind)
     # One list for both: argparse would take a double dash that stands right behind a PROGRAM of its own.
     bind.add_argument("command", nargs=argparse.REMAINDER, metavar="PROGRAM ARGS", help="what to execute")
     bind.set_defaults(run=_bind)
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"expected a non-negative integer, got {text!r}")
-    return int(text)
 
 
 def _bind(args: argparse.Namespace) -> int:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from .._binding import PlacementError
-from .options import CommandError
+from .._place.sysfs import TopologyError
+from .options import USAGE, CommandError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, unknown = _parser().parse_known_args(argv)
         if unknown:
-            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(args.parser, unknown)}")
         status = int(args.run(args))
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -49,7 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .progress import say
 
         say(str(error))
-        return error.status if isinstance(error, CommandError) else 1
+        if isinstance(error, CommandError):
+            return error.status
+        # A placement that cannot be is asked for; that a machine cannot be read is nobody's wish.
+        return USAGE if isinstance(error, PlacementError) and not isinstance(error, TopologyError) else 1
+
+
+def _meant(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
+    """The question whether another option was meant."""
+    from .vocabulary import nearest
+
+    options = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+    return nearest(options[0], parser._option_string_actions, 0.7) if options else ""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,6 +81,7 @@ class _Parser(argparse.ArgumentParser):
     ) -> None:
         self._add_options = add_options
         self._respell: Respell | None = None
+        self.suggest_on_error = False  # argparse's own, from Python 3.14 on: ours is the same everywhere
         super().__init__(formatter_class=partial(argparse.HelpFormatter, width=80), **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -78,6 +91,15 @@ class _Parser(argparse.ArgumentParser):
         if self._respell is not None:
             args = self._respell(args)
         return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            from .vocabulary import nearest
+
+            error.message += nearest(str(value), action.choices or (), 0.6)
+            raise
 
     def format_help(self) -> str:
         self.formatter_class = argparse.HelpFormatter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from .options import CommandError
+from .options import USAGE, CommandError
 from .progress import say
 from .step import Step, StepNode
 from .vocabulary import only_torchrun
@@ -43,7 +43,7 @@ def count_ranks(asked: int | str) -> int:
     found = count[asked == "xpu"]
     if not found:
         kind = "Intel" if asked == "xpu" else "NVIDIA or AMD"
-        raise CommandError(f"--nproc-per-node {asked}: no {kind} GPU is visible")
+        raise CommandError(f"--nproc-per-node {asked}: no {kind} GPU is visible", USAGE)
     return found
 
 
@@ -158,5 +158,6 @@ def _check_local(address: str) -> None:
     except OSError as error:
         raise CommandError(
             f"--master-addr {address}: no port can be found there ({error.strerror}); if it is another machine's, give"
-            " --master-port too"
+            " --master-port too",
+            USAGE,
         ) from error

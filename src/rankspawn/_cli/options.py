@@ -20,12 +20,17 @@ AUTO_BINDS = "binding each rank to its NUMA node (auto; --numa-binding none leav
 """What a command says when its default binds ranks."""
 
 
+USAGE = 2
+"""The exit status where what was asked cannot be: the command line is to be changed. argparse has the same."""
+
+
 class CommandError(Exception):
     """The command cannot do what it was asked.
 
     Args:
         message: For the user.
-        status: What the command exits with.
+        status: What the command exits with: 1 where the system refuses something, USAGE where the user is to ask for
+            something else.
     """
 
     def __init__(self, message: str, status: int = 1) -> None:
@@ -54,9 +59,9 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--devices", metavar="LIST", help='accelerators in local-rank order, as "pci:0000:3b:00.0,..."; or "none"'
     )
-    group.add_argument("--reserve-cores", type=int, default=0, metavar="N", help="cores of the machine left free")
+    group.add_argument("--reserve-cores", type=natural, default=0, metavar="N", help="cores of the machine left free")
     group.add_argument(
-        "--threads-per-core", type=int, metavar="N", help="hardware threads used of each core; 1: no SMT"
+        "--threads-per-core", type=positive, metavar="N", help="hardware threads used of each core; 1: no SMT"
     )
     group.add_argument("--cpus", metavar="LISTS", help='by hand, one list for each rank: "0-3:4-7"; or one for all')
     group.add_argument("--mems", metavar="LISTS", help='memory nodes by hand, in the same form: "0:1" (policy: bind)')
@@ -65,6 +70,20 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="start a rank unbound, and say so, if it cannot be placed or bound",
     )
+
+
+def natural(text: str) -> int:
+    """Read an option's number from 0 on, for argparse."""
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected a non-negative integer, got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """Read an option's number from 1 on, for argparse."""
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
 
 
 class PlacementOptions(Frozen):

@@ -5,8 +5,17 @@ from __future__ import annotations
 import errno
 import os
 
-from .options import CommandError
+from .options import USAGE, CommandError
 from .vocabulary import nearest
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_LAUNCHERS = frozenset(
+    "--nproc-per-node --nnodes --node-rank --standalone --rdzv-backend --rdzv-endpoint --rdzv-id --max-restarts"
+    " --numa-binding --local-ranks-filter".split()
+)
 
 
 def check_script(path: str) -> None:
@@ -18,13 +27,43 @@ def check_script(path: str) -> None:
         others = os.listdir(folder or ".")
     except OSError:
         others = []
-    raise CommandError(f"{path}: {os.strerror(errno.ENOENT)}{nearest(name, others)}", 2)  # the interpreter's status
+    raise CommandError(
+        f"{path}: {os.strerror(errno.ENOENT)}{nearest(name, others)}", USAGE
+    )  # the interpreter's status, too
 
 
 def check_folder_of(path: str | None) -> None:
     """Raise CommandError where a file shall be written into a folder that is not there; None is no file."""
     if path and not os.path.isdir(os.path.dirname(path) or "."):
-        raise CommandError(f"{path}: {os.strerror(errno.ENOENT)}")
+        raise CommandError(f"{path}: {os.strerror(errno.ENOENT)}", USAGE)
+
+
+def unmeant(script: Sequence[str], is_module: bool) -> list[str]:
+    """Find the launcher's options behind SCRIPT that SCRIPT cannot have meant, because its text does not name them.
+
+    These options are about what a script does not decide. A program that is not a file here says nothing of itself: a
+    module that is installed, as torch.distributed.run, may be a launcher.
+
+    Args:
+        script: SCRIPT and its arguments.
+        is_module: Whether it is a module's name.
+    """
+    words = [word.partition("=")[0] for word in script[1:]]
+    found = [word for word in dict.fromkeys(words) if word.replace("_", "-") in _LAUNCHERS]
+    if not found:
+        return []
+    path = script[0]
+    if is_module:
+        path = path.replace(".", "/")
+        path = f"{path}/__main__.py" if os.path.isdir(path) else f"{path}.py"
+    try:
+        if not os.path.isfile(path):  # a pipe's text can be read once only
+            return []
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read().replace("_", "-")
+    except OSError:
+        return []
+    return [word for word in found if word.strip("-").replace("_", "-") not in text]
 
 
 def missing_interpreter(error: OSError, program: str) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .._ids import parse_ids
-from .options import CommandError, add_placement_options
+from .options import CommandError, add_placement_options, natural
 from .progress import say
 from .settings import read_settings
 from .vocabulary import add_torchrun_options, endpoint, needles, nodes, processes, read_variables, streams
@@ -59,7 +59,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         "several machines", "One launcher on each; under srun and mpirun none of these is needed."
     ).add_argument
     add("--nnodes", type=nodes, metavar="N", help="how many machines")
-    add("--node-rank", "--node_rank", type=_natural, metavar="R", help="which of them this is, from 0")
+    add("--node-rank", "--node_rank", type=natural, metavar="R", help="which of them this is, from 0")
     add("--master-addr", "--master_addr", metavar="ADDR", help="where rank 0 listens; the first machine")
     add("--master-port", "--master_port", type=_port, metavar="PORT", help="of one machine: a free one")
     add("--standalone", action="store_true", help="this machine alone, whatever launcher is around")
@@ -72,7 +72,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     add(
         "--max-restarts",
         "--max_restarts",
-        type=_natural,
+        type=natural,
         default=0,
         metavar="N",
         help="after a failure start all again, at most N times",
@@ -147,12 +147,6 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     # One list for both, because argparse would remove a double dash right behind a SCRIPT argument of its own.
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ARGS", help="what each rank runs")
     run.set_defaults(run=_run)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a non-negative integer, got {text!r}")
-    return int(text)
 
 
 def _port(text: str) -> int:

@@ -11,8 +11,8 @@ from .._place.glance import has_one_node, hidden_devices, unbound_threads
 from .._place.openmp import openmp_warnings, quota_note
 from .._place.sysfs import TopologyError
 from .meeting import count_ranks, read_job
-from .options import AUTO_BINDS, CommandError, PlacementOptions, placement
-from .program import check_folder_of, check_script
+from .options import AUTO_BINDS, USAGE, CommandError, PlacementOptions, placement
+from .program import check_folder_of, check_script, unmeant
 from .progress import say
 from .streams import Streams
 from .vocabulary import settle_torchrun_options
@@ -96,6 +96,11 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
         args.parser.error(str(error))
     job = read_job(args, nprocs)
     _check_files(script[0], args)
+    if not args.no_python and (left := unmeant(script, args.module and not args.run_path)):
+        say(
+            f"{' and '.join(left)} behind SCRIPT: handed to {script[0]}, whose text does not name"
+            f" {'it' if len(left) == 1 else 'them'}; options of rankspawn run stand before SCRIPT"
+        )
     return RunSettings(
         command=_command(script, args),
         job=job,
@@ -154,7 +159,7 @@ def _own_devices(nprocs: int) -> tuple[str, ...]:
         return tuple(map(str, range(nprocs)))
     devices = [word.strip() for word in listed.split(",")]
     if len(devices) < nprocs:
-        raise CommandError(f"--virtual-local-rank: {nprocs} ranks, and CUDA_VISIBLE_DEVICES={listed}")
+        raise CommandError(f"--virtual-local-rank: {nprocs} ranks, and CUDA_VISIBLE_DEVICES={listed}", USAGE)
     return tuple(devices[:nprocs])
 
 
@@ -165,7 +170,7 @@ def _shutdown_timeout(args: argparse.Namespace) -> float | None:
         grace: float | None = args.grace
         return grace
     if not text.isdecimal():
-        raise CommandError(f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={text}: expected a number of seconds")
+        raise CommandError(f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={text}: expected a number of seconds", USAGE)
     return float(text)
 
 

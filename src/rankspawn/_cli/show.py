@@ -7,11 +7,10 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 
-from .._binding import PlacementError
 from .._ids import format_ids
 from .._place.sysfs import Tree
 from .._place.topology import Topology
-from .options import AUTO_BINDS, PlacementOptions, add_placement_options, placement
+from .options import AUTO_BINDS, CommandError, PlacementOptions, add_placement_options, placement, positive
 from .warm import describe, found
 
 TYPE_CHECKING = False
@@ -42,7 +41,7 @@ def add_topology_options(topology: argparse.ArgumentParser) -> None:
 def add_plan_options(plan: argparse.ArgumentParser) -> None:
     """Add the options of ``plan``, and ``run`` as for ``topology``."""
     plan.add_argument(
-        "--nproc-per-node", "--nproc_per_node", type=int, metavar="N", help="default: one for each device"
+        "--nproc-per-node", "--nproc_per_node", type=positive, metavar="N", help="default: one for each device"
     )
     plan.add_argument(
         "--warm", metavar="SCRIPT", help="say what a warm start of SCRIPT would import first, and what not"
@@ -64,6 +63,7 @@ def _add_common_options(parser: argparse.ArgumentParser) -> None:
 def _topology(args: argparse.Namespace) -> int:
     from .._place.devices import find_visible, read_device_files
 
+    _check_folders(args.capture, args.svg)
     tree = Tree(args.sysfs)
     topology = Topology.read(tree)
     seen = find_visible(topology, tree=tree)
@@ -83,6 +83,15 @@ def _topology(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_folders(*paths: str | None) -> None:
+    """Raise CommandError where a file shall be written into a folder that is not there; None is no file."""
+    if any(paths):
+        from .program import check_folder_of
+
+        for path in paths:
+            check_folder_of(path)
+
+
 def _plan(args: argparse.Namespace) -> int:
     from .._place.auto import idle_note
     from .._place.devices import find_devices, is_live
@@ -93,6 +102,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.warm is not None and args.nproc_per_node is None and not args.json:
         print(*describe(found([args.warm], args.module), args.warm), sep="\n")
         return 0
+    _check_folders(args.svg)
     topology = Topology.read(args.sysfs)
     options = PlacementOptions.read(args)
     ranks = placement(options, topology, args.nproc_per_node)
@@ -204,7 +214,7 @@ def _draw(args: argparse.Namespace, topology: Topology, devices: Sequence[Device
         with open(args.svg, "w", encoding="utf-8") as file:
             file.write(drawing(topology, devices, ranks, title=title, distances=args.distances))
     except OSError as error:
-        raise PlacementError(f"--svg {args.svg}: {error.strerror}") from error
+        raise CommandError(f"--svg {args.svg}: {error.strerror}") from error
 
 
 def _print_map(topology: Topology, devices: Sequence[Device], ranks: Sequence[Placed]) -> None:
@@ -290,7 +300,7 @@ def capture(tree: Tree, path: str) -> None:
     The unpacked tree gives the same topology and devices.
 
     Raises:
-        PlacementError: ``path`` cannot be written.
+        CommandError: ``path`` cannot be written.
     """
     import io
     import tarfile
@@ -312,4 +322,4 @@ def capture(tree: Tree, path: str) -> None:
                 data = f"{text}\n".encode()
                 tar.addfile(header(file, len(data), tarfile.REGTYPE), io.BytesIO(data))
     except OSError as error:
-        raise PlacementError(f"--capture {path}: {error.strerror}") from error
+        raise CommandError(f"--capture {path}: {error.strerror}") from error

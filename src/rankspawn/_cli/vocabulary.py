@@ -105,11 +105,11 @@ def _value_of(action: argparse.Action, text: str) -> object:
     return value
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The question whether another of these names was meant; "" where none is like it."""
+def nearest(name: str, known: Iterable[str], likeness: float = 0.8) -> str:
+    """The question whether another of these names was meant; "" where none is as like it (0 to 1)."""
     from difflib import get_close_matches
 
-    near = get_close_matches(name, list(known), 1, 0.8)
+    near = get_close_matches(name, list(known), 1, likeness)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
