@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ TRUE = ["/bin/true"]
         (TRUE, 1, {"rank_env": {"A": "1"}}, "rank_env: expected a sequence with an item for each rank, got {'A'"),
         (TRUE, 1, {"rank_env": [{"A": None}]}, r"rank_env\[0\]\['A'\]: expected a text, got None"),
         (TRUE, 1, {"grace": "5"}, "grace: expected a number of seconds, got '5'"),
+        (TRUE, 2, {"stdin": None}, "stdin: expected 'all', 'none' or the number of a rank, from 0 to 1, got None"),
+        (TRUE, 2, {"stdin": True}, "stdin: expected 'all', 'none' or the number of a rank, from 0 to 1, got True"),
         (TRUE, 1, {"tee": "out"}, "tee: expected True, False or a text stream, got 'out'"),
     ],
 )
@@ -58,6 +61,10 @@ def test_a_wrong_type_is_named(args: Any, nprocs: Any, options: dict[str, Any], 
         ({"max_restarts": 1, "files": [None]}, "files are those of one attempt"),
         ({"tee": True, "tee_prefix": "{node}"}, r"tee_prefix: expected a text like \"\[rank {rank}\]:\", got '{node}'"),
         ({"tee_ranks": {0}}, "tee_ranks needs tee"),
+        ({"stdin": "first"}, "stdin: expected 'all', 'none' or the number of a rank, from 0 to 0, got 'first'"),
+        ({"stdin": 1}, "from 0 to 0, got 1"),
+        ({"stdin": subprocess.DEVNULL}, "from 0 to 0, got -3"),
+        ({"stdin": 4, "nprocs": 2, "job": Job(2, 29500, nnodes=2)}, "from 0 to 3, got 4"),
         ({"numa": "none", "reserve_cores": 1}, "numa='none' leaves ranks unbound: it excludes reserve_cores"),
         ({"bindings": [None], "threads_per_core": 1}, "they exclude threads_per_core"),
         ({"bindings": [None], "numa": "node"}, "they exclude numa='node'"),

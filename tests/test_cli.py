@@ -206,7 +206,7 @@ def test_the_others_are_told_to_end() -> None:
         "if os.environ['RANK'] == '1': sys.exit(4)\n"
         "time.sleep(120)\n"
     )
-    with launched(in_ranks(code, "--nproc-per-node", "3"), stdin=subprocess.PIPE) as job:
+    with launched(in_ranks(code, "--stdin", "all", "--nproc-per-node", "3"), stdin=subprocess.PIPE) as job:
         assert job.hear(3) == dict.fromkeys(range(3), "ready")
         assert job.process.stdin is not None
         job.process.stdin.close()  # at which rank 1 fails
@@ -324,7 +324,9 @@ def test_after_a_signal_the_grace_is_counted_too() -> None:
 
 def test_nohup_is_respected() -> None:
     code = SAY + "say(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)\nsys.stdin.read()\nsay('ended by itself')\n"
-    command = after("signal.signal(signal.SIGHUP, signal.SIG_IGN)", in_ranks(code, "--nproc-per-node", "2"))
+    command = after(
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)", in_ranks(code, "--stdin", "all", "--nproc-per-node", "2")
+    )
     with launched(command, stdin=subprocess.PIPE) as job:
         assert job.hear(2) == {0: True, 1: True}
         job.process.send_signal(signal.SIGHUP)

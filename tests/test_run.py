@@ -44,6 +44,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kerne
 # How a program begins that does not do the same in each attempt.
 ATTEMPT = SAY + "attempt, rank = int(os.environ['TORCHELASTIC_RESTART_COUNT']), os.environ['RANK']\n"
 
+TOGETHER = ["--stdin", "all", "--nproc-per-node"]  # the end of stdin is for all ranks
+
 
 # ---- failure --------------------------------------------------------------------------------------------------------
 
@@ -51,7 +53,7 @@ ATTEMPT = SAY + "attempt, rank = int(os.environ['TORCHELASTIC_RESTART_COUNT']), 
 def test_the_others_go_on_where_that_is_asked_for() -> None:
     # The other ranks wait for the end of stdin, so that rank 1 fails first.
     code = SAY + "if os.environ['RANK'] == '1': sys.exit(3)\nsys.stdin.read()\nsay('done')\n"
-    with launched(in_ranks(code, "--nproc-per-node", "3", "--keep-going"), stdin=subprocess.PIPE) as job:
+    with launched(in_ranks(code, *TOGETHER, "3", "--keep-going"), stdin=subprocess.PIPE) as job:
         assert job.stderr.readline() == "rankspawn: rank 1 has failed\n"
         assert job.process.stdin is not None
         job.process.stdin.close()
@@ -62,7 +64,7 @@ def test_the_others_go_on_where_that_is_asked_for() -> None:
 
 def test_the_first_of_several_failures_is_the_jobs() -> None:
     code = SAY + "rank = int(os.environ['RANK'])\nif rank: sys.stdin.read()\nsys.exit(10 + rank)\n"
-    with launched(in_ranks(code, "--nproc-per-node", "3", "--keep-going"), stdin=subprocess.PIPE) as job:
+    with launched(in_ranks(code, *TOGETHER, "3", "--keep-going"), stdin=subprocess.PIPE) as job:
         assert job.stderr.readline() == "rankspawn: rank 0 has failed\n"
         # In whole seconds all failures would be at once, and rank 0, the lowest, would be the first all the same.
         assert job.process.stdin is not None

@@ -54,7 +54,7 @@ DEAF = SAY + (
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2"])
 def test_what_is_the_programs_is_handed_to_the_ranks_alone(name: str) -> None:
-    command = with_grace(0.1, in_ranks(CHECKPOINT, "--nproc-per-node", "2"))
+    command = with_grace(0.1, in_ranks(CHECKPOINT, "--stdin", "all", "--nproc-per-node", "2"))
     with launched(command, stdin=subprocess.PIPE) as job:
         job.hear(2)
         for _ in range(2):

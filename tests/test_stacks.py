@@ -338,7 +338,7 @@ def test_dump_of_a_process_that_is_no_launcher() -> None:
 
 def test_sigquit_shows_the_ranks_and_the_job_goes_on() -> None:
     code = SLEEP.replace("time.sleep(120)", "sys.stdin.readline()")
-    with launched(in_ranks(code, "--nproc-per-node", "2"), stdin=subprocess.PIPE) as job:
+    with launched(in_ranks(code, "--stdin", "all", "--nproc-per-node", "2"), stdin=subprocess.PIPE) as job:
         job.hear(2)
         job.process.send_signal(signal.SIGQUIT)
         assert re.match(r"rankspawn: SIGQUIT: (2 ranks \(0-1\)|rank [01]): ", job.stderr.readline())

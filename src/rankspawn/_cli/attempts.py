@@ -134,6 +134,7 @@ def _launch(
             bindings=settings.bindings,
             rank_env=_rank_env(settings),
             files=files,
+            stdin=settings.stdin,
             guard=settings.guard,
             cgroup=settings.cgroup,
             temporary=temporary,

@@ -111,7 +111,14 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         help="look at what ranks do before they are ended because another has failed, and before SIGKILL: on",
     )
     add("--cgroup", metavar="DIR", help="a delegated cgroup v2, in which one is made for the ranks; auto finds it")
-    add = run.add_argument_group("output").add_argument
+    add = run.add_argument_group("input and output").add_argument
+    add(
+        "--stdin",
+        type=_ranks_with_stdin,
+        default=0,
+        metavar="WHICH",
+        help="which ranks have this command's stdin: all, none, or one by its RANK; 0 if left out",
+    )
     add("--log-dir", "--log_dir", metavar="DIR", help="a folder for each rank's stdout.log and stderr.log")
     add(
         "-t",
@@ -147,6 +154,15 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     # One list for both, because argparse would remove a double dash right behind a SCRIPT argument of its own.
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ARGS", help="what each rank runs")
     run.set_defaults(run=_run)
+
+
+def _ranks_with_stdin(text: str) -> str | int:
+    if text in ("all", "none"):
+        return text
+    try:
+        return natural(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected all, none or the number of a rank, got {text!r}") from None
 
 
 def _port(text: str) -> int:

@@ -41,6 +41,7 @@ class RunSettings(Frozen):
         engine: Whether the engine starts the ranks, and the kernel can end them with the launcher.
         log_dir: The option of this name, as the others below; None where it was not given.
         streams: What becomes of the ranks' stdout and stderr.
+        stdin: Which ranks have the launcher's stdin: "all", "none", or one by its RANK.
         own_devices: CUDA_VISIBLE_DEVICES of each rank, by local rank, for --virtual-local-rank; else none.
         report: The file for the report.
         timeline: The file for the drawing.
@@ -62,6 +63,7 @@ class RunSettings(Frozen):
     engine: bool
     log_dir: str | None
     streams: Streams
+    stdin: Literal["all", "none"] | int
     own_devices: tuple[str, ...]
     report: str | None
     timeline: str | None
@@ -109,6 +111,7 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
         engine=engine,
         log_dir=args.log_dir,
         streams=Streams.read(args, nprocs, os.environ),
+        stdin=_stdin(args, script[0], job),
         own_devices=_own_devices(nprocs) if args.virtual_local_rank else (),
         report=args.report,
         timeline=args.timeline,
@@ -141,6 +144,16 @@ def _check_files(script: str, args: argparse.Namespace) -> None:
         check_script(script)
     for path in (args.report, args.timeline):
         check_folder_of(path)
+
+
+def _stdin(args: argparse.Namespace, script: str, job: Job) -> Literal["all", "none"] | int:
+    """Check which ranks have stdin; usage errors end the process with status 2."""
+    stdin: Literal["all", "none"] | int = args.stdin
+    if isinstance(stdin, int) and stdin >= job.world_size:
+        args.parser.error(f"--stdin {stdin}: the job has {job.world_size} ranks, counted from 0")
+    if script == "-" and job.world_size > 1 and not (args.module or args.no_python):
+        args.parser.error("SCRIPT - is read from stdin, which no two ranks can read: give them a file")
+    return stdin
 
 
 def _command(script: Sequence[str], args: argparse.Namespace) -> tuple[str, ...]:

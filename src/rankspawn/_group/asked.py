@@ -104,6 +104,15 @@ def check_ranks(
         check_environment(f"rank_env[{number}]", variables)
 
 
+def check_stdin(stdin: object, job: Job) -> None:
+    """Raise TypeError and ValueError for what does not say which ranks have stdin."""
+    expected = f"stdin: expected 'all', 'none' or the number of a rank, from 0 to {job.world_size - 1}, got {stdin!r}"
+    if isinstance(stdin, bool) or not isinstance(stdin, (str, int)):
+        raise TypeError(expected)
+    if stdin not in ("all", "none") if isinstance(stdin, str) else not 0 <= stdin < job.world_size:
+        raise ValueError(expected)
+
+
 def check_environment(name: str, env: object) -> None:
     """Raise TypeError for what no environment can be made of."""
     if not isinstance(env, Mapping):

@@ -42,13 +42,18 @@ class Job(NamedTuple):
         """The RANK of this machine's local rank 0."""
         return self.node_rank * self.nprocs
 
+    @property
+    def world_size(self) -> int:
+        """How many ranks the job has on all machines."""
+        return self.nprocs * self.nnodes
+
     def environment(self, env: Mapping[str, str] = os.environ) -> dict[str, str]:
         """The variables of all ranks of this machine (torch.distributed.run has the names).
 
         Args:
             env: What they inherit: where it has TORCH_NCCL_ASYNC_ERROR_HANDLING, that counts; else it is 1.
         """
-        local, world = str(self.nprocs), str(self.nprocs * self.nnodes)
+        local, world = str(self.nprocs), str(self.world_size)
         return {
             "WORLD_SIZE": world,
             "LOCAL_WORLD_SIZE": local,

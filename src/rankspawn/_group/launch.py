@@ -15,7 +15,7 @@ from .._end.ranks import SignalTo, end_ranks
 from .._public import public
 from .._start.arguments import named_by_text
 from .._start.popen import Popen
-from .asked import check_environment, check_ranks, checked_job, commands_of_ranks, number_of_ranks
+from .asked import check_environment, check_ranks, check_stdin, checked_job, commands_of_ranks, number_of_ranks
 from .descriptors import check_descriptors
 from .group import GRACE_SECONDS, RankGroup
 from .job import Job
@@ -55,6 +55,7 @@ def launch(
     capture_output: bool = False,
     on_line: Callable[[RankLine], object] | None = None,
     files: Sequence[RankFiles] | None = None,
+    stdin: Literal["all", "none"] | int = "all",
     die_with_parent: bool | None = None,
     guard: bool | None = None,
     cgroup: str | os.PathLike[str] | None = None,
@@ -103,6 +104,8 @@ def launch(
             thread or asyncio loop, and by ``close``. The lines come from log files, as those of ``lines()``: a program
             that waits late, or does not return soon, delays no rank. What it raises, the wait raises.
         files: Instead of ``log_dir``, made by ``rank_files``.
+        stdin: Which ranks have this process's stdin: "all", as processes of subprocess have it, "none", or one by its
+            number in the job (RANK). The others have /dev/null. With "all", no rank sees what another has read.
         die_with_parent: The kernel kills the ranks when this process ends, however it ends; None: where it can.
         guard: A small process ends, when this process has been killed, also what the ranks have started; None: where
             it can, and ``die_with_parent`` is not False. Where it has been killed itself, whoever waits for the group
@@ -149,6 +152,7 @@ def launch(
     check_ranks(nprocs, bindings=bindings, rank_env=rank_env, files=files)
     if env is not None:
         check_environment("env", env)
+    check_stdin(stdin, job)
     if on_line is not None and not callable(on_line):
         raise TypeError(f"on_line: expected a function that takes a RankLine, got {on_line!r}")
     _check_ending(grace, signal_to)
@@ -174,7 +178,7 @@ def launch(
     order = Order(
         commands_of_ranks(args, nprocs), bindings, threads, env, rank_env, cwd, log_dir, files,
         tee, tee_prefix, tee_ranks, die_with_parent, guard, cgroup, temporary, progress,
-        template := chosen_template(warm, lasts=bool(max_restarts)), capture_output or on_line is not None,
+        template := chosen_template(warm, lasts=bool(max_restarts)), capture_output or on_line is not None, stdin,
     )  # fmt: skip
     # Not a with block: at every moment either this function or the group owns what was opened and closes it.
     resources, ranks = ExitStack(), list[Popen]()

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
+from subprocess import DEVNULL
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._end.deferral import Deferral
@@ -17,7 +18,7 @@ from .port import hold_port_of
 from .start import start_ranks
 
 if TYPE_CHECKING:
-    from typing import IO
+    from typing import IO, Literal
 
     from .._binding import Binding
     from .._end.cgroup import GroupCgroup
@@ -73,6 +74,7 @@ class Order(Frozen):
         progress: Is called before the first start.
         template: What ranks are forked from; None where they are executed.
         captures: Whether ranks have log files in any case.
+        stdin: Which ranks have this process's stdin.
     """
 
     commands: Sequence[Sequence[str]]
@@ -93,6 +95,7 @@ class Order(Frozen):
     progress: Callable[[Callable[[], int]], object] | None
     template: Template | None = None
     captures: bool = False
+    stdin: Literal["all", "none"] | int = "all"
 
     def start(self, job: Job, called_ns: int, resources: ExitStack, ranks: list[Popen]) -> Started:
         """Start all ranks, or none.
@@ -117,9 +120,7 @@ class Order(Frozen):
             numbered=job.numbers(),
             rank_env=own,
             bindings=self.bindings,
-            streams=[(None, None, None)] * job.nprocs
-            if files is None
-            else [(None, of_rank.stdout, of_rank.stderr) for of_rank in files],
+            streams=self._streams(job, files),
             cwd=self.cwd,
             die_with_parent=_can_die_with_parent() if self.die_with_parent is None else self.die_with_parent,
             cgroup=None if cgroup is None else cgroup.fd,
@@ -129,6 +130,14 @@ class Order(Frozen):
         )
         templates = () if self.template is None else self.template.report()
         return Started(job, called_ns, ranks, files, cgroup, guard, templates)
+
+    def _streams(self, job: Job, files: Sequence[RankFiles] | None) -> list[tuple[Any, Any, Any]]:
+        """Stdin, stdout and stderr of each rank, as Popen takes them."""
+        others = None if self.stdin == "all" else DEVNULL
+        stdins = [None if rank == self.stdin else others for rank in range(job.first_rank, job.first_rank + job.nprocs)]
+        if files is None:
+            return [(stdin, None, None) for stdin in stdins]
+        return [(stdin, of_rank.stdout, of_rank.stderr) for stdin, of_rank in zip(stdins, files, strict=True)]
 
     def _prepare(self, job: Job, resources: ExitStack) -> tuple[Any, ...]:
         """Open what the ranks need, and hold it by ``resources``."""
