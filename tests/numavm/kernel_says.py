@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import os
 import re
+import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -64,6 +65,15 @@ def page_nodes(pid: int, addresses: Sequence[int]) -> list[int | None]:
 def nodes_from(pid: int, address: int, pages: int) -> list[int | None]:
     """The nodes of ``pages`` pages from ``address`` on."""
     return page_nodes(pid, range(address, address + pages * mmap.PAGESIZE, mmap.PAGESIZE))
+
+
+def frames(pid: int, address: int, pages: int) -> tuple[int, ...]:
+    """The numbers of the frames of physical memory that hold ``pages`` pages from ``address`` on, by pagemap
+    (the kernel's Documentation/admin-guide/mm/pagemap.rst). It tells them to root only."""
+    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as file:
+        entries = struct.unpack(f"{pages}Q", os.pread(file.fileno(), 8 * pages, address // mmap.PAGESIZE * 8))
+    assert all(entry >> 63 for entry in entries), "a page is not in memory"
+    return tuple(entry & ((1 << 55) - 1) for entry in entries)
 
 
 def stack_nodes(pid: int) -> list[int]:
