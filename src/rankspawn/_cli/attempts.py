@@ -24,6 +24,7 @@ from .progress import Progress, say
 from .refusals import refusals
 from .reports import Reports
 from .signals import EndAsked, name_of, status_of, suspend
+from .stragglers import Stragglers
 from .warm import template_for
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ def _run_attempt(
                 for line in refusals(group, job.first_rank):
                     say(line)
                 reports.write_first(group)
-                supervision = Supervision(group, job, signals, progress)
+                stragglers = Stragglers(group, job.first_rank, settings.wait, stacks=settings.stacks)
+                supervision = Supervision(group, job, signals, progress, stragglers)
                 supervision.run()
         finally:
             reports.add(group)
@@ -182,6 +184,7 @@ class Supervision:
         job: What they were told.
         signals: The signals that are sent to this process.
         progress: Where it is shown who still runs.
+        stragglers: Ranks that go on when another has ended well.
 
     Attributes:
         group: The ranks.
@@ -190,12 +193,14 @@ class Supervision:
         seconds: How long they had had to end by then.
     """
 
-    def __init__(self, group: RankGroup, job: Job, signals: Signals, progress: Progress) -> None:
+    def __init__(
+        self, group: RankGroup, job: Job, signals: Signals, progress: Progress, stragglers: Stragglers
+    ) -> None:
         self.group = group
         self.asked: int | None = None
         self.interrupted = False
         self.seconds = 0.0
-        self._job, self._signals, self._progress = job, signals, progress
+        self._job, self._signals, self._progress, self._stragglers = job, signals, progress, stragglers
         self._told_at: float | None = None
         self._failed = self._killing = False
         self._said = 0
@@ -210,7 +215,8 @@ class Supervision:
         running = True
         while running:
             try:
-                running = self.group.advance(self._progress.ending(self.group))
+                again = self._progress.ending(self.group)
+                running = self.group.advance(self._stragglers.left() if again is None else again)
                 if self.group.stopping and self._told_at is None:
                     self._told_at = time.monotonic()
                 if self.group.killing and not self._killing:
@@ -218,6 +224,9 @@ class Supervision:
                 self._say_stacks()
                 self._act(self._signals.read())
                 self._note_failure(running)
+                if self._stragglers.act(self._progress.say):
+                    self._failed, self._told_at = True, time.monotonic()
+                    self.group.stop()
             except PermissionError as error:
                 # All others have been signalled. Whoever is not ours to kill is named when the time is over.
                 self._progress.say(f"a rank may not be signalled: {error.strerror}")

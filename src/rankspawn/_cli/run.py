@@ -86,6 +86,12 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         help="from SIGTERM to SIGKILL; 30 if left out",
     )
     add(
+        "--wait",
+        type=_wait,
+        metavar="SECONDS",
+        help="after the first rank has ended with status 0, then end the others; without end if left out",
+    )
+    add(
         "--signal-to",
         choices=("rank", "group", "session"),
         default="session",
@@ -180,6 +186,13 @@ def seconds(text: str) -> float:
         found = -1
     if not 0 <= found < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text!r}")
+    return found
+
+
+def _wait(text: str) -> float:
+    found = seconds(text)
+    if not found:  # srun's 0 is no limit
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}; no --wait: no limit")
     return found
 
 

@@ -47,6 +47,7 @@ class RunSettings(Frozen):
         timeline: The file for the drawing.
         keep_going: Whether a rank that fails leaves the others alone.
         grace: Seconds.
+        wait: Seconds from the first end with status 0 to the end of the others.
         signal_to: Whom of a rank a signal reaches first.
         signals_to_handle: The signals of --signals-to-handle; none where it was not given.
         guard: None where neither --guard nor --no-guard was given.
@@ -69,6 +70,7 @@ class RunSettings(Frozen):
     timeline: str | None
     keep_going: bool
     grace: float | None
+    wait: float | None
     signal_to: Literal["rank", "group", "session"]
     signals_to_handle: frozenset[int]
     guard: bool | None
@@ -117,6 +119,7 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
         timeline=args.timeline,
         keep_going=args.keep_going,
         grace=_shutdown_timeout(args),
+        wait=args.wait,
         signal_to=args.signal_to,
         signals_to_handle=args.signals_to_handle or frozenset(),
         guard=args.guard,
