@@ -131,7 +131,7 @@ for keywords in (
     dict(env={b"PATH": b"/bin", "RS_A": "1"}),
     dict(env={**os.environ, b"RS_A": b"1"}, cwd=os.fsencode(folder)),
     dict(rank_env=[{b"RS_A": b"1"}, {"RS_A": b"1"}]),
-    dict(env={b"RANK": b"7", b"PATH": b"/bin", b"OMP_NUM_THREADS": b"1", "RS_A": "0"}, rank_env=[{b"RS_A": b"1"}] * 2),
+    dict(env={b"RS_B": b"7", b"PATH": b"/bin", b"OMP_NUM_THREADS": b"1", "RS_A": "0"}, rank_env=[{b"RS_A": b"1"}] * 2),
 ):
     keywords |= dict(guard=False, keep_going=True)
     with rankspawn.launch([b"sh", "-c", "exit $RS_A"], 2, **keywords) as group:

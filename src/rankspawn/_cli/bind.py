@@ -13,7 +13,6 @@ from .._place.glance import sets_threads
 from .._place.openmp import openmp_warnings, quota_note, threads_of_ranks
 from .._place.topology import Topology
 from .options import AUTO_BINDS, PlacementOptions, add_placement_options, natural, placement
-from .program import missing_interpreter
 from .step import Step, StepError
 
 TYPE_CHECKING = False
@@ -202,5 +201,7 @@ def _become(command: list[str]) -> int:
     try:
         os.execvp(command[0], command)
     except OSError as error:
+        from .program import missing_interpreter
+
         say(f"{command[0]}: {error.strerror}{missing_interpreter(error, command[0])}")
         return 127 if isinstance(error, FileNotFoundError) else 126
