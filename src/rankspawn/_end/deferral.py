@@ -9,6 +9,14 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+_open: list[Deferral] = []
+
+
+def has_deferred() -> bool:
+    """Whether a signal has come whose handler waits for the end of a Deferral. For waits in such a block, which a
+    second Ctrl-C shall shorten."""
+    return any(one._came for one in _open)
+
 
 class Deferral:
     """A ``with`` block whose signals are handled when it is over: what their handlers raise, as Ctrl-C's does, too.
@@ -30,6 +38,7 @@ class Deferral:
     def __enter__(self) -> Deferral:
         if threading.get_ident() == threading.main_thread().ident:
             self._process = os.getpid()
+            _open.append(self)
             try:
                 # SIGINT is among the first: from then on nothing interrupts this, where a program has no other handler.
                 for sig in range(1, _signal.NSIG):
@@ -41,6 +50,7 @@ class Deferral:
                 self._replaced.clear()  # not the main interpreter, which alone has handlers
             except BaseException:
                 self._restore()
+                _open.remove(self)
                 raise
         return self
 
@@ -54,6 +64,8 @@ class Deferral:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
+        if self in _open:
+            _open.remove(self)
         self._deliver_all()
 
     def _deliver_all(self) -> None:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 from subprocess import DEVNULL
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .._end.deferral import Deferral
+from .._end.deferral import Deferral, has_deferred
 from .._frozen import Frozen
 from .._start.arguments import named_by_text
 from .._start.engine import mechanisms
@@ -153,7 +153,7 @@ class Order(Frozen):
             resources.enter_context(
                 show(
                     files or (), job.first_rank, self.tee_ranks, own_folder,
-                    out=out, err=out, prefix=self.tee_prefix,
+                    out=out, err=out, prefix=self.tee_prefix, interrupt=has_deferred,
                 )
             )  # fmt: skip
         # Without a death signal the ranks shall outlive this process: no guard, either.

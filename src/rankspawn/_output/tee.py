@@ -61,7 +61,7 @@ def show(
     first_rank: int = 0,
     local_ranks: Collection[int] | None = None,
     folder: LogFolder | None = None,
-    interrupt: int | None = None,
+    interrupt: int | Callable[[], bool] | None = None,
     *,
     out: IO[str] | None = None,
     err: IO[str] | None = None,
@@ -74,7 +74,8 @@ def show(
         first_rank: The RANK of local rank 0.
         local_ranks: Show these alone; None shows all.
         folder: Is kept when something in it could not be shown, also because an exception ended the wait for it.
-        interrupt: A descriptor; once it is readable, nobody is waited for to read the rest.
+        interrupt: A descriptor; once it is readable, nobody is waited for to read the rest. Or a function that says the
+            same, and is asked ten times a second.
         out: As of Tee, as the two below.
         err: Where lines of their stderr go.
         prefix: Of each line, as of Tee.
@@ -164,12 +165,12 @@ class Tee:
             raise
         return self
 
-    def finish(self, timeout: float = 5.0, *, interrupt: int | None = None) -> tuple[str, ...]:
+    def finish(self, timeout: float = 5.0, *, interrupt: int | Callable[[], bool] | None = None) -> tuple[str, ...]:
         """Show the rest of every file, up to its present size. The last call, for when the ranks have ended.
 
         Args:
             timeout: Seconds after which it gives up, because nobody reads what the launcher prints.
-            interrupt: A descriptor; once that is readable, it gives up after half a second.
+            interrupt: As of show(): it gives up half a second later.
 
         Returns:
             ``unshown``, which is said on ``err`` as well, also when an exception interrupts the wait.
@@ -207,8 +208,15 @@ class Tee:
     ) -> None:
         self.finish()
 
-    def _wait(self, thread: threading.Thread, timeout: float, interrupt: int | None) -> None:
+    def _wait(self, thread: threading.Thread, timeout: float, interrupt: int | Callable[[], bool] | None) -> None:
         """Wait for the end of ``thread``. It closes its end of the bell then, which poll(2) reports as POLLERR."""
+        if callable(interrupt):
+            until = time.monotonic() + timeout
+            while thread.is_alive() and time.monotonic() < until:
+                if interrupt():
+                    return thread.join(_HURRIED)
+                thread.join(0.1)
+            return None
         if interrupt is None or self._bell is None or not hasattr(select, "poll"):
             thread.join(timeout)
             return
