@@ -93,6 +93,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+# Until the end has taken the handlers, an interrupt finds a group that is open: of the first instructions.
+FIRST = 400
 # A number that shares no factor with the lengths of loops.
 STEP = 401 if os.environ.get("RANKSPAWN_LONG", "0") in ("", "0") else 13
 
@@ -126,7 +128,7 @@ def test_at_any_instruction_of_the_end(folder: Path, end: str) -> None:
         (rank,) = group.pids()
         came = interrupted(getattr(group, end), at)
         if end == "close":
-            assert group.is_closed or at < STEP, f"instruction {at}"
+            assert group.is_closed or at < FIRST, f"instruction {at}"
         group.close()
         assert has_ended(rank)
         del group

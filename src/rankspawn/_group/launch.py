@@ -170,7 +170,8 @@ def launch(
         threads_given = (os.environ if env is None else named_by_text(env)).get("OMP_NUM_THREADS")
         if note := threads_note(threads_given):
             warnings.warn(note, RuntimeWarning, stacklevel=2)
-        bindings, threads = _place(numa, nprocs, required=required, **wanted)
+        with Deferral():  # an interrupt leaves no file of the kernel's open
+            bindings, threads = _place(numa, nprocs, required=required, **wanted)
         threads = None if sets_threads(threads_given) else threads
     elif wanted or numa not in (None, "none", "auto"):
         raise ValueError(f"bindings say where ranks go: they exclude {', '.join(wanted) or f'numa={numa!r}'}")
