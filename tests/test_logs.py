@@ -187,5 +187,28 @@ def test_a_job_needs_no_temporary_folder_for_its_launchers_sake() -> None:
     done = completed(after(limit, in_ranks(code, "--nproc-per-node", "2", "--keep-going")), env=environment_here())
     assert (done.returncode, done.stdout) == (3, "0\n0\n")
     assert "rankspawn: no temporary folder can be made (TMPDIR, /tmp): " in done.stderr, done.stderr
-    done = completed(after(limit, in_ranks(code, "--tee")))
-    assert done.returncode == 1 and "No usable temporary directory found in " in done.stderr
+    missing = (
+        "rankspawn: no temporary folder can be made (TMPDIR, /tmp): ranks write here by themselves, without --tee's"
+    )
+    code = (
+        "import os\nos.write(1, os.environ['RANK'].encode() + b'\\n')\nos.write(2, b'error\\n')\nraise SystemExit(3)\n"
+    )
+    for words in (["--tee"], ["-t", "3"], ["--tee", "--local-ranks-filter", "1"]):
+        command = in_ranks(code, "--nproc-per-node", "2", "--keep-going", "--max-restarts", "1", *words)
+        done = completed(after(limit, command), env=environment_here())
+        shown = ["1"] if "--local-ranks-filter" in words else ["0", "1"]
+        assert (done.returncode, sorted(done.stdout.splitlines())) == (3, sorted(shown * 2))
+        assert done.stderr.splitlines().count("error") == 2 * len(shown) and done.stderr.count(missing) == 1, (
+            done.stderr
+        )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no file may have a byte: RLIMIT_FSIZE")
+def test_files_that_shall_be_kept_need_a_place() -> None:
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))"
+    for words in (["--redirects", "3"], ["--tee", "--duplicate-stdout-filters", "a"]):
+        done = completed(after(limit, in_ranks("print('here')", *words)))
+        assert (done.returncode, done.stdout) == (1, "")
+        assert re.fullmatch(
+            r"rankspawn: no folder for log files: No usable temporary directory .*; give --log-dir DIR\n", done.stderr
+        )

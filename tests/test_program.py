@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -89,3 +92,33 @@ def test_an_interpreter_that_is_not_there(command: list[str], status: int, tmp_p
 
 def test_what_is_run_is_run() -> None:
     assert completed([*LAUNCHER, "run", "--no-python", sys.executable, "-c", "print(1)"]).stdout == "1\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a file system may refuse such names")
+@pytest.mark.parametrize("name", [b"tr\xe9in", "tr\u00e4in".encode()], ids=["no UTF-8", "UTF-8"])
+@pytest.mark.parametrize(
+    "locale",
+    [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"LC_ALL": "C.UTF-8"}],
+    ids=["C", "C without UTF-8 mode", "C.UTF-8"],
+)
+def test_names_of_files_are_shown_byte_by_byte(name: bytes, locale: dict[str, str], tmp_path: Path) -> None:
+    """As the ranks' own output shows them."""
+    script, folder = name + b".py", name + b".logs"
+    (tmp_path / os.fsdecode(script)).write_text("import sys\nprint(sys.argv[0])\nsys.exit(3)\n")
+
+    def said(*words: str | bytes) -> tuple[bytes, bytes]:
+        command = [*LAUNCHER, "run", *words]
+        done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **locale}, capture_output=True, timeout=60)
+        assert done.returncode in (2, 3)
+        return done.stdout, done.stderr
+
+    assert said(script)[0] == script + b"\n"
+    assert said("--tee", script)[0] == b"[rank 0]:" + script + b"\n"
+    missing = b"no-" + script
+    assert said(missing)[1].startswith(b"rankspawn: " + missing + b": No such file or directory")
+    assert b"handed to " + script + b", whose text" in said(script, "--nnodes", "2")[1]
+    report = folder + b"/none/x.json"
+    assert said("--report", report, script)[1] == b"rankspawn: " + report + b": No such file or directory\n"
+    kept = said("--log-dir", folder, script)[1]
+    for begin, end in ((b"rankspawn: logs in ", b""), (b"  its files are in ", b"/attempt_0/0")):
+        assert re.search(rb"(?m)^" + begin + rb"\S*" + re.escape(folder) + rb"/none_\w+" + end + rb"$", kept), kept

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankspawn._cli.step import Step, StepError, StepNode, first_host
+from tests.support.launchers import SAY, completed, environment_here, in_ranks, said
 
 # Variables as srun 22.05, Open MPI 4.1 and MPICH 4.0 set them, without those that nobody here reads.
 SRUN = {
@@ -179,6 +180,7 @@ def test_a_launcher_of_ranks_in_several_processes_of_a_node(environ: dict[str, s
         step.node("gpu001")
     assert f"{step.launcher} started 4 processes on this node" in str(error.value)
     assert told in str(error.value) and "rankspawn bind" in str(error.value)
+    assert str(error.value).endswith("; in a shell of the step, --nnodes 1 starts all on this node")
 
 
 @pytest.mark.parametrize(
@@ -325,3 +327,13 @@ def test_crowding() -> None:
     assert step.crowding(2, {3, 4}, {1, 2, 3, 4}) is None
     assert step.crowding(4, {1, 2}, {1, 2}) is None, "there are no more"
     assert Step().crowding(4, {3}, {1, 2, 3, 4}) is None
+
+
+def test_what_the_message_says_starts_all_on_this_node() -> None:
+    """In an interactive shell of a step, which is one of its processes (srun --pty bash)."""
+    environ = environment_here(**{**SRUN, "SLURM_STEP_TASKS_PER_NODE": "1,4"})
+    refused = completed(in_ranks(SAY + "say('here')\n", "--nproc-per-node", "2"), env=environ)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.endswith("; in a shell of the step, --nnodes 1 starts all on this node\n")
+    done = completed(in_ranks(SAY + "say('here')\n", "--nproc-per-node", "2", "--nnodes", "1"), env=environ)
+    assert (done.returncode, said(done.stdout)) == (0, {0: "here", 1: "here"})

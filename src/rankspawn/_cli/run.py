@@ -231,6 +231,8 @@ def _run(args: argparse.Namespace) -> int:
         catch_signals(settings.signals_to_handle) as signals,
         _folder(settings) as folder,
     ):
+        if not folder.path:
+            settings = settings.replace(streams=settings.streams.without_files())
         status = run_attempts(settings, folder, signals)
     if status < 0:
         die_of(-status)
@@ -241,7 +243,8 @@ def _run(args: argparse.Namespace) -> int:
 def _folder(settings: RunSettings) -> Iterator[LogFolder]:
     """Make the folder of the log files and the error files: a new one in that of --log-dir, or a temporary one.
 
-    A job whose ranks only record their errors in the temporary one runs without it.
+    A job runs without the temporary one where only this launcher would read its files: for --tee, and for errors that
+    ranks record.
 
     Raises:
         CommandError: The system refuses a folder.
@@ -253,15 +256,18 @@ def _folder(settings: RunSettings) -> Iterator[LogFolder]:
         if parent is not None:
             os.makedirs(parent, exist_ok=True)
         name = settings.job.run_id.replace(os.sep, "_")
-        folder = LogFolder(parent, name=name, optional=parent is None and not any(streams.filed))
+        folder = LogFolder(parent, name=name, optional=parent is None and not streams.kept)
     except OSError as error:
-        raise CommandError(f"{'' if parent is None else '--log-dir: '}{error.strerror}: {error.filename}") from error
+        if parent is None:
+            raise CommandError(f"no folder for log files: {error.strerror}; give --log-dir DIR") from error
+        raise CommandError(f"--log-dir: {error.strerror}: {error.filename}") from error
     folder.keep = folder.keep or streams.kept
     with folder:
         if folder.keep:
             say(f"logs in {folder.path}")
         elif not folder.path:
-            say("no temporary folder can be made (TMPDIR, /tmp): errors that ranks record will not be shown")
+            here = "ranks write here by themselves, without --tee's prefixes; " if streams.tee else ""
+            say(f"no temporary folder can be made (TMPDIR, /tmp): {here}errors that ranks record will not be shown")
         yield folder
 
 

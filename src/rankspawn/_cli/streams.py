@@ -71,6 +71,11 @@ class Streams(Frozen):
         """Whether no rank writes to the launcher's own streams, by itself or by --tee."""
         return not self.tee and all(bits == 3 or rank in self.hidden for rank, bits in enumerate(self.filed))
 
+    def without_files(self) -> Streams:
+        """Have what would go to files go where this process's own output goes; what is hidden stays so."""
+        nothing = (0,) * len(self.filed)
+        return self.replace(filed=nothing, shown=nothing)
+
     def files(self, files: Sequence[RankFiles]) -> list[RankFiles]:
         """Leave of the ranks' log files those that are written; what is hidden and goes to no file is thrown away."""
         from pathlib import Path
