@@ -436,6 +436,22 @@ def _(_: Path) -> str:
     return run("--master-addr", "192.0.2.1", "x.py")
 
 
+@provokes("... behind SCRIPT: handed to ...")
+def _(folder: Path) -> str:
+    (folder / "script.py").touch()
+    return run(str(folder / "script.py"), "--nproc-per-node", "2")
+
+
+@provokes("ended with status 0 ... s ago, and ... still run")
+def _(folder: Path) -> str:
+    return run("--nproc-per-node", "2", "--wait", "0.1", "--no-python", "sh", "-c", "test $RANK = 0 || exec sleep 60")
+
+
+@provokes("no folder for log files: ...; give --log-dir DIR")
+def _(folder: Path) -> str:
+    return command("run", "--redirects", "3", "--no-python", "true", limit="ulimit -f 0")
+
+
 @provokes("--log-dir: ...")
 def _(folder: Path) -> str:
     (folder / "file").touch()
