@@ -120,7 +120,8 @@ def test_a_script_is_run_by_our_interpreter_unbuffered(tmp_path: Path) -> None:
 
 def test_a_module(tmp_path: Path) -> None:
     (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "job.py").write_text(SAY + "say([__name__, __package__, sys.argv[1:]])\n")
+    code = SAY + "say([__name__, __package__, sys.argv[1:]])\n"
+    (tmp_path / "package" / "job.py").write_text(f"{code}# --nproc-per-node is its own\n")
     for option in ("-m", "--module"):
         # `python -m` looks in the working directory. Our own interpreter must still find rankspawn from there.
         path = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
