@@ -124,7 +124,7 @@ test-cpython-forky: | build/.forky ## test-cpython on the Pythons of Debian's su
 	$(PYTHON) -m tests.interpreters.forky python3.15 -m tests.cpython.run --jobs 2
 
 # Needs an x86-64 Debian or Ubuntu, and installs QEMU there. NUMAVM_ARGS="-k interleave" narrows it.
-test-numavm: $(VENV)/.test $(VENV)/.built ## bindings on a kernel with five NUMA nodes, in a virtual machine (4 minutes)
+test-numavm: $(VENV)/.test $(VENV)/.built ## bindings on a kernel with five NUMA nodes, in a virtual machine (8 minutes)
 	$(PY) -m tests.numavm.run $(NUMAVM_ARGS)
 
 test-storm: $(VENV)/.test $(VENV)/.built ## launchers killed at 960 random moments, and 100,000 ranks (20 minutes)

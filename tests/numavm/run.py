@@ -78,7 +78,7 @@ def main() -> int:
     )
     parser.add_argument("--kernel", default=DEFAULT_PACKAGE, help="a package's name, or FILE.deb (%(default)s)")
     parser.add_argument("-k", dest="words", metavar="WORDS", help="only the checks that pytest -k would choose")
-    parser.add_argument("--limit", type=float, default=600, help="seconds for the checks (%(default)g)")
+    parser.add_argument("--limit", type=float, default=840, help="seconds for the checks (%(default)g)")
     parser.add_argument("--show", action="store_true", help="print QEMU's command line and the console as well")
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
