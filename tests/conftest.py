@@ -22,6 +22,12 @@ GRACE_SECONDS = 2.0
 if not Path(__file__).parent.with_name("csrc").is_dir():
     collect_ignore = ["test_child_object.py", "test_habits.py", "test_imports.py", "test_readme.py"]
 
+# A shell without job control starts background commands with these ignored, and programs under test would inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGQUIT"):
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
 _NR_GET_MEMPOLICY = {"x86_64": 239, "aarch64": 236}.get(platform.machine())
 
 
