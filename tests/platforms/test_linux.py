@@ -13,6 +13,7 @@ from tests.platforms.building import (
     ENGINE,
     MAY_BE_REFUSED,
     MODES,
+    SEARCH,
     build_check,
     compile_each,
     run,
@@ -37,7 +38,7 @@ def test_sanitizers(folder: Path) -> None:
     """AddressSanitizer and UndefinedBehaviorSanitizer; setup.py says why child.c is compiled with asan-stack=0."""
     gcc = [tool("gcc")]
     child = [source for source in ENGINE if source.name == "child.c"]
-    others = [source for source in (*ENGINE, *CHECK) if source not in child]
+    others = [source for source in (*ENGINE, *SEARCH, *CHECK) if source not in child]
     objects = compile_each(gcc, others, folder / "built", *SANITIZE)
     objects += compile_each(gcc, child, folder / "built", *SANITIZE, "--param", "asan-stack=0")
     program = folder / "built" / "engine_check"

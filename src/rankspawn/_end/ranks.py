@@ -134,7 +134,8 @@ def kill_sessions(
     if others:
         # Other code has reaped them: other processes may have their numbers, and only the kernel can tell (Linux 6.9).
         reap(others, ended)
-        _way.way.signal_groups([*others.values()], [SIGKILL])
+        with suppress(PermissionError):
+            signal_ranks([*others.values()], SIGKILL, to="group")
     zombies = {pid for pid, number in numbers.items() if number in ended}
     stuck = kill_members(own, seconds, zombies, found) if own else {}
     return {pid: f"rank {numbers[session]}" for pid, session in stuck.items()}
