@@ -495,7 +495,9 @@ def test_a_file_server_that_forgets_the_file_once(call: str, tmp_path: Path) -> 
         pytest.skip(f"strace may not trace here: {done.stderr.splitlines()[0]}")
     assert "(INJECTED)" in trace.read_text()
     assert done.stdout == "".join(f"[rank 0]:{number}\n" for number in range(6))
-    assert done.stderr == f"rankspawn: what is written to {log} cannot be shown: Stale file handle\n"
+    said = f"rankspawn: what is written to {log} cannot be shown: Stale file handle\n"
+    # How many looks there are depends on when they come; a look for the file's size at the end says nothing.
+    assert done.stderr == said or (call == "lseek" and not done.stderr)
 
 
 FULL = """
