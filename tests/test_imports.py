@@ -21,7 +21,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "rankspawn"
 
 # Each room, and the rooms that it may import: the picture in CONTRIBUTING.md. A module that lies beside the rooms
 # is a room of its own. `__init__` hands out what is public, so it may import all that is.
-BASE = {"_binding", "_frozen", "_ids", "_public"}
+BASE = {"_binding", "_cgroups", "_frozen", "_ids", "_public"}
 ROOMS: dict[str, set[str]] = {
     "_frozen": set(),
     "_ids": set(),
@@ -29,9 +29,10 @@ ROOMS: dict[str, set[str]] = {
     "_canvas": set(),
     "_spawn": set(),
     "_binding": {"_frozen", "_ids", "_public"},
+    "_cgroups": {"_frozen"},
     "_place": {"_canvas", *BASE},
     "_start": {"_spawn", *BASE},
-    "_end": {"_start", "_spawn"},
+    "_end": {"_cgroups", "_start", "_spawn"},
     "_stacks": {"_start", *BASE},
     "_output": {"_start", "_end", "_stacks", "_canvas", *BASE},
     "_warm": {"_start", "_spawn", "_end", "_output", *BASE},

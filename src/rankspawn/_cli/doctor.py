@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from .._binding import MEMORY_MODES, Binding, MemoryPolicy, PlacementError
+from .._end.delegated import own_cgroup
 from .._end.guard import Guard
 from .._ids import format_ids
 from .._place.quota import cpu_quota
@@ -84,7 +85,7 @@ def _group_signal() -> str:
 
 
 def _cgroup() -> str:
-    folder = _own_cgroup()
+    folder = own_cgroup()
     if folder is None:
         return "no cgroup v2 of this process is mounted"
     try:
@@ -105,25 +106,6 @@ def _guard() -> str:
     if not os.path.exists("/proc/self/stat"):
         return "yes; without /proc it looks for the ranks' processes among all numbers, which takes a second"
     return "yes"
-
-
-def _own_cgroup() -> str | None:
-    """Find the directory of this process's cgroup v2; None where none is mounted.
-
-    It is the path of the line of /proc/self/cgroup that begins with 0:: (cgroups(7)), below the mount point of the
-    hierarchy (/proc/self/mountinfo, proc(5)).
-    """
-    try:
-        with open("/proc/self/cgroup", encoding="utf-8") as listed:
-            path = next((line[3:].strip() for line in listed if line.startswith("0::")), None)
-        with open("/proc/self/mountinfo", encoding="utf-8") as mounts:
-            mounted = [line.split()[3:5] for line in mounts if " - cgroup2 " in line]
-    except OSError:
-        return None
-    for root, point in mounted:
-        if path is not None and (path + "/").startswith(root.rstrip("/") + "/"):
-            return os.path.normpath(os.path.join(point, os.path.relpath(path, root)))
-    return None
 
 
 def _affinity() -> str:

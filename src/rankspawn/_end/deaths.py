@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 import re
 import signal
+from contextlib import suppress
+
+from .._cgroups import Hierarchy, own_hierarchies
 
 TYPE_CHECKING = False  # typing's own costs more than this module
 
@@ -187,25 +190,15 @@ class Deaths:
 
 
 def _memory_cgroups(proc: str, own: str | None) -> Iterator[str]:
-    """The directories that limit memory: of the cgroup, and of those above it, up to what is mounted (cgroups(7))."""
-    paths = {}
-    for line in _text(f"{proc}/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers or controllers == "memory":
-            paths["cgroup2" if not controllers else "cgroup"] = path
-    for line in _text(f"{proc}/self/mountinfo").splitlines():
-        before, _, after = line.partition(" - ")
-        kind, _, options = after.split(" ", 2)
-        if kind not in paths or (kind == "cgroup" and "memory" not in options.split(",")):
-            continue
-        root, mount = before.split()[3:5]
-        path = os.path.relpath(paths[kind], root)
-        if path.split("/")[0] == "..":
-            continue
-        folder = own if own is not None and kind == "cgroup2" else os.path.normpath(f"{mount}/{path}")
-        while folder.startswith(mount):
-            yield folder
-            folder = os.path.dirname(folder)
+    """The directories that limit memory: of the cgroup, and of those above it, up to what is mounted."""
+    with suppress(OSError):
+        for one in own_hierarchies(proc):
+            if one.inside is None or not one.has("memory"):
+                continue
+            if own is None or one.controllers:
+                yield from one.upwards()
+            elif own.startswith(one.point):
+                yield from Hierarchy((), one.point, own[len(one.point) :]).upwards()
 
 
 def _oom_kills(folder: str) -> int | None:

@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 
+from .._cgroups import own_hierarchies
 from .cgroup import new_name
 
 _SCOPE_SECONDS = 5.0  # a manager that has not moved us by then is stuck
@@ -60,26 +61,15 @@ def delegated_cgroup(proc: str = "/proc") -> str:
 def own_cgroup(proc: str = "/proc") -> str | None:
     """Find the directory of the cgroup v2 that this process is in; None where it cannot be seen (cgroups(7))."""
     try:
-        with open(f"{proc}/self/cgroup", encoding="utf-8", errors="surrogateescape") as groups:
-            path = next((line[3:].rstrip("\n") for line in groups if line.startswith("0::")), None)
-        with open(f"{proc}/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
-            places = [line.split() for line in mounts if " - cgroup2 " in line]
+        hierarchies = own_hierarchies(proc)
     except OSError:
         return None
-    for _, _, _, root, folder, *_ in reversed(places):  # the last one covers those before it
-        inside = os.path.relpath(path or "/", root)
-        if path is not None and inside.split("/")[0] != "..":
-            found = os.path.normpath(os.path.join(_unescaped(folder), inside))
+    for one in reversed(hierarchies):  # the last one covers those before it
+        if not one.controllers and one.inside is not None:
+            found = next(one.upwards())
             if os.path.exists(f"{found}/cgroup.procs"):
                 return found
     return None
-
-
-def _unescaped(path: str) -> str:
-    """Undo the octal escapes of blanks and backslashes in mountinfo (proc(5))."""
-    for code, one in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        path = path.replace(code, one)
-    return path
 
 
 def _is_writable(folder: str) -> bool:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 from functools import cache
 
+from .._cgroups import mounted_hierarchies, own_hierarchies
 from .._frozen import Frozen
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 class Quota(Frozen):
@@ -40,52 +37,21 @@ def cpu_quota(root: str = "/") -> Quota | None:
     Args:
         root: The folder that has the machine's proc/ in it.
     """
+    proc, above = os.path.join(root, "proc"), root.rstrip("/")
     try:
-        paths, mounts = _cgroups(_text(os.path.join(root, "proc/self/cgroup"))), _mounts(root)
+        hierarchies = own_hierarchies(proc, _mounts(proc))
     except OSError:
         return None
     found = []
-    for controller, top, point in mounts:
-        if controller in paths:
-            name = "cpu.cfs_quota_us" if controller else "cpu.max"
-            quotas = [_quota(folder, name) for folder in _upwards(top, root.rstrip("/") + point, paths[controller])]
+    for one in hierarchies:
+        if one.has("cpu"):
+            name = "cpu.cfs_quota_us" if one.controllers else "cpu.max"
+            quotas = [_quota(above + folder, name) for folder in one.upwards()]
             found += [quota for quota in quotas if quota is not None]
     return min(found, key=lambda quota: quota.cpus, default=None)
 
 
-@cache
-def _mounts(root: str) -> tuple[tuple[str, str, str], ...]:
-    """Find the hierarchies that may have quotas: the controller, the cgroup that is mounted, and where (proc(5))."""
-    found = []
-    for line in _text(os.path.join(root, "proc/self/mountinfo")).splitlines():
-        fields, _, about = line.partition(" - cgroup")
-        is_cpu = about.startswith(" ") and "cpu" in about.split()[-1].split(",")
-        if is_cpu or about.startswith("2 "):
-            top, point = map(_unescaped, fields.split()[3:5])
-            found.append(("cpu" if is_cpu else "", top, point))
-    return tuple(found)
-
-
-def _cgroups(text: str) -> dict[str, str]:
-    """Read /proc/self/cgroup: the path by controller; "" stands for version 2."""
-    lines = [line.split(":", 2) for line in text.splitlines()]
-    return {controller: line[2] for line in lines if len(line) == 3 for controller in line[1].split(",")}
-
-
-def _upwards(top: str, point: str, path: str) -> Iterator[str]:
-    """The folder of a cgroup, and those above it up to the mount point.
-
-    Args:
-        top: The path of the cgroup that is mounted, as a container sees it.
-        point: Where.
-        path: The path of the process's cgroup. One that is not below ``top`` is seen from another namespace: what is
-            mounted is all that can be known then.
-    """
-    top = top.rstrip("/")
-    parts = path[len(top) :].strip("/").split("/") if f"{path}/".startswith(f"{top}/") else []
-    parts = [] if ".." in parts else list(filter(None, parts))
-    for count in range(len(parts), -1, -1):
-        yield "/".join([point.rstrip("/"), *parts[:count]])
+_mounts = cache(mounted_hierarchies)  # a job asks several times
 
 
 def _quota(folder: str, name: str) -> Quota | None:
@@ -97,12 +63,6 @@ def _quota(folder: str, name: str) -> Quota | None:
     except (OSError, ValueError):  # no such file in the topmost cgroup; "max" is no limit
         return None
     return Quota(quota / period, f"{folder}/{name}") if quota > 0 and period > 0 else None
-
-
-def _unescaped(field: str) -> str:
-    r"""A path of mountinfo, in which a space is written "\040" (proc(5))."""
-    parts = field.split("\\")
-    return parts[0] + "".join(chr(int(part[:3], 8)) + part[3:] for part in parts[1:])
 
 
 def _text(path: str) -> str:
