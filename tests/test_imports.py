@@ -21,7 +21,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "rankspawn"
 
 # Each room, and the rooms that it may import: the picture in CONTRIBUTING.md. A module that lies beside the rooms
 # is a room of its own. `__init__` hands out what is public, so it may import all that is.
-BASE = {"_binding", "_cgroups", "_frozen", "_ids", "_public"}
+BASE = {"_binding", "_cgroups", "_frozen", "_ids", "_procfs", "_public"}
 ROOMS: dict[str, set[str]] = {
     "_frozen": set(),
     "_ids": set(),
@@ -30,9 +30,10 @@ ROOMS: dict[str, set[str]] = {
     "_spawn": set(),
     "_binding": {"_frozen", "_ids", "_public"},
     "_cgroups": {"_frozen"},
+    "_procfs": {"_frozen"},
     "_place": {"_canvas", *BASE},
     "_start": {"_spawn", *BASE},
-    "_end": {"_cgroups", "_start", "_spawn"},
+    "_end": {"_cgroups", "_procfs", "_start", "_spawn"},
     "_stacks": {"_start", *BASE},
     "_output": {"_start", "_end", "_stacks", "_canvas", *BASE},
     "_warm": {"_start", "_spawn", "_end", "_output", *BASE},

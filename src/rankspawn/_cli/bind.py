@@ -12,6 +12,7 @@ from .._output.console import flush, say
 from .._place.glance import sets_threads
 from .._place.openmp import openmp_warnings, quota_note, threads_of_ranks
 from .._place.topology import Topology
+from .._procfs import read_stat
 from .options import AUTO_BINDS, PlacementOptions, add_placement_options, natural, placement
 from .step import Step, StepError
 
@@ -183,11 +184,10 @@ def _mask_of_launcher(variable: str, proc: str = "/proc") -> set[int]:
                 started = any(one.startswith(f"{variable}=".encode()) for one in environ.read().split(b"\0"))
             if not started:
                 break
-            with open(f"{proc}/{pid}/stat", "rb") as stat:
-                pid = int(stat.read().rpartition(b")")[2].split()[1])
+            pid = read_stat(f"{proc}/{pid}").parent
         except PermissionError:  # another user's, as a daemon is
             break
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             return set()
     return os.sched_getaffinity(pid) if pid > 1 else set()
 

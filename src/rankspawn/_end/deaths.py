@@ -12,6 +12,7 @@ import signal
 from contextlib import suppress
 
 from .._cgroups import Hierarchy, own_hierarchies
+from .._procfs import read_stat
 
 TYPE_CHECKING = False  # typing's own costs more than this module
 
@@ -229,9 +230,8 @@ def _limit(pid: int, sig: int, proc: str) -> str:
 def _cpu_time_used(pid: int, limit: int, option: str, proc: str) -> str:
     """That a process has used its CPU time; "" where it has not, and somebody else has sent the signal."""
     try:
-        fields = _text(f"{proc}/{pid}/stat").rpartition(")")[2].split()
-        used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    except (AttributeError, IndexError):
+        used = read_stat(f"{proc}/{pid}").cpu_seconds
+    except OSError:
         return ""
     if used < _ENOUGH * limit:
         return ""

@@ -18,8 +18,8 @@ from __future__ import annotations
 import os
 import time
 
+from .._procfs import folder, line, read_stat
 from . import way as _way
-from .procfs import folder, line, name_and_state
 
 TYPE_CHECKING = False  # typing's own costs more than this module
 
@@ -119,11 +119,11 @@ def ignores(pid: int, sig: int, proc: str = "/proc") -> bool:
 def describe_stuck(pid: int, proc: str = "/proc") -> str:
     """What keeps a process that SIGKILL has not ended, or whose end is not reported: a sentence without full stop."""
     try:
-        name, state = name_and_state(pid, proc)
+        stat = read_stat(folder(pid, proc))
     except OSError:
         return f"process {pid}: nothing can be read of it"
-    who = f"process {pid} ({name})"
-    if state in "ZX":
+    who = f"process {pid} ({stat.name})"
+    if stat.state in "ZX":
         tracer = line(f"{folder(pid, proc)}/status", "TracerPid:")
         if tracer not in ("", "0"):
             return f"{who} has ended, but process {tracer}, which traces it, has not waited for it"
@@ -136,6 +136,6 @@ def describe_stuck(pid: int, proc: str = "/proc") -> str:
         return f"{who} has ended"
     where = line(f"{folder(pid, proc)}/wchan")
     where = f" in the kernel's {where}" if where not in ("", "0") else ""
-    if state == "D":
+    if stat.state == "D":
         return f"{who} is in uninterruptible sleep{where}: it ends when the kernel lets go of it"
-    return f"{who} is in state {state}{where}"
+    return f"{who} is in state {stat.state}{where}"

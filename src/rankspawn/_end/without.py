@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from . import procfs
+from .. import _procfs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence, Set
@@ -44,7 +44,7 @@ def await_ends(ranks: Sequence[Popen], seconds: float) -> None:
     until = time.monotonic() + seconds
     for rank in ranks:
         pidfd = rank._pidfd
-        if pidfd is not None and not procfs.wait(pidfd.fd, until - time.monotonic()):
+        if pidfd is not None and not _procfs.wait(pidfd.fd, until - time.monotonic()):
             return
 
 
@@ -136,18 +136,18 @@ def kill_found(found: Mapping[int, int], pause: float) -> None:
     blind = False
     try:
         for pid, sid in found.items():
-            pidfd = procfs.open_pidfd(pid)
+            pidfd = _procfs.open_pidfd(pid)
             if pidfd >= 0:
                 pidfds.append(pidfd)
             try:
                 # Looked at again: the pidfd is of this member, or of one that has ended since, which gets nothing.
-                if not hasattr(os, "getsid") or procfs.session(pid) == sid:
+                if not hasattr(os, "getsid") or _procfs.session(pid) == sid:
                     _signal(pid, pidfd, _KILL)
                     blind = blind or pidfd < 0
             except OSError:
                 continue  # it has ended; or it is another user's, and stays
         for pidfd in pidfds:
-            procfs.wait(pidfd, until - time.monotonic())
+            _procfs.wait(pidfd, until - time.monotonic())
     finally:
         for pidfd in pidfds:
             os.close(pidfd)
@@ -163,8 +163,8 @@ def signal_members(sessions: Set[int], signals: Sequence[int], groups: bool, pro
         more = False
         for pid in _all_or(sessions, proc):
             try:
-                sid = procfs.session(pid, proc)
-                if sid in sessions and pid not in told and pid != sid and (groups or procfs.group(pid, proc) != sid):
+                sid = _procfs.session(pid, proc)
+                if sid in sessions and pid not in told and pid != sid and (groups or _procfs.group(pid, proc) != sid):
                     told.add(pid)
                     more = signal.SIGSTOP in signals
                     signal_one(pid, sid, signals)
@@ -174,10 +174,10 @@ def signal_members(sessions: Set[int], signals: Sequence[int], groups: bool, pro
 
 def signal_one(pid: int, session: int, signals: Iterable[int]) -> None:
     """As sessions.signal_one()."""
-    pidfd = procfs.open_pidfd(pid)
+    pidfd = _procfs.open_pidfd(pid)
     try:
         # The pidfd is of this member, or of one that has ended since, which gets nothing.
-        if procfs.session(pid) == session:
+        if _procfs.session(pid) == session:
             for sig in signals:
                 _signal(pid, pidfd, sig)
     finally:
@@ -195,7 +195,7 @@ def _look(sessions: Set[int], ended: Set[int], proc: str, kill: bool) -> tuple[d
         if pid in ended:
             continue
         try:
-            sid = procfs.session(pid, proc)
+            sid = _procfs.session(pid, proc)
         except ProcessLookupError:
             gone.add(pid)
             continue
@@ -204,7 +204,7 @@ def _look(sessions: Set[int], ended: Set[int], proc: str, kill: bool) -> tuple[d
         if sid in sessions:
             if kill:
                 kill_found({pid: sid}, 0.0)
-            if procfs.has_ended(pid, proc):
+            if _procfs.has_ended(pid, proc):
                 gone.add(pid)
             else:
                 found[pid] = sid
@@ -213,7 +213,7 @@ def _look(sessions: Set[int], ended: Set[int], proc: str, kill: bool) -> tuple[d
 
 def _all_or(sessions: Set[int], proc: str) -> Iterable[int]:
     """All processes; or the leaders alone, where nothing lists the others."""
-    found = procfs.pids(proc)
+    found = _procfs.pids(proc)
     return sessions if found is None else found
 
 

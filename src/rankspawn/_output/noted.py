@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from .._ids import format_ids
+from .._procfs import read_stat
 
 if TYPE_CHECKING:
     from .._start.popen import Popen
@@ -88,7 +89,6 @@ def _cpus(rank: Popen) -> str:
 def _started(pid: int, proc: str) -> str:
     """When a process was started, in ticks since the machine was; "" where there is none of this number."""
     try:
-        with open(f"{proc}/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        return str(read_stat(f"{proc}/{pid}").started)
+    except OSError:
         return ""

@@ -6,7 +6,9 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
+from .._procfs import read_stat
 from .facts import Thread
 
 MOST_THREADS = 64
@@ -50,9 +52,10 @@ def processes_below(roots: Iterable[int], proc: str = "/proc") -> dict[int, list
     except OSError:
         return found
     for pid in sorted(int(name) for name in names if name.isdecimal()):
-        fields = _stat(f"{proc}/{pid}/stat")
-        if fields is not None and fields[1][0] not in "ZX":
-            parents[pid] = int(fields[1][1]), int(fields[1][3])
+        with suppress(OSError):  # it has ended meanwhile
+            stat = read_stat(f"{proc}/{pid}")
+            if stat.state not in "ZX":
+                parents[pid] = stat.parent, stat.session
     for pid in parents:
         line, one = [], pid
         while one not in owner and one in parents:
@@ -86,29 +89,33 @@ def threads_of(pid: int, *, all_details: bool, proc: str = "/proc") -> tuple[Thr
     found = []
     for tid in tids[:MOST_THREADS]:
         folder = f"{proc}/{pid}/task/{tid}"
-        fields = _stat(f"{folder}/stat")
-        if fields is None:
+        try:
+            stat = read_stat(folder)
+        except OSError:  # it has ended meanwhile
             continue
-        name, rest = fields
-        if rest[0] in "ZX" or not (all_details or tid == pid):
-            found.append(Thread(tid, name, rest[0]))
+        if stat.state in "ZX" or not (all_details or tid == pid):
+            found.append(Thread(tid, stat.name, stat.state))
             continue
         where = read(f"{folder}/wchan").strip()
         stack = [line.split("] ", 1)[-1].partition("+")[0] for line in read(f"{folder}/stack").splitlines()]
-        found.append(Thread(tid, name, rest[0], "" if where == "0" else where, _call(folder), tuple(stack)))
+        found.append(Thread(tid, stat.name, stat.state, "" if where == "0" else where, _call(folder), tuple(stack)))
     return tuple(found)
 
 
 def state_of(pid: int, proc: str = "/proc") -> str:
     """The letter of a process's state; "" where it has gone."""
-    fields = _stat(f"{proc}/{pid}/stat")
-    return fields[1][0] if fields else ""
+    try:
+        return read_stat(f"{proc}/{pid}").state
+    except OSError:
+        return ""
 
 
 def parent_of(pid: int, proc: str = "/proc") -> int:
     """The parent of a process; 0 where it has gone."""
-    fields = _stat(f"{proc}/{pid}/stat")
-    return int(fields[1][1]) if fields else 0
+    try:
+        return read_stat(f"{proc}/{pid}").parent
+    except OSError:
+        return 0
 
 
 def command_of(pid: int, proc: str = "/proc") -> str:
@@ -166,12 +173,6 @@ def read(path: str, most: int = _MOST_BYTES) -> str:
     finally:
         os.close(fd)
     return b"".join(parts).decode(errors="backslashreplace")
-
-
-def _stat(path: str) -> tuple[str, list[str]] | None:
-    """The name in a stat file, and the fields from the state on; None where it cannot be read."""
-    before, bracket, after = read(path).rpartition(")")
-    return (before.partition("(")[2], after.split()) if bracket else None
 
 
 def _call(folder: str) -> str:

@@ -7,6 +7,7 @@ import time
 
 from .._frozen import Frozen
 from .._ids import format_ids, parse_ids
+from .._procfs import read_stat
 from .kernel import command_of, environment_of, parent_of, read
 from .ranks import all_ranks
 
@@ -92,27 +93,29 @@ def jobs_now(asked: Mapping[int, str | None], proc: str = "/proc") -> list[JobNo
 
 
 def _rank(pid: int, rank: int, asked: str | None, gpus: Mapping[int, int], proc: str) -> RankNow | None:
-    fields = read(f"{proc}/{pid}/stat").rpartition(")")[2].split()
-    if not fields or fields[0] in "ZX":
+    try:
+        stat = read_stat(f"{proc}/{pid}")
+    except OSError:
+        return None
+    if stat.state in "ZX":
         return None
     masks = [*_masks(pid, proc)]
     wanted = None if asked is None else parse_ids(asked)
-    ticks = os.sysconf("SC_CLK_TCK")
     delay = read(f"{proc}/{pid}/schedstat").split()
     size = read(f"{proc}/{pid}/statm").split()
     uptime = float((read(f"{proc}/uptime") or "0").split()[0])
     return RankNow(
         rank,
         pid,
-        fields[0],
+        stat.state,
         asked,
         format_ids(masks[0]) if masks else "",
         sum(wanted is not None and not mask <= wanted for mask in masks),
         len(masks),
-        (int(fields[11]) + int(fields[12])) / ticks,
+        stat.cpu_seconds,
         int(delay[1]) / 1e9 if len(delay) > 1 else 0.0,
         int(size[1]) * os.sysconf("SC_PAGE_SIZE") if len(size) > 1 else 0,
-        uptime - int(fields[19]) / ticks,
+        uptime - stat.started / os.sysconf("SC_CLK_TCK"),
         _file(f"{proc}/{pid}/fd/1"),
         _file(f"{proc}/{pid}/fd/2"),
         gpus.get(pid),

@@ -176,10 +176,11 @@ _POLICY_MODES = {
 
 def _has_ended(pid: int) -> bool:
     """Whether the process is gone, or ended and not waited for (state Z or X of proc(5))."""
+    from .._procfs import read_stat
+
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
-    except (OSError, IndexError):
+        return read_stat(f"/proc/{pid}").state in "ZX"
+    except OSError:
         pass  # it ended while it was read, or there is no /proc
     try:
         os.sched_getaffinity(pid)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import _spawn
+from .._procfs import read_stat
 
 if TYPE_CHECKING:
     from .._start.popen import Popen
@@ -83,11 +84,11 @@ def children(tasks: str = "/proc/self/task") -> set[int]:
     return found
 
 
-def _birth(pid: int, root: str = "/proc/") -> float:
+def _birth(pid: int, proc: str = "/proc") -> float:
     """When a process was started, in clock ticks since the machine's start; never, for one that is gone."""
     try:
-        return int(Path(f"{root}{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, IndexError, ValueError):
+        return read_stat(f"{proc}/{pid}").started
+    except OSError:
         return float("inf")
 
 

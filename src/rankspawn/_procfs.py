@@ -1,7 +1,7 @@
 """What the kernel tells of other processes: which there are, in which session and group, whether they have ended.
 
 A procfs of an outer PID namespace (``unshare --pid`` without ``--mount-proc``) shows other numbers than system calls
-take; the line NSpid has both (Linux 4.1). It imports nothing of ours.
+take; the line NSpid has both (Linux 4.1).
 """
 
 from __future__ import annotations
@@ -11,12 +11,54 @@ import select
 import sys
 from contextlib import suppress
 
+from ._frozen import Frozen
+
 TYPE_CHECKING = False  # typing's own costs more than this module
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_STATE, _GROUP, _SESSION, _THREADS = 3, 5, 6, 20  # fields of /proc/PID/stat as proc(5) counts them
+
+class Stat(Frozen):
+    """What a procfs says of a process, or of a thread, in one line (proc_pid_stat(5)).
+
+    Attributes:
+        name: Of its program, cut to 15 bytes, or as it has named itself.
+        state: The letter of its state.
+        parent: The process that has started it, or has adopted it.
+        group: Its process group.
+        session: Its session.
+        cpu_seconds: The CPU time that it has used.
+        threads: How many the process has.
+        started: When it was started, in clock ticks since the machine was.
+    """
+
+    name: str
+    state: str
+    parent: int
+    group: int
+    session: int
+    cpu_seconds: float
+    threads: int
+    started: int
+
+
+def read_stat(folder: str) -> Stat:
+    """Read the line about a process, or a thread.
+
+    Args:
+        folder: Where a procfs shows it: ``/proc/PID``, or ``/proc/PID/task/TID``.
+
+    Raises:
+        OSError: It has been reaped, or cannot be read.
+    """
+    with open(f"{folder}/stat", "rb", buffering=0) as file:
+        before, _, after = file.readall().decode(errors="backslashreplace").rpartition(")")
+    # The manual page counts from 1, and the state, which follows the name, is the third. A name may have brackets.
+    state, parent, group, session, *others = after.split()
+    user, system, threads, started = (int(others[number - 7]) for number in (14, 15, 20, 22))
+    seconds = (user + system) / os.sysconf("SC_CLK_TCK")
+    return Stat(before.partition("(")[2], state, int(parent), int(group), int(session), seconds, threads, started)
 
 
 def pids(proc: str = "/proc") -> Iterable[int] | None:
@@ -70,7 +112,7 @@ def session(pid: int, proc: str = "/proc") -> int:
     try:
         return os.getsid(pid)
     except PermissionError:
-        return int(_field(pid, _SESSION, proc))
+        return read_stat(folder(pid, proc)).session
 
 
 def group(pid: int, proc: str = "/proc") -> int:
@@ -78,7 +120,7 @@ def group(pid: int, proc: str = "/proc") -> int:
     try:
         return os.getpgid(pid)
     except PermissionError:
-        return int(_field(pid, _GROUP, proc))
+        return read_stat(folder(pid, proc)).group
 
 
 def has_ended(pid: int, proc: str = "/proc") -> bool:
@@ -96,7 +138,8 @@ def has_ended(pid: int, proc: str = "/proc") -> bool:
             os.close(pidfd)
     try:
         # Where only the first thread has ended, the kernel calls the whole process a zombie.
-        return _field(pid, _STATE, proc) in ("Z", "X") and int(_field(pid, _THREADS, proc)) <= 1
+        stat = read_stat(folder(pid, proc))
+        return stat.state in "ZX" and stat.threads <= 1
     except OSError:
         return is_gone(pid)  # a file that is not there says nothing where there is no procfs
 
@@ -110,16 +153,6 @@ def is_gone(pid: int) -> bool:
     except OSError:
         pass
     return False
-
-
-def name_and_state(pid: int, proc: str = "/proc") -> tuple[str, str]:
-    """The name of a process, and the letter of its state.
-
-    Raises:
-        OSError: It has been reaped, or cannot be read.
-    """
-    name, fields = _stat(pid, proc)
-    return name, fields[0]
 
 
 def line(path: str, start: str = "") -> str:
@@ -142,14 +175,3 @@ def wait(pidfd: int, seconds: float) -> bool:
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
     return bool(poller.poll(max(0.0, seconds) * 1000))
-
-
-def _field(pid: int, number: int, proc: str) -> str:
-    return _stat(pid, proc)[1][number - _STATE]
-
-
-def _stat(pid: int, proc: str) -> tuple[str, list[str]]:
-    """Name of a process, and the fields behind it."""
-    with open(f"{folder(pid, proc)}/stat", encoding="utf-8", errors="replace") as file:
-        before, _, after = file.read().rpartition(")")
-    return before.partition("(")[2], after.split()
