@@ -216,8 +216,9 @@ def test_the_others_are_told_to_end() -> None:
         told = job.stderr.read()
         assert "rankspawn: rank 1 has failed: ending the others\n" in told
         assert re.search(
-            r"^rankspawn: rank 1 \(pid \d+\) exited with status 4\n  what the others did then: 2 ranks \(0,2\): .*\n"
-            r"  others: 0,2 status 5$",
+            r"^rankspawn: rank 1 \(pid \d+\) exited with status 4\n  it ended at .*\n"
+            r"  what the others did then: 2 ranks \(0,2\): .*\n"
+            r"  others: 0,2 exit status 5$",
             told,
             re.MULTILINE,
         )

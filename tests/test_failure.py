@@ -15,8 +15,10 @@ import pytest
 from rankspawn import Popen, launch
 from rankspawn._output.failure import (
     Failure,
+    LastLines,
     describe,
     describe_interruption,
+    duration,
     failures,
     first_failure,
     how_it_ended,
@@ -24,6 +26,7 @@ from rankspawn._output.failure import (
 )
 from rankspawn._output.logs import RankFiles, rank_files
 from rankspawn._output.recorded import RecordedError, pass_on, read_error_file
+from rankspawn._output.words import place_in
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "train.py", line 1, in main\nRuntimeError: boom\n'
 
@@ -215,8 +218,91 @@ def test_told_from_its_stderr(tmp_path: Path) -> None:
         "    line 3\n"
         "    line 4\n"
         f"  its files are in {tmp_path}/attempt_0/0\n"
-        "  others: 1-3 killed by SIGTERM; 5 status 1\n"
+        "  others: 1-3 killed by SIGTERM; 5 exit status 1\n"
     )
+
+
+def traceback(message: str, line: int = 88, path: str = "/home/ann/train.py") -> LastLines:
+    """What the interpreter writes at the end, when the call of the user's code has raised in a package."""
+    return LastLines(
+        "stderr",
+        (
+            "Traceback (most recent call last):",
+            f'  File "{path}", line {line}, in step',
+            "    all_reduce(x)",
+            '  File "/usr/lib/python3.12/site-packages/torch/distributed.py", line 2810, in all_reduce',
+            message,
+        ),
+    )
+
+
+def test_ranks_that_failed_by_the_same_cause_are_one_line() -> None:
+    boom = [
+        Failure(rank, 1, 0.0, why="RuntimeError: boom", output=traceback("RuntimeError: boom")) for rank in range(8)
+    ]
+    elsewhere = boom[3].replace(output=traceback("RuntimeError: boom", 90))
+    shell = Failure(8, 127, 0.0, why="127 is the status of a shell", output=LastLines("stderr", ()))
+    ours = Failure(9, -signal.SIGTERM, 0.0, sent=frozenset({signal.SIGTERM}), why="this launcher has sent it")
+    told = describe(boom[0], [*boom[1:3], elsewhere, *boom[4:], shell, ours, Failure(10, 3, 0.0)], lines=1)
+    assert told.splitlines()[-4:] == [
+        "  ranks 1-2,4-7: RuntimeError: boom (train.py:88)",
+        "  rank 3: RuntimeError: boom (train.py:90)",
+        "  rank 8: exit status 127: 127 is the status of a shell",
+        "  others: 9 killed by SIGTERM; 10 exit status 3",
+    ]
+    many = [Failure(rank, 1, 0.0, why=f"ValueError: {rank}") for rank in range(20)]
+    assert describe(Failure(20, 1, 0.0), many).splitlines()[-2:] == [
+        "  rank 7: ValueError: 7",
+        "  ranks 8-19: other causes",
+    ]
+
+
+def test_what_is_shown_above_is_not_told_again(tmp_path: Path) -> None:
+    output = traceback("RuntimeError: boom")
+    failure = Failure(2, 1, 0.0, why="RuntimeError: boom", output=output)
+    assert describe(failure, shown="[rank 2]:") == (
+        "rank 2 exited with status 1\n"
+        "  why: RuntimeError: boom (train.py:88)\n"
+        "  what it wrote to stderr is shown above, behind [rank 2]:\n"
+    )
+    # A recorded error is told by its message alone, if its traceback stands above, too.
+    files = RankFiles(None, None, str(tmp_path / "error.json"))
+    error = RecordedError("RuntimeError: boom", "\n".join(output.lines), None, "")
+    told = describe(failure.replace(files=files, error=error), shown="[rank 2]:")
+    assert "it recorded: RuntimeError: boom\n" in told and "Traceback" not in told
+    hidden = RecordedError("RuntimeError: boom", "Traceback (most recent call last):\nRuntimeError: other", None, "")
+    assert "    RuntimeError: other\n" in describe(failure.replace(files=files, error=hidden), shown="[rank 2]:")
+    # What it wrote to stdout alone goes elsewhere, perhaps.
+    told = describe(failure.replace(why="", output=LastLines("stdout", ("last words",))), shown="[rank 2]:")
+    assert "  its stdout ends with:\n    last words\n" in told
+
+
+def test_when_it_ended_and_after_what_time() -> None:
+    told = describe(Failure(0, 1, 1700000000.0, lasted=3725.4))
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1700000000))
+    assert told == f"rank 0 exited with status 1\n  it ended at {when}, after 1 h 2 min\n"
+    assert [duration(one) for one in (0.04, 12.34, 59.94, 192.4)] == ["0 s", "12.3 s", "59.9 s", "3 min 12 s"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "place"),
+    [
+        ((), ""),
+        (("RuntimeError: boom",), ""),
+        (('  File "a/train.py", line 3, in <module>', "    f()", "ValueError: no"), "train.py:3"),
+        (('  File "/x/lib/python3.12/json/decoder.py", line 355, in raw_decode', "ValueError: no"), "decoder.py:355"),
+        (
+            (
+                '  File "old.py", line 1, in f',
+                "Traceback (most recent call last):",
+                '  File "<frozen runpy>", line 8, in _run',
+            ),
+            "<frozen runpy>:8",
+        ),
+    ],
+)
+def test_the_place_of_an_exception(lines: tuple[str, ...], place: str) -> None:
+    assert place_in(lines) == place
 
 
 def test_files_that_will_be_gone_are_not_pointed_at(tmp_path: Path) -> None:

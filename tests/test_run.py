@@ -44,6 +44,9 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kerne
 # How a program begins that does not do the same in each attempt.
 ATTEMPT = SAY + "attempt, rank = int(os.environ['TORCHELASTIC_RESTART_COUNT']), os.environ['RANK']\n"
 
+# The second line of what is said of a failure.
+ENDED = r"  it ended at 2\d{3}-\d\d-\d\d \d\d:\d\d:\d\d, after [\d.]+ s\n"
+
 TOGETHER = ["--stdin", "all", "--nproc-per-node"]  # the end of stdin is for all ranks
 
 
@@ -59,7 +62,7 @@ def test_the_others_go_on_where_that_is_asked_for() -> None:
         job.process.stdin.close()
         assert job.hear(2) == {0: "done", 2: "done"}
         assert job.end() == 3
-        assert re.fullmatch(r"rankspawn: rank 1 \(pid \d+\) exited with status 3\n", job.stderr.read())
+        assert re.fullmatch(rf"rankspawn: rank 1 \(pid \d+\) exited with status 3\n{ENDED}", job.stderr.read())
 
 
 def test_the_first_of_several_failures_is_the_jobs() -> None:
@@ -70,7 +73,7 @@ def test_the_first_of_several_failures_is_the_jobs() -> None:
         assert job.process.stdin is not None
         job.process.stdin.close()
         assert job.end() == 10
-        assert "others: 1 status 11; 2 status 12" in job.stderr.read()
+        assert "others: 1 exit status 11; 2 exit status 12" in job.stderr.read()
 
 
 def test_a_job_is_started_again_until_it_does_not_fail(tmp_path: Path) -> None:
@@ -164,10 +167,56 @@ def test_what_is_told_of_the_first_failure(tmp_path: Path) -> None:
         rf"rankspawn: logs in {folder}\n"
         r"rankspawn: rank 1 has failed: ending the others\n"
         r"rankspawn: rank 1 \(pid \d+\) was killed by SIGKILL \(.*\)\n"
-        rf"{bound}  its stderr ends with:\n{last}  its files are in {folder}/attempt_0/1\n"
+        rf"{ENDED}{bound}  its stderr ends with:\n{last}  its files are in {folder}/attempt_0/1\n"
         r"  others: 0 killed by SIGTERM\n",
         done.stderr,
     ), done.stderr
+
+
+RAISES = (
+    "import os, time\n"
+    "rank = int(os.environ['RANK'])\n"
+    "if rank > 1: time.sleep(120)\n"
+    "def step(): raise RuntimeError('boom')\n"
+    "step()\n"
+)
+
+
+def test_ranks_that_raise_alike_are_told_in_a_line(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(RAISES.replace("if rank > 1: time.sleep(120)", ""))
+    done = completed(
+        [*LAUNCHER, "run", "--nproc-per-node", "4", "--keep-going", "--log-dir", str(tmp_path), str(script)]
+    )
+    (first,) = re.findall(r"^rankspawn: rank (\d) \(pid", done.stderr, re.MULTILINE)
+    others = format_ids({0, 1, 2, 3} - {int(first)})
+    assert done.stderr.endswith(f"\n  ranks {others}: RuntimeError: boom (train.py:4)\n"), done.stderr
+    assert done.stderr.count("Traceback") == 1
+
+
+@pytest.mark.parametrize("stderr_is_shown", [True, False])
+def test_a_traceback_is_on_the_screen_once(tmp_path: Path, stderr_is_shown: bool) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(RAISES.replace("rank > 1", "rank"))
+    tee = ["--tee"] if stderr_is_shown else ["--tee", "1", "--redirects", "2"]
+    done = completed([*LAUNCHER, "run", "--nproc-per-node", "2", *tee, "--log-dir", str(tmp_path), str(script)])
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1, done.stderr
+    if stderr_is_shown:
+        assert "\n[rank 0]:RuntimeError: boom\n" in done.stderr
+        assert (
+            "\n  why: RuntimeError: boom (train.py:4)\n  what it wrote to stderr is shown above, behind [rank 0]:\n"
+        ) in done.stderr
+    else:
+        assert "\n  its stderr ends with:\n    Traceback" in done.stderr
+
+
+def test_what_tee_could_not_show_is_quoted(tmp_path: Path) -> None:
+    """A rank that the filter hides has no lines above."""
+    script = tmp_path / "train.py"
+    script.write_text(RAISES.replace("rank > 1", "rank"))
+    done = completed([*LAUNCHER, "run", "--nproc-per-node", "2", "--tee", "--local-ranks-filter", "1", str(script)])
+    assert "\n  its stderr ends with:\n    Traceback" in done.stderr and "shown above" not in done.stderr
 
 
 RECORD = SAY + (
@@ -462,7 +511,7 @@ def test_who_ends_otherwise_than_a_signal_asked_is_told_of() -> None:
         assert job.end() == 128 + signal.SIGTERM
         told = job.stderr.read()
     assert re.fullmatch(
-        r"rankspawn: SIGTERM: ending the ranks\nrankspawn: rank 1 \(pid \d+\) exited with status 8\n", told
+        rf"rankspawn: SIGTERM: ending the ranks\nrankspawn: rank 1 \(pid \d+\) exited with status 8\n{ENDED}", told
     ), told
 
 

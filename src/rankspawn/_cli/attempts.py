@@ -7,8 +7,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from .._group.launch import launch
@@ -18,13 +17,13 @@ from .._output.noted import noted
 from .._output.recorded import pass_on
 from .._place.glance import sets_threads
 from .._start.outcome import BindingError
-from .options import CommandError
 from .program import missing_interpreter
 from .progress import Progress, say
 from .refusals import refusals
 from .reports import Reports
 from .signals import EndAsked, name_of, status_of, suspend
 from .stragglers import Stragglers
+from .streams import shown
 from .warm import template_for
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from .._warm.template import Template
     from .settings import RunSettings
     from .signals import Signals
+    from .streams import Shown
 
 SIGKILL = getattr(signal, "SIGKILL", None)
 _TOO_MANY = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
@@ -95,7 +95,7 @@ def _run_attempt(
         files = streams.files(files)
     # A rank that writes to the terminal itself, or by --tee, would do so behind a line that is to be wiped out.
     progress = Progress(streams.silent, job.first_rank)
-    with _shown(settings, job, files or (), folder, signals):
+    with shown(streams, job, files or (), folder, signals.fileno()) as tee:
         try:
             group = _launch(settings, job, files, progress, None if folder.keep else folder.path or None, template)
         except OSError as error:
@@ -117,7 +117,7 @@ def _run_attempt(
             reports.add(group)
     # A job that somebody wanted to end is not started again, whatever it was that ended it.
     last = supervision.interrupted or job.restart_count == job.max_restarts
-    return _tell_end(supervision, last=last, kept=folder.keep)
+    return _tell_end(supervision, last=last, kept=folder.keep, tee=tee)
 
 
 def _launch(
@@ -307,62 +307,15 @@ def _signal_of(returncode: int) -> int:
     return -returncode if returncode < 0 else returncode - 128 if returncode > 128 else 0
 
 
-@contextmanager
-def _shown(
-    settings: RunSettings, job: Job, files: Sequence[RankFiles], folder: LogFolder, signals: Signals
-) -> Iterator[None]:
-    """Show what the ranks write, for --tee, as long as the block runs; and copy the lines of the filters.
-
-    Raises:
-        CommandError: No thread can be had for it.
-    """
-    streams = settings.streams
-    if not streams.tee and not any(streams.copied):
-        yield
-        return
-    from .._output.tee import show
-
-    prefix = streams.prefix_of(job.first_rank, job.role)
-    shown = streams.files_to_show(files)
-    with ExitStack() as showing:
-        try:
-            showing.enter_context(show(shown, job.first_rank, None, folder, signals.fileno(), prefix=prefix))
-            for stream, words in zip(("stdout", "stderr"), streams.copied, strict=True):
-                if words:
-                    showing.enter_context(_copied(stream, words, shown, job, folder, prefix))
-        except RuntimeError as error:
-            raise CommandError(f"--tee: {error}") from error
-        yield
-
-
-@contextmanager
-def _copied(
-    stream: str,
-    words: Sequence[str],
-    files: Sequence[RankFiles],
-    job: Job,
-    folder: LogFolder,
-    prefix: Callable[[int], str],
-) -> Iterator[None]:
-    """Copy those lines of a stream that have one of the words to a file, as long as the block runs."""
-    from .._output.tee import Tee, sources
-
-    followed = [one for one in sources(files, job.first_rank) if one.is_stderr == (stream == "stderr")]
-    path = os.path.join(folder.path, f"attempt_{job.restart_count}", f"filtered_{stream}.log")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "wb", buffering=0) as file:
-        with Tee(followed, prefix=prefix, out=file.fileno(), err=file.fileno(), words=words):
-            yield
-
-
-def _tell_end(supervision: Supervision, *, last: bool, kept: bool) -> tuple[int, bool]:
+def _tell_end(supervision: Supervision, *, last: bool, kept: bool, tee: Shown | None) -> tuple[int, bool]:
     """Say how the ranks ended; the status (as of ``run_attempts``), and whether it is the job's."""
     failures = supervision.group.failures()
     asked = supervision.asked
     if asked is not None:
         failures = _unasked(failures, supervision)
     if failures:
-        say(describe(failures[0], failures[1:], kept=kept).rstrip("\n"))
+        above = "" if tee is None else tee.prefix_above(failures[0])
+        say(describe(failures[0], failures[1:], kept=kept, shown=above).rstrip("\n"))
         theirs = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if theirs and failures[0].error is not None and last:
             try:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack, contextmanager
 
 from .._frozen import Frozen
+from .options import CommandError
 from .vocabulary import BARE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from .._output.logs import RankFiles
+    from .._group.job import Job
+    from .._output.failure import Failure
+    from .._output.logs import LogFolder, RankFiles
+    from .._output.tee import Tee
 
 _OUT, _ERR = 1, 2
 _OUR_PREFIX, _TORCHRUNS_PREFIX = "[rank ${rank}]:", "[${role_name}${local_rank}]:"
@@ -105,6 +110,72 @@ class Streams(Frozen):
 
         template = Template(self.prefix)
         return lambda rank: template.safe_substitute(rank=rank, local_rank=rank - first_rank, role_name=role)
+
+
+class Shown:
+    """What --tee shows of one attempt, by which a text can refer to lines that stand above it."""
+
+    def __init__(self, tee: Tee, prefix: Callable[[int], str]) -> None:
+        self._tee, self._prefix = tee, prefix
+
+    def prefix_above(self, failure: Failure) -> str:
+        """The prefix of the lines where everything that a rank wrote to its stderr was shown; else ""."""
+        path = None if failure.files is None else failure.files.stderr
+        return self._prefix(failure.rank) if path is not None and self._tee.has_shown(path) else ""
+
+
+@contextmanager
+def shown(
+    streams: Streams, job: Job, files: Sequence[RankFiles], folder: LogFolder, interrupt: int
+) -> Iterator[Shown | None]:
+    """Show what the ranks write, for --tee, as long as the block runs; and copy the lines of the filters.
+
+    Args:
+        streams: What was asked.
+        job: What the ranks of this attempt are told.
+        files: Where they write.
+        folder: Where those files are; it is kept when not all of them could be shown.
+        interrupt: A descriptor; once it is readable, nobody is waited for to read the rest.
+
+    Raises:
+        CommandError: No thread can be had for it.
+    """
+    if not streams.tee and not any(streams.copied):
+        yield None
+        return
+    from .._output.tee import show
+
+    prefix = streams.prefix_of(job.first_rank, job.role)
+    of_ranks = streams.files_to_show(files)
+    with ExitStack() as showing:
+        try:
+            tee = showing.enter_context(show(of_ranks, job.first_rank, None, folder, interrupt, prefix=prefix))
+            for stream, words in zip(("stdout", "stderr"), streams.copied, strict=True):
+                if words:
+                    showing.enter_context(_copied(stream, words, of_ranks, job, folder, prefix))
+        except RuntimeError as error:
+            raise CommandError(f"--tee: {error}") from error
+        yield Shown(tee, prefix)
+
+
+@contextmanager
+def _copied(
+    stream: str,
+    words: Sequence[str],
+    files: Sequence[RankFiles],
+    job: Job,
+    folder: LogFolder,
+    prefix: Callable[[int], str],
+) -> Iterator[None]:
+    """Copy those lines of a stream that have one of the words to a file, as long as the block runs."""
+    from .._output.tee import Tee, sources
+
+    followed = [one for one in sources(files, job.first_rank) if one.is_stderr == (stream == "stderr")]
+    path = os.path.join(folder.path, f"attempt_{job.restart_count}", f"filtered_{stream}.log")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb", buffering=0) as file:
+        with Tee(followed, prefix=prefix, out=file.fileno(), err=file.fileno(), words=words):
+            yield
 
 
 def _by_rank(given: Mapping[int, int] | None, nprocs: int) -> tuple[int, ...]:

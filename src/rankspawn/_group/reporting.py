@@ -121,6 +121,7 @@ class Reporting:
             self.job.first_rank,
             others="" if self.stacks_at_failure is None else self.stacks_at_failure.folded,
             why=self._why,
+            called_ns=self._called_ns,
         )
 
     def _look_for_deaths(self, timeout: float | None, cgroup: str | None) -> list[int]:

@@ -13,10 +13,11 @@ from .._ids import format_ids
 from .._public import public
 from .logs import last_lines, printable
 from .recorded import RecordedError, read_error_file
-from .words import why_by_words
+from .words import place_in, why_by_words
 
 _MOST_LINES = 20
 _WIDEST = 300  # characters of a line that are printed
+_MOST_CAUSES = 8  # of the other ranks, a line each
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -90,6 +91,7 @@ class Failure(Frozen):
             where nobody has looked.
         why: The cause as far as facts say it, in one line: a memory limit, a resource limit, a GPU's fault, a core, an
             exception; "" where none is known.
+        lasted: Seconds from the launch call of its attempt until its end was noticed; None where that is not known.
     """
 
     rank: int
@@ -104,6 +106,7 @@ class Failure(Frozen):
     first_rank: int = 0
     others: str = ""
     why: str = ""
+    lasted: float | None = None
 
     @property
     def local_rank(self) -> int:
@@ -154,6 +157,7 @@ def failures(
     first_rank: int = 0,
     others: str = "",
     why: Mapping[int, str] = MappingProxyType({}),
+    called_ns: int | None = None,
 ) -> list[Failure]:
     """The ranks that have failed: the first failure, then the others by number.
 
@@ -166,6 +170,7 @@ def failures(
         first_rank: The RANK of this machine's local rank 0.
         others: What the other ranks did when the first had failed, in words.
         why: What the kernel says of their deaths, by local rank.
+        called_ns: CLOCK_MONOTONIC when the attempt was launched.
     """
     failed = []
     first_seen = min((number for number, code in returncodes.items() if code), key=exited_ns.__getitem__, default=None)
@@ -189,6 +194,7 @@ def failures(
                     first_rank=first_rank,
                     others=others if number == first_seen else "",
                     why=why.get(number) or why_by_words(returncode, error, () if output is None else output.lines),
+                    lasted=None if called_ns is None else (exited_ns[number] - called_ns) / 1e9,
                 )
             )
     first = first_failure(failed) if failed else None
@@ -240,41 +246,99 @@ def describe_interruption(killed: Collection[int], seconds: float) -> str:
 
 
 def describe(
-    first: Failure, others: Iterable[Failure] = (), *, lines: int = _MOST_LINES, kept: bool | None = None
+    first: Failure,
+    others: Iterable[Failure] = (),
+    *,
+    lines: int = _MOST_LINES,
+    kept: bool | None = None,
+    shown: str = "",
 ) -> str:
     """What happened, for people: lines of text, each with its newline.
 
     Args:
         first: The first failure, which is described in full.
-        others: The other failures, of which only the end is described.
+        others: The other failures, of which only the end and its cause are described, one line for each cause.
         lines: How many lines of the traceback and of the log are quoted at most.
         kept: Whether the files of ``first`` will still be there when this is read; None where they are there now.
+        shown: The prefix behind which everything that ``first`` wrote to its stderr stands above this text, so that it
+            is not quoted; "" where it was not shown.
     """
     pid = "" if first.pid is None else f" (pid {first.pid})"
     told = [f"rank {first.rank}{pid} {how_it_ended(first.returncode, first.sent)}"]
-    if first.why and not _is_quoted(first):
-        told.append(f"  why: {_short(first.why)}")
+    if first.lasted is not None:
+        told.append(f"  it ended at {_clock(first.seen_at)}, after {duration(first.lasted)}")
+    output = first.output
+    if not (shown and output is not None and output.stream == "stderr" and output.lines):
+        shown = ""
+    if first.why and (shown or not _is_quoted(first)):
+        told.append(f"  why: {_cause(first)}")
     if first.binding:
         told.append(f"  it was bound to {first.binding}")
     traceback: list[str] = []
     if first.error is not None and first.files is not None:
         traceback = _text_lines(first.error.traceback)
-        told += _recorded(first.error, first.files.error, traceback, lines)
-    if first.output is not None:
-        told += _end_of_logs(first.output, traceback, lines)
+        told += _recorded(
+            first.error, first.files.error, traceback, lines, above=bool(shown) and _has(output, traceback)
+        )
+    if shown:
+        told.append(f"  what it wrote to stderr is shown above, behind {shown}")
+    elif output is not None:
+        told += _end_of_logs(output, traceback, lines)
     if first.files is not None and first.files.stderr is not None:
         folder = first.files.stderr.parent
         if folder.exists() if kept is None else kept:
             told.append(f"  its files are in {folder}")
     others = list(others)
     told += [f"  what the others did then: {one.others}" for one in (first, *others) if one.others]
+    told += _ends_of(others)
+    return "".join(f"{line}\n" for line in told)
+
+
+def _ends_of(others: Iterable[Failure]) -> list[str]:
+    """A line for each cause that other ranks have failed by, and a last one for those without a cause of their own."""
+    causes: dict[str, list[int]] = {}
     ended: dict[str, list[int]] = {}
     for other in others:
-        how = f"killed by {_signal_name(-other.returncode)}" if other.returncode < 0 else f"status {other.returncode}"
-        ended.setdefault(how, []).append(other.rank)
+        how = (
+            f"killed by {_signal_name(-other.returncode)}"
+            if other.returncode < 0
+            else f"exit status {other.returncode}"
+        )
+        if other.why and not _is_ours(other):
+            cause = _cause(other) if other.returncode == 1 else f"{how}: {_cause(other)}"
+            causes.setdefault(cause, []).append(other.rank)
+        else:
+            ended.setdefault(how, []).append(other.rank)
+    told = [
+        f"  rank{'s' if len(ranks) > 1 else ''} {format_ids(ranks)}: {cause}"
+        for cause, ranks in list(causes.items())[:_MOST_CAUSES]
+    ]
+    if more := [rank for ranks in list(causes.values())[_MOST_CAUSES:] for rank in ranks]:
+        told.append(f"  rank{'s' if len(more) > 1 else ''} {format_ids(more)}: other causes")
     if ended:
         told.append("  others: " + "; ".join(f"{format_ids(ranks)} {how}" for how, ranks in ended.items()))
-    return "".join(f"{line}\n" for line in told)
+    return told
+
+
+def _cause(failure: Failure) -> str:
+    """Its cause and, where that is the exception at the end of its traceback, the line of code that has raised it."""
+    lines = list(() if failure.output is None else failure.output.lines)
+    if failure.error is not None:
+        lines = _text_lines(failure.error.traceback) or lines
+    place = place_in(lines) if any(failure.why == line.strip() for line in lines) else ""
+    return _short(failure.why) + (f" ({place})" if place else "")
+
+
+def duration(seconds: float) -> str:
+    """A duration in words: "12.3 s", "3 min 12 s", "2 h 5 min"."""
+    if seconds < 60:
+        return f"{round(seconds, 1):g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def _is_quoted(failure: Failure) -> bool:
@@ -285,13 +349,20 @@ def _is_quoted(failure: Failure) -> bool:
     return any(failure.why == line.strip() for line in lines)
 
 
-def _recorded(error: RecordedError, path: str, traceback: Sequence[str], most: int) -> list[str]:
-    """The lines about the error file: its message and its traceback."""
+def _has(output: LastLines | None, traceback: Sequence[str]) -> bool:
+    """Whether the end of what it wrote has the end of the traceback."""
+    return output is not None and bool(traceback) and traceback[-1] in output.lines
+
+
+def _recorded(
+    error: RecordedError, path: str, traceback: Sequence[str], most: int, *, above: bool = False
+) -> list[str]:
+    """The lines about the error file: its message, and its traceback unless that stands above."""
     if error.problem:
         return [f"  its error file {path} {error.problem}"]
-    when = "" if error.time is None else time.strftime(", at %Y-%m-%d %H:%M:%S", time.localtime(error.time))
+    when = "" if error.time is None else f", at {_clock(error.time)}"
     headline, *more = _text_lines(error.message) or ["an error without a message"]
-    texts = traceback or more
+    texts = [] if above else traceback or more
     left_out = [f"... ({len(texts) - most} lines)"] if len(texts) > most else []
     return [f"  it recorded{when}: {_short(headline)}", *_indented([*left_out, *texts[-most:]])]
 

@@ -66,8 +66,8 @@ def show(
     out: IO[str] | None = None,
     err: IO[str] | None = None,
     prefix: str | Callable[[int], str] = PREFIX,
-) -> Iterator[None]:
-    """Show what the ranks write for as long as the block runs, and the rest when it ends.
+) -> Iterator[Tee]:
+    """Show what the ranks write for as long as the block runs, and the rest when it ends. Gives the Tee.
 
     Args:
         files: Where the ranks write, by local rank.
@@ -86,7 +86,7 @@ def show(
     ranks = None if local_ranks is None else {first_rank + rank for rank in local_ranks}
     tee = Tee(sources(files, first_rank), ranks=ranks, prefix=prefix, out=out, err=err).start()
     try:
-        yield
+        yield tee
     finally:
         wanted = folder is not None and folder.keep
         if folder is not None:
@@ -199,6 +199,10 @@ class Tee:
     def unshown(self) -> tuple[str, ...]:
         """The paths of the files that have more than was shown."""
         return () if self._complete else tuple(one.path for one in self._followed if one.has_more())
+
+    def has_shown(self, path: str | os.PathLike[str]) -> bool:
+        """Whether everything that is in a file was shown, on a stream that is still there."""
+        return any(one.path == os.fspath(path) and not one.sink.dead and not one.has_more() for one in self._followed)
 
     def __enter__(self) -> Tee:
         return self.start()

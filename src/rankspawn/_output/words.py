@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,7 +12,9 @@ if TYPE_CHECKING:
 
 # The last line of a traceback: the class, with its module, and the message.
 _EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:: .*)?")
-_FRAME = re.compile(r' *File ".*", line \d+')
+_FRAME = re.compile(r' *File "(?P<path>.*)", line (?P<line>\d+)')
+# Where no code of the user's lies: installed packages, the standard library, and what the interpreter has inside.
+_LIBRARY = re.compile(r"<frozen |.*[/\\](?:(?:site|dist)-packages|python3\.\d+t?)[/\\]")
 
 _SHELLS = {
     126: "126 is the status of a shell or wrapper (env, timeout, numactl) that could not execute its command",
@@ -32,6 +35,24 @@ def why_by_words(returncode: int, error: RecordedError | None, lines: Sequence[s
     if returncode in _SHELLS:
         return _SHELLS[returncode] + (f": {lines[-1].strip()}" if lines else "")
     return _exception_in(lines) if returncode > 0 else ""
+
+
+def place_in(lines: Sequence[str]) -> str:
+    """The last call in the last traceback, "train.py:88", if possible one of the user's own code; "" without one.
+
+    Args:
+        lines: The end of what a rank wrote, or a traceback.
+    """
+    place = ""
+    for line in reversed(lines):
+        if frame := _FRAME.match(line):
+            here = f"{os.path.basename(frame['path'])}:{frame['line']}"
+            if not _LIBRARY.match(frame["path"]):
+                return here
+            place = place or here
+        elif place and line.startswith("Traceback "):
+            break
+    return place
 
 
 def _exception_in(lines: Sequence[str]) -> str:
