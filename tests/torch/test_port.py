@@ -25,8 +25,10 @@ if os.environ["RANK"] == "0":
 dist.init_process_group("gloo")
 seen = [None] * dist.get_world_size()
 dist.all_gather_object(seen, dist.get_rank())
+print(os.environ["MASTER_ADDR"], seen, flush=True)
+# Both have written by now: the launcher ends the other rank as soon as one has failed.
+dist.barrier()
 dist.destroy_process_group()
-print(os.environ["MASTER_ADDR"], seen)
 sys.exit(os.environ["TORCHELASTIC_RESTART_COUNT"] == "0")
 """
 
