@@ -3,6 +3,8 @@
 Both run ``--nproc-per-node 8 --numa-binding node`` with an empty script and with ``import torch``, in turns, and then
 scripts that leave at once, for the time from the end of the last worker to the end of the launcher. torchrun needs
 numactl, and a device: where torch sees none, it is told the address of some PCI device, as in the other benchmarks.
+Before these come whole commands as a user types them, without binding: torchrun, ``rankspawn torchrun``, and
+``rankspawn run``, which has no agent. ``--commands`` measures them alone.
 torch's rendezvous sleeps for a random time of up to 0.3 s; the generator is seeded, so that both sleep as long.
 """
 
@@ -135,15 +137,49 @@ def table(title: str, found: dict[str, list[Marks]], stages: Sequence[tuple[str,
     return lines
 
 
+def commands(script: Path, workers: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each command that starts ``workers`` ranks, in turns."""
+    ways = {
+        "torchrun": "torch.distributed.run",
+        "rankspawn torchrun": "rankspawn.torchrun",
+        "rankspawn run": "rankspawn run",
+    }
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, module in ways.items():
+            command = [sys.executable, "-m", *module.split(), "--nproc-per-node", str(workers), str(script)]
+            called = time.perf_counter()
+            subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+            if number:  # the first warms the caches
+                found[name].append(time.perf_counter() - called)
+    return found
+
+
+def table_of_commands(title: str, found: dict[str, list[float]]) -> list[str]:
+    lines = [f"| {title} | seconds | torchrun / that |", "| --- | --- | --- |"]
+    for name, seconds in found.items():
+        ratio = median(their / our for their, our in zip(found["torchrun"], seconds, strict=True))
+        lines.append(f"| {name} | {median(seconds):.2f} | {ratio:.1f} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, help="jobs of each launcher and script (default 10)")
     parser.add_argument("--workers", type=int, default=8, help="(default 8)")
+    parser.add_argument("--commands", action="store_true", help="only the whole commands")
     options = parser.parse_args()
     arguments = ["--nproc-per-node", str(options.workers), "--numa-binding", "node"]
     with tempfile.TemporaryDirectory(prefix="torchrun-") as folder:
         script = Path(folder, "rank.py")
         os.environ["TMPDIR"] = folder  # torch leaves a folder of logs there for each job
+        print(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, {options.workers} workers\n")
+        for title, body in BODIES.items():
+            script.write_text(f"{body}\n")
+            print("\n".join(table_of_commands(title, commands(script, options.workers, options.rounds))), flush=True)
+            print()
+        if options.commands:
+            return
         for title, body in BODIES.items():
             script.write_text(RANK.format(body=body, end=""))
             print("\n".join(table(title, in_turns(script, arguments, options.rounds), STAGES)), flush=True)

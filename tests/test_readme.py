@@ -18,9 +18,25 @@ def test_it_stays_short() -> None:
     assert len(README.splitlines()) <= 120
 
 
-def test_its_picture_is_what_the_program_draws() -> None:
-    drawn = importlib.import_module("docs.pictures").plan_svg()
-    assert (ROOT / "docs" / "_static" / "plan.svg").read_text(encoding="utf-8") == drawn, "run: make pictures"
+@pytest.mark.parametrize("picture", ["plan", "chart"])
+def test_its_pictures_are_what_the_program_draws(picture: str) -> None:
+    drawn = getattr(importlib.import_module("docs.pictures"), f"{picture}_svg")()
+    assert (ROOT / "docs" / "_static" / f"{picture}.svg").read_text(encoding="utf-8") == drawn, "run: make pictures"
+    assert "prefers-color-scheme: dark" in drawn
+    assert f"docs/_static/{picture}.svg" in README
+
+
+def test_its_figures_are_those_of_the_tables() -> None:
+    """The tables in docs/ are what benchmarks have printed; the README rounds nothing of them."""
+    tables = "".join(
+        line
+        for page in ("torchrun.md", "guide/warm.md")
+        for line in (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ")
+    )
+    said = re.findall(r"([0-9.]*[0-9]) s\b", README)
+    assert len(said) > 6
+    assert {one for one in said if not re.search(rf"\| {re.escape(one)}0* \|", tables)} == set()
 
 
 def test_make_targets() -> None:
