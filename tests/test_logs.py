@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from rankspawn import Job, Popen, launch
-from rankspawn._output.logs import last_lines, printable, rank_files
-from tests.support.launchers import after, completed, environment_here, in_ranks
+from rankspawn._output.logs import LogFolder, last_lines, printable, rank_files
+from tests.support.launchers import LAUNCHER, after, completed, environment_here, in_ranks
 from tests.support.processes import eventually
 from tests.support.state import fork
 
@@ -26,6 +26,43 @@ def test_the_layout_is_torchruns(tmp_path: Path) -> None:
     assert (files[11].stdout, files[11].stderr) == (folder / "11" / "stdout.log", folder / "11" / "stderr.log")
     assert files[11].error == str(folder / "11" / "error.json")
     assert list(folder.rglob("*.*")) == []  # the ranks make the files
+
+
+def test_a_folder_is_named_after_the_job_and_the_time(tmp_path: Path) -> None:
+    made = []
+    for _ in range(3):  # in one second, as of several machines
+        with LogFolder(str(tmp_path), name="train") as folder:
+            made.append(Path(folder.path))
+            assert (tmp_path / "latest").samefile(folder.path)
+    assert len(set(made)) == 3 and all(re.fullmatch(r"train-\d{8}-\d{6}(-[23])?", one.name) for one in made)
+    assert os.readlink(tmp_path / "latest") == made[2].name  # so that the folder can be moved
+    assert {path.name for path in tmp_path.iterdir()} == {"latest", *(one.name for one in made)}
+
+
+def test_a_file_that_is_called_latest_stays(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("mine")
+    with LogFolder(str(tmp_path), name="train") as folder:
+        assert os.path.isdir(folder.path)
+    assert (tmp_path / "latest").read_text() == "mine"
+
+
+def test_folders_of_jobs_that_begin_together_are_their_own(tmp_path: Path) -> None:
+    code = "import sys\nfrom rankspawn._output.logs import LogFolder\nprint(LogFolder(sys.argv[1], name='job').path)\n"
+    begun = [
+        subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) for _ in range(6)
+    ]
+    made = {one.communicate(timeout=60)[0].strip() for one in begun}
+    assert len(made) == 6 and all(os.path.isdir(path) for path in made)
+    assert str(tmp_path / os.readlink(tmp_path / "latest")) in made
+    assert len(list(tmp_path.iterdir())) == 7
+
+
+def test_a_folder_names_the_run_id_and_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("")
+    several = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--master-port", "29500"]
+    command = ["run", *several, "--rdzv-id", "a/b", "--log-dir", "logs", "train.py"]
+    assert completed([*LAUNCHER, *command], cwd=tmp_path, env=environment_here()).returncode == 0
+    assert os.readlink(tmp_path / "logs" / "latest").startswith("train-a_b-node1-2")
 
 
 def test_without_a_log_folder_there_are_error_files_only(tmp_path: Path) -> None:

@@ -121,4 +121,5 @@ def test_names_of_files_are_shown_byte_by_byte(name: bytes, locale: dict[str, st
     assert said("--report", report, script)[1] == b"rankspawn: " + report + b": No such file or directory\n"
     kept = said("--log-dir", folder, script)[1]
     for begin, end in ((b"rankspawn: logs in ", b""), (b"  its files are in ", b"/attempt_0/0")):
-        assert re.search(rb"(?m)^" + begin + rb"\S*" + re.escape(folder) + rb"/none_\w+" + end + rb"$", kept), kept
+        path = rb"\S*" + re.escape(folder) + b"/" + re.escape(name) + rb"-\d{8}-\d{6}"
+        assert re.search(rb"(?m)^" + begin + path + end + rb"$", kept), kept

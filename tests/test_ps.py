@@ -42,7 +42,7 @@ def test_the_ranks_of_a_job(runtime: Path, tmp_path: Path) -> None:
     code = SLEEP.replace("say(os.getpid())", "print('epoch', os.environ['RANK'], flush=True)")
     with launched(in_ranks(code, *options)) as job:
         logs = tmp_path / "logs"
-        eventually(lambda: len([one for one in logs.glob("*/*/*/stdout.log") if one.read_text()]) == 2)
+        eventually(lambda: len([one for one in logs.glob("latest/*/*/stdout.log") if one.read_text()]) == 2)
         about = job_of(job.process.pid)
         assert [(rank["rank"], rank["asked"], rank["cpus"], rank["strays"]) for rank in about["ranks"]] == [
             (0, cpu, cpu, 0),

@@ -170,8 +170,10 @@ def test_the_prefix_of_torchruns_variable() -> None:
 def test_what_goes_to_files(options: str, files: set[str], tmp_path: Path) -> None:
     command = in_ranks(BOTH, *TWO, "--log-dir", str(tmp_path), "--rdzv-id", "job/7", *options.split())
     done = completed(command, env=environment_here())
-    (folder,) = tmp_path.iterdir()
-    assert folder.name.startswith("job_7_") and f"rankspawn: logs in {folder}\n" in done.stderr
+    folder = tmp_path / os.readlink(tmp_path / "latest")
+    assert (
+        re.fullmatch(r"python[\d.]*-job_7-\d{8}-\d{6}", folder.name) and f"rankspawn: logs in {folder}\n" in done.stderr
+    )
     made = {str(path.relative_to(folder / "attempt_0")): path.read_text() for path in folder.rglob("*.log")}
     assert made.keys() == files
     for name, text in made.items():
@@ -198,7 +200,7 @@ def test_lines_that_are_copied(tmp_path: Path) -> None:
     filters = ["--duplicate-stdout-filters", "loss 3,, x,end", "--duplicate_stderr_filters", "warn"]
     done = completed(in_ranks(code, "--log-dir", str(tmp_path), "-t", "3", *filters), env=environment_here())
     assert done.returncode == 0 and done.stdout.count("[default0]:") == 5
-    (folder,) = tmp_path.iterdir()
+    folder = tmp_path / os.readlink(tmp_path / "latest")
     assert (folder / "attempt_0/filtered_stdout.log").read_text() == "[default0]:loss 3, x\n[default0]:end\n"
     assert (folder / "attempt_0/filtered_stderr.log").read_text() == "[default0]:warning: a\n" * 20000
 

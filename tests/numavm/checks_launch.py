@@ -50,7 +50,7 @@ def run_ranks(folder: Path, count: int, *options: str, **variables: str) -> tupl
     command += [*options, "--no-python", "/bin/sh", "-c", TELL]
     said = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=120)
     assert said.returncode == 0, said.stderr
-    (run,) = folder.iterdir()
+    run = folder / "latest"
     return [Told(run / "attempt_0" / str(rank) / "stdout.log") for rank in range(count)], said.stderr
 
 

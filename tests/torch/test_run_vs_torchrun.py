@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -69,8 +70,9 @@ def run(command: list[str], folder: Path, ranks: int) -> Outcome:
         capture_output=True, text=True, timeout=120, env={**environment, "LC_ALL": "C.UTF-8"},
     )  # fmt: skip
     said = [json.loads((folder / f"said-{rank}").read_text()) for rank in range(ranks)]
-    (job,) = logs.iterdir()
-    assert job.name.startswith("none_")
+    # torchrun names the folder after the run_id; ours after the script and the time, with a link to the newest.
+    (job,) = [path for path in logs.iterdir() if not path.is_symlink()]
+    assert re.fullmatch(r"none_\w{8}" if command[2] == "torch.distributed.run" else r"script-\d{8}-\d{6}", job.name)
     files = {str(path.relative_to(job)): path.read_text() for path in job.rglob("*") if path.is_file()}
     return Outcome(done.returncode, said, files)
 

@@ -255,8 +255,7 @@ def _folder(settings: RunSettings) -> Iterator[LogFolder]:
     try:
         if parent is not None:
             os.makedirs(parent, exist_ok=True)
-        name = settings.job.run_id.replace(os.sep, "_")
-        folder = LogFolder(parent, name=name, optional=parent is None and not streams.kept)
+        folder = LogFolder(parent, name=settings.name, optional=parent is None and not streams.kept)
     except OSError as error:
         if parent is None:
             raise CommandError(f"no folder for log files: {error.strerror}; give --log-dir DIR") from error

@@ -35,6 +35,7 @@ class RunSettings(Frozen):
 
     Attributes:
         command: What each rank executes.
+        name: What the job is called, in the name of its log folder: its script, its run_id and its machine.
         job: What the ranks of the first attempt are told.
         bindings: Where each rank goes, by local rank; None for a rank that stays unbound.
         omp_threads: OMP_NUM_THREADS of each rank, by local rank.
@@ -58,6 +59,7 @@ class RunSettings(Frozen):
     """
 
     command: tuple[str, ...]
+    name: str
     job: Job
     bindings: tuple[Binding | None, ...]
     omp_threads: tuple[int, ...]
@@ -107,6 +109,7 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
         )
     return RunSettings(
         command=_command(script, args),
+        name=_name(script[0], job, own_id=not args.standalone),
         job=job,
         bindings=bindings,
         omp_threads=threads,
@@ -166,6 +169,17 @@ def _command(script: Sequence[str], args: argparse.Namespace) -> tuple[str, ...]
     python = os.environ.get("PYTHON_EXEC", sys.executable)
     how = ["-c", _RUN_PATH] if args.run_path else ["-m"] if args.module else []
     return (python, "-u", *how, *script)
+
+
+def _name(script: str, job: Job, *, own_id: bool) -> str:
+    """Name a job by its script, by its run_id where it has one, and by the machine where there are several."""
+    name = os.path.basename(script.rstrip(os.sep)).removesuffix(".py")
+    words = ["stdin" if script == "-" else name]
+    if own_id and job.run_id != "none":  # with --standalone it is a UUID
+        words.append(job.run_id.replace(os.sep, "_"))
+    if job.nnodes > 1:
+        words.append(f"node{job.node_rank}")
+    return "-".join(words)
 
 
 def _own_devices(nprocs: int) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import sys
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,12 +49,13 @@ class RankFiles(Frozen):
 class LogFolder:
     """A new folder for the files of a job's ranks.
 
-    In ``parent`` it is named as torchrun names it. Without ``parent`` it is a temporary folder, which leaving the
-    ``with`` block removes, unless ``keep`` has been set.
+    In ``parent`` it is named after the job and the time, "train-20261128-140311", and ``parent/latest`` is a link to
+    the newest. Without ``parent`` it is a temporary folder, which leaving the ``with`` block removes, unless ``keep``
+    has been set.
 
     Args:
         parent: The folder to make it in; None for a temporary folder.
-        name: The beginning of its name in ``parent``: the job's run_id.
+        name: The beginning of its name in ``parent``.
         optional: Whether the job can do without: the system may have no place for temporary files.
 
     Attributes:
@@ -64,12 +66,15 @@ class LogFolder:
         OSError: No folder can be made.
     """
 
-    def __init__(self, parent: str | None = None, *, name: str = "none", optional: bool = False) -> None:
+    def __init__(self, parent: str | None = None, *, name: str = "job", optional: bool = False) -> None:
+        self.keep, self.path = parent is not None, ""
+        if parent is not None:
+            self.path = _dated_folder(parent, name)
+            return
         import tempfile
 
-        self.keep, self.path = parent is not None, ""
         try:
-            self.path = tempfile.mkdtemp(prefix="rankspawn-" if parent is None else f"{name}_", dir=parent)
+            self.path = tempfile.mkdtemp(prefix="rankspawn-")
         except OSError:
             if not optional:
                 raise
@@ -82,6 +87,25 @@ class LogFolder:
             import shutil
 
             shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _dated_folder(parent: str, name: str) -> str:
+    """Make a folder of a new name, and have ``parent/latest`` point to it."""
+    base = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for count in range(1, 10_000):
+        made = base if count == 1 else f"{base}-{count}"
+        with suppress(FileExistsError):  # of a job that began in the same second, perhaps on another machine
+            os.mkdir(os.path.join(parent, made), 0o700)
+            break
+    else:
+        raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), os.path.join(parent, base))
+    latest = os.path.join(parent, "latest")
+    if not os.path.lexists(latest) or os.path.islink(latest):
+        with suppress(OSError):  # a file system without links: the launcher says where the files are, too
+            new = os.path.join(parent, f".{made}")
+            os.symlink(made, new)
+            os.replace(new, latest)  # at once: whoever looks finds the old one or the new one
+    return os.path.join(parent, made)
 
 
 @contextmanager
