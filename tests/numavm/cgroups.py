@@ -14,8 +14,9 @@ from pathlib import Path
 V2 = Path("/sys/fs/cgroup")
 V1 = Path("/run/cpuset")
 
-# A cgroup that was removed, or a hierarchy that was unmounted, holds its controller for a moment longer.
-PATIENCE_SECONDS = 20.0
+# A cgroup that was removed, or a hierarchy that was unmounted, holds its controller for a moment longer; on a busy host
+# the machine's kernel needs seconds for it.
+PATIENCE_SECONDS = 120.0
 _HELD = (errno.EBUSY, errno.ENOENT)
 
 
@@ -110,18 +111,28 @@ def mounted_v1() -> Iterator[None]:
             raise OSError(ctypes.get_errno(), "mount")
 
     def unmount() -> None:
-        libc.umount2(os.fsencode(V1), 0)
-        time.sleep(0.02)
+        # A hierarchy outlives its last mount while one of its groups, though removed, is not freed.
+        if cpusets() > 1:
+            raise OSError(errno.EBUSY, "a removed cpuset is not freed")
+        if libc.umount2(os.fsencode(V1), 0) < 0:
+            raise OSError(ctypes.get_errno(), "umount")
+
+    def given_back() -> None:
         if "cpuset" not in V2.joinpath("cgroup.controllers").read_text():
-            # A hierarchy outlives its last mount when one of its groups was just removed: mount and unmount it again.
-            mount()
-            raise OSError(errno.EBUSY, "umount")
+            raise OSError(errno.EBUSY, "cgroup v1 holds the cpuset controller")
 
     patiently(mount)
     try:
         yield
     finally:
         patiently(unmount)
+        patiently(given_back)
+
+
+def cpusets() -> int:
+    """How many groups the hierarchy of the cpuset controller has, those included that were removed and not freed."""
+    lines = Path("/proc/cgroups").read_text().splitlines()
+    return next(int(count) for name, _, count, _ in map(str.split, lines[1:]) if name == "cpuset")
 
 
 def group_of(pid: int | str) -> str:

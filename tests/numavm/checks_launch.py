@@ -71,9 +71,14 @@ def test_run_leaves_ranks_unbound(options: tuple[str, ...], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "options", ["", "--numa-binding none", "--numa-binding node --memory-policy bind", "--reserve-cores 1"]
+    "nprocs, options",
+    [
+        *((count, "") for count in (1, 3, 4, 6)),
+        *((count, "--numa-binding node --memory-policy bind") for count in (1, 6)),
+        *((count, "--reserve-cores 1") for count in (3, 4)),
+        (3, "--numa-binding none"),
+    ],
 )
-@pytest.mark.parametrize("nprocs", [1, 3, 4, 6])
 def test_plan_shows_what_run_and_launch_do(nprocs: int, options: str, tmp_path: Path) -> None:
     rankspawn = [sys.executable, "-m", "rankspawn"]
     words = ["--nproc-per-node", str(nprocs), *options.split()]

@@ -17,6 +17,9 @@ THREADS = 2
 MEMORY_ONLY = 4
 NODE_MIB = 256
 
+RUNNING = "numavm: running "
+"""A line of the job that begins so names the check that begins. It is shown only when that check does not end."""
+
 _DIES = NODES_PER_SOCKET * DIES_PER_NODE  # of a socket
 CPU_COUNT = SOCKETS * _DIES * THREADS
 

@@ -8,6 +8,8 @@ from collections import Counter
 
 import pytest
 
+from tests.numavm.machine import RUNNING
+
 _counts: Counter[str] = Counter()
 _seconds: dict[str, float] = {}
 _failed: set[str] = set()
@@ -26,9 +28,17 @@ def pytest_sessionstart() -> None:
     print(f"numavm: kernel {os.uname().release}, {os.cpu_count()} CPUs", flush=True)
 
 
+def _name(nodeid: str) -> str:
+    return nodeid.rpartition("/")[2].replace(".py::test_", ": ").removeprefix("checks_")
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    print(f"{RUNNING}{_name(nodeid)}", flush=True)
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """A check's set-up and tear-down count as the check, because the fixture that looks for leftovers fails there."""
-    name = report.nodeid.rpartition("/")[2].replace(".py::test_", ": ").removeprefix("checks_")
+    name = _name(report.nodeid)
     _seconds[name] = _seconds.get(name, 0.0) + report.duration
     if report.skipped:
         _skipped[name] = str(report.longrepr[2]).removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
