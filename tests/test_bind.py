@@ -194,7 +194,8 @@ def test_what_comes_before_each_rank_is_light() -> None:
 
 def test_signals_are_as_they_were() -> None:
     """The interpreter ignores two signals that the program does not; what a user ignores (nohup) stays ignored."""
-    status = [*BIND, "cat", "/proc/self/status"]
+    plain = ["cat", "/proc/self/status"]
+    status = [*BIND, *plain]
 
     def masks(command: list[str]) -> dict[str, int]:
         lines = re.findall(r"^Sig(Ign|Blk|Cgt):\s*(\w+)$", ran(command).stdout, re.M)
@@ -202,7 +203,7 @@ def test_signals_are_as_they_were() -> None:
         # make starts programs by glibc's posix_spawn, in which glibc's own two signals are ignored.
         return {**found, "Ign": found["Ign"] & ~(3 << 31)}
 
-    assert masks(status) == {"Ign": 0, "Blk": 0, "Cgt": 0}
+    assert masks(status) == masks(plain)
     code = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execvp(sys.argv[1], sys.argv[1:])"
     assert masks([sys.executable, "-c", code, *status])["Ign"] == 1 << signal.SIGHUP - 1
 
