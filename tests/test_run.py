@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import random
 import re
-import select
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,6 +34,7 @@ from tests.support.launchers import (
     with_grace,
 )
 from tests.support.processes import eventually, has_ended, new_cgroup, state
+from tests.support.terminals import on_terminal
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sessions, signals and terminals are asked for")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
@@ -568,51 +566,6 @@ def test_a_rank_that_may_not_be_signalled_is_said_and_waited_for(public_folder: 
 # ---- terminals ------------------------------------------------------------------------------------------------------
 
 
-class Terminal:
-    """What is on a terminal, and what is typed there."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd, self.text = fd, ""
-
-    def types(self, text: str) -> None:
-        os.write(self.fd, text.encode())
-
-    def shows(self, pattern: str) -> re.Match[str]:
-        """Wait until something new matches. The next call looks behind the match."""
-        until = time.monotonic() + TIMEOUT
-        while (found := re.search(pattern, self.text)) is None:
-            assert time.monotonic() < until, f"{pattern} is not in {self.text!r}"
-            if select.select([self.fd], [], [], 0.1)[0]:
-                try:
-                    self.text += os.read(self.fd, 4096).decode()
-                except OSError as error:  # nobody has the other end open
-                    raise AssertionError(f"{pattern} is not in {self.text!r}") from error
-        self.text = self.text[found.end() :]
-        return found
-
-
-@contextmanager
-def on_terminal(command: list[str], **environment: str) -> Iterator[tuple[Terminal, int]]:
-    """The terminal of ``command``, which leads its session, and the pid of ``command``."""
-    pid, fd = pty.fork()
-    if pid == 0:
-        try:
-            os.execvpe(command[0], command, {**os.environ, "TERM": "xterm", **environment})
-        finally:
-            os._exit(127)
-    ended = False
-    try:
-        yield Terminal(fd), pid
-        os.waitpid(pid, 0)
-        ended = True
-    finally:
-        if not ended:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        os.close(fd)
-
-
 @linux
 def test_ctrl_z_stops_the_ranks_and_the_shell_continues_them() -> None:
     code = (
@@ -672,7 +625,7 @@ def test_the_progress_line_is_shown_and_wiped(tmp_path: Path) -> None:
         ready(tmp_path, 2)
         os.kill(pid, signal.SIGTERM)
         terminal.shows(
-            "^rankspawn: SIGTERM: ending the ranks\r\n"
+            "^(\r\x1b\\[Krankspawn: \\d+ s: 2 ranks running)*(\r\x1b\\[K)?rankspawn: SIGTERM: ending the ranks\r\n"
             "\r\x1b\\[Krankspawn: 2 of 2 ranks still run, SIGKILL in [123] s: 0-1"
             "(\r\x1b\\[Krankspawn: 2 of 2 ranks still run, SIGKILL in [0123] s: 0-1)*"
             "\r\x1b\\[Krankspawn: what did not end in time is killed\r\n"

@@ -17,6 +17,7 @@ from .._output.noted import noted
 from .._output.recorded import pass_on
 from .._place.glance import sets_threads
 from .._start.outcome import BindingError
+from .colours import red
 from .program import missing_interpreter
 from .progress import Progress, say
 from .refusals import refusals
@@ -215,8 +216,8 @@ class Supervision:
         running = True
         while running:
             try:
-                again = self._progress.ending(self.group)
-                running = self.group.advance(self._stragglers.left() if again is None else again)
+                due = [self._progress.state(self.group), self._stragglers.left()]
+                running = self.group.advance(min((one for one in due if one is not None), default=None))
                 if self.group.stopping and self._told_at is None:
                     self._told_at = time.monotonic()
                 if self.group.killing and not self._killing:
@@ -291,10 +292,8 @@ class Supervision:
         if self.asked is None:
             self._failed = True
             if running:
-                self._progress.say(
-                    f"rank {self._job.first_rank + first} has failed"
-                    + (": ending the others" if self.group.stopping else "")
-                )
+                more = ": ending the others" if self.group.stopping else ""
+                self._progress.say(red(f"rank {self._job.first_rank + first} has failed{more}"))
 
     def _is_cause(self, sig: int) -> bool:
         """Whether the first failure is a rank that died of the same signal a moment ago: it was sent to both."""
@@ -315,7 +314,7 @@ def _tell_end(supervision: Supervision, *, last: bool, kept: bool, tee: Shown | 
         failures = _unasked(failures, supervision)
     if failures:
         above = "" if tee is None else tee.prefix_above(failures[0])
-        say(describe(failures[0], failures[1:], kept=kept, shown=above).rstrip("\n"))
+        say(red(describe(failures[0], failures[1:], kept=kept, shown=above).rstrip("\n")))
         theirs = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if theirs and failures[0].error is not None and last:
             try:

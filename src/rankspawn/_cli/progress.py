@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -13,6 +14,8 @@ from .._ids import format_ids
 from .._output.console import is_stuck, say, write
 
 if TYPE_CHECKING:
+    from typing import TextIO
+
     from .._group.group import RankGroup
 
 __all__ = ["Progress", "say"]
@@ -21,7 +24,9 @@ _SECONDS = 0.5  # anything that takes less time needs no line
 
 
 class Progress:
-    """One line on a terminal while many ranks start, or are waited for. It shows nothing where stderr is no terminal.
+    """One line on a terminal: how many ranks have started, run and have ended, and which are waited for.
+
+    It shows nothing where stderr is no terminal that this process is in the foreground of, or CI's (the variable CI).
 
     Args:
         on: Whether nobody else writes to the terminal meanwhile, and the line may be shown.
@@ -30,8 +35,9 @@ class Progress:
 
     def __init__(self, on: bool, first_rank: int = 0) -> None:
         self._first_rank = first_rank
-        self._on = on and sys.stderr is not None and sys.stderr.isatty()
+        self._on = on and _is_redrawn(sys.stderr)
         self._shown = False
+        self._began = time.monotonic()
 
     @contextmanager
     def starting(self, nprocs: int) -> Iterator[Callable[[Callable[[], int]], object] | None]:
@@ -58,16 +64,33 @@ class Progress:
                 thread.join()
             self.clear()
 
-    def ending(self, group: RankGroup) -> float | None:
-        """Show which ranks still run after they have been told to end; in how many seconds to call again."""
+    def state(self, group: RankGroup) -> float | None:
+        """Show how many ranks run, or which still do after they have been told to end.
+
+        Returns:
+            In how many seconds to call again; None where there is nothing to show.
+        """
         running, kill_at = group.running, group.kill_at
-        if not self._on or kill_at is None or not running:
+        if not self._on or not running:
             self.clear()
             return None
+        if kill_at is None:
+            return self._running(len(running), len(group.ranks))
         left = max(0, round(kill_at - time.monotonic()))
         which = format_ids({self._first_rank + rank for rank in running})
         self._show(f"{len(running)} of {len(group.ranks)} ranks still run, SIGKILL in {left} s: {which}")
         return _SECONDS
+
+    def _running(self, count: int, nprocs: int) -> float:
+        elapsed = time.monotonic() - self._began
+        if elapsed < _SECONDS:
+            return _SECONDS - elapsed
+        from .._output.failure import duration
+
+        ranks = f"{nprocs} rank{'s' if nprocs > 1 else ''}"
+        state = f"{ranks} running" if count == nprocs else f"{count} of {ranks} running, {nprocs - count} ended"
+        self._show(f"{duration(int(elapsed))}: {state}")
+        return 1.0 - elapsed % 1
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
@@ -81,6 +104,25 @@ class Progress:
             write("\r\x1b[K")
 
     def _show(self, text: str) -> None:
-        if not is_stuck():  # else old counts would be shown one after the other when the terminal goes on
+        if not _is_in_foreground():
+            self._shown = False  # the line is a shell's now
+        elif not is_stuck():  # else old counts would be shown one after the other when the terminal goes on
             self._shown = True
             write(f"\r\x1b[Krankspawn: {text[:68]}")
+
+
+def _is_redrawn(stream: TextIO | None) -> bool:
+    """Whether a line on this stream can be wiped out again."""
+    if stream is None or not stream.isatty():
+        return False
+    return not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
+
+
+def _is_in_foreground() -> bool:
+    """Whether this process may draw on its terminal; a shell that has put it into the background draws there."""
+    if not hasattr(os, "tcgetpgrp"):
+        return True
+    try:
+        return os.tcgetpgrp(2) == os.getpgrp()
+    except OSError:  # it is not this process's controlling terminal
+        return True

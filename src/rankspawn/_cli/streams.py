@@ -6,6 +6,7 @@ import os
 from contextlib import ExitStack, contextmanager
 
 from .._frozen import Frozen
+from .colours import coloured_prefix
 from .options import CommandError
 from .vocabulary import BARE
 
@@ -145,17 +146,18 @@ def shown(
         return
     from .._output.tee import show
 
-    prefix = streams.prefix_of(job.first_rank, job.role)
+    plain = streams.prefix_of(job.first_rank, job.role)
+    prefix = coloured_prefix(plain)
     of_ranks = streams.files_to_show(files)
     with ExitStack() as showing:
         try:
             tee = showing.enter_context(show(of_ranks, job.first_rank, None, folder, interrupt, prefix=prefix))
             for stream, words in zip(("stdout", "stderr"), streams.copied, strict=True):
                 if words:
-                    showing.enter_context(_copied(stream, words, of_ranks, job, folder, prefix))
+                    showing.enter_context(_copied(stream, words, of_ranks, job, folder, plain))
         except RuntimeError as error:
             raise CommandError(f"--tee: {error}") from error
-        yield Shown(tee, prefix)
+        yield Shown(tee, plain)
 
 
 @contextmanager
@@ -174,7 +176,7 @@ def _copied(
     path = os.path.join(folder.path, f"attempt_{job.restart_count}", f"filtered_{stream}.log")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "wb", buffering=0) as file:
-        with Tee(followed, prefix=prefix, out=file.fileno(), err=file.fileno(), words=words):
+        with Tee(followed, prefix=lambda rank, _: prefix(rank), out=file.fileno(), err=file.fileno(), words=words):
             yield
 
 

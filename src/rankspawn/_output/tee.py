@@ -65,7 +65,7 @@ def show(
     *,
     out: IO[str] | None = None,
     err: IO[str] | None = None,
-    prefix: str | Callable[[int], str] = PREFIX,
+    prefix: str | Callable[[int, bool], str] = PREFIX,
 ) -> Iterator[Tee]:
     """Show what the ranks write for as long as the block runs, and the rest when it ends. Gives the Tee.
 
@@ -112,7 +112,8 @@ class Tee:
     Args:
         sources: The files. A file that is not there yet is waited for.
         ranks: Show these ranks only; None shows all.
-        prefix: Put before each line; ``{rank}`` is the rank's number. Or a function of that number.
+        prefix: Put before each line; ``{rank}`` is the rank's number. Or a function of that number, and of whether the
+            line is from stderr.
         out: Where lines of the ranks' stdout go: a descriptor or a text stream; None for sys.stdout. A text stream on
             descriptor 1 or 2 is written to by that number: a write to the stream would hold the lock of its buffer
             while a terminal is stopped, and everybody who prints would hang.
@@ -125,7 +126,7 @@ class Tee:
         sources: Iterable[Source],
         *,
         ranks: Collection[int] | None = None,
-        prefix: str | Callable[[int], str] = PREFIX,
+        prefix: str | Callable[[int, bool], str] = PREFIX,
         out: int | IO[str] | None = None,
         err: int | IO[str] | None = None,
         words: Sequence[str] = (),
@@ -135,7 +136,7 @@ class Tee:
         self._followed = [
             Followed(
                 os.fspath(path),
-                (prefix.format(rank=rank) if isinstance(prefix, str) else prefix(rank)).encode(
+                (prefix.format(rank=rank) if isinstance(prefix, str) else prefix(rank, is_stderr)).encode(
                     errors="surrogateescape"
                 ),
                 self._err if is_stderr else self._out,
