@@ -64,7 +64,7 @@ def test_reference_has(name: str) -> None:
 # Names that a sentence describes, and the parameters of classes that users do not make.
 SAID_OTHERWISE = {
     "BindingError": {"step", "binding"},
-    "RankGroup": {"started", "resources", "keep_going", "grace", "signal_to", "restarts", "last", "on_line"},
+    "RankGroup": {"started", "resources", "keep_going", "grace", "signal_to", "restarts", "last", "on_line", "hang"},
     "SubprocessHandler": {"proc"},
     "get_subprocess_handler": {*inspect.signature(rankspawn.get_subprocess_handler).parameters},
 }

@@ -29,6 +29,7 @@ class Stat(Frozen):
         group: Its process group.
         session: Its session.
         cpu_seconds: The CPU time that it has used.
+        waited_seconds: That of the processes that it has started and waited for, and theirs.
         threads: How many the process has.
         started: When it was started, in clock ticks since the machine was.
     """
@@ -39,6 +40,7 @@ class Stat(Frozen):
     group: int
     session: int
     cpu_seconds: float
+    waited_seconds: float
     threads: int
     started: int
 
@@ -56,9 +58,10 @@ def read_stat(folder: str) -> Stat:
         before, _, after = file.readall().decode(errors="backslashreplace").rpartition(")")
     # The manual page counts from 1, and the state, which follows the name, is the third. A name may have brackets.
     state, parent, group, session, *others = after.split()
-    user, system, threads, started = (int(others[number - 7]) for number in (14, 15, 20, 22))
-    seconds = (user + system) / os.sysconf("SC_CLK_TCK")
-    return Stat(before.partition("(")[2], state, int(parent), int(group), int(session), seconds, threads, started)
+    user, system, theirs, theirs_too, threads, started = (int(others[at - 7]) for at in (14, 15, 16, 17, 20, 22))
+    ticks = os.sysconf("SC_CLK_TCK")
+    own, waited = (user + system) / ticks, (theirs + theirs_too) / ticks
+    return Stat(before.partition("(")[2], state, int(parent), int(group), int(session), own, waited, threads, started)
 
 
 def pids(proc: str = "/proc") -> Iterable[int] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from argparse import ArgumentTypeError
+from argparse import SUPPRESS, Action, ArgumentTypeError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -216,6 +216,13 @@ def _with_template(arguments: Sequence[str], prog: str, template: Template | Non
     return 0
 
 
+class _OfRunAlone(Action):
+    """An option that ``rankspawn run`` has, and torch's agent leaves no place for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+        parser.error(f"{given[-1]}: torch's agent alone ends and restarts workers; rankspawn run has this option")
+
+
 def _modules(text: str) -> tuple[str, ...]:
     try:
         return module_names(text)
@@ -253,6 +260,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--preload", type=_modules, metavar="LIST", help="the same, but these modules: torch,torch._dynamo")
     add("--stacks", action="store_true", help="when a worker has failed, log what the others do before they are ended")
+    add("--hang-timeout", "--hang_timeout", "--on-hang", "--on_hang", action=_OfRunAlone, help=SUPPRESS)
     add("--report", metavar="FILE.json", help="times, bindings and exits of each worker")
     add("--timeline", metavar="FILE", help="the same as a drawing (FILE.svg), or as a trace for Perfetto (FILE.json)")
 

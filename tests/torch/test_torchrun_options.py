@@ -82,6 +82,10 @@ def test_a_report_places_a_cgroup_and_a_held_port(tmp_path: Path) -> None:
     [
         (["--devices", "none"], "--devices needs --numa-binding"),
         (["--reserve-cores", "1"], "--reserve-cores needs --numa-binding"),
+        (
+            ["--hang-timeout", "60"],
+            "--hang-timeout: torch's agent alone ends and restarts workers; rankspawn run has this option",
+        ),
         (["--report", "nowhere/r.json"], "nowhere/r.json: there is no such folder"),
     ],
 )

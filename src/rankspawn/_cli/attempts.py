@@ -118,6 +118,7 @@ def _run_attempt(
             reports.add(group)
     # A job that somebody wanted to end is not started again, whatever it was that ended it.
     last = supervision.interrupted or job.restart_count == job.max_restarts
+    last = last or (bool(group.hung) and settings.on_hang == "end")
     return _tell_end(supervision, last=last, kept=folder.keep, tee=tee)
 
 
@@ -145,6 +146,8 @@ def _launch(
             grace=settings.grace,
             signal_to=settings.signal_to,
             stacks=settings.stacks,
+            hang_timeout=settings.hang_timeout,
+            on_hang=settings.on_hang,
             progress=follow,
             warm=template or False,
         )
@@ -205,6 +208,7 @@ class Supervision:
         self._told_at: float | None = None
         self._failed = self._killing = False
         self._said = 0
+        group.tell_hang = self._say_hang  # type: ignore[method-assign]
 
     def run(self) -> None:
         """Return when every rank has ended.
@@ -267,6 +271,10 @@ class Supervision:
             self._told_at = time.monotonic()
         self.group.stop(self._signals.for_ranks(sig))
 
+    def _say_hang(self, text: str) -> None:
+        self._progress.say(text)
+        self._said = len(self.group.stacks)  # the text has what its looks have found
+
     def _say_stacks(self) -> None:
         """Say what looks at the ranks have found; that of a failure stands in the text about it."""
         for look in self.group.stacks[self._said :]:
@@ -286,6 +294,9 @@ class Supervision:
         """Say, once, that a rank has failed; not of one that died of what the launcher was sent, too."""
         first = self.group.first_failure
         if first is None or self._failed or self.asked is not None:
+            return
+        if self.group.hung:
+            self._failed = True  # the hang has been said
             return
         if self._signals.asks_for_end(_signal_of(self.group.returncodes[first])):
             self._act(self._signals.read(_MOMENT))
@@ -327,7 +338,8 @@ def _tell_end(supervision: Supervision, *, last: bool, kept: bool, tee: Shown | 
     if not failures:
         return 0, True
     failed = failures[0].returncode
-    return (failed if failed > 0 else 128 - failed), last
+    # A rank that had to be ended because it stood still may have ended with 0 then.
+    return (failed if failed > 0 else 128 - failed if failed else 1), last
 
 
 def _unasked(failures: Sequence[Failure], supervision: Supervision) -> list[Failure]:

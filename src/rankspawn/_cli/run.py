@@ -116,6 +116,20 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         default=True,
         help="look at what ranks do before they are ended because another has failed, and before SIGKILL: on",
     )
+    add(
+        "--hang-timeout",
+        "--hang_timeout",
+        type=_above_0,
+        metavar="SECONDS",
+        help="say who stands where when no rank has written a line or used CPU time for so long; off if left out",
+    )
+    add(
+        "--on-hang",
+        "--on_hang",
+        choices=("report", "end", "restart"),
+        metavar="WHAT",
+        help="report (default): the ranks run on; end: they are ended, as failed; restart: as --max-restarts allows",
+    )
     add("--cgroup", metavar="DIR", help="a delegated cgroup v2, in which one is made for the ranks; auto finds it")
     add = run.add_argument_group("input and output").add_argument
     add(
@@ -193,6 +207,12 @@ def _wait(text: str) -> float:
     found = seconds(text)
     if not found:  # srun's 0 is no limit
         raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}; no --wait: no limit")
+    return found
+
+
+def _above_0(text: str) -> float:
+    if not (found := seconds(text)):
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
     return found
 
 

@@ -53,6 +53,8 @@ class RunSettings(Frozen):
         signals_to_handle: The signals of --signals-to-handle; none where it was not given.
         guard: None where neither --guard nor --no-guard was given.
         stacks: Whether the launcher looks at what ranks do before it ends them.
+        hang_timeout: Seconds after which a job in which nothing moves hangs; None for no watch.
+        on_hang: What is done then.
         cgroup: The delegated cgroup.
         warm: Whether ranks are forked from a template.
         preload: The modules that it imports; None for those that are found in the script.
@@ -77,6 +79,8 @@ class RunSettings(Frozen):
     signals_to_handle: frozenset[int]
     guard: bool | None
     stacks: bool
+    hang_timeout: float | None
+    on_hang: Literal["report", "end", "restart"]
     cgroup: str | None
     warm: bool
     preload: tuple[str, ...] | None
@@ -127,6 +131,8 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
         signals_to_handle=args.signals_to_handle or frozenset(),
         guard=args.guard,
         stacks=args.stacks,
+        hang_timeout=args.hang_timeout,
+        on_hang=_on_hang(args),
         cgroup=args.cgroup,
         warm=args.warm or args.preload is not None,
         preload=args.preload,
@@ -180,6 +186,21 @@ def _name(script: str, job: Job, *, own_id: bool) -> str:
     if job.nnodes > 1:
         words.append(f"node{job.node_rank}")
     return "-".join(words)
+
+
+def _on_hang(args: argparse.Namespace) -> Literal["report", "end", "restart"]:
+    """Check what is done about a hang; usage errors end the process with status 2."""
+    action: Literal["report", "end", "restart"] = args.on_hang or "report"
+    if args.on_hang and args.hang_timeout is None:
+        args.parser.error(f"--on-hang {action} needs --hang-timeout SECONDS")
+    if action == "restart" and not args.max_restarts:
+        args.parser.error("--on-hang restart needs --max-restarts N")
+    if args.hang_timeout is not None:
+        from .._stacks.take import can_look
+
+        if not can_look():
+            args.parser.error("--hang-timeout needs Linux's /proc, which is not here")
+    return action
 
 
 def _own_devices(nprocs: int) -> tuple[str, ...]:

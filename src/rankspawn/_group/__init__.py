@@ -7,7 +7,7 @@ job          what the ranks of a job know of it          restarts     all ranks 
 start        all its ranks started, or none              handlers     signals that end the ranks before the launcher
 descriptors  whether there can be one for each rank      port         the port of rank 0, held for it
 lines        what the ranks write, for a program         record       the files of a report and a drawing
-unclosed     groups that nobody has closed
+unclosed     groups that nobody has closed               hangs        a whole job that stands still, noticed
 
 It imports neither _cli nor _torch nor _multiprocessing.
 """

@@ -19,6 +19,7 @@ from .._end.watch import Watch
 from .._public import public
 from .descriptors import enough_descriptors
 from .ending import Ending
+from .hangs import Hangs
 from .lines import Lined
 from .reporting import Reporting
 from .unclosed import Owned
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from .._output.lines import RankLine
     from .._output.report import Attempt
+    from .hangs import HangAsked
     from .order import Started
     from .restarts import Restarts
 
@@ -36,7 +38,7 @@ GRACE_SECONDS = 30.0
 
 
 @public
-class RankGroup(Reporting, Lined, Owned):
+class RankGroup(Reporting, Lined, Hangs, Owned):
     """Ranks that live and die together. Leaving the ``with`` block ends those that still run, and what they started.
 
     A rank is signalled, waited for and killed with all that is in its session: what it has started, and what that has,
@@ -56,6 +58,8 @@ class RankGroup(Reporting, Lined, Owned):
         stop_asked: The signal and the grace of the last ``stop``; None while nobody has asked the ranks to end.
         stacks: The looks at what the ranks of this attempt did, in order: by ``dump()``, and by the group itself where
             ``launch`` was told to take them.
+        hung: The local ranks that stood still when ``on_hang`` ended this attempt; none while it has not.
+        tell_hang: Is called with the text of each hang; it is logged if nothing else is put here.
     """
 
     def __init__(
@@ -70,10 +74,11 @@ class RankGroup(Reporting, Lined, Owned):
         last: Callable[[], object] | None = None,
         stacks: bool = False,
         on_line: Callable[[RankLine], object] | None = None,
+        hang: HangAsked | None = None,
     ) -> None:
         self._resources, self._restarts, self._last = resources, restarts, last
         self._keep_going, self._grace, self._signal_to = keep_going, grace, signal_to
-        self._takes_stacks, self._on_line, self._loops = stacks, on_line, []
+        self._takes_stacks, self._on_line, self._loops, self._hang_asked = stacks, on_line, [], hang
         self._past: list[Attempt] = []
         self._watched: list[int] = []
         self.stop_asked: tuple[int, float | None] | None = None
@@ -94,6 +99,7 @@ class RankGroup(Reporting, Lined, Owned):
         self._called_ns, self._templates = started.called_ns, started.templates
         self._note_birth()
         self._begin_lines()
+        self._begin_hang_watch()
         self._ending = Ending(ranks, watch, grace=self._grace, signal_to=self._signal_to, cgroup=started.cgroup)
         if self._takes_stacks:
             self._ending.before_kill = self._look_before_kill
@@ -133,7 +139,7 @@ class RankGroup(Reporting, Lined, Owned):
         """
         end = until(timeout)
         while self._watch.running:
-            due = self._ending.do_due()
+            due = self._look_for_hang(self._ending.do_due())
             if (ended := self._look(left(sooner(end, due)))) or passed(end):
                 return ended
         return []
@@ -183,7 +189,7 @@ class RankGroup(Reporting, Lined, Owned):
             TimeoutError: A killed rank does not end.
         """
         self._end_after_failure()
-        self._ending.do_due()
+        self._look_for_hang(self._ending.do_due())
         if (self._watch.running or self._ending.lingering) and self._look(left(sooner(until(timeout), self._due()))):
             self._end_after_failure()
         self._ending.look_at_sessions()

@@ -18,6 +18,7 @@ from .._start.popen import Popen
 from .asked import check_environment, check_ranks, check_stdin, checked_job, commands_of_ranks, number_of_ranks
 from .descriptors import check_descriptors
 from .group import GRACE_SECONDS, RankGroup
+from .hangs import checked_hang
 from .job import Job
 from .order import Order
 from .start import chosen_template
@@ -65,6 +66,8 @@ def launch(
     signal_to: SignalTo = "session",
     handle_signals: bool = False,
     stacks: bool = False,
+    hang_timeout: float | None = None,
+    on_hang: Literal["report", "end", "restart"] = "report",
     temporary: str | os.PathLike[str] | None = None,
     progress: Callable[[Callable[[], int]], object] | None = None,
     warm: Template | Sequence[str] | bool | Literal["required"] = False,
@@ -129,6 +132,14 @@ def launch(
             a TimeoutError leaves the ``with`` block, and before SIGKILL. ``RankGroup.dump`` says how; ``stacks`` of the
             group, the report and the text of a failure have what was seen. A look takes two seconds at most, in which
             the caller waits, also in asyncio; therefore it is not the default here. On Linux.
+        hang_timeout: Seconds after which a job hangs in which no rank has written a line or used CPU time, but for one
+            percent of a CPU: the stacks are taken twice, and a line in the log of "rankspawn" (``RankGroup.tell_hang``)
+            has what stands still, as ``stacks.txt`` and the report do. Not while a rank is stopped, a debugger holds
+            it, or it reads from a terminal. Lines are seen in log files; of a rank without, all that it writes
+            anywhere counts. Whoever waits for the group looks. On Linux.
+        on_hang: What is done then. "report": the ranks run on, and the next hang is said when something has moved in
+            between. "end": the ranks are ended, and those that stood still have failed. "restart": as after a failure,
+            with ``max_restarts``.
         temporary: A folder that this process removes in the end, with its ``files``; the guard does if it is killed.
         progress: Is called before the first start with a function that tells, in any thread, how many have been
             started.
@@ -156,6 +167,7 @@ def launch(
     if on_line is not None and not callable(on_line):
         raise TypeError(f"on_line: expected a function that takes a RankLine, got {on_line!r}")
     _check_ending(grace, signal_to)
+    hang = checked_hang(hang_timeout, on_hang, job.max_restarts)
     _check_output(files, log_dir, tee, tee_prefix, tee_ranks, max_restarts)
     wanted = _given(
         memory_policy=memory_policy,
@@ -209,6 +221,7 @@ def launch(
             last=None if signals is None else signals.close,
             stacks=stacks and sys.platform == "linux",
             on_line=on_line,
+            hang=hang,
         )
         if template is not None and template is not warm and not max_restarts:
             template.close()  # what was forked from it does not need it

@@ -30,6 +30,7 @@ class Lined:
     if TYPE_CHECKING:
 
         def advance(self, timeout: float | None = 0) -> bool: ...
+        def _hang_due(self) -> float | None: ...
 
     def lines(self) -> Lines:
         """The lines that the ranks write, from the first on: ``for line in group.lines()``, or ``async for``.
@@ -74,7 +75,8 @@ class Lined:
 
     def _due(self) -> float | None:
         """When the next thing is to be done."""
-        return self._ending.due if self._reader is None else sooner(self._ending.due, self._reader.due)
+        due = sooner(self._ending.due, self._hang_due())
+        return due if self._reader is None else sooner(due, self._reader.due)
 
     def _hand_lines(self) -> None:
         """Give ``on_line`` what has been written."""

@@ -60,6 +60,8 @@ class Reporting:
         self._deaths: Deaths | None = None
         self.stacks: list[Stacks] = []
         self.stacks_at_failure: Stacks | None = None
+        self.hung: tuple[int, ...] = ()
+        self._hang_reason = ""
         self._effective: dict[int, Binding | None] = {}
         self._inherited = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
@@ -101,8 +103,8 @@ class Reporting:
 
     @property
     def first_failure(self) -> int | None:
-        """The rank that was the first to be seen to fail; None while none has."""
-        return self._watch.first_failure
+        """The rank that was the first to be seen to fail, or that stood still in a hang that was ended; else None."""
+        return self.hung[0] if self.hung else self._watch.first_failure
 
     def pids(self) -> tuple[int, ...]:
         """The process ids, in rank order; each is its rank's own until the group is closed."""
@@ -120,9 +122,14 @@ class Reporting:
             self._ending.sent,
             self.job.first_rank,
             others="" if self.stacks_at_failure is None else self.stacks_at_failure.folded,
-            why=self._why,
+            why=self._reasons(),
             called_ns=self._called_ns,
+            hung=self.hung,
         )
+
+    def _reasons(self) -> dict[int, str]:
+        """Why ranks have ended, as far as it is known, by local rank."""
+        return {**self._why, **dict.fromkeys(self.hung, self._hang_reason)}
 
     def _look_for_deaths(self, timeout: float | None, cgroup: str | None) -> list[int]:
         """Look who has ended, and why, while the kernel still knows it.
@@ -178,15 +185,24 @@ class Reporting:
 
     def _take_stacks(self, because: str, *, running: bool = False, seconds: float = 2.0) -> Stacks:
         """Look at all ranks, or at those that run, and keep what was seen."""
-        from .._stacks.take import add_to, take
+        found = self._look_at(because, running=running, seconds=seconds)
+        self._keep(found)
+        return found
+
+    def _look_at(self, because: str, *, running: bool = False, seconds: float = 2.0) -> Stacks:
+        from .._stacks.take import take
 
         numbers = self.running if running else range(len(self.ranks))
-        found = take({self.ranks[one].pid: self.job.first_rank + one for one in numbers}, because, seconds)
+        return take({self.ranks[one].pid: self.job.first_rank + one for one in numbers}, because, seconds)
+
+    def _keep(self, found: Stacks) -> None:
+        """Keep what was seen, and add it to the file beside the logs."""
+        from .._stacks.take import add_to
+
         logs = None if self.files is None else self.files[0].stderr
         if logs is not None:
             add_to(logs.parent.with_name("stacks.txt"), found)
         self.stacks.append(found)
-        return found
 
     def check(self) -> None:
         """Raise if a rank has been seen to fail: after ``await group``, or between looks of one's own.
@@ -237,7 +253,7 @@ class Reporting:
             collected=self._ending.collected,
             stacks=self.stacks,
             templates=self._templates,
-            why=self._why,
+            why=self._reasons(),
         )
 
     def note_effective(self) -> None:

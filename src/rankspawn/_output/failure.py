@@ -158,6 +158,7 @@ def failures(
     others: str = "",
     why: Mapping[int, str] = MappingProxyType({}),
     called_ns: int | None = None,
+    hung: Collection[int] = (),
 ) -> list[Failure]:
     """The ranks that have failed: the first failure, then the others by number.
 
@@ -171,12 +172,14 @@ def failures(
         others: What the other ranks did when the first had failed, in words.
         why: What the kernel says of their deaths, by local rank.
         called_ns: CLOCK_MONOTONIC when the attempt was launched.
+        hung: The local ranks that had to be ended because they stood still: these have failed, whatever their end.
     """
     failed = []
-    first_seen = min((number for number, code in returncodes.items() if code), key=exited_ns.__getitem__, default=None)
+    ended_badly = [number for number, code in returncodes.items() if code or number in hung]
+    first_seen = min(ended_badly, key=exited_ns.__getitem__, default=None)
     epoch = time.time() - time.monotonic()  # read once, so that ranks that were seen to end together stay equal
     for number, returncode in returncodes.items():
-        if returncode:
+        if number in ended_badly:
             asked, of_rank = ranks[number].binding_report.requested, None if files is None else files[number]
             error = None if of_rank is None else read_error_file(of_rank.error)
             output = read_last_lines(of_rank)

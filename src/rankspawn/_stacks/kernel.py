@@ -98,7 +98,9 @@ def threads_of(pid: int, *, all_details: bool, proc: str = "/proc") -> tuple[Thr
             continue
         where = read(f"{folder}/wchan").strip()
         stack = [line.split("] ", 1)[-1].partition("+")[0] for line in read(f"{folder}/stack").splitlines()]
-        found.append(Thread(tid, stat.name, stat.state, "" if where == "0" else where, _call(folder), tuple(stack)))
+        found.append(
+            Thread(tid, stat.name, stat.state, "" if where == "0" else where, call_of(folder)[0], tuple(stack))
+        )
     return tuple(found)
 
 
@@ -175,8 +177,13 @@ def read(path: str, most: int = _MOST_BYTES) -> str:
     return b"".join(parts).decode(errors="backslashreplace")
 
 
-def _call(folder: str) -> str:
-    number = read(f"{folder}/syscall").partition(" ")[0]
+def call_of(folder: str) -> tuple[str, tuple[int, ...]]:
+    """The system call that a thread is in, and its arguments; "" where it is in none, or this user may not ask.
+
+    Args:
+        folder: Of the thread in procfs.
+    """
+    number, *words = read(f"{folder}/syscall").split() or [""]
     if not number.isdecimal():  # "running", "-1" outside of a call, or nothing, where we may not ask
-        return ""
-    return _CALLS.get(int(number), f"system call {number}")
+        return "", ()
+    return _CALLS.get(int(number), f"system call {number}"), tuple(int(word, 16) for word in words[:6])

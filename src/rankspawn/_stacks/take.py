@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping
 
@@ -88,6 +89,11 @@ def take(ranks: Mapping[int, int | None], because: str, seconds: float = SECONDS
     if refused or refused_too:
         notes.append(f"Python stacks could not be read: the kernel refuses it ({why_refused(proc)})")
     return Stacks(taken_at, because, time.monotonic() - began, tuple(seen.values()), tuple(notes))
+
+
+def can_look(proc: str = "/proc") -> bool:
+    """Whether this system has what a look needs."""
+    return sys.platform == "linux" and os.path.isdir(f"{proc}/self")
 
 
 def add_to(path: str | os.PathLike[str], found: Stacks) -> None:
