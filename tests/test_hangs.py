@@ -248,7 +248,9 @@ def test_end_is_a_failure_whatever_the_ranks_make_of_it() -> None:
     with launch([sys.executable, "-c", code], 2, hang_timeout=SECONDS, on_hang="end") as group:
         told_by(group)
         assert group.wait(60) == (0, 0)
-        with pytest.raises(RanksFailedError, match=r"rank [01] \(pid \d+\) exited with status 0\n  why: hang: "):
+        with pytest.raises(
+            RanksFailedError, match=r"rank [01] \(pid \d+\) exited with status 0\n(  .*\n)*  why: hang: "
+        ):
             group.check()
 
 
@@ -276,9 +278,9 @@ def test_the_command_ends_what_hangs(tmp_path: Path) -> None:
     options = ["--hang-timeout", str(SECONDS), "--on-hang=end", "--max-restarts", "2", "--report", str(report)]
     done = completed([*LAUNCHER, "run", "--nproc-per-node", "2", *options, deadlock(tmp_path)[1]])
     assert done.returncode == 143
-    said, why = done.stderr.splitlines()[0], done.stderr.splitlines()[2]
+    said = done.stderr.splitlines()[0]
     assert re.fullmatch(rf"rankspawn: {QUIET}, ranks 0-1 stood still: .*; ending the ranks", said), done.stderr
-    assert re.fullmatch(rf"  why: {QUIET}, ranks 0-1 stood still", why), done.stderr
+    assert re.search(rf"^  why: {QUIET}, ranks 0-1 stood still$", done.stderr, re.MULTILINE), done.stderr
     assert "restart" not in done.stderr and "has failed" not in done.stderr
     (attempt,) = json.loads(report.read_text())["attempts"]
     assert [re.sub(":.*", "", look["because"]) for look in attempt["stacks"]] == ["first look at a hang", "hang"]
