@@ -116,21 +116,25 @@ def main() -> None:
     if not options.commands:
         with tempfile.TemporaryDirectory() as name:
             measure(Bench(Path(name)), options.ranks, options.turns, options.many)
-    commands(min(options.turns, 3))
+    commands(options.turns)
 
 
 def commands(turns: int) -> None:
-    """Whole commands, each beside torchrun's of the same turn."""
+    """Whole commands, each beside torchrun's of the same turn.
+
+    Every second turn has the other order, because a machine that becomes slower or faster meanwhile favours one of two
+    that always come one after the other.
+    """
     job = ["--nproc-per-node", "4", str(Path(__file__).parent.parent / "examples" / "ddp_digits.py"), "--epochs", "2"]
     ways = {
-        "torchrun": ["torch.distributed.run"],
         "rankspawn run": ["rankspawn", "run"],
         "rankspawn torchrun --warm": ["rankspawn.torchrun", "--warm"],
         "rankspawn run --warm": ["rankspawn", "run", "--warm"],
+        "torchrun": ["torch.distributed.run"],
     }
     took: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(turns):
-        for name, words in ways.items():
+    for turn in range(turns):
+        for name, words in [*ways.items()][:: -1 if turn % 2 else 1]:
             began = time.perf_counter()
             subprocess.run([sys.executable, "-m", *words, *job], check=True, capture_output=True)
             took[name].append(time.perf_counter() - began)
@@ -139,7 +143,13 @@ def commands(turns: int) -> None:
         if name != "torchrun":
             goal = 2.5 if name == "rankspawn run --warm" else None
             ratios = [ref / own for own, ref in zip(seconds, took["torchrun"], strict=True)]
-            show("  torchrun / that", median(ratios), "", goal, at_least=True)
+            show(
+                f"  torchrun / that, from {min(ratios):.2f} to {max(ratios):.2f}",
+                median(ratios),
+                "",
+                goal,
+                at_least=True,
+            )
 
 
 def measure(bench: Bench, ranks: int, turns: int, many: int) -> None:

@@ -88,6 +88,53 @@ def test_a_template_is_kept(tmp_path: Path) -> None:
     assert children() == before
 
 
+def test_a_template_for_one_launch_ends_when_its_ranks_have_been_forked() -> None:
+    before = children()
+    with Template(["json"], lasts=False) as template:
+        with launch([*PYTHON, "-c", "import time; time.sleep(600)"], 2, warm=template) as group:
+            assert {rank.mechanism for rank in group.ranks} == {"warm"}
+            assert template.report()[0]["pid"] not in children()
+            assert group.wait_any(0.1) == []
+            group.kill()
+        with pytest.raises(ValueError, match="the template is closed"):
+            launch([*PYTHON, "-c", ""], 2, warm=template)
+    assert children() == before
+
+
+# What runs beside the ranks of ``rankspawn run``, once they are there.
+BESIDE = """
+import contextlib, json, os, pathlib, sys, time
+def beside():
+    tasks = pathlib.Path(f"/proc/{os.getppid()}/task").glob("*/children")
+    found = []
+    for pid in [pid for task in tasks for pid in task.read_text().split()]:
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found.append(pathlib.Path(f"/proc/{pid}/comm").read_text().strip())
+    return sorted(found)
+expected, until = json.loads(sys.argv[1]), time.monotonic() + 60
+while beside() != expected and time.monotonic() < until:
+    time.sleep(0.01)
+assert beside() == expected, beside()
+os.write(1, b"as expected")
+"""
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_run_keeps_its_template_for_restarts_alone(restarts: int, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(BESIDE)
+    name = Path(sys.executable).name[:15]
+    names = ["rankspawn-guard"] * (1 + restarts) + [name] * (1 + restarts)  # the rank, the template, and its own guard
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "rankspawn", "run", "--warm", "json", f"--max-restarts={restarts}", str(script),
+            json.dumps(sorted(names)),
+        ],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "as expected"), done.stderr
+
+
 def test_restarts_use_the_template() -> None:
     script = "import os, sys; sys.exit(os.environ['TORCHELASTIC_RESTART_COUNT'] == '0')"
     with launch([*PYTHON, "-c", script], 2, warm=["json"], max_restarts=1) as group:

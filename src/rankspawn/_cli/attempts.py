@@ -63,7 +63,8 @@ def run_attempts(settings: RunSettings, folder: LogFolder, signals: Signals) -> 
     reports = Reports(settings, signals.fileno())
     job = settings.job
     try:
-        with template_for(settings.warm, settings.preload, signals.raise_for_end) as template:
+        lasts = job.max_restarts > 0
+        with template_for(settings.warm, settings.preload, signals.raise_for_end, lasts=lasts) as template:
             while True:
                 status, final = _run_attempt(settings, job, folder, signals, reports, template)
                 if final:

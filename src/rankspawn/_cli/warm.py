@@ -41,14 +41,14 @@ def _modules(text: str) -> tuple[str, ...]:
 
 
 def template_for(
-    warm: bool, preload: Sequence[str] | None, interrupt: Callable[[], object]
+    warm: bool, preload: Sequence[str] | None, interrupt: Callable[[], object], *, lasts: bool
 ) -> AbstractContextManager[Template | None]:
-    """The template of a job, kept over its restarts; None where ranks are executed. ``interrupt``: see Template."""
+    """The template of a job, or None where ranks are executed. ``interrupt``, ``lasts``: see Template."""
     if not warm and preload is None:
         return nullcontext()
     from .._warm.template import Template
 
-    template = Template(True if preload is None else preload)
+    template = Template(True if preload is None else preload, lasts=lasts)
     template.interrupt = interrupt
     return template
 

@@ -223,7 +223,7 @@ def launch(
             on_line=on_line,
             hang=hang,
         )
-        if template is not None and template is not warm and not max_restarts:
+        if template is not None and not template.lasts and not max_restarts:
             template.close()  # what was forked from it does not need it
         if signals is not None:
             signals.give(group)

@@ -45,7 +45,8 @@ class Template:
         modules: What to import, by name and in this order; True: what the script imports at its top.
         required: A rank that would not be forked is an error instead.
         timeout: How long the imports may take, in seconds.
-        lasts: Whether it is for more than one launch. Otherwise its processes belong to the launch's guard and cgroup.
+        lasts: Whether it is for more than one launch. Otherwise its processes belong to the launch's guard and cgroup,
+            and are ended as soon as the ranks have been forked.
 
     Raises:
         TypeError: ``modules`` is a text.
@@ -69,7 +70,7 @@ class Template:
         self.timeout = timeout
         self.interrupt: Callable[[], object] | None = None
         """Called ten times a second while a launch waits for imports; what it raises ends the launch."""
-        self._lasts = lasts
+        self.lasts = lasts
         self._stems: list[tuple[Any, Stem]] = []
         self._begun: list[tuple[Any, Stem]] = []
         """Those of them that nobody has waited for."""
@@ -227,7 +228,7 @@ class Template:
 
         command = launch.commands[numbers[0]]
         guard, cgroup = launch.guard, launch.cgroup
-        if self._lasts:
+        if self.lasts:
             cgroup = None
             if self._guard is not None and self._guard.process.poll() is not None:
                 self._guard.close()  # somebody has killed it
@@ -245,7 +246,7 @@ class Template:
             binding=launch.common_binding(numbers),
             cgroup=cgroup,
             guard=guard,
-            lasts=self._lasts,
+            lasts=self.lasts,
         )
 
     def _modules_of(self, launch: Launch, number: int) -> tuple[str, ...]:
