@@ -135,6 +135,11 @@ for binding in (Binding({7, 8}), Binding(None, MemoryPolicy("bind", {2, 3}))):
 """
 
 
+# Checks that start Python several times, which takes seconds each, run in one kind of cgroup.
+once = pytest.mark.parametrize("kind", ["v2"], indirect=True)
+
+
+@once
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_context_refuses_what_is_cut(method: str, cpuset: Cpuset) -> None:
     with cpuset(CPUS, MEMS).entered():
@@ -159,6 +164,7 @@ def test_a_bound_thread_refuses_what_is_cut(cpuset: Cpuset) -> None:
         assert in_thread(lambda: bind(CUT.replace(required=False))) == steps
 
 
+@once
 def test_run_and_bind_say_what_was_refused(cpuset: Cpuset, tmp_path: Path) -> None:
     """The kernel refuses a policy after the plan was made: the cpuset of the ranks is another one."""
     group = cpuset(CPUS, MEMS)

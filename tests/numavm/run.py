@@ -51,7 +51,7 @@ BOOT_SECONDS = 180
 BOOT_TRIES = 2
 
 # The machine runs on for this long after the limit of the checks, at which a check that hangs prints where it hangs.
-LAST_WORDS_SECONDS = 20
+LAST_WORDS_SECONDS = 60
 
 KERNEL_PARAMETERS = (
     # A panic ends the machine: the kernel reboots, and QEMU runs with -no-reboot.
@@ -78,7 +78,7 @@ def main() -> int:
     )
     parser.add_argument("--kernel", default=DEFAULT_PACKAGE, help="a package's name, or FILE.deb (%(default)s)")
     parser.add_argument("-k", dest="words", metavar="WORDS", help="only the checks that pytest -k would choose")
-    parser.add_argument("--limit", type=float, default=780, help="seconds for the checks (%(default)g)")
+    parser.add_argument("--limit", type=float, default=1000, help="seconds for the checks (%(default)g)")
     parser.add_argument("--show", action="store_true", help="print QEMU's command line and the console as well")
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
