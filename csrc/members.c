@@ -81,14 +81,13 @@ end_search(struct end_sessions *sessions, bool kills)
 {
     struct search search = {.ended = NULL};
     struct looker looker = {sessions, kills};
-    processes_begin(&search.processes);
-    for (int i = 0; i < most_looks(&search); i++) {
+    bool is_undecided;
+    int looks = 0;
+    do {
         sessions->found_count = 0;
         processes_list(&search.processes);
-        if (!search_listed(&search, wants, meet, &looker) || sessions->found_count > 0) {
-            break;
-        }
-    }
+        is_undecided = search_listed(&search, wants, meet, &looker) && sessions->found_count == 0;
+    } while (is_undecided && ++looks < most_looks(&search));
     let_go(&search);
 }
 

@@ -1,14 +1,15 @@
-"""Which of a group's ranks have ended: one selector (epoll(7) on Linux) over their pidfds."""
+"""Which of a group's ranks have ended: epoll(7) over their pidfds, in the selector of all that may wake a wait."""
 
 from __future__ import annotations
 
 import os
+import select
 import selectors
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import way as _way
 from .deadline import left, passed
@@ -23,6 +24,8 @@ POLL_SECONDS = 0.02
 """How often a rank is looked at whose end no descriptor tells: without a pidfd (not Linux), or held by a debugger."""
 
 _SELDOM_LOOKS, _SELDOM_SECONDS = 20, 0.005
+
+_RANKS = object()  # says in the selector that a rank has ended
 
 _LONGEST = 86400.0
 """The longest single sleep, in seconds: epoll_wait(2) counts milliseconds in an int, and a timeout may be infinite."""
@@ -54,6 +57,10 @@ class Watch:
         self._looks = 0
         self._looking, self._ringing = threading.RLock(), threading.RLock()
         self._selector = selectors.DefaultSelector()
+        # Their pidfds: number by descriptor, and the epoll that has them, made when a rank must be waited for. It goes
+        # as a whole when the last rank has ended: taking each out is a good part of the time in which many end.
+        self._pidfds: dict[int, int] = {}
+        self._ends: Any = None
         # Where there is no eventfd there is no pidfd either, and nobody sleeps for long.
         self._bell = -1
         if hasattr(os, "eventfd"):
@@ -88,7 +95,7 @@ class Watch:
             if not ranks or passed(end):
                 return
             _way.way.await_ends(ranks, _SELDOM_SECONDS)
-            self.look(0)
+            self._in_turn(lambda: self._ended(self.running.copy()), 0)
 
     def look(self, timeout: float | None) -> list[int]:
         """See which ranks have ended.
@@ -100,22 +107,7 @@ class Watch:
             The ranks that have ended since the last look. An empty list also means that an added descriptor is
             readable, that ring() was called, or that it is time to look again.
         """
-        if not self._looking.acquire(blocking=False):
-            # Behind another thread. What it has seen may be all that this one waits for.
-            if self._looking.acquire(timeout=-1 if timeout is None else min(timeout, _LONGEST)):
-                self._looking.release()
-            return []
-        self._looks += 1
-        try:
-            ended = self._look(timeout)
-        finally:
-            self._looks -= 1
-            if self._looks:
-                self.ring()  # a handler's look: the one that it interrupted has other things to wait for now
-            self._looking.release()
-        if ended:
-            self._wake_sleepers()
-        return ended
+        return self._in_turn(lambda: self._look(timeout), timeout)
 
     def ring(self) -> None:
         """Make a look that sleeps return. For any thread, and for signal handlers."""
@@ -159,12 +151,32 @@ class Watch:
         self._wake_sleepers()
         self._polled.update(self.running)
         self._new.clear()
+        self._close_ends()
         self._selector.close()
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         """For a watch without an owner, as an interrupt may leave it."""
         if getattr(self, "_bell", -1) >= 0:
             close(self._bell)
+
+    def _in_turn(self, look: Callable[[], list[int]], timeout: float | None) -> list[int]:
+        """Look, unless another thread does: then wait for the end of its look, and see nothing."""
+        if not self._looking.acquire(blocking=False):
+            # Behind another thread. What it has seen may be all that this one waits for.
+            if self._looking.acquire(timeout=-1 if timeout is None else min(timeout, _LONGEST)):
+                self._looking.release()
+            return []
+        self._looks += 1
+        try:
+            ended = look()
+        finally:
+            self._looks -= 1
+            if self._looks:
+                self.ring()  # a handler's look: the one that it interrupted has other things to wait for now
+            self._looking.release()
+        if ended:
+            self._wake_sleepers()
+        return ended
 
     def _look(self, timeout: float | None) -> list[int]:
         if self._new:
@@ -181,12 +193,8 @@ class Watch:
             elif callable(key.data):
                 self._selector.unregister(key.fd)
                 key.data()
-            elif key.data is not None:
-                # In this order: an exception in between loses nothing. And it stays one that is polled while a
-                # debugger holds it: its pidfd says the end long before the end can be collected.
-                self._polled.add(key.data)
-                with suppress(KeyError):
-                    self._selector.unregister(key.fd)
+            elif key.data is _RANKS:
+                self._note_ends()
         ended = self._ended(sorted(self._polled))
         self._polled.intersection_update(self.running)
         return ended
@@ -217,10 +225,40 @@ class Watch:
                 self._polled.add(number)
                 continue
             try:
-                self._selector.register(pidfd, selectors.EVENT_READ, number)
-            except KeyError:
-                continue  # it is: an exception ended the first try behind it
+                ends = self._ends
+                if ends is None:
+                    ends = select.epoll()
+                    self._selector.register(ends, selectors.EVENT_READ, _RANKS)
+                    self._ends = ends
+                ends.register(pidfd, select.EPOLLIN)
+            except FileExistsError:
+                pass  # it is: an exception ended the first try behind it
+            except ValueError:
+                break  # a signal handler has seen the last end meanwhile, or has closed this watch
+            except OSError:  # there is no descriptor left, or too many files are watched
+                self._polled.add(number)
+                continue
+            self._pidfds[pidfd] = number
         self._new.clear()
+
+    def _note_ends(self) -> None:
+        """Look from now on at the ranks whose pidfds say that they have ended."""
+        ends = self._ends
+        with suppress(ValueError):  # a signal handler has closed it
+            for pidfd, _ in () if ends is None else ends.poll(0):
+                # In this order: an exception in between loses nothing. And it stays one that is polled while a debugger
+                # holds it: its pidfd says the end long before the end can be collected.
+                self._polled.add(self._pidfds[pidfd])
+                with suppress(OSError):
+                    ends.unregister(pidfd)
+
+    def _close_ends(self) -> None:
+        """Nobody is left whose end a pidfd could say."""
+        if self._ends is not None:
+            with suppress(KeyError, ValueError, RuntimeError):  # done before, and then interrupted; or all is closed
+                self._selector.unregister(self._ends)
+            self._ends.close()
+            self._ends = None
 
     def _ended(self, numbers: Iterable[int]) -> list[int]:
         ended = []
@@ -233,6 +271,8 @@ class Watch:
                     self.first_failure = number
                 self.running.pop(number, None)
                 ended.append(number)
+        if not self.running:
+            self._close_ends()
         return ended
 
     def _wake_sleepers(self) -> None:
