@@ -74,8 +74,10 @@ def _spawn() -> Section:
     ours = _popen("rankspawn.Popen(binding=)", api="rankspawn", bound=True)
     ours_env = _popen("rankspawn.Popen(binding=, env=)", api="rankspawn", bound=True, env=True)
     extension = Case("rankspawn's extension alone", "extension")
+    engine = Case("the engine, called from C", "floor", (("mode", "engine"), ("way", "one"), ("cores", 1)))
     portable = _popen("rankspawn.Popen, unbound, posix_spawn", other, api="rankspawn")
-    group = Group("spawn", (floor, libc, plain, plain_env, numactl, ours, ours_env, extension, portable), blocks=100)
+    cases = (floor, libc, plain, plain_env, numactl, ours, ours_env, extension, engine, portable)
+    group = Group("spawn", cases, blocks=100)
     return Section(
         group,
         (
@@ -85,6 +87,7 @@ def _spawn() -> Section:
             Figure("Popen(binding=, env=) / floor", ours_env, floor),
             Figure("Popen(binding=, env=) / subprocess.Popen unbound, env=", ours_env, plain_env),
             Figure("  its call into the extension, and waitpid / floor", extension, floor),
+            Figure("  the engine with its promises, called from C / floor", engine, floor),
             Figure("Popen unbound, portable mechanism / floor", portable, floor),
             Figure("subprocess.Popen unbound / floor", plain, floor),
             Figure("subprocess.Popen unbound, env= / floor", plain_env, floor),
@@ -194,11 +197,17 @@ def _ranks() -> Section:
             Case(f"floor: {ranks}, {'bound' if is_bound else 'unbound'}", "floor", _best(ranks, is_bound))
             for is_bound in (False, True)
         )
-        cases += [ours, bound, guarded, floor, bound_floor]
+        engine, bound_engine = (
+            Case(f"engine: {ranks}, {'bound' if is_bound else 'unbound'}", "floor", _engine("ranks", ranks, is_bound))
+            for is_bound in (False, True)
+        )
+        cases += [ours, bound, guarded, floor, bound_floor, engine, bound_engine]
         most = 1.4 if ranks < 64 else 1.15
         rows += [
             Figure(f"launch of {ranks} / the best floor", ours, floor, most=most),
             Figure("  bound / bound", bound, bound_floor, most=most),
+            Figure("  the engine with its promises, called from C / the best floor", engine, floor),
+            Figure("  bound / bound", bound_engine, bound_floor),
             Figure("  with a guard / without", guarded, ours, most=None if ranks < 64 else 1.1),
             Figure("  with a guard / the best floor", guarded, floor),
         ]
@@ -207,6 +216,10 @@ def _ranks() -> Section:
 
 def _best(ranks: int, bound: bool) -> tuple[tuple[str, Any], ...]:
     return (("mode", "best"), ("ranks", ranks), ("cores", ALL_CPUS), ("bound", bound))
+
+
+def _engine(way: str, ranks: int, bound: bool, cores: int = ALL_CPUS) -> tuple[tuple[str, Any], ...]:
+    return (("mode", "engine"), ("way", way), ("ranks", ranks), ("cores", cores), ("bound", bound))
 
 
 def _launch() -> Section:
@@ -253,13 +266,15 @@ def _groups() -> Section:
     }
     ours = Case("terminate() of 64", "group_terminate", (("ranks", 64),), two)
     floor = Case("kill and wait in C, 64", "floor", (("mode", "ends"), ("ranks", 64)))
+    engine = Case("the engine's end of 64, called from C", "floor", _engine("ends", 64, bound=False, cores=2))
     return Section(
-        Group("groups", (notice, *idle.values(), ours, floor), blocks=20, rounds=1, warmup=0),
+        Group("groups", (notice, *idle.values(), ours, floor, engine), blocks=20, rounds=1, warmup=0),
         (
             Figure("wait_any among 256 ranks notices an exit after (us)", notice, most=1000),
             Figure("CPU time of watching 256 idle ranks, in a second (us)", idle["rankspawn"]),
             Figure("  torch's polling (us)", idle["torch"]),
-            Figure("terminate() of 64 ranks / kill and wait in C", ours, floor, most=1.5),
+            Figure("terminate() of 64 ranks / kill and wait in C", ours, floor, most=1.2),
+            Figure("  the engine with its promises, called from C / the same", engine, floor),
         ),
     )
 

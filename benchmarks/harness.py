@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,11 +25,14 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / ".cache" / "benchmarks"
+CSRC = HERE.parent / "csrc"
+ENGINE = [str(path) for folder in (CSRC, CSRC / "search") for path in sorted(folder.glob("*.c"))]
 PROGRAMS = {
     "floor": ("-O2", "-pthread"),
     "tiny": ("-O2", "-nostdlib", "-static", "-fno-stack-protector"),
     "last_words": ("-O2",),
     "ends": ("-O2",),
+    "engine": ("-O2", "-pthread", "-iquote", str(CSRC), *ENGINE),
 }
 
 
@@ -168,8 +172,12 @@ class Bench:
             raise RuntimeError(f"{process.args!r} ended with status {process.wait()}; its error is above")
         return answer
 
-    def _floor(self, mode: str, ranks: int = 0, cores: int = 2, bound: bool = True) -> subprocess.Popen[str]:
+    def _floor(
+        self, mode: str, ranks: int = 0, cores: int = 2, bound: bool = True, way: str = ""
+    ) -> subprocess.Popen[str]:
         cpus = self.cpus(cores)
+        if mode == "engine":
+            return self._engine(way, ranks, cpus, bound)
         if mode == "ends":
             command = [self.programs["ends"], str(ranks)]
             return self._started((mode, ranks), command, cpus=cpus)  # the CPUs of our ranks
@@ -178,6 +186,12 @@ class Bench:
                 self._best[ranks, cores, bound] = self._best_floor(ranks, cpus, bound)
             return self._crew(*self._best[ranks, cores, bound], ranks, cpus)
         return self._started(mode, [self.programs["floor"], mode, str(self.cpu), str(self.node), self.programs["tiny"]])
+
+    def _engine(self, way: str, ranks: int, cpus: Sequence[int], bound: bool) -> subprocess.Popen[str]:
+        places = ("" if bound else "-") + ",".join(map(str, cpus))
+        program = shutil.which("sleep") or "/bin/sleep" if way == "ends" else self.programs["tiny"]
+        command = [self.programs["engine"], way, places, str(self.node), program, *([str(ranks)] if ranks else [])]
+        return self._started(tuple(command), command)
 
     def _crew(self, mode: str, threads: int, ranks: int, cpus: Sequence[int]) -> subprocess.Popen[str]:
         places = ",".join(map(str, cpus))
@@ -268,7 +282,8 @@ class Bench:
 def build(name: str, flags: Sequence[str]) -> Path:
     """Compile ``name``.c where it is newer than the program built last; the path of the program."""
     source, program = HERE / f"{name}.c", BUILD / name
-    if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
+    read = [source, *(path for flag in flags if flag.endswith(".c") for path in Path(flag).parent.glob("*.[ch]"))]
+    if not program.exists() or program.stat().st_mtime < max(path.stat().st_mtime for path in read):
         BUILD.mkdir(parents=True, exist_ok=True)
         compiler = os.environ.get("CC", "cc").split()
         fresh = program.with_suffix(f".{os.getpid()}")  # renamed when whole: two runs may build at once
