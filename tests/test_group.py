@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -140,6 +141,20 @@ def test_a_failure_ends_nobody_when_told_so() -> None:
     with launch(shell("[ $RANK = 0 ] && exit 1; sleep 0.2"), 3, keep_going=True) as group:
         assert group.wait(PATIENCE) == (1, 0, 0)
         assert not group.stopping
+
+
+def test_ends_are_seen_where_no_descriptor_is_left_to_watch_for_them() -> None:
+    def limited() -> None:
+        import rankspawn._end.deaths  # noqa: F401 # which a wait imports later
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        with launch(["sleep", "0.3"], 2) as group:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))  # what is open stays open
+            assert group._watch._ends is None
+            assert group.wait(PATIENCE) == (0, 0)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+    in_child(limited)
 
 
 def test_a_descriptor_wakes_a_loop_of_ones_own() -> None:
