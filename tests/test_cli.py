@@ -471,7 +471,6 @@ def test_what_cannot_be_placed_starts_unbound_where_that_is_allowed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("", "COMMAND"),
         ("fly", "invalid choice: 'fly'"),
         ("rnu x.py", "(did you mean run?)"),
         ("torchrnu x.py", "(did you mean torchrun?)"),

@@ -10,6 +10,7 @@ vocabulary  torchrun's options, values and variables        streams    what beco
 meeting    which machine this is, and where ranks meet     program    whether what ranks shall run is there
 doctor     what this machine and this installation have    dump       what the ranks of a running job do
 warm       --warm: its template, and what it preloads        ps         what the ranks of all jobs do and use
+help       the examples and exit statuses of each command   completion  for a shell
 colours    of ranks and of failures, on a terminal
 stragglers  ranks that go on when another has ended well
 

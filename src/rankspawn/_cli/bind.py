@@ -32,17 +32,23 @@ def add_bind_options(bind: argparse.ArgumentParser) -> None:
     """
     bind.usage = "rankspawn bind [OPTIONS] [--] PROGRAM [ARGS ...]"
     bind.description = (
-        "Binds itself for the local rank in the environment (of Open MPI, MPICH, Intel MPI, PALS, Slurm, torchrun),"
-        " sets OMP_NUM_THREADS unless it is set, and becomes PROGRAM."
+        "Binds this process for its local rank, which it reads from the variables of Open MPI, MPICH, Intel MPI, PALS,"
+        " Slurm or torchrun, sets OMP_NUM_THREADS unless it is set, and executes PROGRAM."
     )
-    bind.add_argument("--local-rank", type=natural, metavar="N", help="instead of the environment's")
     bind.add_argument(
-        "--nproc-per-node", "--nproc_per_node", type=natural, metavar="N", help="ranks here; else the environment's"
+        "--local-rank", type=natural, metavar="N", help="the local rank (default: what the launcher's variables say)"
     )
-    bind.add_argument("-v", "--verbose", action="store_true", help="say the binding that was made")
+    bind.add_argument(
+        "--nproc-per-node",
+        "--nproc_per_node",
+        type=natural,
+        metavar="N",
+        help="how many ranks on this machine (default: what the variables say)",
+    )
+    bind.add_argument("-v", "--verbose", action="store_true", help="print the binding")
     add_placement_options(bind)
     # One list for both: argparse would take a double dash that stands right behind a PROGRAM of its own.
-    bind.add_argument("command", nargs=argparse.REMAINDER, metavar="PROGRAM ARGS", help="what to execute")
+    bind.add_argument("command", nargs=argparse.REMAINDER, metavar="PROGRAM ARGS", help="the program and its arguments")
     bind.set_defaults(run=_bind)
 
 
@@ -54,7 +60,9 @@ def _bind(args: argparse.Namespace) -> int:
     if not command:
         parser.error("PROGRAM is missing")
     if os.name != "posix":
-        parser.error("only on POSIX systems can a process become another program")
+        parser.error(
+            "bind works on POSIX systems only, because elsewhere a process cannot execute another program in its place"
+        )
     step = Step.read(os.environ)
     local_rank, local_size = _position(step, args.local_rank, args.nproc_per_node)
     rank = _placed(PlacementOptions.read(args), local_rank, local_size, step)

@@ -10,8 +10,9 @@ from .options import CommandError
 from .run import seconds
 
 DESCRIPTION = (
-    "Looks at all ranks of a running job at once, and at what they have started, from outside: no process gets a"
-    " signal. The job may be torchrun's, or any other whose ranks have torchrun's variables."
+    "Shows what every thread of a running job is doing: its ranks and the processes that they started. It only looks"
+    " from outside; no process gets a signal. The job may be torchrun's, or any other whose ranks have"
+    " torchrun's variables."
 )
 
 
@@ -19,10 +20,14 @@ def add_dump_options(dump: argparse.ArgumentParser) -> None:
     """Add the options of ``dump``; ``run`` of the parsed arguments is a function that takes them."""
     dump.description = DESCRIPTION
     add = dump.add_argument
-    add("job", metavar="PID|JOB", help="a launcher, or another process; or the job's id (TORCHELASTIC_RUN_ID)")
-    add("--seconds", type=seconds, default=2.0, metavar="SECONDS", help="how long the look may take; 2 if left out")
-    add("--json", action="store_true", help="as JSON, in the form that --report has")
-    add("--folded", action="store_true", help="one line: ranks that are at the same place are named together")
+    add(
+        "job",
+        metavar="PID|JOB",
+        help="the launcher's process id or another process's, or the job's id (TORCHELASTIC_RUN_ID)",
+    )
+    add("--seconds", type=seconds, default=2.0, metavar="SECONDS", help="how long it may take (default: 2)")
+    add("--json", action="store_true", help="print JSON, in the form of --report (default: text)")
+    add("--folded", action="store_true", help="print one line, in which ranks at the same place are named together")
     dump.set_defaults(run=_dump)
 
 

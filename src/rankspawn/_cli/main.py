@@ -34,6 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ..torchrun import main as torchrun
 
         return torchrun(argv[1:], prog="rankspawn torchrun")
+    if argv[:1] == ["help"]:
+        return main([*argv[1:2], "--help"])
+    if not argv:
+        _parser().print_help(sys.stderr)
+        return USAGE
     try:
         args, unknown = _parser().parse_known_args(argv)
         if unknown:
@@ -85,9 +90,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=partial(argparse.HelpFormatter, width=80), **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self._add_options is not None:
-            self._respell = self._add_options(self)
-            self._add_options = None
+        self.add_all_options()
         if self._respell is not None:
             args = self._respell(args)
         return super().parse_known_args(args, namespace)
@@ -101,8 +104,17 @@ class _Parser(argparse.ArgumentParser):
             error.message += nearest(str(value), action.choices or (), 0.6)
             raise
 
+    def add_all_options(self) -> None:
+        """Add the command's options, if that was not done yet."""
+        if self._add_options is not None:
+            self._respell = self._add_options(self)
+            self._add_options = None
+
     def format_help(self) -> str:
-        self.formatter_class = argparse.HelpFormatter
+        from .help import ENDS, HelpFormatter
+
+        self.formatter_class = HelpFormatter
+        self.epilog = ENDS.get(self.prog.partition(" ")[2])
         return super().format_help()
 
     def format_usage(self) -> str:
@@ -122,19 +134,22 @@ class _Version(argparse.Action):
 
 def _parser() -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = _Parser(
-        prog="rankspawn", description="Starts the ranks of a job, each born bound."
+        prog="rankspawn",
+        description="Starts the processes (ranks) of a job on this machine, each bound to its CPUs and memory.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, add_options, help in (
-        ("run", _run, "start the ranks of a script, and stop all when one fails"),
+        ("run", _run, "start the ranks of a script, as torchrun does, and stop all when one fails"),
         ("bind", _bind, "bind one rank that another launcher (mpirun, srun) has started, and execute its program"),
         ("torchrun", None, "torchrun of the torch that is installed, with its workers started by rankspawn"),
         ("topology", _topology, "show this machine's nodes, cores, caches and accelerators"),
         ("plan", _plan, "show where ranks would go, and start none"),
         ("ps", _ps, "show the jobs on this machine, and what their ranks do and use"),
         ("dump", _dump, "show what the ranks of a running job do: the stacks of their threads"),
-        ("doctor", _doctor, "say what this machine allows"),
+        ("doctor", _doctor, "show what this machine and this installation allow"),
+        ("completion", _completion, "print a script by which a shell completes commands and options"),
+        ("help", None, "show the help of a command"),
     ):
         command = commands.add_parser(name, add_options=add_options, help=help)
         command.set_defaults(parser=command)
@@ -180,8 +195,25 @@ def _dump(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.description = (
+        "Shows what this machine and this installation allow: how ranks are started and bound, which kernel features"
+        " are there, which devices are visible, and what is missing."
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON (default: text)")
     parser.set_defaults(run=_report)
+
+
+def _completion(parser: argparse.ArgumentParser) -> None:
+    from .completion import add_completion_options, commands_of
+
+    def whole() -> argparse.ArgumentParser:
+        all_commands = _parser()
+        for command in commands_of(all_commands).values():
+            if isinstance(command, _Parser):
+                command.add_all_options()
+        return all_commands
+
+    add_completion_options(parser, whole)
 
 
 def _report(args: argparse.Namespace) -> int:

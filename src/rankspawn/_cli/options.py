@@ -48,27 +48,42 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
         choices=modes,
         default="auto",
         metavar="MODE",
-        help=f"{', '.join(modes)}; the default, auto, binds each rank to its node if that leaves no node idle",
+        help=f"{', '.join(modes)} (default: auto, which binds each rank to its NUMA node if that leaves no node idle)",
     )
     group.add_argument(
         "--memory-policy",
         choices=MEMORY_MODES,
         metavar="MODE",
-        help="over the nodes of each rank: " + ", ".join(MEMORY_MODES),
+        help="how memory is placed on the nodes of each rank: "
+        + ", ".join(MEMORY_MODES)
+        + " (default: the inherited policy)",
     )
     group.add_argument(
-        "--devices", metavar="LIST", help='accelerators in local-rank order, as "pci:0000:3b:00.0,..."; or "none"'
+        "--devices",
+        metavar="LIST",
+        help='accelerators in local-rank order, "pci:0000:3b:00.0,...", or "none" (default: all visible ones)',
     )
-    group.add_argument("--reserve-cores", type=natural, default=0, metavar="N", help="cores of the machine left free")
     group.add_argument(
-        "--threads-per-core", type=positive, metavar="N", help="hardware threads used of each core; 1: no SMT"
+        "--reserve-cores", type=natural, default=0, metavar="N", help="how many cores to leave free (default: 0)"
     )
-    group.add_argument("--cpus", metavar="LISTS", help='by hand, one list for each rank: "0-3:4-7"; or one for all')
-    group.add_argument("--mems", metavar="LISTS", help='memory nodes by hand, in the same form: "0:1" (policy: bind)')
+    group.add_argument(
+        "--threads-per-core",
+        type=positive,
+        metavar="N",
+        help="how many hardware threads of each core to use (default: all)",
+    )
+    group.add_argument(
+        "--cpus",
+        metavar="LISTS",
+        help='CPUs by hand: one list for each rank, "0-3:4-7", or one for all (default: by --numa-binding)',
+    )
+    group.add_argument(
+        "--mems", metavar="LISTS", help='memory nodes by hand, in the same form: "0:1" (default: by --numa-binding)'
+    )
     group.add_argument(
         "--numa-binding-optional",
         action="store_true",
-        help="start a rank unbound, and say so, if it cannot be placed or bound",
+        help="start a rank unbound, with a warning, if it cannot be placed or bound (default: an error)",
     )
 
 

@@ -21,13 +21,18 @@ _WIDEST = 60  # characters of a last line
 def add_ps_options(ps: argparse.ArgumentParser) -> None:
     """Add the options of ``ps``; ``run`` of the parsed arguments is a function that takes them."""
     ps.description = (
-        "Shows the jobs on this machine whose ranks this user may look at, by whichever launcher: of each rank its"
-        " state, where it is bound, CPU time, the time that it waited for a CPU, memory, and the last line of its log"
-        " with its age. BOUND TO has a ! where threads may use CPUs that were not asked for."
+        "Shows the jobs on this machine, of any launcher, whose ranks this user may look at. For each rank: its state,"
+        " its binding, CPU time, the time that it waited for a CPU, memory, and the last line of its log with its age."
+        " BOUND TO has a ! if threads may use CPUs outside the binding."
     )
-    ps.add_argument("--json", action="store_true", help="as JSON")
+    ps.add_argument("--json", action="store_true", help="print JSON (default: text)")
     ps.add_argument(
-        "--watch", nargs="?", type=seconds, const=2.0, metavar="SECONDS", help="again and again; 2 if left out"
+        "--watch",
+        nargs="?",
+        type=seconds,
+        const=2.0,
+        metavar="SECONDS",
+        help="repeat until interrupted (default without SECONDS: every 2)",
     )
     ps.set_defaults(run=_ps)
 

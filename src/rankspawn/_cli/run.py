@@ -33,8 +33,8 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     """
     run.usage = "rankspawn run [OPTIONS] SCRIPT [ARGS ...]"
     run.description = (
-        "Starts N ranks with the variables that torchrun sets (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, ...), waits"
-        " for them, and exits with the status of the rank that failed first."
+        "Starts N ranks of SCRIPT with the variables that torchrun sets (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,"
+        " ...). When a rank fails, it ends the others and reports the first failure."
     )
     add = run.add_argument
     add(
@@ -43,39 +43,77 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         type=processes,
         default=1,
         metavar="N",
-        help="ranks on this machine; auto, cpu, gpu, xpu: as many as there are of these",
+        help="how many ranks on this machine, or as many as there are of: auto, cpu, gpu, xpu (default: 1)",
     )
-    add("-m", "--module", action="store_true", help="SCRIPT is a module, as for python -m")
-    add("--no-python", "--no_python", action="store_true", help="SCRIPT is a program of its own")
-    add("--run-path", "--run_path", action="store_true", help="SCRIPT is run by runpy.run_path")
-    add("--role", metavar="NAME", help="the ranks' ROLE_NAME; default if left out")
+    add("-m", "--module", action="store_true", help="SCRIPT is the name of a module, as for python -m")
+    add("--no-python", "--no_python", action="store_true", help="SCRIPT is a program, not a Python script")
+    add("--run-path", "--run_path", action="store_true", help="run SCRIPT by runpy.run_path")
+    add("--role", metavar="NAME", help="the ranks' ROLE_NAME (default: default)")
     add(
         "--virtual-local-rank",
         "--virtual_local_rank",
         action="store_true",
-        help="each rank sees its own GPU alone (CUDA_VISIBLE_DEVICES), and its LOCAL_RANK is 0",
+        help="each rank sees only its own GPU (CUDA_VISIBLE_DEVICES) and has LOCAL_RANK 0",
     )
     add = run.add_argument_group(
-        "several machines", "One launcher on each; under srun and mpirun none of these is needed."
+        "several machines", "Start one launcher on each machine. Under srun and mpirun none of these options is needed."
     ).add_argument
-    add("--nnodes", type=nodes, metavar="N", help="how many machines")
-    add("--node-rank", "--node_rank", type=natural, metavar="R", help="which of them this is, from 0")
-    add("--master-addr", "--master_addr", metavar="ADDR", help="where rank 0 listens; the first machine")
-    add("--master-port", "--master_port", type=_port, metavar="PORT", help="of one machine: a free one")
-    add("--standalone", action="store_true", help="this machine alone, whatever launcher is around")
-    add("--rdzv-endpoint", "--rdzv_endpoint", type=endpoint, metavar="ADDR:PORT", help="both in one")
-    add("--rdzv-backend", "--rdzv_backend", metavar="NAME", help="static; or c10d, where the node's rank is known")
-    add("--rdzv-id", "--rdzv_id", metavar="NAME", help="of the job: TORCHELASTIC_RUN_ID")
-    add("--local-addr", "--local_addr", metavar="ADDR", help="with c10d on one machine: where rank 0 listens")
+    add(
+        "--nnodes",
+        type=nodes,
+        metavar="N",
+        help="how many machines (default: what the job step of Slurm or MPI says, else 1)",
+    )
+    add(
+        "--node-rank",
+        "--node_rank",
+        type=natural,
+        metavar="R",
+        help="the number of this machine, from 0 (default: what the job step says)",
+    )
+    add(
+        "--master-addr",
+        "--master_addr",
+        metavar="ADDR",
+        help="the address on which rank 0 listens, of the first machine (default: 127.0.0.1 on one machine)",
+    )
+    add(
+        "--master-port",
+        "--master_port",
+        type=_port,
+        metavar="PORT",
+        help="the port on which rank 0 listens (default: a free one on one machine)",
+    )
+    add("--standalone", action="store_true", help="use this machine alone, even inside a job step of several machines")
+    add(
+        "--rdzv-endpoint",
+        "--rdzv_endpoint",
+        type=endpoint,
+        metavar="ADDR:PORT",
+        help="--master-addr and --master-port in one",
+    )
+    add(
+        "--rdzv-backend",
+        "--rdzv_backend",
+        metavar="NAME",
+        help="static, or c10d if the number of this machine is known (default: static)",
+    )
+    add("--rdzv-id", "--rdzv_id", metavar="NAME", help="the job's name, TORCHELASTIC_RUN_ID (default: none)")
+    add(
+        "--local-addr",
+        "--local_addr",
+        metavar="ADDR",
+        help="with c10d on one machine: the address on which rank 0 listens (default: 127.0.0.1)",
+    )
     add = run.add_argument_group("failure").add_argument
-    add("--keep-going", action="store_true", help="a rank that fails does not end the others")
+    add("--keep-going", action="store_true", help="let the other ranks run when one fails (default: end them)")
     add(
         "--max-restarts",
         "--max_restarts",
         type=natural,
         default=0,
         metavar="N",
-        help="after a failure start all again, at most N times",
+        help="how often to restart all ranks after a failure (default: 0)",
     )
     add(
         "--grace",
@@ -83,90 +121,119 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         "--shutdown_timeout",
         type=seconds,
         metavar="SECONDS",
-        help="from SIGTERM to SIGKILL; 30 if left out",
+        help="how long ranks may take to end, between SIGTERM and SIGKILL (default: 30)",
     )
     add(
         "--wait",
         type=_wait,
         metavar="SECONDS",
-        help="after the first rank has ended with status 0, then end the others; without end if left out",
+        help="how long the other ranks may run after the first has ended with status 0 (default: no limit)",
     )
     add(
         "--signal-to",
         choices=("rank", "group", "session"),
         default="session",
         metavar="WHOM",
-        help="who gets SIGTERM first: rank, group or session (default); the rest follows after half of the grace",
+        help="which processes of a rank get SIGTERM first: rank, group or session; the others get it after half of"
+        " the grace period (default: session)",
     )
     add(
         "--signals-to-handle",
         "--signals_to_handle",
         type=_signals,
         metavar="LIST",
-        help="end the ranks by these, too: SIGUSR1 and SIGUSR2 are otherwise handed on to them, and the job goes on",
+        help="signals that end the job, besides SIGINT, SIGTERM, SIGHUP and SIGQUIT (default: SIGUSR1 and SIGUSR2 are"
+        " passed to the ranks, and the job keeps running)",
     )
     add(
         "--guard",
         action=argparse.BooleanOptionalAction,
-        help="if this launcher is killed, end what the ranks started, too; on where it can be",
+        help="end also the processes that ranks started, if this launcher is killed (default: on where"
+        " the system allows it)",
     )
     add(
         "--stacks",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="look at what ranks do before they are ended because another has failed, and before SIGKILL: on",
+        help="report what the ranks were doing, before they are ended because another failed, and before SIGKILL"
+        " (default: on)",
+    )
+    add(
+        "--cgroup",
+        metavar="DIR",
+        help="make a cgroup for the ranks in DIR, a delegated cgroup v2; auto finds one (default: no cgroup)",
     )
     add(
         "--hang-timeout",
         "--hang_timeout",
         type=_above_0,
         metavar="SECONDS",
-        help="say who stands where when no rank has written a line or used CPU time for so long; off if left out",
+        help="report what each rank is doing when no rank has written a line or used CPU time for so long"
+        " (default: off)",
     )
     add(
         "--on-hang",
         "--on_hang",
         choices=("report", "end", "restart"),
         metavar="WHAT",
-        help="report (default): the ranks run on; end: they are ended, as failed; restart: as --max-restarts allows",
+        help="what to do then: report, and let the ranks run; end the job as failed; or restart it, within"
+        " --max-restarts"
+        " (default: report)",
     )
-    add("--cgroup", metavar="DIR", help="a delegated cgroup v2, in which one is made for the ranks; auto finds it")
     add = run.add_argument_group("input and output").add_argument
     add(
         "--stdin",
         type=_ranks_with_stdin,
         default=0,
         metavar="WHICH",
-        help="which ranks have this command's stdin: all, none, or one by its RANK; 0 if left out",
+        help="which ranks read this command's stdin: all, none, or the number of one (default: 0)",
     )
-    add("--log-dir", "--log_dir", metavar="DIR", help="a folder for each rank's stdout.log and stderr.log")
+    add(
+        "--log-dir",
+        "--log_dir",
+        metavar="DIR",
+        help="write each rank's output to files in DIR/SCRIPT-TIME; DIR/latest is the newest (default: no files)",
+    )
     add(
         "-t",
         "--tee",
         nargs="?",
         type=streams,
         metavar="WHICH",
-        help="log files, and their lines here too, each behind its [rank N]: (WHICH: as for --redirects; else all)",
+        help="write to files and show the lines here, too, each behind its [rank N]: (WHICH as for --redirects;"
+        " default: all)",
     )
     add(
         "-r",
         "--redirects",
         type=streams,
         metavar="WHICH",
-        help="to log files: 1 stdout, 2 stderr, 3 both, 0:3,1:2 by local rank; with --log-dir alone: 3",
+        help="what goes to files: 0 nothing, 1 stdout, 2 stderr, 3 both; or by local rank, 0:3,1:2 (default: 3 with"
+        " --log-dir, else 0)",
     )
-    add("--local-ranks-filter", "--local_ranks_filter", type=_ids, metavar="LIST", help="show these alone: 0,2-3")
+    add(
+        "--local-ranks-filter",
+        "--local_ranks_filter",
+        type=_ids,
+        metavar="LIST",
+        help="show only the lines of these local ranks: 0,2-3 (default: all)",
+    )
     for stream in ("stdout", "stderr"):
         add(
             f"--duplicate-{stream}-filters",
             f"--duplicate_{stream}_filters",
             type=needles,
             metavar="WORDS",
-            help=f"copy lines of --tee with one of these words, as in a,b, to filtered_{stream}.log",
+            help=f"copy lines of --tee that have one of these words (a,b) to filtered_{stream}.log (default: none)",
         )
-    add("--log-line-prefix-template", "--log_line_prefix_template", metavar="TEXT", help="as '[${role_name} ${rank}]:'")
-    add("--report", metavar="FILE.json", help="times, bindings, exits and use of each rank")
-    add("--timeline", metavar="FILE", help="the same as a drawing (FILE.svg), or as a trace for Perfetto (FILE.json)")
+    add(
+        "--log-line-prefix-template",
+        "--log_line_prefix_template",
+        metavar="TEXT",
+        help="the prefix of --tee's lines, with ${rank}, ${local_rank} and ${role_name} (default: [rank ${rank}]:)",
+    )
+    add("--report", metavar="FILE.json", help="write times, bindings, exit statuses and resource use of each rank")
+    add("--timeline", metavar="FILE", help="draw them (FILE.svg), or write a trace for Perfetto (FILE.json)")
     add_warm_options(run)
     add_placement_options(run)
     add_torchrun_options(run)
@@ -206,7 +273,9 @@ def seconds(text: str) -> float:
 def _wait(text: str) -> float:
     found = seconds(text)
     if not found:  # srun's 0 is no limit
-        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}; no --wait: no limit")
+        raise argparse.ArgumentTypeError(
+            f"expected a number of seconds above 0, got {text!r}; leave --wait out for no limit"
+        )
     return found
 
 

@@ -33,31 +33,41 @@ def add_topology_options(topology: argparse.ArgumentParser) -> None:
 
     ``run`` of the parsed arguments is a function that takes them, returns the exit status, and raises PlacementError.
     """
+    topology.description = "Shows this machine's sockets, NUMA nodes, cores, caches and accelerators."
     _add_common_options(topology)
-    topology.add_argument("--capture", metavar="FILE.tar.gz", help="keep the files that are read, for a bug report")
+    topology.add_argument("--capture", metavar="FILE.tar.gz", help="save the files that are read, for a bug report")
     topology.set_defaults(run=_topology)
 
 
 def add_plan_options(plan: argparse.ArgumentParser) -> None:
     """Add the options of ``plan``, and ``run`` as for ``topology``."""
+    plan.description = "Shows where `rankspawn run` would put each rank with the same options. It starts nothing."
     plan.add_argument(
-        "--nproc-per-node", "--nproc_per_node", type=positive, metavar="N", help="default: one for each device"
+        "--nproc-per-node",
+        "--nproc_per_node",
+        type=positive,
+        metavar="N",
+        help="how many ranks (default: one for each device)",
     )
     plan.add_argument(
-        "--warm", metavar="SCRIPT", help="say what a warm start of SCRIPT would import first, and what not"
+        "--warm", metavar="SCRIPT", help="show which modules a warm start of SCRIPT would import once, and which not"
     )
-    plan.add_argument("-m", "--module", action="store_true", help="with --warm: SCRIPT is a module")
+    plan.add_argument("-m", "--module", action="store_true", help="with --warm: SCRIPT is the name of a module")
     add_placement_options(plan)
     _add_common_options(plan)
     plan.set_defaults(run=_plan)
 
 
 def _add_common_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--svg", metavar="FILE", help="draw it")
-    parser.add_argument("--map", action="store_true", help="draw it as text: a character for each core")
-    parser.add_argument("--distances", action="store_true", help="with --svg: draw the distances between nodes, too")
-    parser.add_argument("--sysfs", default="/", metavar="ROOT", help="another machine: the folder with its sys/")
+    parser.add_argument("--json", action="store_true", help="print JSON (default: text)")
+    parser.add_argument("--svg", metavar="FILE", help="draw a picture")
+    parser.add_argument("--map", action="store_true", help="draw a map as text, with one character for each core")
+    parser.add_argument(
+        "--distances", action="store_true", help="with --svg: draw also the distances between NUMA nodes"
+    )
+    parser.add_argument(
+        "--sysfs", default="/", metavar="ROOT", help="read another machine: the folder that has its sys/ (default: /)"
+    )
 
 
 def _topology(args: argparse.Namespace) -> int:

@@ -22,13 +22,19 @@ def add_warm_options(parser: argparse.ArgumentParser) -> None:
     ``--warm MODULES`` is respelt before the parser sees it (vocabulary.py), because --warm may stand alone.
     """
     add = parser.add_argument_group(
-        "warm start", "Ranks are forked from a process that has the imports done."
+        "warm start", "Fork the ranks from a process that has already imported what they need."
     ).add_argument
     add(
         "--warm", action="store_true",
-        help="it imports what SCRIPT imports at its top (see rankspawn plan --warm); --warm LIST is --preload LIST",
+        help="import once what SCRIPT imports at its top (rankspawn plan --warm shows it); --warm LIST is"
+        " --preload LIST (default: off)",
     )  # fmt: skip
-    add("--preload", type=_modules, metavar="LIST", help="it imports these instead: torch,torch._dynamo")
+    add(
+        "--preload",
+        type=_modules,
+        metavar="LIST",
+        help="import these modules once, instead of those of SCRIPT: torch,torch._dynamo",
+    )
 
 
 def _modules(text: str) -> tuple[str, ...]:
