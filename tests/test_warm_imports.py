@@ -151,3 +151,11 @@ def test_a_folder_of_the_programs_is_in_the_path_of_none_with_safe_path(tmp_path
         " assert sys.path == before"
     )
     subprocess.run([sys.executable, "-I", "-c", program], check=True)
+
+
+def test_a_rank_has_no_descriptor_or_library_that_only_the_importer_needed(prepared) -> None:
+    """libffi, which is ctypes's, opens its own file for its trampolines, and keeps it."""
+    source = "import atexit, os, sys\nopened = sorted(os.listdir('/proc/self/fd'))\n"
+    source += "atexit.register(lambda: (opened == sorted(os.listdir('/proc/self/fd'))"
+    source += " and not {'ctypes', '_ctypes'} & {*sys.modules}) or os._exit(1))"
+    assert prepared({"it": source})["refused"] is None

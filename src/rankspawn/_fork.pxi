@@ -1,6 +1,8 @@
 # A warm start, included by _spawn.pyx: what csrc/fork.c and csrc/title.c do, for Python.
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdio cimport fflush
+from posix.dlfcn cimport RTLD_LAZY, dlclose, dlopen, dlsym
 
 RESULT_BYTES = sizeof(spawn_result)
 
@@ -9,6 +11,10 @@ cdef extern from "Python.h":
     void PyOS_BeforeFork()
     void PyOS_AfterFork_Parent()
     void PyOS_AfterFork_Child()
+
+
+cdef extern from "<dlfcn.h>":
+    int RTLD_NOLOAD
 
 
 cdef extern from "spawn.h" nogil:
@@ -145,3 +151,33 @@ def collapse_pages(size_t address, size_t length):
     with nogil:
         error = spawn_collapse_pages(address, length)
     return error
+
+
+# What the importer asks of C. ctypes would do it, too, but ranks would have that module, which their programs have not
+# imported, and a descriptor of libffi's own file, which a newer libffi opens for its trampolines and keeps.
+
+
+def flush_streams_of_c():
+    """Write what is in the buffers of C's streams (fflush(NULL))."""
+    fflush(NULL)
+
+
+def end_openmp(const char *path):
+    """End the threads of an OpenMP library that is loaded (omp_pause_resource_all of OpenMP 5.0, omp_pause_hard).
+
+    Returns:
+        Whether it has ended them; None where it has no such function, or is not loaded.
+    """
+    cdef int (*pause)(int) noexcept nogil
+    cdef int code
+    cdef void *library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD)
+    if library is NULL:
+        return None
+    pause = <int (*)(int) noexcept nogil>dlsym(library, b"omp_pause_resource_all")
+    ended = None
+    if pause is not NULL:
+        with nogil:
+            code = pause(2)  # omp_pause_hard of omp.h
+        ended = code == 0
+    dlclose(library)
+    return ended

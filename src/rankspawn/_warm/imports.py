@@ -6,7 +6,6 @@ would have otherwise than a process that was executed, is looked for here, in th
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import os
@@ -19,6 +18,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from .. import _spawn
 from .variables import Recorder
 
 _ACCELERATOR = re.compile(
@@ -33,7 +33,6 @@ _OPENMP = re.compile(r"/lib(gomp|omp|iomp5)[^/]*\.so")
 _OPENBLAS = re.compile(r"/[^/]*openblas[^/]*\.so")
 # Seconds that a thread may have for its end: one that was joined has left Python, and not yet the kernel.
 _THREAD_ENDS = 0.5
-_PAUSE_HARD = 2  # omp_pause_hard of omp.h
 
 
 handlers_before: dict[int, Any] = {}
@@ -179,10 +178,10 @@ def _end_openmp(proc: str, notes: list[str]) -> list[str]:
     """
     libraries = [path for path in _mapped(proc) if _OPENMP.search(path)]
     for path in libraries:
-        pause = getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)  # OpenMP 5.0
-        if pause is None:
+        ended = _spawn.end_openmp(os.fsencode(path))
+        if ended is None:
             notes.append(f"{path} cannot end its threads (it has no omp_pause_resource_all)")
-        elif pause(_PAUSE_HARD) != 0:
+        elif not ended:
             notes.append(f"{path} did not end its threads when it was asked to (omp_pause_resource_all)")
     return libraries
 
@@ -192,7 +191,7 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         if stream is not None and not stream.closed:
             stream.flush()
-    ctypes.CDLL(None).fflush(None)
+    _spawn.flush_streams_of_c()
 
 
 def _files(known: set[str]) -> dict[str, int]:
