@@ -38,11 +38,14 @@ def fails(code: str, folder: Path | None = None) -> Failure:
     return failure
 
 
-def log_can_be_read() -> bool:
-    return bool(deaths._read_log("/dev/kmsg"))
+def why_no_log() -> str:
+    """Why the kernel's log says nothing of processes here, or ""."""
+    if deaths._link("/proc/self/ns/pid") != deaths._FIRST_PID_NAMESPACE:
+        return "the kernel's log has numbers of the first PID namespace, and this is another one"
+    return "" if deaths._read_log("/dev/kmsg") else "this user may not read the kernel's log"
 
 
-needs_log = pytest.mark.skipif(not log_can_be_read(), reason="this user may not read the kernel's log")
+needs_log = pytest.mark.skipif(why_no_log() != "", reason=why_no_log())
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -190,6 +193,41 @@ def test_an_invalid_access_is_said_with_its_place() -> None:
 
 def entry(text: str, ago: float = 0.0) -> str:
     return f"3,1,{int(1e6 * (time.monotonic() - ago))},-;{text}\n SUBSYSTEM=pci\n"
+
+
+OF_MEMORY = (
+    "oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),cpuset=/,mems_allowed=0,oom_memcg=/jobs/7,task=sh,pid=PID,uid=0",
+    "Memory cgroup out of memory: Killed process PID (sh) total-vm:220000kB, anon-rss:65536kB, file-rss:8kB",
+)
+AN_ACCESS = ("python[PID]: segfault at 0 ip 00007f12 sp 00007ffd error 4 in libc.so.6[7f12,1000]",)
+
+
+@pytest.mark.parametrize(
+    ("sig", "logged", "why"),
+    [
+        (
+            signal.SIGKILL,
+            OF_MEMORY,
+            "out of memory: the kernel has killed it when it had 64 MiB, because cgroup /jobs/7 was at its limit",
+        ),
+        (signal.SIGSEGV, AN_ACCESS, "segfault at 0 ip 00007f12 sp 00007ffd error 4 in libc.so.6[7f12,1000]"),
+    ],
+)
+@pytest.mark.parametrize("whose", ["its", "another's", "of another PID namespace"])
+def test_what_the_log_says_of_a_process(
+    tmp_path: Path, whose: str, sig: signal.Signals, logged: Sequence[str], why: str
+) -> None:
+    """By a file that stands for the kernel's log, and a link that stands for this process's PID namespace."""
+    (tmp_path / "self" / "ns").mkdir(parents=True)
+    namespace = "pid:[4026532758]" if whose == "of another PID namespace" else deaths._FIRST_PID_NAMESPACE
+    (tmp_path / "self" / "ns" / "pid").symlink_to(namespace)
+    log = tmp_path / "kmsg"
+    with Popen(["/bin/sh", "-c", f"ulimit -c 0; kill -{int(sig)} $$"], cwd=tmp_path) as rank:
+        os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOWAIT)
+        pid = rank.pid + (whose == "another's")
+        log.write_text("".join(entry(text.replace("PID", str(pid))) for text in logged))
+        found = Deaths(time.monotonic_ns(), proc=str(tmp_path), log=str(log)).why({0: (rank, -sig, ())})[0]
+    assert found.removesuffix("; no core was written: ulimit -c is 0") == (why if whose == "its" else "")
 
 
 @pytest.mark.parametrize("own", [True, False])
