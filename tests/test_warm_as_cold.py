@@ -334,6 +334,7 @@ def comparable(text: str) -> str:
     """Without what differs from one process to the next."""
     text = re.sub(r"0x[0-9a-f]{6,}", "0x", text)
     text = re.sub(r"/(cold|warm)/attempt", "/way/attempt", text)
+    text = re.sub(r"SigQ:\t\d+/", "SigQ:\t/", text)  # counts what is pending for all processes of this user
     text = re.sub(r"\nExtension modules: [^\n]*\n", "", text)  # faulthandler lists what is loaded
     # From Python 3.14 on it lists frames of C, too. A forked rank has more of them below the interpreter's.
     text = re.sub(r"(?<=C stack trace \(most recent call first\):\n)(  Binary file [^\n]*\n)+", "", text)
