@@ -140,7 +140,7 @@ end_all(struct guard *guard)
     if (kills_cgroup && cgroup_wait_empty(cgroup, until)) {
         folder_remove(cgroup, guard->cgroup_path);
     }
-    if (guard->folder >= 0 && nobody) {
+    if (guard->folder >= 0 && nobody && launcher_has_died(guard, 0)) {
         folder_remove(guard->folder, guard->folder_path);
     }
 }

@@ -61,6 +61,7 @@ class Guard:
         self.process = process
         self.fd = fd
         self._launcher = os.getpid()
+        self._was_told = False  # to end what is left
 
     @staticmethod
     def why_not() -> str:
@@ -124,9 +125,8 @@ class Guard:
         """Issue a RuntimeWarning if the guard has ended before close()."""
         import warnings
 
-        if self.fd < 0:
+        if self.fd < 0 or self._was_told:
             return
-
         warnings.warn(
             f"the guard (process {self.process.pid}) has ended: what the ranks have started stays behind if this"
             " process is killed now",
@@ -137,8 +137,10 @@ class Guard:
     def end_what_is_left(self) -> None:
         """Have the guard end what the ranks have started, and wait until that is done. No rank starts afterwards.
 
-        The guard knows the ranks' sessions also where other code has reaped the ranks.
+        The guard knows the ranks' sessions also where other code has reaped the ranks. It leaves the temporary folder
+        to the launcher.
         """
+        self._was_told = True
         with suppress(BrokenPipeError):  # the guard has ended
             os.write(self.fd, struct.pack("=qii", 0, 0, 0))  # struct spawn_registration
         with suppress(subprocess.TimeoutExpired):
@@ -161,6 +163,7 @@ class Guard:
         if is_ours:
             with suppress(subprocess.TimeoutExpired):  # in uninterruptible sleep, or frozen: it ends when it can
                 self.process.wait(PATIENCE_SECONDS)
+            self.process._pidfd = None  # a leader's stays open: send_signal_group() would need it
 
 
 def _own_pidfd() -> list[int]:

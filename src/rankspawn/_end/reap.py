@@ -39,13 +39,19 @@ def _returncode(rank: Popen, status: int | None) -> int | None:
     if lock.acquire(blocking=False):
         if rank.returncode is None:
             rank._handle_exitstatus(0 if rank.pidfd is None else _status_of_reaped(rank.pidfd))
+        rank._is_kept = False
         lock.release()
     return rank.returncode
 
 
+def is_reaped(rank: Popen) -> bool:
+    """Whether somebody is known to have reaped it: its number may be another process's."""
+    return rank.returncode is not None and not rank._is_kept
+
+
 def unreaped(ranks: Iterable[Popen]) -> list[Popen]:
     """The ranks whose numbers are still their own: they run, or are zombies that nobody has waited for."""
-    own = [rank for rank in ranks if rank.returncode is None]
+    own = [rank for rank in ranks if not is_reaped(rank)]
     if not hasattr(os, "waitid"):
         return own
     return [rank for rank, status in zip(own, _way.way.look(own), strict=True) if status != _REAPED]
@@ -73,14 +79,17 @@ def reap(ranks: Mapping[int, Popen], ended: Mapping[int, int]) -> dict[int, tupl
     try:
         for number, rank in ranks.items():
             # A thread that waits for it holds the lock, and is about to collect it if it has ended.
-            if rank.returncode is None and rank._waitpid_lock.acquire(timeout=0.1):  # type: ignore[attr-defined]
+            if not is_reaped(rank) and rank._waitpid_lock.acquire(timeout=0.1):  # type: ignore[attr-defined]
                 held[number] = rank
-        own = {number: rank for number, rank in held.items() if rank.returncode is None}
+        own = {number: rank for number, rank in held.items() if not is_reaped(rank)}
         for (number, rank), (status, usage) in zip(own.items(), _way.way.collect([*own.values()]), strict=True):
             if status == _REAPED:
-                rank.returncode = ended.get(number, 0)
+                rank._is_kept = False
+                if rank.returncode is None:
+                    rank.returncode = ended.get(number, 0)
             elif status is not None:
                 rank._handle_exitstatus(status)
+                rank._is_kept = False
                 found[number] = usage, os.WCOREDUMP(status)
     finally:
         for rank in held.values():

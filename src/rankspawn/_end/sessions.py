@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 
 from .._procfs import folder, line, read_stat
 from . import way as _way
@@ -114,6 +115,13 @@ def ignores(pid: int, sig: int, proc: str = "/proc") -> bool:
     except ValueError:
         return True
     return bool(mask >> (sig - 1) & 1)
+
+
+def describe_left(pid: int, proc: str = "/proc") -> str:
+    """A process that is left alone: its number and name."""
+    with suppress(OSError):
+        return f"process {pid} ({read_stat(folder(pid, proc)).name})"
+    return f"process {pid}"
 
 
 def describe_stuck(pid: int, proc: str = "/proc") -> str:

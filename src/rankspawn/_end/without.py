@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import _procfs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence, Set
+    from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 
     from .._start.popen import Popen
 
@@ -172,12 +172,12 @@ def signal_members(sessions: Set[int], signals: Sequence[int], groups: bool, pro
                 continue  # it has ended
 
 
-def signal_one(pid: int, session: int, signals: Iterable[int]) -> None:
-    """As sessions.signal_one()."""
+def signal_one(pid: int, session: int, signals: Iterable[int], only_if: Callable[[], bool] = lambda: True) -> None:
+    """As sessions.signal_one(); and only if that is true of the process that gets the signals."""
     pidfd = _procfs.open_pidfd(pid)
     try:
         # The pidfd is of this member, or of one that has ended since, which gets nothing.
-        if _procfs.session(pid) == session:
+        if _procfs.session(pid) == session and only_if():
             for sig in signals:
                 _signal(pid, pidfd, sig)
     finally:

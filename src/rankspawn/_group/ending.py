@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from .._end.deadline import left, passed, sooner, until
 from .._end.ranks import KILL_SECONDS, SIGKILL, SignalTo, kill_sessions, living, name_stuck, signal_ranks
-from .._end.reap import reap
-from .._end.sessions import ignores, signal_one
+from .._end.reap import is_reaped, reap
+from .._end.sessions import describe_left, ignores, signal_one
 from .._end.watch import POLL_SECONDS
 
 if TYPE_CHECKING:
     from .._end.cgroup import GroupCgroup
+    from .._end.guard import Guard
     from .._end.watch import Watch
     from .._start.popen import Popen
 
@@ -45,10 +48,12 @@ class Ending:
         grace: float,
         signal_to: SignalTo,
         cgroup: GroupCgroup | None,
+        guard: Guard | None,
+        mark: str,
     ) -> None:
         self._ranks, self._watch = ranks, watch
         self._grace, self._signal_to = grace, signal_to
-        self._cgroup = cgroup
+        self._cgroup, self._guard, self._mark = cgroup, guard, mark
         self.kill_at: float | None = None
         self.killed_at: float | None = None
         self.give_up_at: float | None = None
@@ -109,6 +114,7 @@ class Ending:
         finally:
             if others:
                 signal_ranks(others, *signals)
+                self.tell_left_by_reaped(*signals)
 
     def do_due(self) -> float | None:
         """Do what is due now; when the next thing is.
@@ -151,7 +157,7 @@ class Ending:
             self._living, self.lingering = None, False
             return
         self._living = living(self._ranks)
-        self.lingering = bool(self._living)
+        self.lingering = bool(self._living) or bool(self._left_by_reaped()[0])
         if self._living and self._deaf and signal.SIGTERM not in self._asked:
             self._terminate_deaf(self._living)
 
@@ -202,6 +208,7 @@ class Ending:
         # A second at least is for the sessions: a rank that does not end must not keep the others' children alive.
         numbered, codes = dict(enumerate(self._ranks)), self._watch.returncodes
         stuck = kill_sessions(numbered, codes, 1.0 + (left(end) or 0), self._living)
+        stuck.update(self._kill_left_by_reaped(1.0 + (left(end) or 0)))
         if self._cgroup is not None:
             self._cgroup.kill()
             if not self._cgroup.wait_empty(1.0 + (left(end) or 0)):
@@ -209,6 +216,51 @@ class Ending:
         self.collected.update(reap(numbered, codes))
         look(0)
         return {**stuck, **self.stuck()}
+
+    # ---- ranks that other code has reaped: see _end/reaped.py -------------------------------------------------------
+
+    def _reaped(self) -> dict[int, int]:
+        """Those that were seen to be: the number of the session -> which rank it was."""
+        if sys.platform != "linux":
+            return {}
+        numbered = enumerate(self._ranks)
+        return {rank.pid: number for number, rank in numbered if is_reaped(rank) and number not in self.collected}
+
+    def _left_by_reaped(self) -> tuple[dict[int, int], dict[int, int]]:
+        """As members_by_mark()."""
+        if not (reaped := self._reaped()):
+            return {}, {}
+        from .._end.reaped import members_by_mark
+
+        return members_by_mark(reaped.keys(), self._mark)
+
+    def tell_left_by_reaped(self, *signals: int) -> None:
+        """Signal what they have started, as far as it is known to be theirs."""
+        own, _ = self._left_by_reaped()
+        if own:
+            from .._end.reaped import signal_by_mark
+
+            signal_by_mark(own, self._mark, signals)
+
+    def _kill_left_by_reaped(self, seconds: float) -> dict[int, str]:
+        """Kill what they have started: pid -> whose it is of what does not end."""
+        own, unknown = self._left_by_reaped()
+        if not own and not unknown:
+            return {}
+        from .._end.reaped import kill_by_mark
+
+        if self._guard is not None:
+            self._guard.end_what_is_left()
+        reaped = self._reaped()
+        own, unknown = kill_by_mark(reaped.keys(), self._mark, seconds)
+        if unknown:
+            told = "; ".join(f"rank {reaped[number]}: {describe_left(pid)}" for pid, number in unknown.items())
+            warnings.warn(
+                f"other code of this program has waited for ranks, and what these have left may run on: {told}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return {pid: f"rank {reaped[number]}" for pid, number in own.items()}
 
     def stuck(self) -> dict[int, str]:
         """The ranks that still run: pid -> which rank it is."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .._end.deadline import left, passed, sooner, until
 from .._end.deferral import Deferral
 from .._end.ranks import SIGKILL, SignalTo, name_running, name_stuck, signal_ranks
+from .._end.reap import is_reaped
 from .._end.watch import Watch
 from .._public import public
 from .descriptors import enough_descriptors
@@ -95,12 +96,14 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
                 watch.once(guard.process.pidfd, guard.warn_of_its_end)
             for descriptor in self._watched:
                 watch.add(descriptor)
+        for rank in ranks:
+            rank._is_kept = hasattr(os, "waitid")
         self.ranks, self.files, self.job = ranks, None if files is None else tuple(files), started.job
         self._called_ns, self._templates = started.called_ns, started.templates
         self._note_birth()
         self._begin_lines()
         self._begin_hang_watch()
-        self._ending = Ending(ranks, watch, grace=self._grace, signal_to=self._signal_to, cgroup=started.cgroup)
+        self._ending = Ending(started, watch, grace=self._grace, signal_to=self._signal_to)
         if self._takes_stacks:
             self._ending.before_kill = self._look_before_kill
         if self.stop_asked is not None:  # while they were being started
@@ -238,6 +241,8 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
         """
         self._check_owner()
         signal_ranks(self.ranks, sig, to=to)
+        if to == "session":
+            self._ending.tell_left_by_reaped(sig)
 
     @property
     def is_closed(self) -> bool:
@@ -337,7 +342,7 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
         Raises:
             TimeoutError: As from ``terminate``.
         """
-        if self._owner != os.getpid() or (self._is_over and all(rank.returncode is not None for rank in self.ranks)):
+        if self._owner != os.getpid() or (self._is_over and all(map(is_reaped, self.ranks))):
             return
         if self._restarts is not None and self._restarts.postpone_close():
             return
@@ -358,8 +363,10 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
         self._resources.callback(self._end_lines)  # before what holds the files goes
         self._watch.close()
         for rank in self.ranks:
-            if rank.returncode is not None:
+            if is_reaped(rank):
                 rank._pidfd = None
+            elif rank.returncode is None:
+                rank._is_kept = False  # it cannot be ended: whoever waits for it reaps it
         self._note_over()
         self._resources.close()
 

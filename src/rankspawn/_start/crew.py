@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from .arguments import candidates, command_and_program
-from .ending import Stock
+from .ending import _P_PIDFD, Stock
 from .engine import EXTENSION_ERROR, masks, mechanisms
 from .popen import Popen
 
@@ -58,6 +59,53 @@ class RankProcess(Popen):
                 except BaseException:
                     self.let_go()
                     raise
+
+    if hasattr(os, "waitid"):
+
+        def _wait(self, timeout: float | None) -> int | None:
+            if timeout is None and self._is_kept and self.returncode is None:
+                if self._pidfd is None:
+                    with self._waitpid_lock:
+                        self._note_end(0)
+                else:
+                    self._note_end(0)  # without the lock, which the group needs to reap it
+            return super()._wait(timeout)
+
+        def _internal_poll(self, _deadstate: int | None = None, **more: Any) -> int | None:
+            if self._is_kept and self.returncode is None and _deadstate is None:
+                self._note_end(os.WNOHANG)
+                if self._is_kept:
+                    return self.returncode
+            return super()._internal_poll(_deadstate, **more)  # type: ignore[misc, no-any-return]
+
+        def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+            if self._is_kept:
+                status = self._note_end(wait_flags)
+                if self._is_kept:
+                    return (0, 0) if status is None else (self.pid, status)
+            return super()._try_wait(wait_flags)  # type: ignore[misc, no-any-return]
+
+        def _note_end(self, options: int) -> int | None:
+            """Note its returncode, if it has ended, and leave the zombie to its group; its status as of waitpid(2)."""
+            options |= os.WEXITED | os.WNOWAIT
+            pidfd = self._pidfd
+            try:
+                try:
+                    if pidfd is None:
+                        raise OSError(errno.EINVAL, "")
+                    ended = os.waitid(_P_PIDFD, pidfd.fd, options)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:  # before Linux 5.4
+                        raise
+                    ended = os.waitid(os.P_PID, self.pid, options)
+            except ChildProcessError:
+                self._is_kept = False  # it has been reaped, by its group or by other code
+                return None
+            if ended is None:
+                return None
+            status = (ended.si_status & 0xFF) << 8 if ended.si_code == os.CLD_EXITED else int(ended.si_status)
+            self._handle_exitstatus(status)
+            return status
 
     def start_alone(self, **keywords: Any) -> None:
         """Start it alone, as any Popen, with the same streams and binding."""

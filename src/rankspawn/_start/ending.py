@@ -32,7 +32,8 @@ class Started(subprocess.Popen[AnyStr]):
     """``subprocess.Popen``, whose signals reach this process or none, and whose ``poll()`` sees every end."""
 
     # Other folders may use these private names of a Popen and no others (tests/test_imports.py holds it): _born,
-    # _executed_ns, _leads_group, _refused; and of the standard class _child_created, _handle_exitstatus, _waitpid_lock.
+    # _executed_ns, _is_kept, _leads_group, _refused; and of the standard class _child_created, _handle_exitstatus,
+    # _waitpid_lock.
     #
     # What most processes have, and what is replaced, never changed, in those that have something else. Each attribute
     # that is not set, and each call less, shows in the time of a start: it runs with caches that the child has emptied.
@@ -42,6 +43,7 @@ class Started(subprocess.Popen[AnyStr]):
     _born: float | None = None  # on Windows: not before this time, as time.time() has it
     _child_created: bool  # the standard class's
     _leads_group = False
+    _is_kept = False  # a group's rank: its end can be seen here, and the group alone reaps it
     _waits_in = 0  # the thread that waits without a timeout, as threading.get_ident() has it
 
     @property
@@ -75,12 +77,12 @@ class Started(subprocess.Popen[AnyStr]):
             refusal = pidfd.send_signal(sig, True)
             if refusal in (0, errno.ESRCH):
                 return
-            if refusal == errno.EPERM and self.returncode is not None:
+            if refusal == errno.EPERM and self.returncode is not None and not self._is_kept:
                 raise PermissionError(refusal, f"process group {self.pid}: {os.strerror(refusal)}")
         # A thread that holds the lock is inside waitpid: the leader is still there, or was a moment ago.
         held = self._waitpid_lock.acquire(blocking=False)  # type: ignore[attr-defined]
         try:
-            if self.returncode is not None:
+            if self.returncode is not None and not self._is_kept:
                 raise ProcessLookupError(
                     errno.ESRCH,
                     f"process group {self.pid}: its leader has been waited for, and this system cannot address the"
