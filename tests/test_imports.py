@@ -69,7 +69,6 @@ PRIVATE_NAMES_OF_POPEN = {
     "_born",
     "_child_created",
     "_executed_ns",
-    "_is_kept",
     "_handle_exitstatus",
     "_leads_group",
     "_refused",

@@ -32,6 +32,7 @@ class Stat(Frozen):
         waited_seconds: That of the processes that it has started and waited for, and theirs.
         threads: How many the process has.
         started: When it was started, in clock ticks since the machine was.
+        ending: Whether it is on its way out (PF_EXITING of include/linux/sched.h), perhaps without its memory already.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Stat(Frozen):
     waited_seconds: float
     threads: int
     started: int
+    ending: bool
 
 
 def read_stat(folder: str) -> Stat:
@@ -58,10 +60,15 @@ def read_stat(folder: str) -> Stat:
         before, _, after = file.readall().decode(errors="backslashreplace").rpartition(")")
     # The manual page counts from 1, and the state, which follows the name, is the third. A name may have brackets.
     state, parent, group, session, *others = after.split()
-    user, system, theirs, theirs_too, threads, started = (int(others[at - 7]) for at in (14, 15, 16, 17, 20, 22))
+    flags, user, system, theirs, theirs_too, threads, started = (
+        int(others[at - 7]) for at in (9, 14, 15, 16, 17, 20, 22)
+    )
     ticks = os.sysconf("SC_CLK_TCK")
     own, waited = (user + system) / ticks, (theirs + theirs_too) / ticks
-    return Stat(before.partition("(")[2], state, int(parent), int(group), int(session), own, waited, threads, started)
+    return Stat(
+        before.partition("(")[2], state, int(parent), int(group), int(session), own, waited, threads, started,
+        bool(flags & 4),
+    )  # fmt: skip
 
 
 def pids(proc: str = "/proc") -> Iterable[int] | None:

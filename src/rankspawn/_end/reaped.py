@@ -45,7 +45,7 @@ def members_by_mark(numbers: Set[int], mark: str) -> tuple[dict[int, int], dict[
     found = members(held) if held else {}
     marked = {pid for pid in found if _has(pid, mark)}
     # Again: a stranger may have got the number during the search.
-    found = {pid: number for pid, number in found.items() if _procfs.is_gone(number) and not _procfs.is_gone(pid)}
+    found = {pid: number for pid, number in found.items() if _procfs.is_gone(number) and not _ends(pid)}
     return (
         {pid: number for pid, number in found.items() if pid in marked},
         {pid: number for pid, number in found.items() if pid not in marked},
@@ -70,10 +70,22 @@ def kill_by_mark(numbers: Set[int], mark: str, seconds: float) -> tuple[dict[int
     until = time.monotonic() + seconds
     while True:
         own, unknown = members_by_mark(numbers, mark)
+        if unknown:
+            time.sleep(_PAUSE)  # in the middle of an execve(2), a process has no environment
+            own, unknown = members_by_mark(numbers, mark)
         if not own or time.monotonic() > until:
             return own, unknown
         signal_by_mark(own, mark, (SIGKILL,))
         time.sleep(_PAUSE)
+
+
+def _ends(pid: int) -> bool:
+    """Whether a process has ended, or is about to: its environment goes first."""
+    try:
+        stat = _procfs.read_stat(_procfs.folder(pid))
+    except OSError:
+        return _procfs.is_gone(pid)
+    return stat.ending and stat.threads <= 1
 
 
 def _has(pid: int, mark: str) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,9 @@ from .._end.sessions import describe_left, ignores, signal_one
 from .._end.watch import POLL_SECONDS
 
 if TYPE_CHECKING:
-    from .._end.cgroup import GroupCgroup
-    from .._end.guard import Guard
     from .._end.watch import Watch
     from .._start.popen import Popen
+    from .order import Started
 
 _CONTINUE = (signal.SIGCONT,) if hasattr(signal, "SIGCONT") else ()
 
@@ -42,18 +42,18 @@ class Ending:
 
     def __init__(
         self,
-        ranks: Sequence[Popen],
+        started: Started,
         watch: Watch,
         *,
         grace: float,
         signal_to: SignalTo,
-        cgroup: GroupCgroup | None,
-        guard: Guard | None,
-        mark: str,
     ) -> None:
-        self._ranks, self._watch = ranks, watch
+        self._ranks, self._watch = started.ranks, watch
         self._grace, self._signal_to = grace, signal_to
-        self._cgroup, self._guard, self._mark = cgroup, guard, mark
+        self._cgroup, self._guard = started.cgroup, started.guard
+        self._mark = f"RANKSPAWN_CALL_NS={started.called_ns}"
+        for rank in self._ranks:
+            rank._is_kept = hasattr(os, "waitid")
         self.kill_at: float | None = None
         self.killed_at: float | None = None
         self.give_up_at: float | None = None
@@ -216,6 +216,19 @@ class Ending:
         self.collected.update(reap(numbered, codes))
         look(0)
         return {**stuck, **self.stuck()}
+
+    @property
+    def has_all_reaped(self) -> bool:
+        """Whether every rank has been reaped, by the group or by other code."""
+        return all(map(is_reaped, self._ranks))
+
+    def let_go_of_ranks(self) -> None:
+        """Close what is held of ranks that have been reaped. Whoever waits for one that cannot be ended reaps it."""
+        for rank in self._ranks:
+            if is_reaped(rank):
+                rank._pidfd = None
+            elif rank.returncode is None:
+                rank._is_kept = False
 
     # ---- ranks that other code has reaped: see _end/reaped.py -------------------------------------------------------
 

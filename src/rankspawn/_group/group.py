@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from .._end.deadline import left, passed, sooner, until
 from .._end.deferral import Deferral
 from .._end.ranks import SIGKILL, SignalTo, name_running, name_stuck, signal_ranks
-from .._end.reap import is_reaped
 from .._end.watch import Watch
 from .._public import public
 from .descriptors import enough_descriptors
@@ -96,8 +95,6 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
                 watch.once(guard.process.pidfd, guard.warn_of_its_end)
             for descriptor in self._watched:
                 watch.add(descriptor)
-        for rank in ranks:
-            rank._is_kept = hasattr(os, "waitid")
         self.ranks, self.files, self.job = ranks, None if files is None else tuple(files), started.job
         self._called_ns, self._templates = started.called_ns, started.templates
         self._note_birth()
@@ -342,7 +339,7 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
         Raises:
             TimeoutError: As from ``terminate``.
         """
-        if self._owner != os.getpid() or (self._is_over and all(map(is_reaped, self.ranks))):
+        if self._owner != os.getpid() or (self._is_over and self._ending.has_all_reaped):
             return
         if self._restarts is not None and self._restarts.postpone_close():
             return
@@ -362,11 +359,7 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
         self._closed = True
         self._resources.callback(self._end_lines)  # before what holds the files goes
         self._watch.close()
-        for rank in self.ranks:
-            if is_reaped(rank):
-                rank._pidfd = None
-            elif rank.returncode is None:
-                rank._is_kept = False  # it cannot be ended: whoever waits for it reaps it
+        self._ending.let_go_of_ranks()
         self._note_over()
         self._resources.close()
 

@@ -32,8 +32,7 @@ class Started(subprocess.Popen[AnyStr]):
     """``subprocess.Popen``, whose signals reach this process or none, and whose ``poll()`` sees every end."""
 
     # Other folders may use these private names of a Popen and no others (tests/test_imports.py holds it): _born,
-    # _executed_ns, _is_kept, _leads_group, _refused; and of the standard class _child_created, _handle_exitstatus,
-    # _waitpid_lock.
+    # _executed_ns, _leads_group, _refused; and of the standard class _child_created, _handle_exitstatus, _waitpid_lock.
     #
     # What most processes have, and what is replaced, never changed, in those that have something else. Each attribute
     # that is not set, and each call less, shows in the time of a start: it runs with caches that the child has emptied.
