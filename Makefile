@@ -161,6 +161,9 @@ bench: $(VENV)/.test $(VENV)/.built | build/.test-tools ## measure: the figures 
 bench-warm: $(TORCH_VENV)/.built ## measure: ranks forked from a template beside ranks that import torch (BENCH_ARGS="--turns 3")
 	$(TORCH_PY) benchmarks/warm.py $(BENCH_ARGS)
 
+bench-stacks: $(TORCH_VENV)/.built ## measure: looks at what ranks do, `rankspawn ps`, and what they cost a launch
+	$(TORCH_PY) benchmarks/stacks.py $(BENCH_ARGS)
+
 bench-torchrun: $(TORCH_VENV)/.built | build/.test-tools ## measure: whole jobs under torchrun and under ours (docs/torchrun.md)
 	$(TORCH_PY) benchmarks/torchrun.py $(BENCH_ARGS)
 

@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 
+from rankspawn import launch
+from rankspawn._end.guard import Guard
 from rankspawn._output.noted import noted, read_noted
+from rankspawn._stacks.now import jobs_now
 from tests.support.launchers import LAUNCHER, SLEEP, completed, in_ranks, launched
 from tests.support.processes import eventually
 
@@ -88,8 +91,26 @@ def test_notes_are_this_users_alone(runtime: Path) -> None:
         assert stat.S_IMODE(runtime.stat().st_mode) == 0o700 and stat.S_IMODE(note.stat().st_mode) == 0o600
 
 
-def test_a_killed_launchers_note_is_removed_by_the_next_look(runtime: Path) -> None:
+def test_a_killed_launchers_note_is_removed_by_its_guard(runtime: Path) -> None:
+    if why := Guard.why_not():
+        pytest.skip(why)
     with launched(in_ranks(SLEEP)) as job:
+        job.hear(1)
+        assert len([*runtime.iterdir()]) == 1
+        job.process.kill()
+        job.end()
+        eventually(lambda: [*runtime.iterdir()] == [])
+
+
+def test_a_guard_whose_launcher_lives_leaves_its_note(runtime: Path) -> None:
+    with noted(()):
+        with launch(["true"], 1) as group:
+            group.wait(60)
+        assert len([*runtime.iterdir()]) == 1
+
+
+def test_a_killed_launchers_note_is_removed_by_the_next_look(runtime: Path) -> None:
+    with launched(in_ranks(SLEEP, "--no-guard")) as job:
         job.hear(1)
         job.process.kill()
         job.end()
@@ -118,3 +139,48 @@ def test_watch_looks_again_until_it_is_interrupted(runtime: Path) -> None:
         ps.process.send_signal(signal.SIGINT)
         assert ps.end() in (-signal.SIGINT, 128 + signal.SIGINT)
         assert "Traceback" not in ps.stderr.read()
+
+
+# As the kernel writes it on a machine with two nodes, shortened: one file, a heap, a huge page, and a shared library.
+NUMA_MAPS = """\
+55d0c8e00000 default file=/usr/bin/python3.11 mapped=10 mapmax=3 N0=4 N1=6 kernelpagesize_kB=4
+55d0c9a00000 bind:0 heap anon=300 dirty=300 active=0 N0=200 N1=100 kernelpagesize_kB=4
+7f3a00000000 bind:0 anon=2 dirty=2 N1=2 kernelpagesize_kB=2048
+7f3b00000000 default file=/usr/lib/libN9=7.so mapped=5 N0=5 kernelpagesize_kB=4
+7ffd00000000 default
+"""
+
+
+@pytest.mark.parametrize(("node_of_cpu", "far"), [(0, (6 + 100) * 4096 + (2 << 21)), (1, (4 + 200 + 5) * 4096)])
+def test_pages_on_other_nodes(tmp_path: Path, node_of_cpu: int, far: int) -> None:
+    """The process is real, and so are its files in procfs but for numa_maps, which says the same with one node."""
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": f"pages-{os.getpid()}"}
+    with subprocess.Popen(["sleep", "300"], env={**os.environ, **variables}) as rank:
+        try:
+            eventually(lambda: Path(f"/proc/{rank.pid}/comm").read_text() == "sleep\n")
+            proc, nodes = tmp_path / "proc", tmp_path / "node"
+            (proc / str(rank.pid)).mkdir(parents=True)
+            for name in ("stat", "environ", "schedstat", "statm", "task", "fd", "cmdline", "comm"):
+                (proc / str(rank.pid) / name).symlink_to(f"/proc/{rank.pid}/{name}")
+            (proc / "uptime").symlink_to("/proc/uptime")
+            (proc / str(rank.pid) / "numa_maps").write_text(NUMA_MAPS)
+            for node in (0, 1):
+                (nodes / f"node{node}").mkdir(parents=True)
+                (nodes / f"node{node}" / "cpulist").write_text("0-1023\n" if node == node_of_cpu else "\n")
+            (job,) = jobs_now({}, pages=True, proc=str(proc), nodes=str(nodes))
+            assert [one.off_node for one in job.ranks] == [far]
+            (job,) = jobs_now({}, proc=str(proc), nodes=str(nodes))
+            assert [one.off_node for one in job.ranks] == [None]
+        finally:
+            rank.kill()
+
+
+def test_pages_of_a_rank_here(runtime: Path) -> None:
+    with launched(in_ranks(SLEEP)) as job:
+        job.hear(1)
+        jobs = json.loads(completed([*LAUNCHER, "ps", "--pages", "--json"]).stdout)
+        (rank,) = [rank for one in jobs if one["launcher"] == job.process.pid for rank in one["ranks"]]
+        here = Path(f"/proc/{rank['pid']}/numa_maps").exists() and Path("/sys/devices/system/node/node0").exists()
+        assert (rank["off_node"] is not None) == here
+        if here and not Path("/sys/devices/system/node/node1").exists():
+            assert rank["off_node"] == 0

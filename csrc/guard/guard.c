@@ -1,12 +1,13 @@
 /* rankspawn-guard: a program that outlives a launcher, to end what the launcher could not. src/rankspawn/_end/guard.py
  * starts it, and says why it is sound.
  *
- *     rankspawn-guard LAUNCHER PIPE PIDFD PATIENCE FOLDERFD FOLDER CGROUP
+ *     rankspawn-guard LAUNCHER PIPE PIDFD PATIENCE FOLDERFD FOLDER CGROUP NOTE
  *
  * LAUNCHER  its pid             PIPE      where the ranks register: as csrc/spawn.h says
  * PIDFD     of the launcher, or "-"       PATIENCE  in milliseconds
  * FOLDERFD  the open temporary folder, or "-", and FOLDER its path
  * CGROUP    the path of the group's cgroup, which may be there or not, or ""
+ * NOTE      the path of the launcher's note for `rankspawn ps`, which may be there or not, or ""
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -39,6 +40,7 @@ struct guard {
     int folder; /* -1: none */
     const char *folder_path;
     const char *cgroup_path;
+    const char *note_path;
     struct sessions sessions;
 };
 
@@ -125,6 +127,9 @@ end_all(struct guard *guard)
     int64_t until = now(CLOCK_MONOTONIC) + guard->patience, left;
     int cgroup = *guard->cgroup_path ? (int)open_at(AT_FDCWD, guard->cgroup_path, O_RDONLY | O_DIRECTORY) : -1;
     bool nobody, kills_cgroup = cgroup >= 0;
+    if (*guard->note_path && !guard->is_told_to_end) { /* a launcher that lives removes its note itself */
+        unlink_at(AT_FDCWD, guard->note_path, 0);
+    }
     take_events(guard);
     do {
         take_registrations(guard);
@@ -166,7 +171,7 @@ guard_main(int argc, char *const *argv)
 {
     static struct guard guard;
     const char *end;
-    if (argc != 8) {
+    if (argc != 9) {
         static const char by_hand[] = "rankspawn-guard: rankspawn starts this program, not a person\n";
         write_to(2, by_hand, sizeof by_hand - 1);
         return 2;
@@ -184,6 +189,7 @@ guard_main(int argc, char *const *argv)
     guard.folder = descriptor_in(argv[5]);
     guard.folder_path = argv[6];
     guard.cgroup_path = argv[7];
+    guard.note_path = argv[8];
     guard.sessions.epoll = (int)make_epoll();
     processes_begin(&guard.sessions.search.processes);
     set_nonblocking(guard.pipe);

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from .._stacks.now import JobNow, RankNow
 
-_COLUMNS = ("RANK", "PID", "S", "BOUND TO", "THREADS", "CPU", "WAITED", "RSS", "GPU", "UP", "SILENT", "LAST LINE")
+_COLUMNS = tuple("RANK,PID,S,BOUND TO,THREADS,CPU,WAITED,RSS,FAR,GPU,UP,SILENT,LAST LINE".split(","))
 _WIDEST = 60  # characters of a last line
 
 
@@ -24,6 +24,11 @@ def add_ps_options(ps: argparse.ArgumentParser) -> None:
         "Shows the jobs on this machine, of any launcher, whose ranks this user may look at. For each rank: its state,"
         " its binding, CPU time, the time that it waited for a CPU, memory, and the last line of its log with its age."
         " BOUND TO has a ! if threads may use CPUs outside the binding."
+    )
+    ps.add_argument(
+        "--pages",
+        action="store_true",
+        help="count each rank's pages on nodes that it does not run on (FAR); takes long for ranks with much memory",
     )
     ps.add_argument("--json", action="store_true", help="print JSON (default: text)")
     ps.add_argument(
@@ -42,7 +47,7 @@ def _ps(args: argparse.Namespace) -> int:
     from .._stacks.now import jobs_now
 
     while True:
-        jobs = jobs_now(read_noted())
+        jobs = jobs_now(read_noted(), pages=args.pages)
         if args.watch is not None and not args.json and sys.stdout.isatty():
             print("\x1b[H\x1b[2J", end="")
         print(_as_json(jobs) if args.json else _as_text(jobs), flush=True)
@@ -93,6 +98,7 @@ def _row(rank: RankNow) -> tuple[str, ...]:
         _time(rank.cpu),
         _time(rank.delay),
         _size(rank.rss),
+        "-" if rank.off_node is None else _size(rank.off_node),
         "-" if rank.gpu is None else _size(rank.gpu),
         _time(rank.age),
         "-" if silent is None else _time(silent),

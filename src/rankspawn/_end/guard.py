@@ -2,7 +2,7 @@
 
 When the launcher is killed with SIGKILL, death signals (PR_SET_PDEATHSIG) end its ranks; what the ranks have started
 lives on. The guard then kills every member of the ranks' sessions and of the group's cgroup, and removes the
-launcher's temporary folder.
+launcher's temporary folder and its note for ``rankspawn ps``.
 
 It is a program of our own in C (csrc/guard), which lies beside the engine. A forked child that never returns to Python
 would keep the launcher's memory, and fork(2) is slower the more of that there is; a child that shares the launcher's
@@ -79,7 +79,11 @@ class Guard:
 
     @classmethod
     def start(
-        cls, cgroup: str | None = None, patience: float = PATIENCE_SECONDS, folder: str | os.PathLike[str] | None = None
+        cls,
+        cgroup: str | None = None,
+        patience: float = PATIENCE_SECONDS,
+        folder: str | os.PathLike[str] | None = None,
+        note: str | None = None,
     ) -> Guard:
         """Start the guard of one group, before the group's first rank; does not wait for it to come up.
 
@@ -90,6 +94,8 @@ class Guard:
                 process holds the pipe open.
             folder: A temporary folder that the launcher has made, which the guard removes with all that is in it when
                 the launcher has died and no member is left.
+            note: The absolute path of a file that the launcher may make, which the guard removes when the launcher has
+                died.
 
         Raises:
             OSError: ENOTSUP where this install has no guard, and what Popen raises.
@@ -109,6 +115,7 @@ class Guard:
                 [
                     NAME, str(os.getpid()), str(reading), *map(str, launcher or "-"), str(round(patience * 1000)),
                     *map(str, opened or "-"), "" if folder is None else os.path.abspath(folder), cgroup or "",
+                    note or "",
                 ],
                 executable=_program(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 cwd="/", pass_fds=inherited, start_new_session=True,

@@ -203,11 +203,13 @@ def hold(
     if cgroup is None and (guard is False or (guard is None and not _can_die_with_parent())):
         return None, None
     from .._end.guard import Guard
+    from .._output.noted import own_note
 
+    note = own_note()
     if cgroup is None:
         if guard is None and Guard.why_not():
             return None, None
-        return resources.enter_context(closing(Guard.start(folder=temporary))), None
+        return resources.enter_context(closing(Guard.start(folder=temporary, note=note))), None
     from .._end.cgroup import new_name
 
     if isinstance(cgroup, str) and cgroup == "auto":  # bytes compare with no text
@@ -218,7 +220,7 @@ def hold(
     # The guard starts before its cgroup is made and ends after it has gone: no death in between leaves the directory.
     name = new_name()
     guarding = resources.enter_context(
-        closing(Guard.start(os.path.join(os.path.abspath(os.fsdecode(cgroup)), name), folder=temporary))
+        closing(Guard.start(os.path.join(os.path.abspath(os.fsdecode(cgroup)), name), folder=temporary, note=note))
     )
     return guarding, _make_cgroup(resources, cgroup, name)
 

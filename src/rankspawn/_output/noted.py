@@ -1,8 +1,9 @@
 """What a launcher notes of its job for ``rankspawn ps``: a file that only this user may read, while the job runs.
 
 The folder is in XDG_RUNTIME_DIR, which is this user's alone and goes with the session; without it nothing is noted. A
-launcher that was killed leaves its file. Each file is named by the launcher's number and the time of its start, so that
-whoever reads the folder next knows that it is stale, and removes it. A line is a rank's pid and its CPUs, "4711 0-3".
+launcher that was killed leaves its file to its guard. Each file is named by the launcher's number and the time of its
+start, so that whoever reads the folder knows, where there was no guard, that it is stale, and removes it. A line is a
+rank's pid and its CPUs, "4711 0-3".
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ def folder() -> str | None:
     return os.path.join(runtime, "rankspawn") if runtime and os.path.isabs(runtime) else None
 
 
+def own_note(proc: str = "/proc") -> str | None:
+    """The path of this process's note, whether or not it makes one; None where there is no place for it."""
+    place = folder()
+    return None if place is None else os.path.join(place, f"{os.getpid()}-{_started(os.getpid(), proc)}")
+
+
 @contextmanager
 def noted(ranks: Sequence[Popen], proc: str = "/proc") -> Iterator[None]:
     """Note where ranks were to be bound, as long as the block runs. What cannot be noted is left out.
@@ -33,12 +40,10 @@ def noted(ranks: Sequence[Popen], proc: str = "/proc") -> Iterator[None]:
         ranks: The processes.
         proc: Where procfs is mounted.
     """
-    place = folder()
-    path = None
-    if place is not None:
+    path = own_note(proc)
+    if path is not None:
         with suppress(OSError):
-            _make(place)
-            path = os.path.join(place, f"{os.getpid()}-{_started(os.getpid(), proc)}")
+            _make(os.path.dirname(path))
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600)
             with open(fd, "w", encoding="utf-8") as file:
                 file.writelines(f"{rank.pid} {_cpus(rank)}\n" for rank in ranks)

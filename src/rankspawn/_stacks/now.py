@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 
 from .._frozen import Frozen
@@ -34,6 +35,8 @@ class RankNow(Frozen):
         stdout: The file that it writes to; None where that is no file.
         stderr: As stdout.
         gpu: Bytes of GPU memory that it uses; None where nothing tells it.
+        off_node: Bytes of its memory on nodes none of whose CPUs its first thread may use; None where that was not
+            asked, or may not be read.
     """
 
     rank: int
@@ -50,6 +53,7 @@ class RankNow(Frozen):
     stdout: str | None
     stderr: str | None
     gpu: int | None = None
+    off_node: int | None = None
 
 
 class JobNow(Frozen):
@@ -70,20 +74,30 @@ class JobNow(Frozen):
     ranks: Sequence[RankNow]
 
 
-def jobs_now(asked: Mapping[int, str | None], proc: str = "/proc") -> list[JobNow]:
+def jobs_now(
+    asked: Mapping[int, str | None],
+    *,
+    pages: bool = False,
+    proc: str = "/proc",
+    nodes: str = "/sys/devices/system/node",
+) -> list[JobNow]:
     """The jobs whose ranks this user may look at, by launcher, whoever has started them.
 
     Args:
         asked: The CPUs that ranks were to be bound to, by pid, where that is known.
+        pages: Whether to count the pages of each rank by their nodes. The kernel walks through all that a rank has
+            mapped, which takes a tenth of a second for some gigabytes.
         proc: Where procfs is mounted.
+        nodes: The folder of the NUMA nodes in sysfs.
     """
     by_launcher: dict[int, dict[int, int]] = {}
     for pid, rank in all_ranks(proc).items():
         by_launcher.setdefault(parent_of(pid, proc), {})[pid] = rank
     gpus = _gpu_memory()
+    cpus_of = _cpus_of_nodes(nodes) if pages else {}
     found = []
     for launcher, ranks in sorted(by_launcher.items()):
-        its = [_rank(pid, rank, asked.get(pid), gpus, proc) for pid, rank in ranks.items()]
+        its = [_rank(pid, rank, asked.get(pid), gpus, cpus_of, proc) for pid, rank in ranks.items()]
         alive = sorted((one for one in its if one is not None), key=lambda one: (one.rank, one.pid))
         if alive:
             told = environment_of(alive[0].pid, proc)
@@ -92,7 +106,14 @@ def jobs_now(asked: Mapping[int, str | None], proc: str = "/proc") -> list[JobNo
     return found
 
 
-def _rank(pid: int, rank: int, asked: str | None, gpus: Mapping[int, int], proc: str) -> RankNow | None:
+def _rank(
+    pid: int,
+    rank: int,
+    asked: str | None,
+    gpus: Mapping[int, int],
+    cpus_of: Mapping[int, frozenset[int]],
+    proc: str,
+) -> RankNow | None:
     try:
         stat = read_stat(f"{proc}/{pid}")
     except OSError:
@@ -119,7 +140,34 @@ def _rank(pid: int, rank: int, asked: str | None, gpus: Mapping[int, int], proc:
         _file(f"{proc}/{pid}/fd/1"),
         _file(f"{proc}/{pid}/fd/2"),
         gpus.get(pid),
+        _off_node(pid, masks[0], cpus_of, proc) if cpus_of and masks else None,
     )
+
+
+def _cpus_of_nodes(folder: str) -> dict[int, frozenset[int]]:
+    """The CPUs of each NUMA node; none where the system has no nodes."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return {}
+    found = {}
+    for name in names:
+        if words := re.fullmatch(r"node(\d+)", name):
+            found[int(words[1])] = parse_ids(read(f"{folder}/{name}/cpulist").strip())
+    return found
+
+
+def _off_node(pid: int, mask: frozenset[int], cpus_of: Mapping[int, frozenset[int]], proc: str) -> int | None:
+    """Bytes on nodes whose CPUs are not in ``mask``, by numa_maps of proc_pid_numa_maps(5); None where it is empty."""
+    text = read(f"{proc}/{pid}/numa_maps", 1 << 26)
+    size = 0
+    for line in text.splitlines():
+        kib = re.search(r" kernelpagesize_kB=(\d+)", line)
+        if kib is not None:
+            far = (int(count) for node, count in re.findall(r" N(\d+)=(\d+)", line)
+                   if not cpus_of.get(int(node), frozenset()) & mask)  # fmt: skip
+            size += sum(far) * int(kib[1]) << 10
+    return size if text else None
 
 
 def _masks(pid: int, proc: str) -> Iterable[frozenset[int]]:
