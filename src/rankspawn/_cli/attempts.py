@@ -11,10 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from .._group.launch import launch
-from .._output.failure import describe, describe_interruption
 from .._output.logs import RankFiles, rank_files
 from .._output.noted import noted
-from .._output.recorded import pass_on
 from .._place.glance import sets_threads
 from .._start.outcome import BindingError
 from .colours import red
@@ -325,6 +323,9 @@ def _tell_end(supervision: Supervision, *, last: bool, kept: bool, tee: Shown | 
     if asked is not None:
         failures = _unasked(failures, supervision)
     if failures:
+        from .._output.failure import describe
+        from .._output.recorded import pass_on
+
         above = "" if tee is None else tee.prefix_above(failures[0])
         say(red(describe(failures[0], failures[1:], kept=kept, shown=above).rstrip("\n")))
         theirs = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -353,5 +354,7 @@ def _unasked(failures: Sequence[Failure], supervision: Supervision) -> list[Fail
     }
     forced = [rank for rank, sig in by_us.items() if sig == SIGKILL]
     if forced:
+        from .._output.failure import describe_interruption
+
         say(describe_interruption(forced, supervision.seconds))
     return [failure for failure in failures if failure.rank not in by_us]

@@ -84,11 +84,14 @@ class Streams(Frozen):
 
     def files(self, files: Sequence[RankFiles]) -> list[RankFiles]:
         """Leave of the ranks' log files those that are written; what is hidden and goes to no file is thrown away."""
-        from pathlib import Path
+        nowhere = None
+        if self.hidden:
+            from pathlib import Path
 
+            nowhere = Path(os.devnull)
         made = []
         for rank, (of_rank, bits) in enumerate(zip(files, self.filed, strict=True)):
-            other = Path(os.devnull) if rank in self.hidden else None
+            other = nowhere if rank in self.hidden else None
             out, err = (of_rank.stdout if bits & _OUT else other), (of_rank.stderr if bits & _ERR else other)
             made.append(of_rank.replace(stdout=out, stderr=err))
         return made

@@ -7,7 +7,6 @@ are all processes of the machine read, and the stacks are taken of one that has 
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import stat
@@ -228,6 +227,8 @@ class Hangs:
         def _keep(self, found: Stacks) -> None: ...
 
     def tell_hang(self, text: str) -> None:
+        import logging
+
         logging.getLogger("rankspawn").warning("%s", text)
 
     def _begin_hang_watch(self) -> None:

@@ -112,6 +112,8 @@ class Reporting:
 
     def failures(self) -> list[Failure]:
         """The ranks that have failed, with what is known of each; first the one whose failure came first."""
+        if self.first_failure is None:
+            return []
         from .._output.failure import failures
 
         return failures(

@@ -15,7 +15,6 @@ import stat
 import sys
 import time
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._frozen import Frozen
@@ -23,6 +22,7 @@ from .._public import public
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOCTTY", 0)
 """For files that others make: with O_NONBLOCK, open(2) of a FIFO does not wait for its other end."""
@@ -165,6 +165,8 @@ def rank_files(folder: str, nprocs: int, attempt: int = 0, *, streams: bool = Tr
     attempt_folder = os.path.join(os.path.abspath(folder), f"attempt_{attempt}")
     if not streams:
         return [RankFiles(None, None, f"{attempt_folder}_{rank}.json") for rank in range(nprocs)]
+    from pathlib import Path
+
     os.makedirs(attempt_folder, exist_ok=True)
     with suppress(FileNotFoundError):
         os.unlink(f"{attempt_folder}/stacks.txt")
