@@ -1,5 +1,5 @@
 /* Starts crews from several threads at once, for ThreadSanitizer to watch: ranks with and without a death signal, bound
- * and not bound, and some that cannot start. Prints each wrong outcome; the status is 0 when there is none.
+ * and not bound, and some that cannot start; and ends them. Prints each wrong outcome; the status is 0 when there is none.
  *
  *   crew_races CPU PROGRAM
  *
@@ -9,9 +9,12 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include "end.h"
 #include "spawn.h"
 
+#include <errno.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -75,6 +78,44 @@ watch(void *crew)
     return NULL;
 }
 
+/* End ranks as a group does: seen, searched for what they have left, reaped. */
+static void
+end(struct end_rank *ranks, size_t count, int kind)
+{
+    pid_t numbers[RANKS];
+    struct end_sessions sessions = {.numbers = numbers};
+    for (size_t i = 0; i < count; i++) {
+        siginfo_t ended;
+        while (waitid(P_PID, (id_t)ranks[i].pid, &ended, WEXITED | WNOWAIT) < 0 && errno == EINTR) {
+        }
+    }
+    end_wait(ranks, count, 1000000000);
+    end_look(ranks, count);
+    end_signal(ranks, count, (const int[]){SIGCONT}, 1);
+    for (size_t i = 0; i < count; i++) {
+        size_t at = sessions.count++;
+        for (; at > 0 && numbers[at - 1] > ranks[i].pid; at--) {
+            numbers[at] = numbers[at - 1];
+        }
+        numbers[at] = ranks[i].pid;
+    }
+    sessions.zombies = numbers;
+    sessions.zombie_count = sessions.count;
+    end_kill_groups(&sessions);
+    end_search(&sessions, true);
+    end_collect(ranks, count);
+    for (size_t i = 0; i < count; i++) {
+        if (ranks[i].state != END_ENDED || ranks[i].status || sessions.found_count) {
+            printf("rank %zu of kind %d: state %d, status %d\n", i, kind, (int)ranks[i].state, ranks[i].status);
+            wrong++;
+        }
+        if (ranks[i].pidfd >= 0) {
+            close(ranks[i].pidfd);
+        }
+    }
+    free(sessions.found);
+}
+
 static void
 run(int kind)
 {
@@ -92,20 +133,14 @@ run(int kind)
     bool watched = !(kind & 4) && pthread_create(&watcher, NULL, watch, &crew) == 0;
     spawn_many(&crew);
     size_t started = 0, failed = 0;
+    struct end_rank ranks[RANKS];
     for (size_t rank = 0; rank < RANKS; rank++) {
         failed += outcomes[rank] == SPAWN_FAILED;
         if (outcomes[rank] == SPAWN_STARTED) {
-            int status = -1;
-            started++;
-            if (waitpid(results[rank].pid, &status, 0) != results[rank].pid || status) {
-                printf("rank %zu of kind %d: status %d\n", rank, kind, status);
-                wrong++;
-            }
-            if (results[rank].pidfd >= 0) {
-                close(results[rank].pidfd);
-            }
+            ranks[started++] = (struct end_rank){.pid = results[rank].pid, .pidfd = results[rank].pidfd};
         }
     }
+    end(ranks, started, kind);
     if (watched) {
         pthread_join(watcher, NULL);
     }

@@ -1047,16 +1047,18 @@ def test_no_data_race(tmp_path: Path) -> None:
     compiler = shutil.which("gcc")
     if compiler is None:
         pytest.skip("needs gcc")
+    probe = [compiler, "-fsanitize=thread", "-x", "c", "-", "-o", str(tmp_path / "probe")]
+    if subprocess.run(probe, input=b"int main(void) { return 0; }", check=False).returncode:
+        pytest.skip("this compiler has no ThreadSanitizer")
     built, options = [], ["-std=c11", "-O1", "-g", "-iquote", "csrc"]
     child = {"csrc/child.c", "csrc/clone3.c"}
-    engine = sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.c"))
+    engine = sorted(str(path.relative_to(ROOT)) for way in ("*.c", "search/*.c") for path in (ROOT / "csrc").glob(way))
     for source in [*engine, "tests/crew_races.c"]:
         built.append(str(tmp_path / Path(source).with_suffix(".o").name))
         way = "-D_exit=leave_at_once" if source in child else "-fsanitize=thread"
         subprocess.run([compiler, *options, way, "-c", source, "-o", built[-1]], cwd=ROOT, check=True)
     program = str(tmp_path / "crew_races")
-    if subprocess.run([compiler, "-fsanitize=thread", *built, "-o", program, "-pthread"], check=False).returncode:
-        pytest.skip("this compiler has no ThreadSanitizer")
+    subprocess.run([compiler, "-fsanitize=thread", *built, "-o", program, "-pthread"], check=True)
     env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     command = [program, str(CPUS[0]), "/bin/true"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
