@@ -39,6 +39,22 @@ def test_its_figures_are_those_of_the_tables() -> None:
     assert {one for one in said if not re.search(rf"\| {re.escape(one)}0* \|", tables)} == set()
 
 
+def test_it_says_the_same_as_the_package_of_versions_and_platforms() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    installed = (ROOT / "docs" / "guide" / "install.md").read_text(encoding="utf-8")
+    version = re.search(r'^version = "(\d+\.\d+)', project, re.MULTILINE)
+    maturity = re.search(r"Development Status :: \d - (\w+)", project)
+    pythons = re.findall(r"Python :: (3\.\d+)", project)
+    assert version and maturity
+    assert f"{maturity[1]}: {version[1]} is not released" in README
+    assert f"{maturity[1].lower()}: {version[1]} is not released" in installed
+    for page in (README, installed):
+        assert f"{pythons[0]} to {pythons[-1]}" in page
+        assert "ever run on real machines" in page.replace("\n", " ")
+    # Those on which the tests were run, and no other.
+    assert re.findall(r"Operating System :: (.*)\"", project) == ["POSIX :: Linux"]
+
+
 def test_make_targets() -> None:
     named = set(re.findall(r"make ([a-z-]+)", README))
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
