@@ -177,8 +177,9 @@ preloads: ## packages preloaded for a warm start, and used by a forked rank (doc
 
 # Warnings are errors, and -n asks that every name in the reference is described. The folder with the parsed pages lies
 # beside the site, because it is not a part of it.
-docs: $(VENV)/.docs $(VENV)/.built ## build the documentation: build/docs/index.html
+docs: $(VENV)/.docs $(VENV)/.test $(VENV)/.built ## build the documentation, and ask its search: build/docs/index.html
 	$(PY) -m sphinx -q -n --fail-on-warning --doctree-dir build/docs-parsed docs build/docs
+	$(PY) -m pytest -q -p no:cacheprovider tests/site $(PYTEST_ARGS)
 	@echo "build/docs/index.html"
 
 pictures: $(VENV)/.built ## draw the pictures of the README again

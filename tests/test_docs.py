@@ -30,11 +30,12 @@ def test_blocks_that_are_never_run() -> None:
         ("containers.md", "needs a container engine"),
         ("README.md", "installs what these tests run from"),
         ("install.md", "installs what these tests run from"),
+        ("tutorial.md", "installs what these tests run from"),
         ("run.md", "needs two machines"),
         ("slurm-mpi.md", "needs a host of this name"),
         ("warm.md", "needs torch"),
     }
-    assert len(MARKED) == 7
+    assert len(MARKED) == 8
 
 
 def test_files_that_a_page_shows_are_used() -> None:
