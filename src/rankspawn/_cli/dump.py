@@ -6,8 +6,7 @@ import argparse
 import os
 import sys
 
-from .options import CommandError
-from .run import seconds
+from .options import CommandError, seconds
 
 DESCRIPTION = (
     "Shows what every thread of a running job is doing: its ranks and the processes that they started. It only looks"

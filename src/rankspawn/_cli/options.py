@@ -101,6 +101,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seconds(text: str) -> float:
+    """Read an option's number of seconds, for argparse."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1
+    if not 0 <= found < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text!r}")
+    return found
+
+
 class PlacementOptions(Frozen):
     """The values of the options of add_placement_options().
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from .run import seconds
+from .options import seconds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .._ids import parse_ids
-from .options import CommandError, add_placement_options, natural
+from .options import CommandError, add_placement_options, natural, seconds
 from .progress import say
 from .settings import read_settings
 from .vocabulary import add_torchrun_options, endpoint, needles, nodes, processes, read_variables, streams
@@ -257,17 +257,6 @@ def _port(text: str) -> int:
     if not 0 <= number <= 65535:
         raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, or 0 for a free one, got {text!r}")
     return number
-
-
-def seconds(text: str) -> float:
-    """Read an option's number of seconds, for argparse."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = -1
-    if not 0 <= found < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text!r}")
-    return found
 
 
 def _wait(text: str) -> float:
