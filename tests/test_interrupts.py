@@ -31,8 +31,9 @@ OURS = str(Path(rankspawn.__file__).parent)
 
 # No handler of a signal runs before these: the interpreter does not look for signals there. An exception of a tracer
 # that comes there is fatal to `except`: the interpreter takes the handled exception for the current one for ever, which
-# keeps what its traceback holds. (`except` begins with the one, and ends with the other.)
-NEVER_BEFORE = ("PUSH_EXC_INFO", "POP_EXCEPT")
+# keeps what its traceback holds. (`except` begins with the first, and ends with the second; the third is behind its
+# comparison, from Python 3.14 on.)
+NEVER_BEFORE = ("PUSH_EXC_INFO", "POP_EXCEPT", "NOT_TAKEN")
 
 
 class Interrupt:
