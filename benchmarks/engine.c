@@ -24,6 +24,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -277,6 +278,10 @@ main(int argc, char **argv)
         return 2;
     }
     run_on(masks, count);
+    struct rlimit files; /* a pidfd for each rank */
+    getrlimit(RLIMIT_NOFILE, &files);
+    files.rlim_cur = files.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &files);
     struct job job = {
         .argv = {argv[4], ends ? "120" : NULL, NULL},
         .executables = {argv[4], NULL},
