@@ -309,12 +309,24 @@ def test_a_program_that_cannot_be_executed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("told", "words", "message"),
     [
-        ({}, [], "no variable of a launcher says the local rank: give --local-rank"),
-        ({"PMIX_RANK": "3"}, [], "a PMIx launcher does not say the local rank: give --local-rank"),
-        ({"LOCAL_RANK": "0"}, [], "nothing says how many ranks this node has: give --nproc-per-node"),
-        ({}, ["--local-rank", "0"], "nothing says how many ranks this node has: give --nproc-per-node"),
-        ({}, ["--local-rank", "2", "--nproc-per-node", "2"], "local rank 2 is not one of 2"),
-        ({}, ["--local-rank", "0", "--nproc-per-node", "0"], "local rank 0 is not one of 0"),
+        (
+            {},
+            [],
+            "cannot tell the local rank: no launcher variable (LOCAL_RANK, SLURM_LOCALID, ...) is set; pass",
+        ),
+        ({"PMIX_RANK": "3"}, [], "cannot tell the local rank: a PMIx launcher does not say it; pass --local-rank"),
+        ({"LOCAL_RANK": "0"}, [], "cannot tell how many ranks this node has: pass --nproc-per-node"),
+        ({}, ["--local-rank", "0"], "cannot tell how many ranks this node has: pass --nproc-per-node"),
+        (
+            {},
+            ["--local-rank", "2", "--nproc-per-node", "2"],
+            "local rank 2 does not exist: this node has 2, counted from 0",
+        ),
+        (
+            {},
+            ["--local-rank", "0", "--nproc-per-node", "0"],
+            "local rank 0 does not exist: this node has 0, counted from 0",
+        ),
         ({"LOCAL_RANK": "x"}, [], "LOCAL_RANK='x': expected a non-negative integer"),
         (
             {**launchers(1, 2)["PMI"], "LOCAL_RANK": "0"},

@@ -237,7 +237,7 @@ def test_one_that_will_not_end_is_killed() -> None:
         assert job.process.stdin is not None
         job.process.stdin.close()
         assert job.end() == 6
-        assert "what did not end in time is killed" in job.stderr.read()
+        assert "the grace period is over: killing" in job.stderr.read()
 
 
 GRANDCHILD = "import subprocess\nsubprocess.Popen(['sleep', '120'])\n"
@@ -321,7 +321,7 @@ def test_after_a_signal_the_grace_is_counted_too() -> None:
         job.hear(1)
         job.process.send_signal(signal.SIGTERM)
         assert job.end() == 128 + signal.SIGTERM
-        assert "what did not end in time is killed" in job.stderr.read()
+        assert "the grace period is over: killing" in job.stderr.read()
 
 
 def test_nohup_is_respected() -> None:
@@ -508,11 +508,11 @@ def test_what_cannot_be_placed_starts_unbound_where_that_is_allowed() -> None:
         ("bind --reserve-cores -1 x.py", "expected a non-negative integer, got '-1'"),
         ("run --reserve-cores one --no-python true", "expected a non-negative integer, got 'one'"),
         ("run --cpus 0-x --no-python true", "not a list of ids like 0-3,8: '0-x'"),
-        ("run --cpus 0 --numa-binding none --no-python true", "does not go with --cpus and --mems"),
+        ("run --cpus 0 --numa-binding none --no-python true", "cannot be combined with --cpus and --mems"),
         ("run --nproc-per-node 2 --cpus 0:0:0 --no-python true", "has 3 lists for 2 ranks"),
         ("run --report no/such/x.json --no-python true", "no/such/x.json: No such file or directory"),
         ("run no/such/x.py", "no/such/x.py: No such file or directory"),
-        ("bind --local-rank 2 --nproc-per-node 2 true", "local rank 2 is not one of 2"),
+        ("bind --local-rank 2 --nproc-per-node 2 true", "local rank 2 does not exist: this node has 2, counted from 0"),
     ],
 )
 def test_wrong_usage(arguments: str, words: str, capfd: pytest.CaptureFixture[str]) -> None:

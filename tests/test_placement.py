@@ -97,7 +97,7 @@ def test_a_device_on_a_node_without_cpus_goes_to_the_nearest() -> None:
     topology = read(Machine(sockets=2, cores=4, memory_only=1, extra=extra))
     (rank,) = plan(topology, "node", nprocs=1, devices=on(2))
     assert (rank.node, lists([rank.binding])) == (1, ["4-7"])
-    assert rank.notes == ("device 0000:10:00.0 is on node 2, which has no CPUs: the nearest is 1",)
+    assert rank.notes == ("device 0000:10:00.0 is on node 2, which has no CPUs: using the nearest node that has, 1",)
     with pytest.warns(RuntimeWarning, match="which has no CPUs"):
         place(topology, "node", nprocs=1, devices=on(2))
 
@@ -196,7 +196,7 @@ def test_memory_beside_the_rules() -> None:
     topology = read(Machine(sockets=2, nodes=2, cores=2, memory_only=1, no_memory=frozenset({1}), mems="0-2,4"))
     (rank,) = plan(topology, "node", nprocs=1, devices=on(1), memory_policy="bind")
     assert str(rank.binding.memory) == "bind:0"
-    assert rank.notes == ("node 1 has no memory: the nearest that has, 0, is taken",)
+    assert rank.notes == ("node 1 has no memory: using the nearest node that has, 0",)
     (whole,) = place(
         topology, "node", nprocs=1, devices=on(1), memory_policy=MemoryPolicy("interleave", frozenset({0, 4}))
     )

@@ -270,7 +270,7 @@ def test_no_more_open_files_than_are_allowed_is_said() -> None:
         done = completed(after(limit, in_ranks("pass", *options)))
         assert (done.returncode, done.stdout) == (1, "")
         assert re.fullmatch(
-            r"rankspawn: so many ranks need \d+ open files, .* may have 40 \(ulimit -Hn\)\n", done.stderr
+            r"rankspawn: too many ranks: they need \d+ open files, and the limit is 40 \(ulimit -Hn\)\n", done.stderr
         )
 
 
@@ -558,7 +558,7 @@ def test_a_rank_that_may_not_be_signalled_is_said_and_waited_for(public_folder: 
             pytest.skip(f"no set-user-ID program works here: {job.stderr.read()}")
         job.process.send_signal(signal.SIGTERM)
         assert job.stderr.readline() == "rankspawn: SIGTERM: ending the ranks\n"
-        assert re.fullmatch("rankspawn: a rank may not be signalled: .*\n", job.stderr.readline())
+        assert re.fullmatch("rankspawn: no permission to signal a rank: .*\n", job.stderr.readline())
         assert job.process.stdin is not None
         job.process.stdin.close()
         assert job.end() == 128 + signal.SIGTERM
@@ -630,7 +630,7 @@ def test_the_progress_line_is_shown_and_wiped(tmp_path: Path) -> None:
             "^(\r\x1b\\[Krankspawn: \\d+ s: 2 ranks running)*(\r\x1b\\[K)?rankspawn: SIGTERM: ending the ranks\r\n"
             "\r\x1b\\[Krankspawn: 2 of 2 ranks still run, SIGKILL in [123] s: 0-1"
             "(\r\x1b\\[Krankspawn: 2 of 2 ranks still run, SIGKILL in [0123] s: 0-1)*"
-            "\r\x1b\\[Krankspawn: what did not end in time is killed\r\n"
+            "\r\x1b\\[Krankspawn: the grace period is over: killing ranks 0-1\r\n"
         )
         assert "still run" not in terminal.text.partition("\r\x1b[K")[0]
 
@@ -641,7 +641,7 @@ def test_no_progress_line_where_ranks_write_to_the_terminal(tmp_path: Path, opti
     with on_terminal(with_grace(1, command)) as (terminal, pid):
         ready(tmp_path, 2)
         os.kill(pid, signal.SIGTERM)
-        shown = terminal.shows("(?s)^(.*)what did not end in time is killed")
+        shown = terminal.shows("(?s)^(.*)the grace period is over: killing")
         assert "\x1b" not in shown[1] and "still run" not in shown[1]
 
 
@@ -745,11 +745,11 @@ def test_ranks_that_share_the_one_cpu_of_a_slurm_task_are_said() -> None:
         ("--nnodes 2 --node-rank 2", "--node-rank 2 of --nnodes 2: they are counted from 0"),
         ("--node-rank 1", "--node-rank 1 of --nnodes 1: they are counted from 0"),
         ("--nnodes 0", "expected a positive integer, or MIN:MAX, got '0'"),
-        ("--nnodes 1:4", "--nnodes 1:4 needs an elastic agent: `rankspawn torchrun` takes it"),
+        ("--nnodes 1:4", "--nnodes 1:4 needs an elastic agent: use `rankspawn torchrun`"),
         ("--node-rank -1", "expected a non-negative integer, got '-1'"),
         (
             "--nnodes 2 --node-rank 1 --master-addr a --master-port 5 --max-restarts 1",
-            "--max-restarts on several machines needs an elastic agent: `rankspawn torchrun` takes it",
+            "--max-restarts on several machines needs an elastic agent: use `rankspawn torchrun`",
         ),
         ("--max-restarts many", "expected a non-negative integer, got 'many'"),
         ("--grace soon", "expected a number of seconds, got 'soon'"),

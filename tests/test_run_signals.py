@@ -94,7 +94,7 @@ def test_signals_to_handle_are_names() -> None:
             parse_signals(wrong)
     done = completed(in_ranks("pass", "--signals-to-handle", "SIGTERM,SIGFOO"))
     assert done.returncode == 2
-    assert done.stderr.endswith("--signals-to-handle/--signals_to_handle: SIGFOO is no signal of this system\n")
+    assert done.stderr.endswith("--signals-to-handle/--signals_to_handle: this system has no signal SIGFOO\n")
 
 
 # ---- orders to end --------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_ranks_that_outlive_the_grace_are_said_to_have_been_killed(name: str) ->
         assert job.end() == 128 + number
         assert job.stderr.read() == (
             f"rankspawn: {name}: ending the ranks\n"
-            "rankspawn: what did not end in time is killed\n"
+            "rankspawn: the grace period is over: killing ranks 0-1\n"
             "rankspawn: interrupted; 2 ranks had to be killed after 0.5 s: 0-1\n"
         )
 

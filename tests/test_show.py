@@ -108,7 +108,7 @@ def test_lists_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert [(rank["cpus"], rank["memory"]) for rank in ranks] == [("0-1", "bind:2"), ("4", "bind:2")]
     with pytest.raises(PlacementError, match="--cpus and --mems need the number of ranks"):
         command(*words)
-    with pytest.raises(PlacementError, match="--numa-binding node does not go with --cpus and --mems"):
+    with pytest.raises(PlacementError, match="--numa-binding node cannot be combined with --cpus and --mems"):
         command(*words, "--nproc-per-node", 2, "--numa-binding", "node")
 
 

@@ -72,7 +72,7 @@ def test_one_that_does_not_end_is_killed_in_time() -> None:
         assert job.process.stdin is not None
         job.process.stdin.close()
         assert job.end() == 137
-        assert "what did not end in time is killed" in job.stderr.read()
+        assert "the grace period is over: killing" in job.stderr.read()
 
 
 def test_it_is_a_failure_after_which_all_are_started_again(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_machine_with_gaps(tmp_path: Path) -> None:
 def test_one_node_is_assumed_and_said_without_a_node_folder(tmp_path: Path) -> None:
     topology = Topology.read(write(tmp_path, Machine(sockets=2, node_dir=False)))
     assert [(node.id, node.cpus) for node in topology.nodes] == [(0, topology.cpus)]
-    assert topology.notes == (f"no {NODE}: one node with all CPUs is assumed",)
+    assert topology.notes == (f"no {NODE}: assuming one node with all CPUs",)
 
 
 @pytest.mark.parametrize("kinds", ["pmu", "capacity"])

@@ -135,7 +135,7 @@ def _(folder: Path) -> str:
     return plan(folder, Machine(extra=files), "--nproc-per-node", "1")
 
 
-@provokes("is no number of threads, and counts as unset")
+@provokes("is not a number of threads: ignoring it")
 def _(_: Path) -> str:
     return run("--no-python", "true", OMP_NUM_THREADS="all")
 
@@ -159,7 +159,7 @@ def _(_: Path) -> str:
     )
 
 
-@provokes("so many ranks need ... open files, and this process may have ...")
+@provokes("too many ranks: they need ... open files, and the limit is ...")
 def _(_: Path) -> str:
     return run("--nproc-per-node", "30", "--no-python", "true", limit="ulimit -n 40")
 
@@ -397,7 +397,7 @@ def _(folder: Path) -> str:
     return plan(folder, Machine(), "--cpus", "0")
 
 
-@provokes("does not go with --cpus and --mems, which say all by themselves")
+@provokes("cannot be combined with --cpus and --mems, which already say where ranks go")
 def _(folder: Path) -> str:
     return plan(folder, Machine(), "--cpus", "0", "--numa-binding", "node")
 
@@ -405,7 +405,7 @@ def _(folder: Path) -> str:
 # ---- rankspawn run --------------------------------------------------------------------------------------------------
 
 
-@provokes("does not go with --numa-binding none, which leaves ranks unbound")
+@provokes("cannot be combined with --numa-binding none, which leaves ranks unbound")
 def _(_: Path) -> str:
     return run("--numa-binding", "none", "--memory-policy", "bind", "x.py")
 
@@ -415,18 +415,18 @@ def _(_: Path) -> str:
     return run("--nnodes", "2", "x.py")
 
 
-@provokes("... needs an elastic agent: `rankspawn torchrun` takes it")
+@provokes("... needs an elastic agent: use `rankspawn torchrun`")
 def _(_: Path) -> str:
     several = ("--nnodes", "2", "--node-rank", "0", "--master-addr", "x", "--master-port", "1")
     return run(*several, "--max-restarts", "1", "x.py")
 
 
-@provokes("PET_... is no variable of torchrun's")
+@provokes("ignoring PET_...: torchrun has no such variable")
 def _(_: Path) -> str:
     return run("--no-python", "true", PET_NPROC="2")
 
 
-@provokes("not needed here, where ranks have no agent")
+@provokes("ignored, because rankspawn run has no elastic agent")
 def _(_: Path) -> str:
     return run("--monitor-interval", "1", "--no-python", "true")
 
@@ -473,12 +473,12 @@ def _(_: Path) -> str:
     return run("x.py", OMPI_COMM_WORLD_LOCAL_SIZE="1", OMPI_COMM_WORLD_SIZE="2", **MPIRUN)
 
 
-@provokes("no variable of a launcher says the local rank: give --local-rank")
+@provokes("cannot tell the local rank: no launcher variable (LOCAL_RANK, SLURM_LOCALID, ...) is set; pass --local-rank")
 def _(_: Path) -> str:
     return command("bind", "true")
 
 
-@provokes("nothing says how many ranks this node has: give --nproc-per-node")
+@provokes("cannot tell how many ranks this node has: pass --nproc-per-node")
 def _(_: Path) -> str:
     return command("bind", "true", LOCAL_RANK="0")
 

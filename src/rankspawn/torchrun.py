@@ -236,7 +236,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
     if "--numa-binding" not in parser._option_string_actions:  # torch before 2.9
         modes = [mode.value for mode in AffinityMode]
-        parser.add_argument("--numa-binding", "--numa_binding", choices=modes, help="Of rankspawn: binds each worker.")
+        parser.add_argument(
+            "--numa-binding", "--numa_binding", choices=modes, help="Options of rankspawn, which binds each worker."
+        )
     group = parser.add_argument_group("of rankspawn")
     add = group.add_argument
     add(
@@ -248,21 +250,32 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help='with --numa-binding: accelerators in local-rank order, "pci:...,..." or "none"',
     )
-    add("--reserve-cores", type=int, default=0, metavar="N", help="with --numa-binding: cores of the machine left free")
+    add(
+        "--reserve-cores",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --numa-binding: how many cores to leave free (default: 0)",
+    )
     add(
         "--guard", action=BooleanOptionalAction,
-        help="end what workers have started when they end or torchrun is killed; on where it can be",
+        help="end also the processes that workers started, when workers end or torchrun is killed"
+        " (default: on if possible)",
     )  # fmt: skip
-    add("--cgroup", metavar="DIR", help="a delegated cgroup v2, in which one is made for the workers; auto finds it")
+    add("--cgroup", metavar="DIR", help="make a cgroup for the workers in DIR, a delegated cgroup v2; auto finds one")
     add(
         "--warm", action="store_true",
-        help="fork workers from a process that has imported what the script imports at its top",
+        help="fork workers from a process that has already imported what the script imports at its top",
     )  # fmt: skip
-    add("--preload", type=_modules, metavar="LIST", help="the same, but these modules: torch,torch._dynamo")
-    add("--stacks", action="store_true", help="when a worker has failed, log what the others do before they are ended")
+    add("--preload", type=_modules, metavar="LIST", help="the same, but with these modules: torch,torch._dynamo")
+    add(
+        "--stacks",
+        action="store_true",
+        help="when a worker has failed, log what the others are doing before they are ended",
+    )
     add("--hang-timeout", "--hang_timeout", "--on-hang", "--on_hang", action=_OfRunAlone, help=SUPPRESS)
-    add("--report", metavar="FILE.json", help="times, bindings and exits of each worker")
-    add("--timeline", metavar="FILE", help="the same as a drawing (FILE.svg), or as a trace for Perfetto (FILE.json)")
+    add("--report", metavar="FILE.json", help="write times, bindings and exit statuses of each worker")
+    add("--timeline", metavar="FILE", help="draw them (FILE.svg), or write a trace for Perfetto (FILE.json)")
 
 
 @contextmanager

@@ -321,7 +321,7 @@ def test_a_line_of_an_elastic_job_is_left_to_torchruns_agent(words: str) -> None
     command = [sys.executable, "-m", "rankspawn", "run", *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.endswith(" needs an elastic agent: `rankspawn torchrun` takes it\n")
+    assert done.stderr.endswith(" needs an elastic agent: use `rankspawn torchrun`\n")
 
 
 def test_every_option_of_the_torchrun_that_is_installed_is_known() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from .._group.launch import launch
+from .._ids import format_ids
 from .._output.logs import RankFiles, rank_files
 from .._output.noted import noted
 from .._place.glance import sets_threads
@@ -220,11 +221,12 @@ class Supervision:
         while running:
             try:
                 due = [self._progress.state(self.group), self._stragglers.left()]
+                before = self.group.running
                 running = self.group.advance(min((one for one in due if one is not None), default=None))
                 if self.group.stopping and self._told_at is None:
                     self._told_at = time.monotonic()
                 if self.group.killing and not self._killing:
-                    self._say_killing("what did not end in time is killed")
+                    self._say_killing(f"the grace period is over: killing {self._named(before) or 'what is left'}")
                 self._say_stacks()
                 self._act(self._signals.read())
                 self._note_failure(running)
@@ -233,8 +235,12 @@ class Supervision:
                     self.group.stop()
             except PermissionError as error:
                 # All others have been signalled. Whoever is not ours to kill is named when the time is over.
-                self._progress.say(f"a rank may not be signalled: {error.strerror}")
+                self._progress.say(f"no permission to signal a rank: {error.strerror}")
         self._progress.clear()
+
+    def _named(self, ranks: Sequence[int]) -> str:
+        word = "ranks " if len(ranks) > 1 else "rank " if ranks else ""
+        return word + format_ids([self._job.first_rank + rank for rank in ranks])
 
     def _act(self, came: bytes) -> None:
         """Do what these signals ask."""

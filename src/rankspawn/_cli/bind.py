@@ -91,8 +91,9 @@ def _position(step: Step, local_rank: int | None, local_size: int | None) -> tup
     if local_rank is None:
         local_rank = step.local_rank
         if local_rank is None:
-            by = f"{step.launcher} does not say" if step.launcher else "no variable of a launcher says"
-            raise StepError(f"{by} the local rank: give --local-rank")
+            none = "no launcher variable (LOCAL_RANK, SLURM_LOCALID, ...) is set"
+            by = f"{step.launcher} does not say it" if step.launcher else none
+            raise StepError(f"cannot tell the local rank: {by}; pass --local-rank")
         torchs = os.environ.get("LOCAL_RANK", str(local_rank))
         if torchs != str(local_rank):
             raise StepError(
@@ -101,9 +102,9 @@ def _position(step: Step, local_rank: int | None, local_size: int | None) -> tup
     if local_size is None:
         local_size = step.local_size
     if local_size is None:
-        raise StepError("nothing says how many ranks this node has: give --nproc-per-node")
+        raise StepError("cannot tell how many ranks this node has: pass --nproc-per-node")
     if local_rank >= local_size:
-        raise StepError(f"local rank {local_rank} is not one of {local_size}")
+        raise StepError(f"local rank {local_rank} does not exist: this node has {local_size}, counted from 0")
     return local_rank, local_size
 
 

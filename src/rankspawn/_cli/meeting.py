@@ -131,7 +131,7 @@ def _meeting_place(args: argparse.Namespace) -> tuple[str | None, int | None]:
         if args.rdzv_backend == "c10d" and args.nnodes in (None, 1):
             address = args.local_addr
         else:
-            say("--local-addr: not needed here, where rank 0 listens at the master's address")
+            say("--local-addr: ignored, because rank 0 listens at the master's address")
     return address, port
 
 

@@ -174,7 +174,9 @@ def placement(options: PlacementOptions, topology: Topology, nprocs: int | None)
     required = not options.numa_binding_optional
     if options.cpus is not None or options.mems is not None:
         mode = "" if options.numa_binding == "auto" else options.numa_binding
-        _refuse_beside("--cpus and --mems, which say all by themselves", options, numa_binding=mode, memory_policy=None)
+        _refuse_beside(
+            "--cpus and --mems, which already say where ranks go", options, numa_binding=mode, memory_policy=None
+        )
         if nprocs is None:
             raise PlacementError("--cpus and --mems need the number of ranks: --nproc-per-node")
         memory: MemoryMode = options.memory_policy or "bind"
@@ -208,4 +210,4 @@ def _refuse_beside(what: str, options: PlacementOptions, **others: str | None) -
     """Raise PlacementError for the options that do not go with ``what``; ``others`` replaces values before."""
     for name in ("numa_binding", "memory_policy", "devices", "reserve_cores", "threads_per_core"):
         if given := others.get(name, getattr(options, name)):
-            raise PlacementError(f"--{name.replace('_', '-')} {given} does not go with {what}")
+            raise PlacementError(f"--{name.replace('_', '-')} {given} cannot be combined with {what}")

@@ -363,5 +363,5 @@ def _make_room(descriptors: int) -> None:
     if soft == resource.RLIM_INFINITY or needed <= soft:
         return
     if hard != resource.RLIM_INFINITY and needed > hard:
-        raise CommandError(f"so many ranks need {needed} open files, and this process may have {hard} (ulimit -Hn)")
+        raise CommandError(f"too many ranks: they need {needed} open files, and the limit is {hard} (ulimit -Hn)")
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

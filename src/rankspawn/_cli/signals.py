@@ -213,8 +213,8 @@ def parse_signals(text: str) -> frozenset[int]:
         name = word if word.startswith("SIG") else f"SIG{word}"
         sig = getattr(signal, name, None)
         if not isinstance(sig, signal.Signals):
-            raise ValueError(f"{word} is no signal of this system")
+            raise ValueError(f"this system has no signal {word}")
         if sig not in (*_ORDERS, *_HANGUP, *_ENDS, *_HANDED_ON, *_LOOKS):
-            raise ValueError(f"{name} is none that the launcher can handle")
+            raise ValueError(f"the launcher cannot handle {name}")
         found.add(int(sig))
     return frozenset(found)

@@ -44,12 +44,14 @@ class Endpoint(Frozen):
 
 def only_torchrun(parser: argparse.ArgumentParser, what: str) -> NoReturn:
     """End the process with the usage error for what needs torch's elastic agent."""
-    parser.error(f"{what} needs an elastic agent: `rankspawn torchrun` takes it")
+    parser.error(f"{what} needs an elastic agent: use `rankspawn torchrun`")
 
 
 def add_torchrun_options(run: argparse.ArgumentParser) -> None:
     """Add those options of torchrun that ``rankspawn run`` has no use for, or does not take."""
-    group = run.add_argument_group("of torchrun, and not needed here", "The ranks have no agent and no rendezvous.")
+    group = run.add_argument_group(
+        "options of torchrun that are ignored", "There is no elastic agent and no rendezvous."
+    )
     add = group.add_argument
     add("--monitor-interval", "--monitor_interval", type=float, metavar="SECONDS", help=argparse.SUPPRESS)
     add("--start-method", "--start_method", choices=("spawn", "fork", "forkserver"), help=argparse.SUPPRESS)
@@ -65,7 +67,7 @@ def settle_torchrun_options(args: argparse.Namespace) -> None:
         if value is not None and (option, value) != ("--event-log-handler", "null"):
             only_torchrun(args.parser, f"{option} {value}")
     if given := [option for option in NEEDLESS if getattr(args, _dest(option)) is not None]:
-        say(f"{' and '.join(given)}: not needed here, where ranks have no agent")
+        say(f"{' and '.join(given)}: ignored, because rankspawn run has no elastic agent")
 
 
 def read_variables(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
@@ -84,7 +86,7 @@ def read_variables(parser: argparse.ArgumentParser, environ: Mapping[str, str]) 
     known = {f"PET_{_dest(option).upper()}": option for option in (*TAKEN, *NEEDLESS, *ELASTIC)}
     for name in names:
         if name not in known:
-            say(f"{name} is no variable of torchrun's{nearest(name, known)}, and is not read")
+            say(f"ignoring {name}: torchrun has no such variable{nearest(name, known)}")
             continue
         action = parser._option_string_actions[known[name]]
         try:

@@ -247,7 +247,7 @@ def _check_ending(grace: object, signal_to: object) -> None:
     if grace is not None and (isinstance(grace, bool) or not isinstance(grace, (int, float))):
         raise TypeError(f"grace: expected a number of seconds, got {grace!r}")
     if grace is not None and not grace >= 0:
-        raise ValueError(f"grace: expected a number of seconds from 0 on, got {grace}")
+        raise ValueError(f"grace: expected a non-negative number of seconds, got {grace}")
     if signal_to not in ("rank", "group", "session"):
         raise ValueError(f"signal_to: expected 'rank', 'group' or 'session', got {signal_to!r}")
 

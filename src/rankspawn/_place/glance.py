@@ -75,7 +75,7 @@ def threads_note(value: str | bytes | None) -> str:
     """Say that a value of OMP_NUM_THREADS sets nothing; "" where it does, or there is none."""
     if value is None or sets_threads(value):
         return ""
-    return f"OMP_NUM_THREADS={os.fsdecode(value)!r} is no number of threads, and counts as unset"
+    return f"OMP_NUM_THREADS={os.fsdecode(value)!r} is not a number of threads: ignoring it"
 
 
 def hidden_devices(environ: Mapping[str, str], root: str = "/") -> tuple[str, ...]:

@@ -86,5 +86,5 @@ def _memory_nodes(
         why = "has no memory" if have_none else "is not allowed"
         return frozenset(), f"node {names} {why} (allowed: {format_ids(topology.allowed_nodes) or 'none'})"
     taken = nearest(near[0], others)
-    home.notes.append(f"node {names} has no memory: the nearest that has, {taken}, is taken")
+    home.notes.append(f"node {names} has no memory: using the nearest node that has, {taken}")
     return frozenset((taken,)), ""

@@ -103,7 +103,7 @@ def _core_complex(machine: Machine, home: Home, position: int, count: int) -> fr
     cpus = machine.on(home.node)
     groups = [(cache.cpus & cpus, min(cache.cpus)) for cache in machine.topology.caches if cache.cpus & cpus]
     if not groups:
-        home.notes.append(f"core-complex: the caches of node {home.node} are unknown; its whole node is taken")
+        home.notes.append(f"core-complex: no cache information for node {home.node}; using the whole node")
         return cpus
     groups.sort(key=lambda group: (-len(group[0]), group[1]))
     return groups[position % len(groups)][0]

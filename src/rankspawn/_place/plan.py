@@ -209,6 +209,8 @@ def _home(machine: Machine, device: Device) -> Home:
     own = machine.topology.node(node)
     if own is not None and not own.cpus:
         near = nearest(own, machine.topology.nodes_with_cpus())
-        home.notes.append(f"device {device.address} is on node {node}, which has no CPUs: the nearest is {near}")
+        home.notes.append(
+            f"device {device.address} is on node {node}, which has no CPUs: using the nearest node that has, {near}"
+        )
         home.node = near
     return home

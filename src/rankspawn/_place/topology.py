@@ -244,7 +244,7 @@ def _nodes(tree: Tree, online: frozenset[int], notes: list[str]) -> tuple[Node, 
     if ids is None:
         ids = frozenset(int(m[1]) for name in tree.names(_NODE) if (m := _NODE_DIR.fullmatch(name)))
     if not ids:
-        notes.append(f"no {_NODE}: one node with all CPUs is assumed")
+        notes.append(f"no {_NODE}: assuming one node with all CPUs")
         return (Node(0, online, _memory(tree, "proc/meminfo")),)
     order = sorted(ids)
     nodes: list[Node] = []
@@ -253,7 +253,7 @@ def _nodes(tree: Tree, online: frozenset[int], notes: list[str]) -> tuple[Node, 
         folder = f"{_NODE}/node{id}"
         cpus = tree.first_ids(folder, ("cpulist", "cpumap"))
         if cpus is None:
-            notes.append(f"node {id} is online but {folder} has no cpulist: it is left out")
+            notes.append(f"node {id} is online but {folder} has no cpulist: ignoring this node")
             continue
         if cpus & taken:
             notes.append(f"CPUs {format_ids(cpus & taken)} are in node {id} and in one before: the first one counts")
@@ -264,7 +264,7 @@ def _nodes(tree: Tree, online: frozenset[int], notes: list[str]) -> tuple[Node, 
         raise TopologyError(f"{tree.root}: no node below {_NODE} has an online CPU (online are {format_ids(online)})")
     stray = online.difference(*(node.cpus for node in nodes))
     if stray:
-        notes.append(f"CPUs {format_ids(stray)} are online but in no node: no rank is put there")
+        notes.append(f"CPUs {format_ids(stray)} are online but in no node: ranks will not use them")
     return tuple(nodes)
 
 
@@ -319,7 +319,7 @@ def _sockets(tree: Tree, online: frozenset[int], notes: list[str]) -> tuple[Sock
         else:
             found[id] = found.get(id, frozenset()) | group
     if unnumbered and not found and all(len(group) == 1 for group in unnumbered):
-        notes.append("no CPU says its package: one socket is assumed")
+        notes.append("no CPU says its package: assuming one socket")
         unnumbered = [online]
     for number, group in enumerate(unnumbered, start=max(found, default=-1) + 1):
         found[number] = group
