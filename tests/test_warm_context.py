@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from rankspawn import Binding, BindingError, get_context
+from rankspawn import Binding, BindingError, Template, get_context
 
 CPU = min(os.sched_getaffinity(0))
 
@@ -55,6 +55,22 @@ def told(queue: Any = None) -> tuple[bool, int, str, str, int]:
     if queue is not None:
         queue.put(one)
     return one
+
+
+def test_contexts_share_a_template_that_its_owner_closes() -> None:
+    with Template(["wave"], required=True) as template:
+        for _ in range(2):
+            context: Any = get_context("warm", preload=template)
+            with context.Pool(1) as pool:
+                assert pool.apply(told)[0]
+            del context, pool
+        assert [one["ranks"] for one in template.report()] == [2]
+        again: Any = pickle.loads(pickle.dumps(get_context("warm", preload=template)))
+        assert again._preload == ("wave",) and again._template is None
+    with Template() as unnamed, pytest.raises(ValueError, match="expected a Template of named modules"):
+        get_context("warm", preload=unnamed)
+    with pytest.raises(ValueError, match="preload is for 'warm'"):
+        get_context("spawn", preload=template)
 
 
 def test_a_pools_processes_are_forked_and_children_of_this_one(context: Any) -> None:

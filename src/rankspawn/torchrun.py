@@ -71,7 +71,8 @@ def install(
         devices: For ranks that are bound: the accelerators in local-rank order, as ``--devices`` of ``rankspawn run``;
             None for those that are visible.
         reserve_cores: For ranks that are bound: cores of the machine that are left free.
-        template: What ranks that are programs are forked from: a warm start. The caller closes it.
+        template: What ranks are forked from: a warm start. The caller closes it. Ranks that are functions are forked
+            from it where it names its modules and their start method is spawn; a RuntimeWarning says why else.
         stacks: Log what the other ranks do, of those that are programs, before they are ended because one has failed
             (two seconds at most), in one line; all of it is in ``stacks.txt`` beside the ranks' folders of logs.
 

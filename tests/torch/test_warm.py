@@ -93,6 +93,71 @@ def test_arguments_are_guessed(arguments: str, options: dict[str, str], script: 
     assert _split(arguments.split()) == (options, script)
 
 
+FUNCTIONS = """
+import os, sys, warnings
+
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from rankspawn import Template, torchrun
+
+def rank(folder):
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if attempt == "0" and os.environ["RANK"] == "1":
+        raise ValueError("of the first attempt")
+    return attempt, os.getppid()
+
+if __name__ == "__main__":
+    config = LaunchConfig(1, 1, 2, run_id="functions", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=1,
+                          start_method=sys.argv[1], monitor_interval=0.1)
+    modules = True if sys.argv[2] == "found" else ["torch", "torch.distributed.elastic.multiprocessing.api"]
+    with Template(modules, required=sys.argv[2] == "required") as template, torchrun.installed(template=template):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RuntimeWarning)
+            answers = elastic_launch(config, rank)("argument")
+        assert set(answers.values()) == {("1", os.getpid())} or sys.argv[1] == "forkserver", answers
+        print(sum(told["ranks"] for told in template.report()))
+        print(*(str(one.message) for one in caught if "cold" in str(one.message)), sep="\\n", end="")
+"""
+COLD = "ranks 0-1 started cold: they are functions"
+
+
+@pytest.mark.parametrize(
+    ("method", "modules", "forked", "said"),
+    [
+        ("spawn", "named", "4", ""),
+        ("spawn", "found", "0", f"{COLD}, which do not say what they import; name the modules, as by --preload"),
+        ("forkserver", "named", "0", f"{COLD} with the start method forkserver, and only spawn has a warm start"),
+    ],
+)
+def test_functions_of_the_agent_are_forked_or_it_is_said_why_not(
+    method: str, modules: str, forked: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "functions.py").write_text(FUNCTIONS)
+    command = [sys.executable, "functions.py", method]
+    done = subprocess.run([*command, modules], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n", 1) == [forked, said]
+
+
+def test_functions_that_have_to_be_warm_and_cannot(tmp_path: Path) -> None:
+    (tmp_path / "functions.py").write_text(FUNCTIONS)
+    command = [sys.executable, "functions.py", "fork", "required"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"RuntimeError: a warm start is required, and {COLD} with the start method fork" in done.stderr
+
+
+def test_a_script_that_a_function_runs_is_warm(tmp_path: Path) -> None:
+    script = "import psutil, torch, os\nopen(os.environ['RANK'], 'w').write(open('/proc/self/cmdline').read())"
+    (tmp_path / "train.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, "-c", NOTES_TEMPLATES, "--nproc_per_node=2", "--warm", "--run-path", "train.py"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "cold" not in done.stderr and done.stdout.splitlines()[-1] == "[True] 0"
+    assert all("--multiprocessing-fork" in (tmp_path / rank).read_text() for rank in "01")
+
+
 LOADER = """
 import json, sys
 import torch

@@ -36,7 +36,7 @@ def get_context(
     bindings: Bindings = (),
     *,
     die_with_parent: bool = False,
-    preload: Sequence[str] | None = None,
+    preload: Sequence[str] | Template | None = None,
 ) -> Context:
     """Make a context of multiprocessing whose processes are bound, to be used wherever a context is taken.
 
@@ -55,8 +55,8 @@ def get_context(
             group that is started again gets the same places. Or a function that is given the process, which has not
             started, and returns its binding or None. Empty: rankspawn starts the processes and binds none.
         die_with_parent: As of ``rankspawn.Popen``; not with "forkserver".
-        preload: With "warm": the names of the modules that the template imports. It is made by the first start and
-            ends with the context.
+        preload: With "warm": the names of the modules that the template imports, which is made by the first start and
+            ends with the context; or a ``rankspawn.Template`` that names its modules, and that the caller closes.
 
     Returns:
         The context. A process of it has an attribute ``binding_report``, a BindingReport, once it has started. Its
@@ -65,7 +65,7 @@ def get_context(
 
     Raises:
         ValueError: There is no such method here; ``die_with_parent`` is given with "forkserver", whose processes are
-            children of the server; or ``preload`` without "warm".
+            children of the server; ``preload`` without "warm"; or a template does not name its modules.
         TypeError: A binding is no Binding.
         ImportError: This Python's multiprocessing is not one that this rankspawn knows.
     """
@@ -81,6 +81,13 @@ def get_context(
         bindings = tuple(map(_checked, bindings))
     from . import methods  # noqa: F401  An unknown Python fails here, not at the first start.
 
+    if preload is not None:
+        from .._warm.template import Template
+
+        if isinstance(preload, Template):
+            if preload.modules is True:
+                raise ValueError("preload: expected a Template of named modules: functions do not say what they import")
+            return WarmContext(bindings, die_with_parent, preload.modules, preload)
     return _CONTEXTS[method](bindings, die_with_parent, tuple(preload or ()))
 
 
@@ -156,10 +163,19 @@ class WarmContext(Context):
 
     _name = "warm"
     _stock_name = "SpawnContext"
-    _template: Template | None = None
+
+    def __init__(
+        self,
+        bindings: Bindings,
+        die_with_parent: bool,
+        preload: tuple[str, ...] = (),
+        template: Template | None = None,
+    ) -> None:
+        super().__init__(bindings, die_with_parent, preload)
+        self._template = template
 
     def template(self) -> Template:
-        """What the processes are forked from; it ends with this context, or with this process."""
+        """What the processes are forked from; one of its own ends with this context, or with this process."""
         from .._warm.template import Template
 
         with self._lock:

@@ -39,6 +39,10 @@ def early_template(arguments: Sequence[str]) -> Iterator[Template | None]:
     except ValueError:
         yield None  # the parser will say it
         return
+    if names is None and "--run-path" in options and script:  # a function runs the script
+        from .._warm.find import find
+
+        names = find([os.environ.get("PYTHON_EXEC", sys.executable), script[0]], os.getcwd()).modules
     with Template(True if names is None else names) as template:
         binds = options.keys() & {"--numa-binding", "--no-python", "--run-path"}
         if script and not binds:

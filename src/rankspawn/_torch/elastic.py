@@ -302,6 +302,7 @@ class MultiprocessContext(_Waiting, contexts.MultiprocessContext):  # type: igno
             super()._start()
             return
         method, bindings = self.start_method, self._bindings()
+        template = extras.template_of_functions(method, self.nprocs)
         self._numa_options = None  # torch's own binding is inside the process, after its imports, and wants numactl
         if method == "fork":
             self._bind_after_fork(bindings)
@@ -316,7 +317,9 @@ class MultiprocessContext(_Waiting, contexts.MultiprocessContext):  # type: igno
         # torch asks multiprocessing for a context by its name, so ours is registered during the start.
         name = f"rankspawn-{id(self)}"
         known: dict[str, Any] = context._concrete_contexts  # type: ignore[attr-defined]
-        known[name] = get_context(method, place, die_with_parent=method == "spawn" and _DIE_WITH_AGENT)
+        how = method if template is None else "warm"
+        die = method == "spawn" and _DIE_WITH_AGENT
+        known[name] = get_context(how, place, die_with_parent=die, preload=template)
         self.start_method = name
         try:
             super()._start()

@@ -23,7 +23,7 @@ class Extras(Frozen):
         cgroup: A delegated cgroup v2, in which one is made for the programs; "auto" finds it; None for none.
         devices: The accelerators in local-rank order, as --devices names them; None: those that are visible.
         reserve_cores: Cores of the machine left free.
-        template: What programs are forked from, instead of executed; None for none.
+        template: What ranks are forked from, instead of executed; None for none.
         stacks: Whether it is looked at what programs do before they are ended because others have failed.
         record: What is recorded for a report; None for nothing.
     """
@@ -40,6 +40,28 @@ class Extras(Frozen):
     def place(self) -> bool:
         """Whether these say where ranks go, so that a rank's place is not that of its visible device alone."""
         return self.devices is not None or self.reserve_cores > 0
+
+    def template_of_functions(self, method: str, nprocs: int) -> Template | None:
+        """What processes that run functions are forked from; None, and a line with the reason, where they are not.
+
+        Args:
+            method: Their start method.
+            nprocs: How many.
+
+        Raises:
+            RuntimeError: They cannot be forked, and the template is required.
+        """
+        template = self.template
+        if template is None:
+            return None
+        if method != "spawn":
+            why = f"they are functions with the start method {method}, and only spawn has a warm start"
+        elif template.modules is True:
+            why = "they are functions, which do not say what they import; name the modules, as by --preload"
+        else:
+            return template
+        template.leave_cold(dict.fromkeys(range(nprocs), why))
+        return None
 
     def bindings(self, nprocs: int, options: NumaOptions) -> list[Binding | None]:
         """Place all ranks of this machine.

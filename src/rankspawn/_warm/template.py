@@ -115,12 +115,23 @@ class Template:
             cold = {**launch.cold, **dict.fromkeys(launch.left, why or "its template has ended")}
         else:
             cold = dict.fromkeys(range(len(ranks)), why)
-        lines = _name_ranks(cold)
-        if cold and self.required:
+        self.leave_cold(cold)
+        return sorted(cold)
+
+    def leave_cold(self, why: Mapping[int, str]) -> None:
+        """Say why ranks start cold.
+
+        Args:
+            why: By rank.
+
+        Raises:
+            RuntimeError: There is one, and ``required`` says that none may be.
+        """
+        lines = _name_ranks(why)
+        if lines and self.required:
             raise RuntimeError("a warm start is required, and " + "; ".join(lines))
         for line in lines:
             self._say(line)
-        return sorted(cold)
 
     def begin(self, command: Sequence[str], env: Mapping[str, str], *, guard: bool) -> None:
         """Begin with the imports, and return at once: the next start waits for what is left of them.
