@@ -43,12 +43,13 @@ def members_by_mark(numbers: Set[int], mark: str) -> tuple[dict[int, int], dict[
     """
     held = {number for number in numbers if _procfs.is_gone(number)}
     found = members(held) if held else {}
-    marked = {pid for pid in found if _has(pid, mark)}
+    # Who is about to end has no environment any more, is waited for, and gets no signal.
+    own = {pid for pid in found if _has(pid, mark) or _ends(pid)}
     # Again: a stranger may have got the number during the search.
-    found = {pid: number for pid, number in found.items() if _procfs.is_gone(number) and not _ends(pid)}
+    found = {pid: number for pid, number in found.items() if _procfs.is_gone(number) and not _procfs.is_gone(pid)}
     return (
-        {pid: number for pid, number in found.items() if pid in marked},
-        {pid: number for pid, number in found.items() if pid not in marked},
+        {pid: number for pid, number in found.items() if pid in own},
+        {pid: number for pid, number in found.items() if pid not in own},
     )
 
 
