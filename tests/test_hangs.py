@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 
 from rankspawn import RankGroup, RanksFailedError, launch
+from rankspawn._group.hangs import HangAsked, HangWatch
 from rankspawn._stacks import spy, unwinder
+from rankspawn._stacks.take import Stacks
 from tests.support.launchers import LAUNCHER, completed, in_ranks, launched, with_grace
 from tests.support.processes import eventually, state
 
@@ -345,3 +347,23 @@ def test_seconds_are_a_number() -> None:
 def test_the_command_refuses_it_too(options: list[str], message: str) -> None:
     done = completed([*LAUNCHER, "run", *options, "--no-python", "true"])
     assert done.returncode == 2 and message in done.stderr
+
+
+@pytest.mark.parametrize("letter", ["S", "R"])
+def test_a_rank_that_waits_for_a_cpu_does_not_stand_still(letter: str, tmp_path: Path) -> None:
+    """A procfs in which one process uses no CPU time, asleep or ready to run."""
+    about = f"7 (rank) {letter} {os.getpid()} " + " ".join(["0"] * 48)
+    for folder in (tmp_path / "7", tmp_path / "7" / "task" / "7"):
+        folder.mkdir(parents=True)
+        (folder / "stat").write_text(about)
+    watch = HangWatch(HangAsked(0.01, "report"), None, str(tmp_path))
+    taken: list[Stacks] = []
+
+    def take() -> Stacks:
+        taken.append(Stacks(0.0, "a test", 0.0, ()))
+        return taken[-1]
+
+    for _ in range(20):
+        watch.look({0: 7}, take)
+        time.sleep(0.003)
+    assert bool(taken) == (letter == "S")

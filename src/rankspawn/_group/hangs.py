@@ -120,7 +120,7 @@ class HangWatch:
         Returns:
             Where nothing has for long, once until something moves again: how many seconds long, and two looks.
         """
-        from .._stacks.still import at_a_debugger, attended, unmoved
+        from .._stacks.still import at_a_debugger, attended, can_run, unmoved
 
         now = time.monotonic()
         since, self._looked_at, self.due = now - self._looked_at, now, now + self._pause
@@ -132,7 +132,10 @@ class HangWatch:
         self._quiet += min(since, 2 * self._pause)
         if self._quiet < self._seconds or self._told:
             return None
-        if any(attended(pid, self._proc) for pids in self._below(running).values() for pid in pids):
+        pids = [pid for below in self._below(running).values() for pid in below]
+        if any(can_run(pid, self._proc) for pid in pids):
+            return None
+        if any(attended(pid, self._proc) for pid in pids):
             self._quiet = 0.0
             return None
         if first is None:

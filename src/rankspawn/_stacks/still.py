@@ -55,6 +55,11 @@ def attended(pid: int, proc: str = "/proc") -> str:
     return ""
 
 
+def can_run(pid: int, proc: str = "/proc") -> bool:
+    """Whether a thread of a process runs, or would if it got a CPU: a busy machine or a quota may keep it waiting."""
+    return any(thread.state == "R" for thread in threads_of(pid, all_details=False, proc=proc))
+
+
 def at_a_debugger(found: Stacks) -> bool:
     """Whether a thread is in a debugger's code."""
     threads = (thread for process in found.processes for thread in process.threads)
