@@ -22,6 +22,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
 highlight_language = "text"
 default_role = "code"
+smartquotes_action = "q"  # two dashes begin an option, and stay two
 
 html_theme = "furo"
 html_title = f"rankspawn {version}"
