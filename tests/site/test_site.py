@@ -58,7 +58,7 @@ def found(index: Any, query: str) -> set[str]:
         ("NCCL timeout", "guide/hangs"),
         ("segfault", "guide/failures"),
         ("segmentation fault", "symptoms"),
-        ("address already in use", "troubleshooting"),
+        ("address already in use", "symptoms"),
         ("port 29500", "guide/run"),
         ("CUDA_VISIBLE_DEVICES", "guide/placement"),
         ("exit code 137", "symptoms"),
