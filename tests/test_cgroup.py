@@ -163,7 +163,7 @@ def refusal(parent: Path) -> tuple[int | None, str]:
 
 def test_in_what_is_no_cgroup(tmp_path: Path) -> None:
     code, text = refusal(tmp_path)
-    assert code == errno.EINVAL and "no cgroup: a directory of cgroup v2 is needed" in text
+    assert code == errno.EINVAL and "expected a directory of cgroup v2, got no cgroup" in text
     code, text = refusal(tmp_path / "missing")
     assert code == errno.ENOENT
 

@@ -103,7 +103,8 @@ def test_a_limit_of_memory_that_is_hit(limited: Path, how: str, ranks: str) -> N
                 line,
             )
         else:
-            assert re.search(rf"the kernel has killed \d process(es)? in its cgroup \({limited} may have 64 MiB", line)
+            limit = f"the limit of {limited} is 64 MiB"
+            assert re.search(rf"the kernel has killed \d process(es)? in its cgroup \({limit}", line)
 
 
 def test_a_kill_that_is_not_for_memory() -> None:
@@ -128,11 +129,11 @@ def test_cpu_time_is_over() -> None:
     failure = fails(burn)
     assert failure.returncode == -signal.SIGXCPU
     assert re.match(
-        r"it has used [\d.]+ s of CPU time, and may have 1 s \(ulimit -St\); no core was written", failure.why
+        r"it has used [\d.]+ s of CPU time, and its limit is 1 s \(ulimit -St\); no core was written", failure.why
     )
     failure = fails("signal.signal(signal.SIGXCPU, signal.SIG_IGN)\n" + burn)
     assert failure.returncode == -signal.SIGKILL
-    assert re.fullmatch(r"it has used [\d.]+ s of CPU time, and may have 2 s \(ulimit -Ht\)", failure.why)
+    assert re.fullmatch(r"it has used [\d.]+ s of CPU time, and its limit is 2 s \(ulimit -Ht\)", failure.why)
 
 
 def test_a_signal_that_only_looks_like_a_limit() -> None:
@@ -146,7 +147,7 @@ def test_a_file_is_too_large(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         f"open({str(tmp_path / 'large')!r}, 'wb').write(bytes(8192))\n"
     )
-    assert failure.why == "its files may have 4 KiB (ulimit -f); no core was written: ulimit -c is 0"
+    assert failure.why == "a file has reached its size limit of 4 KiB (ulimit -f); no core was written: ulimit -c is 0"
 
 
 def test_a_core_is_named(tmp_path: Path) -> None:

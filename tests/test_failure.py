@@ -71,8 +71,8 @@ def test_other_shapes(tmp_path: Path, text: str, message: str, when: float | Non
     ("text", "problem"),
     [
         ("", "is empty"),
-        (recorded()[:-20], "is no JSON: Unterminated string"),
-        ("[" * 100_000, "is no JSON: "),
+        (recorded()[:-20], "is not JSON: Unterminated string"),
+        ("[" * 100_000, "is not JSON: "),
         ("[1, 2]", "has no message"),
         ('{"messages": "m"}', "has no message"),
         ('{"message": null}', "has no message"),
@@ -92,7 +92,7 @@ def test_bytes_that_are_no_utf_8(tmp_path: Path) -> None:
     (tmp_path / "error.json").write_bytes(b'{"message": "caf\xe9"}')
     error = read_error_file(tmp_path / "error.json")
     assert error is not None
-    assert error.problem.startswith("is no JSON: ")  # it is read as \xe9, which is no escape of JSON's
+    assert error.problem.startswith("is not JSON: ")  # it is read as \xe9, which is no escape of JSON's
 
 
 def test_no_file_and_no_regular_file(tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_a_message_without_a_traceback(tmp_path: Path) -> None:
 
 def test_an_error_file_that_makes_no_sense_is_told(tmp_path: Path) -> None:
     told = describe(ran(tmp_path, "echo why >&2; exit 1", "{"))
-    assert f"  its error file {tmp_path}/attempt_0/0/error.json is no JSON: " in told
+    assert f"  its error file {tmp_path}/attempt_0/0/error.json is not JSON: " in told
     assert "    why\n" in told
 
 

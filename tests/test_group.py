@@ -430,7 +430,7 @@ def test_what_a_shell_runs_has_no_more_than_its_time(tmp_path: Path) -> None:
     with launch(shell(script), 1, cwd=tmp_path) as group:
         eventually((tmp_path / "ready").exists)
         group.stop(grace=0.3)
-        with pytest.raises(TimeoutError, match="what they have started still runs"):
+        with pytest.raises(TimeoutError, match="processes that they started still run"):
             group.wait(0.05)
         assert group.running == ()
         assert group.wait(PATIENCE) == (TERMINATED,)

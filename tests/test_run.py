@@ -459,7 +459,7 @@ def test_a_guard_that_is_killed_is_said() -> None:
         children = psutil.Process(job.process.pid).children()
         (guard,) = [child for child in children if child.pid != rank]
         guard.kill()
-        told = f"rankspawn: the guard (process {guard.pid}) has ended: what the ranks have started stays behind"
+        told = f"rankspawn: the guard (process {guard.pid}) has ended: processes that the ranks started stay behind"
         assert job.stderr.readline().startswith(told)
         os.kill(rank, signal.SIGTERM)
         assert job.end() == 128 + signal.SIGTERM
@@ -483,7 +483,7 @@ def test_a_cgroup_ends_what_left_the_session() -> None:
 def test_what_is_no_cgroup_is_said(path: str) -> None:
     done = completed(in_ranks("pass", "--cgroup", path))
     assert done.returncode == 1  # not 127: the program was not looked for
-    assert re.fullmatch(rf"rankspawn: .*no cgroup: a directory of cgroup v2 is needed .*'{path}'\n", done.stderr)
+    assert re.fullmatch(rf"rankspawn: .*expected a directory of cgroup v2, got no cgroup .*'{path}'\n", done.stderr)
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------

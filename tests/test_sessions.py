@@ -357,7 +357,7 @@ def test_what_is_said_of_others(session: Callable[[str], Session]) -> None:
     eventually(lambda: state(lives.sid) == "Z")
     assert describe_stuck(lives.sid).endswith("has ended, but was not reaped")
     lives.leader.wait()
-    assert describe_stuck(lives.sid) == f"process {lives.sid}: nothing can be read of it"
+    assert describe_stuck(lives.sid) == f"process {lives.sid}: its state cannot be read"
 
 
 # ---- with less to work with -----------------------------------------------------------------------------------------

@@ -238,7 +238,7 @@ def test_the_time_is_limited(tmp_path: Path) -> None:
         (thread,) = kernel.threads_of(process.pid, all_details=False)
         about = take({process.pid: 0}, "asked for", 0.0)
         if not unwinder.can_read(sys.version_info[1]):
-            assert about.notes == ("1 of 1 Python processes were not looked at: the time was over",)
+            assert about.notes == ("no time was left to look at 1 of 1 Python processes",)
         assert about.processes[0].threads[0].tid == thread.tid
         for moment in range(10):
             assert len([*spy.dump_all(str(spy.find()), about.processes, time.monotonic() + moment / 500)]) <= 1

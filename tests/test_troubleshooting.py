@@ -511,12 +511,12 @@ def _(_: Path) -> str:
 # ---- cgroups --------------------------------------------------------------------------------------------------------
 
 
-@provokes("no cgroup: a directory of cgroup v2 is needed")
+@provokes("expected a directory of cgroup v2, got no cgroup")
 def _(folder: Path) -> str:
     return run("--cgroup", str(folder), "--no-python", "true")
 
 
-@provokes("a cgroup of version 1: a directory of cgroup v2 is needed")
+@provokes("expected a directory of cgroup v2, got a cgroup of version 1")
 def _(_: Path) -> str:
     roots = writable_cgroups("cgroup")
     if not roots:
@@ -555,7 +555,7 @@ def _(_: Path) -> str:
 # ---- multiprocessing and torch --------------------------------------------------------------------------------------
 
 
-@provokes("no context for ...: there are 'spawn', 'forkserver' and 'warm'")
+@provokes("method: expected 'spawn', 'forkserver' or 'warm'")
 def _(_: Path) -> str:
     return raised(lambda: get_context("fork"))
 

@@ -177,7 +177,7 @@ def test_a_context_can_be_sent(context: Any) -> None:
     [
         ({"method": "spawn", "preload": ["x"]}, "preload is for 'warm', not for 'spawn'"),
         ({"method": "warm", "preload": "torch"}, "preload: expected a sequence of names, got 'torch'"),
-        ({"method": "cold"}, "no context for 'cold': there are 'spawn', 'forkserver' and 'warm', on POSIX systems"),
+        ({"method": "cold"}, "method: expected 'spawn', 'forkserver' or 'warm' (on POSIX systems), got 'cold'"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], error: str) -> None:

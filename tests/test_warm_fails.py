@@ -90,7 +90,7 @@ def test_a_template_that_cannot_be(module: Path, does: str, why: str) -> None:
 def test_required_is_an_error(module: Path) -> None:
     module.write_text("import socket; kept = socket.socket()")
     with Template(["preloaded"], required=True) as template:
-        with pytest.raises(RuntimeError, match="a warm start is required, and rank 0 started cold: an import has left"):
+        with pytest.raises(RuntimeError, match="a warm start is required, but rank 0 started cold: an import has left"):
             launch([*PYTHON, ""], 1, warm=template)
         with pytest.raises(RuntimeError, match="expected a command that is `python SCRIPT`, got '/bin/true'"):
             launch(["/bin/true"], 1, warm=template)

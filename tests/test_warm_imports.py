@@ -97,7 +97,7 @@ def test_a_rank_with_other_values_of_what_was_read_is_noticed(prepared) -> None:
     assert difference(found, {**env, "UNREAD": "1"}) is None
     assert (
         difference(found, {**env, "RANK": "3"})
-        == "reads read RANK when it was imported: it was unset there, and is '3' in the rank"
+        == "reads read RANK when it was imported: it was unset in the template, and is '3' in the rank"
     )
     assert difference(found, {**env, "OMP_NUM_THREADS": "77"}).startswith("libraries read OMP_NUM_THREADS")
     assert difference(found, {**env, "PYTHONHASHSEED": "77"}).startswith("libraries read PYTHONHASHSEED")
@@ -135,7 +135,7 @@ def test_an_accelerators_file_is_refused(prepared, tmp_path: Path) -> None:
     source = "import os, mmap\nkept = os.open('/dev/accel-rankspawn-test', os.O_RDONLY)"
     os.mknod("/dev/accel-rankspawn-test", 0o20600, os.makedev(1, 5))  # /dev/zero's numbers
     try:
-        assert "an accelerator's driver does not follow a fork" in prepared({"it": source})["refused"]
+        assert "an accelerator's driver does not survive a fork" in prepared({"it": source})["refused"]
     finally:
         os.unlink("/dev/accel-rankspawn-test")
 

@@ -143,7 +143,7 @@ def test_functions_that_have_to_be_warm_and_cannot(tmp_path: Path) -> None:
     command = [sys.executable, "functions.py", "fork", "required"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
-    assert f"RuntimeError: a warm start is required, and {COLD} with the start method fork" in done.stderr
+    assert f"RuntimeError: a warm start is required, but {COLD} with the start method fork" in done.stderr
 
 
 def test_a_script_that_a_function_runs_is_warm(tmp_path: Path) -> None:

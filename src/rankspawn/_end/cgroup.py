@@ -58,7 +58,7 @@ class GroupCgroup:
             # Version 1 has no such file; no version's directory is without cgroup.procs.
             what = "a cgroup of version 1" if os.path.exists(os.path.join(parent, "cgroup.procs")) else "no cgroup"
             code = errno.EINVAL if os.path.isdir(parent) else errno.ENOENT
-            raise OSError(code, f"{what}: a directory of cgroup v2 is needed ({os.strerror(code)})", parent)
+            raise OSError(code, f"expected a directory of cgroup v2, got {what} ({os.strerror(code)})", parent)
         path = os.path.join(parent, new_name() if name is None else name)
         _make_directory(path)
         try:
@@ -160,7 +160,7 @@ def _make_directory(path: str) -> None:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise OSError(error.errno, f"{os.strerror(error.errno)}: {_DELEGATION}", parent) from None
         if error.errno == errno.EAGAIN:
-            limits = "cgroup.max.descendants or cgroup.max.depth, of it or of one above it"
+            limits = "raise cgroup.max.descendants or cgroup.max.depth of this cgroup or of one above it"
             raise OSError(error.errno, f"no more cgroups may be made in it: {limits}", parent) from None
         raise
 

@@ -116,7 +116,7 @@ class Deaths:
     def _limits_text(self) -> str:
         """The limits of the cgroup and of those above it."""
         limits = [(_limit_of(folder), folder) for folder in self._counters]
-        told = [f"{folder} may have {_bytes(limit)}" for limit, folder in limits if limit is not None]
+        told = [f"the limit of {folder} is {_bytes(limit)}" for limit, folder in limits if limit is not None]
         return f" ({', '.join(told)})" if told else ", which has no limit of its own: the machine's memory was full"
 
     def _oom_by_log(self, pid: int) -> str:
@@ -220,7 +220,7 @@ def _limit_of(folder: str) -> int | None:
 def _limit(pid: int, sig: int, proc: str) -> str:
     """The limit that was passed, where the kernel has sent this signal because of it."""
     if _name(sig) == "SIGXFSZ" and (limit := _limits(pid, "RLIMIT_FSIZE")[0]) is not None:
-        return f"its files may have {_bytes(limit)} (ulimit -f)"
+        return f"a file has reached its size limit of {_bytes(limit)} (ulimit -f)"
     # With the signal the kernel has raised the soft limit by a second.
     if _name(sig) == "SIGXCPU" and (limit := _limits(pid, "RLIMIT_CPU")[0]) is not None:
         return _cpu_time_used(pid, limit - 1, "-St", proc)
@@ -235,7 +235,7 @@ def _cpu_time_used(pid: int, limit: int, option: str, proc: str) -> str:
         return ""
     if used < _ENOUGH * limit:
         return ""
-    return f"it has used {used:.1f} s of CPU time, and may have {limit} s (ulimit {option})"
+    return f"it has used {used:.1f} s of CPU time, and its limit is {limit} s (ulimit {option})"
 
 
 def _limits(pid: int, name: str) -> tuple[int | None, int | None]:

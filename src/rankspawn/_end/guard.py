@@ -135,7 +135,7 @@ class Guard:
         if self.fd < 0 or self._was_told:
             return
         warnings.warn(
-            f"the guard (process {self.process.pid}) has ended: what the ranks have started stays behind if this"
+            f"the guard (process {self.process.pid}) has ended: processes that the ranks started stay behind if this"
             " process is killed now",
             RuntimeWarning,
             stacklevel=2,

@@ -161,7 +161,7 @@ def end_ranks(ranks: list[Popen]) -> None:
 def name_running(running: Sequence[int], count: int) -> str:
     """For the error: which ranks still run, of how many."""
     if not running:
-        return "the ranks have ended, and what they have started still runs"
+        return "the ranks have ended, but processes that they started still run"
     some = ", ".join(map(str, running[:_MOST_NAMES])) + (", ..." if len(running) > _MOST_NAMES else "")
     return f"{len(running)} of {count} ranks still run: {some}"
 

@@ -129,7 +129,7 @@ def describe_stuck(pid: int, proc: str = "/proc") -> str:
     try:
         stat = read_stat(folder(pid, proc))
     except OSError:
-        return f"process {pid}: nothing can be read of it"
+        return f"process {pid}: its state cannot be read"
     who = f"process {pid} ({stat.name})"
     if stat.state in "ZX":
         tracer = line(f"{folder(pid, proc)}/status", "TracerPid:")
@@ -139,7 +139,7 @@ def describe_stuck(pid: int, proc: str = "/proc") -> str:
     try:
         os.kill(pid, 0)
     except PermissionError:
-        return f"{who} runs as another user, and this one may not signal it"
+        return f"{who} runs as another user: this user may not signal it"
     except OSError:
         return f"{who} has ended"
     where = line(f"{folder(pid, proc)}/wchan")

@@ -69,16 +69,16 @@ def checked_job(job: Any, nprocs: int, max_restarts: Any) -> Job:
     if job is None:
         return Job(nprocs, max_restarts=max_restarts)
     if job.nprocs != nprocs:
-        raise ValueError(f"nprocs is {nprocs}, and {job.nprocs} in job")
+        raise ValueError(f"nprocs: expected {job.nprocs}, as in job, got {nprocs}")
     if not job.master_port and job.nnodes > 1:
-        raise ValueError("master_port of job is 0, a free port, which the other machines could not know")
+        raise ValueError("job.master_port: expected a port that the other machines know, got 0 (any free port)")
     if not max_restarts:
         return job
     if job.nnodes > 1:
         # The ranks of one machine would meet those that another has not ended yet.
-        raise ValueError("max_restarts is for one machine: several are restarted together by rankspawn torchrun")
+        raise ValueError("max_restarts is for one machine: rankspawn torchrun restarts a job of several")
     if job.max_restarts not in (0, max_restarts):
-        raise ValueError(f"max_restarts is {max_restarts}, and {job.max_restarts} in job")
+        raise ValueError(f"max_restarts: expected {job.max_restarts}, as in job, got {max_restarts}")
     return job._replace(max_restarts=max_restarts)
 
 
@@ -96,7 +96,7 @@ def check_ranks(
         if isinstance(given, (str, bytes, Mapping, Binding)) or not hasattr(given, "__len__"):
             raise TypeError(f"{name}: expected a sequence with an item for each rank, got {given!r}")
         if len(given) != nprocs:
-            raise ValueError(f"{name} has {len(given)} items for {nprocs} ranks")
+            raise ValueError(f"{name}: expected {nprocs} items, one for each rank, got {len(given)}")
     for number, binding in enumerate(bindings or ()):
         if binding is not None and not isinstance(binding, Binding):
             raise TypeError(f"bindings[{number}]: expected a Binding or None, got {binding!r}")

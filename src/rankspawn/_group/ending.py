@@ -269,7 +269,7 @@ class Ending:
         if unknown:
             told = "; ".join(f"rank {reaped[number]}: {describe_left(pid)}" for pid, number in unknown.items())
             warnings.warn(
-                f"other code of this program has waited for ranks, and what these have left may run on: {told}",
+                f"other code of this program has reaped ranks, so processes that they started may still run: {told}",
                 RuntimeWarning,
                 stacklevel=2,
             )

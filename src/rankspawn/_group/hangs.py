@@ -80,7 +80,7 @@ def checked_hang(seconds: object, action: object, max_restarts: int) -> HangAske
     from .._stacks.take import can_look
 
     if not can_look():
-        raise ValueError("hang_timeout: needs Linux's /proc, which is not here")
+        raise ValueError("hang_timeout needs Linux's /proc, which this system does not have")
     return HangAsked(float(seconds), action)  # type: ignore[arg-type]
 
 

@@ -186,7 +186,7 @@ def launch(
             bindings, threads = _place(numa, nprocs, required=required, **wanted)
         threads = None if sets_threads(threads_given) else threads
     elif wanted or numa not in (None, "none", "auto"):
-        raise ValueError(f"bindings say where ranks go: they exclude {', '.join(wanted) or f'numa={numa!r}'}")
+        raise ValueError(f"bindings say where ranks go: leave out {', '.join(wanted) or f'numa={numa!r}'}")
     check_descriptors(nprocs)
     order = Order(
         commands_of_ranks(args, nprocs), bindings, threads, env, rank_env, cwd, log_dir, files,
@@ -256,7 +256,7 @@ def _check_output(
     files: object, log_dir: object, tee: object, tee_prefix: str, tee_ranks: object, max_restarts: int
 ) -> None:
     if files is not None and log_dir is not None:
-        raise ValueError("give log_dir or files")
+        raise ValueError("log_dir and files exclude each other: give one of them")
     if files is not None and max_restarts:
         raise ValueError("files are those of one attempt: with max_restarts, give log_dir")
     if tee_ranks is not None and not tee:

@@ -70,7 +70,7 @@ def get_context(
         ImportError: This Python's multiprocessing is not one that this rankspawn knows.
     """
     if method not in _CONTEXTS or os.name != "posix":
-        raise ValueError(f"no context for {method!r}: there are 'spawn', 'forkserver' and 'warm', on POSIX systems")
+        raise ValueError(f"method: expected 'spawn', 'forkserver' or 'warm' (on POSIX systems), got {method!r}")
     if die_with_parent and method == "forkserver":
         raise ValueError("die_with_parent is for 'spawn' and 'warm': with 'forkserver' the server is the parent")
     if preload is not None and method != "warm":
@@ -222,5 +222,5 @@ class _BoundProcess:
 
 def _checked(binding: object) -> Binding | None:
     if binding is not None and not isinstance(binding, Binding):
-        raise TypeError(f"bindings must be of Binding or None, not {type(binding).__name__}")
+        raise TypeError(f"bindings: expected a Binding or None, got {binding!r}")
     return binding

@@ -48,7 +48,7 @@ def read_error_file(path: str | os.PathLike[str]) -> RecordedError | None:
     try:
         found = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        return RecordedError("", "", None, raw, f"is no JSON: {error}" if raw else "is empty")
+        return RecordedError("", "", None, raw, f"is not JSON: {error}" if raw else "is empty")
     message = found.get("message") if isinstance(found, dict) else None
     if isinstance(message, str):
         return RecordedError(message, "", _seconds(found.get("timestamp")), raw)

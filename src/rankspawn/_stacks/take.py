@@ -71,7 +71,7 @@ def take(ranks: Mapping[int, int | None], because: str, seconds: float = SECONDS
     refused = False
     below = processes_below(ranks, proc)
     if not os.path.isdir(f"{proc}/self"):
-        return Stacks(taken_at, because, 0.0, (), (f"there is no {proc} to look at processes with",))
+        return Stacks(taken_at, because, 0.0, (), (f"there is no {proc}, which stacks are read from",))
     for root, pids in below.items():
         for pid in pids:
             try:
@@ -139,7 +139,7 @@ def _add_frames(
     if others and program is None:
         return f"Python stacks could not be read: {INSTALL}", refused
     if late:
-        return f"{len(late)} of {len(order)} Python processes were not looked at: the time was over", refused
+        return f"no time was left to look at {len(late)} of {len(order)} Python processes", refused
     return "", refused
 
 

@@ -126,7 +126,7 @@ def _refusal(proc: str, descriptors: set[tuple[int, str]], threads: set[int]) ->
     opened = {target for number, target in set(_descriptors(proc)) - descriptors}
     for target in sorted(opened | set(_mapped(proc))):
         if _ACCELERATOR.match(target):
-            return f"an import has opened {target}: an accelerator's driver does not follow a fork"
+            return f"an import has opened {target}: an accelerator's driver does not survive a fork"
     for target in sorted(opened):
         if _SHARED.match(target):
             return f"an import has left {target} open, which all ranks would share"

@@ -40,7 +40,7 @@ def umask(root: str = "/proc/self/") -> int:
     try:
         return int(_status(root)["Umask"], 8)
     except KeyError:
-        raise OSError("the kernel does not tell the umask") from None
+        raise OSError("the kernel does not show the umask") from None
 
 
 def closed_streams() -> str | None:

@@ -129,7 +129,7 @@ class Template:
         """
         lines = _name_ranks(why)
         if lines and self.required:
-            raise RuntimeError("a warm start is required, and " + "; ".join(lines))
+            raise RuntimeError("a warm start is required, but " + "; ".join(lines))
         for line in lines:
             self._say(line)
 
@@ -191,7 +191,7 @@ class Template:
                     fitting.append(number)
             if fitting:
                 for path in stem.edited():
-                    self._say(f"{path} was changed after a template had imported it: ranks have what it was before")
+                    self._say(f"{path} was changed after a template had imported it: ranks use its old content")
                 launch.fork(fitting, stem)
 
     def _make(self, launch: Launch) -> bool:

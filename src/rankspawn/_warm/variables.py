@@ -176,7 +176,7 @@ def difference(prepared: Mapping[str, Any], env: Mapping[str, str]) -> str | Non
     """
     for name in BIND_THREADS if prepared["openmp"] else ():
         if name in env:
-            return f"{name} is set, by which OpenMP binds threads to CPUs that it chooses when it is loaded"
+            return f"{name} is set: OpenMP chooses CPUs when it is loaded, and binds its threads to them"
     before: Mapping[str, str] = prepared["environment"]
     for name in sorted({*before, *env}):
         if before.get(name) != env.get(name):
@@ -192,4 +192,4 @@ def _values(of_template: str | None, of_rank: str | None) -> str:
     def said(value: str | None) -> str:
         return "unset" if value is None else repr(value)
 
-    return f"it was {said(of_template)} there, and is {said(of_rank)} in the rank"
+    return f"it was {said(of_template)} in the template, and is {said(of_rank)} in the rank"

@@ -60,7 +60,7 @@ def _some_fds(sock: socket.socket, count: int) -> list[int]:
     if flags & socket.MSG_CTRUNC or len(some) != count:
         for fd in some:
             os.close(fd)
-        raise OSError(f"{len(some)} of {count} descriptors were taken: RLIMIT_NOFILE is too low")
+        raise OSError(f"{len(some)} of {count} descriptors arrived: RLIMIT_NOFILE is too low")
     return list(some)
 
 
