@@ -210,7 +210,7 @@ def test_signals_are_as_they_were() -> None:
 
 # ---- what was inherited ---------------------------------------------------------------------------------------------
 
-KEPT = "mpirun bound this rank by itself to CPUs {}, and it stays within these; `mpirun --bind-to none` leaves"
+KEPT = "mpirun bound this rank to CPUs {}, so rankspawn keeps it there; `mpirun --bind-to none` lets"
 
 
 @two_cpus
@@ -230,7 +230,7 @@ def test_what_one_rank_was_given_is_not_split_among_all() -> None:
     command = bound_to(CPUS[1:], [*BIND, "--numa-binding", "exclusive"])
     done = ran([*command, *PLACE])
     assert (done.returncode, done.stdout) == (2, "")
-    assert "rankspawn: exclusive: mpirun bound this rank by itself to CPUs" in done.stderr
+    assert "rankspawn: exclusive: mpirun bound this rank to CPUs" in done.stderr
     place = found([*command, "--numa-binding-optional", *PLACE])
     assert place["cpus"] == CPUS[1:]
     assert int(place["environment"]["OMP_NUM_THREADS"]) == len(CPUS[1:])
@@ -314,24 +314,24 @@ def test_a_program_that_cannot_be_executed(tmp_path: Path) -> None:
             [],
             "cannot tell the local rank: no launcher variable (LOCAL_RANK, SLURM_LOCALID, ...) is set; pass",
         ),
-        ({"PMIX_RANK": "3"}, [], "cannot tell the local rank: a PMIx launcher does not say it; pass --local-rank"),
+        ({"PMIX_RANK": "3"}, [], "cannot tell the local rank: a PMIx launcher sets no variable for it; pass"),
         ({"LOCAL_RANK": "0"}, [], "cannot tell how many ranks this node has: pass --nproc-per-node"),
         ({}, ["--local-rank", "0"], "cannot tell how many ranks this node has: pass --nproc-per-node"),
         (
             {},
             ["--local-rank", "2", "--nproc-per-node", "2"],
-            "local rank 2 does not exist: this node has 2, counted from 0",
+            "local rank 2 does not exist: this node has 2 ranks, counted from 0",
         ),
         (
             {},
             ["--local-rank", "0", "--nproc-per-node", "0"],
-            "local rank 0 does not exist: this node has 0, counted from 0",
+            "local rank 0 does not exist: this node has 0 ranks, counted from 0",
         ),
         ({"LOCAL_RANK": "x"}, [], "LOCAL_RANK='x': expected a non-negative integer"),
         (
             {**launchers(1, 2)["PMI"], "LOCAL_RANK": "0"},
             [],
-            "LOCAL_RANK=0 and PMI_LOCAL_RANK=1 say different things: give --local-rank",
+            "LOCAL_RANK=0 contradicts PMI_LOCAL_RANK=1: pass --local-rank",
         ),
         (launchers(1, 2)["PMI"], ["--cpus", "0:0:0"], "--cpus '0:0:0' has 3 lists for 2 ranks"),
         (launchers(1, 2)["PMI"], ["--devices", "gpu0"], "--devices 'gpu0': 'gpu0' is not a PCI address"),

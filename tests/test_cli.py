@@ -492,7 +492,7 @@ def test_what_cannot_be_placed_starts_unbound_where_that_is_allowed() -> None:
         ("run --nproc-per-node 1.5 x.py", "expected a positive integer, auto, cpu, gpu or xpu, got '1.5'"),
         ("run --numa-binding gpu x.py", "--numa-binding"),
         ("run --numa-binding node --memory-policy some x.py", "invalid choice: 'some'"),
-        ("run --module --no-python x", "--module and --no-python exclude each other"),
+        ("run --module --no-python x", "--module and --no-python cannot be combined"),
         ("run --master-port http x.py", "--master-port"),
         ("doctor now", "now"),
         ("dump", "PID|JOB"),
@@ -512,7 +512,7 @@ def test_what_cannot_be_placed_starts_unbound_where_that_is_allowed() -> None:
         ("run --nproc-per-node 2 --cpus 0:0:0 --no-python true", "has 3 lists for 2 ranks"),
         ("run --report no/such/x.json --no-python true", "no/such/x.json: No such file or directory"),
         ("run no/such/x.py", "no/such/x.py: No such file or directory"),
-        ("bind --local-rank 2 --nproc-per-node 2 true", "local rank 2 does not exist: this node has 2, counted from 0"),
+        ("bind --local-rank 2 --nproc-per-node 2 true", "local rank 2 does not exist: this node has 2 ranks"),
     ],
 )
 def test_wrong_usage(arguments: str, words: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -628,7 +628,7 @@ LINES = {
     "extension": r"built with(out)? libnuma|missing",
     "mechanism": r"clone|posix_spawn|subprocess",
     "pidfd": r"yes|no",
-    "group signal": r"free of races|only while",
+    "group signal": r"free of races|only until",
     "cgroup at birth": r"yes, tried in /|no",
     "guard": r"yes",
     "CPU affinity": r"yes, tried with|refused|not on this system",

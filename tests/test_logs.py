@@ -223,9 +223,9 @@ def test_a_job_needs_no_temporary_folder_for_its_launchers_sake() -> None:
     code = "import os\nos.write(1, b'%d\\n' % ('TORCHELASTIC_ERROR_FILE' in os.environ))\nraise SystemExit(3)\n"
     done = completed(after(limit, in_ranks(code, "--nproc-per-node", "2", "--keep-going")), env=environment_here())
     assert (done.returncode, done.stdout) == (3, "0\n0\n")
-    assert "rankspawn: no temporary folder can be made (TMPDIR, /tmp): " in done.stderr, done.stderr
+    assert "rankspawn: cannot make a temporary folder (TMPDIR, /tmp): " in done.stderr, done.stderr
     missing = (
-        "rankspawn: no temporary folder can be made (TMPDIR, /tmp): ranks write here by themselves, without --tee's"
+        "rankspawn: cannot make a temporary folder (TMPDIR, /tmp): ranks write here by themselves, without --tee's"
     )
     code = (
         "import os\nos.write(1, os.environ['RANK'].encode() + b'\\n')\nos.write(2, b'error\\n')\nraise SystemExit(3)\n"
@@ -247,5 +247,5 @@ def test_files_that_shall_be_kept_need_a_place() -> None:
         done = completed(after(limit, in_ranks("print('here')", *words)))
         assert (done.returncode, done.stdout) == (1, "")
         assert re.fullmatch(
-            r"rankspawn: no folder for log files: No usable temporary directory .*; give --log-dir DIR\n", done.stderr
+            r"rankspawn: cannot make a folder for log files: No usable temporary .*; pass --log-dir DIR\n", done.stderr
         )

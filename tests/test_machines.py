@@ -89,4 +89,4 @@ def test_a_machine_that_is_cut_off_ends_the_job_when_its_ranks_wait_no_longer(
 def test_an_address_of_another_machine_needs_a_port(machines: tuple[Machine, Machine]) -> None:
     with launched(machines[0].runs(in_ranks("pass", "--master-addr", machines[1].address))) as job:
         assert job.end() == 2
-        assert "if it is another machine's, give --master-port too" in job.stderr.read()
+        assert "if it is another machine's, pass --master-port too" in job.stderr.read()

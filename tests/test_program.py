@@ -38,8 +38,8 @@ def test_a_folder_that_is_not_there(option: str, tmp_path: Path) -> None:
 
 
 MISPLACED = (
-    "rankspawn: --nproc-per-node and --numa_binding behind SCRIPT: handed to {}, whose text does not name them;"
-    " options of rankspawn run stand before SCRIPT\n"
+    "rankspawn: --nproc-per-node and --numa_binding after SCRIPT: passed to {}, whose text does not name them;"
+    " put options of rankspawn run before SCRIPT\n"
 )
 
 
@@ -52,7 +52,7 @@ def test_an_option_of_ours_behind_the_script(tmp_path: Path) -> None:
     for what in (["train.py"], ["--run-path", "train.py"], ["-m", "train"], ["-m", "package"]):
         done = completed([*LAUNCHER, "run", "--max-restarts", "1", *what, *behind], cwd=tmp_path)
         assert done.stdout == f"{behind}\n" * 2, "they are handed to SCRIPT all the same, in each attempt"
-        assert done.stderr.startswith(MISPLACED.format(what[-1])) and done.stderr.count("behind SCRIPT") == 1
+        assert done.stderr.startswith(MISPLACED.format(what[-1])) and done.stderr.count("after SCRIPT") == 1
 
 
 def test_an_option_that_the_script_may_have_meant(tmp_path: Path) -> None:
@@ -78,16 +78,16 @@ def test_an_option_that_the_script_may_have_meant(tmp_path: Path) -> None:
 def test_an_interpreter_that_is_not_there(command: list[str], status: int, tmp_path: Path) -> None:
     script = tmp_path / "script"
     for first, said in (
-        ("#!/bin/sh\r\n", "its interpreter /bin/sh\\r is not: its first line ends with a carriage return"),
-        ("#!/no/such/python -u\n", "its interpreter /no/such/python is not)"),
+        ("#!/bin/sh\r\n", "its interpreter /bin/sh\\r does not: its first line ends with a carriage return"),
+        ("#!/no/such/python -u\n", "its interpreter /no/such/python does not)"),
     ):
         script.write_bytes(first.encode() + b"true\n")
         script.chmod(0o755)
         done = completed([*LAUNCHER, *command, str(script)])
         assert done.returncode == status
-        assert f"({script} is there: {said}" in done.stderr
+        assert f"({script} exists, but {said}" in done.stderr
     done = completed([*LAUNCHER, *command, str(tmp_path / "none")])
-    assert done.returncode == status and "is there" not in done.stderr
+    assert done.returncode == status and "exists, but" not in done.stderr
 
 
 def test_what_is_run_is_run() -> None:
@@ -116,7 +116,7 @@ def test_names_of_files_are_shown_byte_by_byte(name: bytes, locale: dict[str, st
     assert said("--tee", script)[0] == b"[rank 0]:" + script + b"\n"
     missing = b"no-" + script
     assert said(missing)[1].startswith(b"rankspawn: " + missing + b": No such file or directory")
-    assert b"handed to " + script + b", whose text" in said(script, "--nnodes", "2")[1]
+    assert b"passed to " + script + b", whose text" in said(script, "--nnodes", "2")[1]
     report = folder + b"/none/x.json"
     assert said("--report", report, script)[1] == b"rankspawn: " + report + b": No such file or directory\n"
     kept = said("--log-dir", folder, script)[1]

@@ -558,7 +558,7 @@ def test_a_rank_that_may_not_be_signalled_is_said_and_waited_for(public_folder: 
             pytest.skip(f"no set-user-ID program works here: {job.stderr.read()}")
         job.process.send_signal(signal.SIGTERM)
         assert job.stderr.readline() == "rankspawn: SIGTERM: ending the ranks\n"
-        assert re.fullmatch("rankspawn: no permission to signal a rank: .*\n", job.stderr.readline())
+        assert re.fullmatch("rankspawn: cannot signal a rank: .*\n", job.stderr.readline())
         assert job.process.stdin is not None
         job.process.stdin.close()
         assert job.end() == 128 + signal.SIGTERM
@@ -740,10 +740,10 @@ def test_ranks_that_share_the_one_cpu_of_a_slurm_task_are_said() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--nnodes 2", "--nnodes needs --node-rank: which of the machines this is"),
-        ("--nnodes 2 --node-rank 1", "--nnodes needs --master-addr, and --master-port: where rank 0 listens"),
-        ("--nnodes 2 --node-rank 2", "--node-rank 2 of --nnodes 2: they are counted from 0"),
-        ("--node-rank 1", "--node-rank 1 of --nnodes 1: they are counted from 0"),
+        ("--nnodes 2", "--nnodes needs --node-rank, the number of this machine from 0"),
+        ("--nnodes 2 --node-rank 1", "--nnodes needs --master-addr, the address where rank 0 listens"),
+        ("--nnodes 2 --node-rank 2", "--node-rank 2: expected 0 to 1, because --nnodes is 2"),
+        ("--node-rank 1", "--node-rank 1: expected 0 to 0, because --nnodes is 1"),
         ("--nnodes 0", "expected a positive integer, or MIN:MAX, got '0'"),
         ("--nnodes 1:4", "--nnodes 1:4 needs an elastic agent: use `rankspawn torchrun`"),
         ("--node-rank -1", "expected a non-negative integer, got '-1'"),

@@ -103,7 +103,7 @@ def test_a_rank_that_the_job_has_not() -> None:
 def test_a_script_from_stdin_is_for_one_rank() -> None:
     done = completed([*LAUNCHER, "run", *THREE, "-"], input="print('here')")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.endswith("SCRIPT - is read from stdin, which no two ranks can read: give them a file\n")
+    assert done.stderr.endswith("SCRIPT - is read from stdin, which only one rank can read: pass a file\n")
 
 
 LAUNCH = """

@@ -236,10 +236,10 @@ def test_a_rank_alone_is_not_the_only_process(environ: dict[str, str]) -> None:
     [
         (MPIRUN | {"OMPI_COMM_WORLD_RANK": "one"}, "OMPI_COMM_WORLD_RANK='one': expected a non-negative integer"),
         (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": ""}, "OMPI_COMM_WORLD_LOCAL_SIZE='': expected a non-negative integer"),
-        (HYDRA | {"MPI_LOCALRANKID": "4"}, "MPI_LOCALRANKID=4 does not go with MPI_LOCALNRANKS=4"),
+        (HYDRA | {"MPI_LOCALRANKID": "4"}, "MPI_LOCALRANKID=4 contradicts MPI_LOCALNRANKS=4"),
         (PMI | {"PMI_RANK": "-1"}, "PMI_RANK='-1': expected a non-negative integer"),
         (SRUN | {"SLURM_JOB_ID": "²"}, "SLURM_JOB_ID='²': expected a non-negative integer"),
-        (SRUN | {"SLURM_NODEID": "2"}, "SLURM_NODEID=2 does not go with SLURM_STEP_TASKS_PER_NODE='1(x2)'"),
+        (SRUN | {"SLURM_NODEID": "2"}, "SLURM_NODEID=2 contradicts SLURM_STEP_TASKS_PER_NODE='1(x2)'"),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "1(x"}, "SLURM_STEP_TASKS_PER_NODE='1(x' is not a list of counts"),
         (SRUN | {"SLURM_STEP_NODELIST": "gpu[001"}, "SLURM_STEP_NODELIST='gpu[001' is not a list of hosts"),
     ],

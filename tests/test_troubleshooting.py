@@ -175,7 +175,7 @@ def _(_: Path) -> str:
     return python("from rankspawn import launch; launch(['true'], 1, guard=True)", RANKSPAWN_MECHANISM="subprocess")
 
 
-@provokes("without its engine ranks may outlive this launcher")
+@provokes("rankspawn has no engine here: ranks may outlive this launcher")
 def _(_: Path) -> str:
     return run("--no-python", "true", RANKSPAWN_MECHANISM="subprocess")
 
@@ -431,12 +431,12 @@ def _(_: Path) -> str:
     return run("--monitor-interval", "1", "--no-python", "true")
 
 
-@provokes("--master-addr ...: no port can be found there")
+@provokes("--master-addr ...: cannot listen there")
 def _(_: Path) -> str:
     return run("--master-addr", "192.0.2.1", "x.py")
 
 
-@provokes("... behind SCRIPT: handed to ...")
+@provokes("... after SCRIPT: passed to ...")
 def _(folder: Path) -> str:
     (folder / "script.py").touch()
     return run(str(folder / "script.py"), "--nproc-per-node", "2")
@@ -447,7 +447,7 @@ def _(folder: Path) -> str:
     return run("--nproc-per-node", "2", "--wait", "0.1", "--no-python", "sh", "-c", "test $RANK = 0 || exec sleep 60")
 
 
-@provokes("no folder for log files: ...; give --log-dir DIR")
+@provokes("cannot make a folder for log files: ...; pass --log-dir DIR")
 def _(folder: Path) -> str:
     return command("run", "--redirects", "3", "--no-python", "true", limit="ulimit -f 0")
 
@@ -468,7 +468,7 @@ def _(_: Path) -> str:
     return run("x.py", OMPI_COMM_WORLD_LOCAL_SIZE="2", OMPI_COMM_WORLD_SIZE="2", **MPIRUN)
 
 
-@provokes("and does not say which host the first is: give --master-addr HOST")
+@provokes("but does not say which host the first is: pass --master-addr HOST")
 def _(_: Path) -> str:
     return run("x.py", OMPI_COMM_WORLD_LOCAL_SIZE="1", OMPI_COMM_WORLD_SIZE="2", **MPIRUN)
 
@@ -483,13 +483,13 @@ def _(_: Path) -> str:
     return command("bind", "true", LOCAL_RANK="0")
 
 
-@provokes("say different things: give --local-rank")
+@provokes("LOCAL_RANK=... contradicts ...: pass --local-rank")
 def _(_: Path) -> str:
     told = {**MPIRUN, "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_SIZE": "2"}
     return command("bind", "true", LOCAL_RANK="1", **told)
 
 
-@provokes("bound this rank by itself to CPUs ..., and it stays within these")
+@provokes("bound this rank to CPUs ..., so rankspawn keeps it there")
 def _(_: Path) -> str:
     slurm = {
         "SLURM_LOCALID": "0", "SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_STEP_NUM_NODES": "1",

@@ -77,7 +77,7 @@ def test_the_lines_of_a_slurm_script_need_no_change() -> None:
     rank = told("--nnodes", "2", *options, **step)[1]
     assert (rank["GROUP_WORLD_SIZE"], rank["TORCHELASTIC_RUN_ID"]) == ("2", "101")
     assert (rank["MASTER_ADDR"], rank["MASTER_PORT"]) == ("10.0.0.7", "29501")
-    assert refused("--nnodes", "3", *options, **step).startswith("--nnodes 3, and srun started this on 2")
+    assert refused("--nnodes", "3", *options, **step).startswith("--nnodes 3, but srun started this on 2")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_each_rank_has_its_own_device_as_number_0() -> None:
         assert said(done.stdout) == {rank: ["0", device] for rank, device in enumerate(devices)}
     done = completed(in_ranks("", *TWO, "--virtual_local_rank"), env=environment_here(CUDA_VISIBLE_DEVICES="3"))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.endswith("rankspawn: --virtual-local-rank: 2 ranks, and CUDA_VISIBLE_DEVICES=3\n")
+    assert done.stderr.endswith("rankspawn: --virtual-local-rank: expected 2 devices, got CUDA_VISIBLE_DEVICES=3\n")
 
 
 def test_the_local_rank_is_put_into_arguments(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_what_only_an_elastic_agent_can_do(options: str, what: str) -> None:
         ("--tee 4", "expected 0 (none), 1 (stdout), 2 (stderr) or 3 (both), or these by local rank (0:3,1:2), got '4'"),
         ("-r 0:3,1", "expected 0 (none), 1 (stdout)"),
         ("--rdzv-endpoint a:99999", "expected HOST:PORT, got 'a:99999'"),
-        ("--standalone --nnodes 2", "--standalone is for one machine, and --nnodes is 2"),
+        ("--standalone --nnodes 2", "--standalone is for one machine, but --nnodes is 2"),
     ],
 )
 def test_values_that_cannot_be(options: str, words: str) -> None:

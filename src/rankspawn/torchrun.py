@@ -276,7 +276,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--hang-timeout", "--hang_timeout", "--on-hang", "--on_hang", action=_OfRunAlone, help=SUPPRESS)
     add("--report", metavar="FILE.json", help="write times, bindings and exit statuses of each worker")
-    add("--timeline", metavar="FILE", help="draw them (FILE.svg), or write a trace for Perfetto (FILE.json)")
+    add("--timeline", metavar="FILE", help="draw the workers' times (FILE.svg), or trace them for Perfetto (FILE.json)")
 
 
 @contextmanager

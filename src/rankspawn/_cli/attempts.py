@@ -235,7 +235,7 @@ class Supervision:
                     self.group.stop()
             except PermissionError as error:
                 # All others have been signalled. Whoever is not ours to kill is named when the time is over.
-                self._progress.say(f"no permission to signal a rank: {error.strerror}")
+                self._progress.say(f"cannot signal a rank: {error.strerror}")
         self._progress.clear()
 
     def _named(self, ranks: Sequence[int]) -> str:

@@ -92,19 +92,17 @@ def _position(step: Step, local_rank: int | None, local_size: int | None) -> tup
         local_rank = step.local_rank
         if local_rank is None:
             none = "no launcher variable (LOCAL_RANK, SLURM_LOCALID, ...) is set"
-            by = f"{step.launcher} does not say it" if step.launcher else none
+            by = f"{step.launcher} sets no variable for it" if step.launcher else none
             raise StepError(f"cannot tell the local rank: {by}; pass --local-rank")
         torchs = os.environ.get("LOCAL_RANK", str(local_rank))
         if torchs != str(local_rank):
-            raise StepError(
-                f"LOCAL_RANK={torchs} and {step.variable}={local_rank} say different things: give --local-rank"
-            )
+            raise StepError(f"LOCAL_RANK={torchs} contradicts {step.variable}={local_rank}: pass --local-rank")
     if local_size is None:
         local_size = step.local_size
     if local_size is None:
         raise StepError("cannot tell how many ranks this node has: pass --nproc-per-node")
     if local_rank >= local_size:
-        raise StepError(f"local rank {local_rank} does not exist: this node has {local_size}, counted from 0")
+        raise StepError(f"local rank {local_rank} does not exist: this node has {local_size} ranks, counted from 0")
     return local_rank, local_size
 
 
@@ -119,8 +117,8 @@ def _placed(options: PlacementOptions, local_rank: int, local_size: int, step: S
     if own:
         inherited = format_ids(topology.allowed_cpus)
         note = (
-            f"{step.launcher} bound this rank by itself to CPUs {inherited}, and it stays within these;"
-            f" {step.unbound} leaves the choice to rankspawn"
+            f"{step.launcher} bound this rank to CPUs {inherited}, so rankspawn keeps it there;"
+            f" {step.unbound} lets rankspawn choose"
         )
         if options.numa_binding == "auto" and options.say_only_mode:
             options = options.replace(numa_binding="none")

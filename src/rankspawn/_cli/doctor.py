@@ -60,34 +60,34 @@ def _child(**options: Any) -> Popen:
 
 def _extension() -> str:
     if EXTENSION_ERROR is not None:
-        return f"missing: {EXTENSION_ERROR}; starts go through plain subprocess"
+        return f"missing: {EXTENSION_ERROR}; plain subprocess starts processes"
     from .. import _spawn
 
-    return "built with libnuma" if _spawn.HAVE_LIBNUMA else "built without libnuma: own system calls, same behaviour"
+    return "built with libnuma" if _spawn.HAVE_LIBNUMA else "built without libnuma: own system calls, same result"
 
 
 def _mechanism() -> str:
     if EXTENSION_ERROR is None and not mechanisms():
-        return "subprocess: by RANKSPAWN_MECHANISM, or because clone does not share memory (QEMU user mode, WSL1)"
+        return "subprocess, because RANKSPAWN_MECHANISM says so or clone shares no memory here (QEMU user mode, WSL1)"
     return str(_child().mechanism)
 
 
 def _pidfd() -> str:
-    return "no: waits with a timeout poll" if _child().pidfd is None else "yes"
+    return "no: a wait with a timeout polls" if _child().pidfd is None else "yes"
 
 
 def _group_signal() -> str:
     process = _child()
     code = process._pidfd.send_signal(0, True) if process.pidfd is not None else None
     if code in (0, 3):  # ESRCH: understood, and nobody is left
-        return "free of races, also after the leader has been waited for"
-    return "only while the leader has not been waited for (Linux 6.9 has better)"
+        return "free of races, even after the leader was reaped"
+    return "only until the leader is reaped (Linux 6.9 and later: also afterwards)"
 
 
 def _cgroup() -> str:
     folder = own_cgroup()
     if folder is None:
-        return "no cgroup v2 of this process is mounted"
+        return "no: this process is in no mounted cgroup v2"
     try:
         _child(cgroup=folder)
     except OSError as error:
@@ -104,7 +104,7 @@ def _guard() -> str:
     except OSError as error:
         return f"no: {error}"
     if not os.path.exists("/proc/self/stat"):
-        return "yes; without /proc it looks for the ranks' processes among all numbers, which takes a second"
+        return "yes; without /proc it tries every process id to find the ranks' processes, which takes a second"
     return "yes"
 
 

@@ -22,11 +22,11 @@ def add_dump_options(dump: argparse.ArgumentParser) -> None:
     add(
         "job",
         metavar="PID|JOB",
-        help="the launcher's process id or another process's, or the job's id (TORCHELASTIC_RUN_ID)",
+        help="a process id (the launcher's or any other), or the job's id (TORCHELASTIC_RUN_ID)",
     )
     add("--seconds", type=seconds, default=2.0, metavar="SECONDS", help="how long it may take (default: 2)")
     add("--json", action="store_true", help="print JSON, in the form of --report (default: text)")
-    add("--folded", action="store_true", help="print one line, in which ranks at the same place are named together")
+    add("--folded", action="store_true", help="print one line that names ranks at the same place together")
     dump.set_defaults(run=_dump)
 
 
@@ -59,13 +59,11 @@ def _ranks(job: str, proc: str = "/proc") -> dict[int, int | None]:
     from .._stacks.ranks import ranks_below, ranks_of_job
 
     if not os.path.isdir(f"{proc}/self"):
-        raise CommandError(f"there is no {proc} to look at processes with")
+        raise CommandError(f"dump needs {proc}, which is not mounted here")
     if job.isdecimal() and os.path.isdir(f"{proc}/{int(job)}"):
         return ranks_below(int(job), proc)
     found = ranks_of_job(job, proc)
     if not found:
-        what = "no process has this number, and " if job.isdecimal() else ""
-        raise CommandError(
-            f"{job}: {what}no rank on this machine has this TORCHELASTIC_RUN_ID that this user may look at"
-        )
+        what = "no process has this id, and " if job.isdecimal() else ""
+        raise CommandError(f"{job}: {what}no rank that this user may look at has this TORCHELASTIC_RUN_ID")
     return found

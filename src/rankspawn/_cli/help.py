@@ -35,7 +35,7 @@ examples:
   srun -n 8 rankspawn bind --numa-binding socket -- ./program --option
 
 exit status:
-  that of PROGRAM, which takes the place of this command; else
+  that of PROGRAM, which replaces this command; else
   1      the system refused the binding
   2      wrong usage, or no local rank is known
   126    the program cannot be executed
@@ -71,7 +71,7 @@ examples:
   rankspawn ps --json
 
 exit status:
-  0      also where no job runs
+  0      the jobs were shown, or no job runs
   2      wrong usage
 """,
     "dump": """

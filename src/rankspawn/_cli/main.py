@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, add_options, help in (
         ("run", _run, "start the ranks of a script, as torchrun does, and stop all when one fails"),
         ("bind", _bind, "bind one rank that another launcher (mpirun, srun) has started, and execute its program"),
-        ("torchrun", None, "torchrun of the torch that is installed, with its workers started by rankspawn"),
+        ("torchrun", None, "run the installed torch's torchrun, and start its workers by rankspawn"),
         ("topology", _topology, "show this machine's nodes, cores, caches and accelerators"),
         ("plan", _plan, "show where ranks would go, and start none"),
         ("ps", _ps, "show the jobs on this machine, and what their ranks do and use"),

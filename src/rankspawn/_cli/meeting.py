@@ -93,14 +93,14 @@ def _node(args: argparse.Namespace, nprocs: int) -> StepNode:
         only_torchrun(parser, f"--rdzv-backend {args.rdzv_backend}")
     if args.standalone:
         if (nnodes or 1) > 1:
-            parser.error(f"--standalone is for one machine, and --nnodes is {nnodes}")
+            parser.error(f"--standalone is for one machine, but --nnodes is {nnodes}")
         nnodes = 1
     address, port = _meeting_place(args)
     step = Step.read(os.environ) if node_rank is None and nnodes != 1 else Step()
     if step.launcher not in ("", "torchrun") or (nnodes is None and node_rank is None):
         node = step.node(address, port)
         if nnodes not in (None, node.nnodes):
-            parser.error(f"--nnodes {nnodes}, and {step.launcher} started this on {node.nnodes}: give --node-rank, too")
+            parser.error(f"--nnodes {nnodes}, but {step.launcher} started this on {node.nnodes}: pass --node-rank too")
         if step.launcher and hasattr(os, "sched_getaffinity"):
             if crowded := step.crowding(nprocs, os.sched_getaffinity(0), set(range(os.cpu_count() or 1))):
                 say(crowded)
@@ -109,12 +109,12 @@ def _node(args: argparse.Namespace, nprocs: int) -> StepNode:
     if node_rank is None and nnodes > 1:
         if args.rdzv_backend == "c10d":
             only_torchrun(parser, "--rdzv-backend c10d on several machines, without --node-rank,")
-        parser.error("--nnodes needs --node-rank: which of the machines this is")
+        parser.error("--nnodes needs --node-rank, the number of this machine from 0")
     node_rank = node_rank or 0
     if node_rank >= nnodes:
-        parser.error(f"--node-rank {node_rank} of --nnodes {nnodes}: they are counted from 0")
+        parser.error(f"--node-rank {node_rank}: expected 0 to {nnodes - 1}, because --nnodes is {nnodes}")
     if nnodes > 1 and not address:
-        parser.error("--nnodes needs --master-addr, and --master-port: where rank 0 listens")
+        parser.error("--nnodes needs --master-addr, the address where rank 0 listens")
     return StepNode(node_rank, nnodes, address, port or (_STATIC_PORT if nnodes > 1 else None), None)
 
 
@@ -157,7 +157,7 @@ def _check_local(address: str) -> None:
         check_local(address)
     except OSError as error:
         raise CommandError(
-            f"--master-addr {address}: no port can be found there ({error.strerror}); if it is another machine's, give"
+            f"--master-addr {address}: cannot listen there ({error.strerror}); if it is another machine's, pass"
             " --master-port too",
             USAGE,
         ) from error

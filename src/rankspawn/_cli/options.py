@@ -178,7 +178,7 @@ def placement(options: PlacementOptions, topology: Topology, nprocs: int | None)
             "--cpus and --mems, which already say where ranks go", options, numa_binding=mode, memory_policy=None
         )
         if nprocs is None:
-            raise PlacementError("--cpus and --mems need the number of ranks: --nproc-per-node")
+            raise PlacementError("--cpus and --mems need the number of ranks: pass --nproc-per-node")
         memory: MemoryMode = options.memory_policy or "bind"
         return plan_lists(
             topology, nprocs, cpus=options.cpus, mems=options.mems, memory_policy=memory, required=required
@@ -186,7 +186,7 @@ def placement(options: PlacementOptions, topology: Topology, nprocs: int | None)
     if options.numa_binding == "none":
         _refuse_beside("--numa-binding none, which leaves ranks unbound", options, numa_binding="")
         if nprocs is None:
-            raise PlacementError("--numa-binding none needs the number of ranks: --nproc-per-node")
+            raise PlacementError("--numa-binding none needs the number of ranks: pass --nproc-per-node")
         return unbound(topology, nprocs)
     devices = None
     if options.devices is not None:

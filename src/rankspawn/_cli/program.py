@@ -81,10 +81,10 @@ def missing_interpreter(error: OSError, program: str) -> str:
         except OSError:
             return ""
         if not line.startswith(b"#!"):
-            return f" ({path} is there: what loads it, its ELF interpreter, is not)"
+            return f" ({path} exists, but its ELF interpreter, which loads it, does not)"
         words = line[2:].strip(b" \t\n").split()
         named = os.fsdecode(words[0]) if words else ""
         returns = ": its first line ends with a carriage return, as in a file from Windows" if b"\r" in line else ""
         named += "\\r" if line.endswith(b"\r\n") and len(words) == 1 else ""
-        return f" ({path} is there: its interpreter {named} is not{returns})"
+        return f" ({path} exists, but its interpreter {named} does not{returns})"
     return ""

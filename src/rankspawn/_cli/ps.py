@@ -72,7 +72,7 @@ def _fields(thing: JobNow | RankNow) -> dict[str, object]:
 
 def _as_text(jobs: Sequence[JobNow]) -> str:
     if not jobs:
-        return "no ranks run that this user may look at"
+        return "found no running rank that this user may look at"
     lines = []
     for job in jobs:
         of = f" of {job.world}" if job.world else ""

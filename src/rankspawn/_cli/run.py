@@ -75,7 +75,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         "--master-addr",
         "--master_addr",
         metavar="ADDR",
-        help="the address on which rank 0 listens, of the first machine (default: 127.0.0.1 on one machine)",
+        help="the first machine's address, on which rank 0 listens (default: 127.0.0.1 on one machine)",
     )
     add(
         "--master-port",
@@ -176,7 +176,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         "--on_hang",
         choices=("report", "end", "restart"),
         metavar="WHAT",
-        help="what to do then: report, and let the ranks run; end the job as failed; or restart it, within"
+        help="what to do about a hang: report it and let the ranks run, end the job as failed, or restart it within"
         " --max-restarts"
         " (default: report)",
     )
@@ -233,7 +233,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         help="the prefix of --tee's lines, with ${rank}, ${local_rank} and ${role_name} (default: [rank ${rank}]:)",
     )
     add("--report", metavar="FILE.json", help="write times, bindings, exit statuses and resource use of each rank")
-    add("--timeline", metavar="FILE", help="draw them (FILE.svg), or write a trace for Perfetto (FILE.json)")
+    add("--timeline", metavar="FILE", help="draw the ranks' times (FILE.svg), or trace them for Perfetto (FILE.json)")
     add_warm_options(run)
     add_placement_options(run)
     add_torchrun_options(run)
@@ -300,7 +300,7 @@ def _run(args: argparse.Namespace) -> int:
     warnings.showwarning = lambda message, *where: say(str(message))
     settings = read_settings(args)
     if not settings.engine:
-        say("without its engine ranks may outlive this launcher; see rankspawn doctor")
+        say("rankspawn has no engine here: ranks may outlive this launcher; see `rankspawn doctor`")
     _make_room(settings.job.nprocs * (3 if settings.streams.tee else 1))
     # A parent that ignores SIGCHLD leaves it ignored in us, and the kernel would then drop the ranks' statuses.
     if hasattr(signal, "SIGCHLD"):
@@ -336,7 +336,7 @@ def _folder(settings: RunSettings) -> Iterator[LogFolder]:
         folder = LogFolder(parent, name=settings.name, optional=parent is None and not streams.kept)
     except OSError as error:
         if parent is None:
-            raise CommandError(f"no folder for log files: {error.strerror}; give --log-dir DIR") from error
+            raise CommandError(f"cannot make a folder for log files: {error.strerror}; pass --log-dir DIR") from error
         raise CommandError(f"--log-dir: {error.strerror}: {error.filename}") from error
     folder.keep = folder.keep or streams.kept
     with folder:
@@ -344,7 +344,7 @@ def _folder(settings: RunSettings) -> Iterator[LogFolder]:
             say(f"logs in {folder.path}")
         elif not folder.path:
             here = "ranks write here by themselves, without --tee's prefixes; " if streams.tee else ""
-            say(f"no temporary folder can be made (TMPDIR, /tmp): {here}errors that ranks record will not be shown")
+            say(f"cannot make a temporary folder (TMPDIR, /tmp): {here}errors that ranks record will not be shown")
         yield folder
 
 

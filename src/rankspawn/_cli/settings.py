@@ -108,8 +108,8 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
     _check_files(script[0], args)
     if not args.no_python and (left := unmeant(script, args.module and not args.run_path)):
         say(
-            f"{' and '.join(left)} behind SCRIPT: handed to {script[0]}, whose text does not name"
-            f" {'it' if len(left) == 1 else 'them'}; options of rankspawn run stand before SCRIPT"
+            f"{' and '.join(left)} after SCRIPT: passed to {script[0]}, whose text does not name"
+            f" {'it' if len(left) == 1 else 'them'}; put options of rankspawn run before SCRIPT"
         )
     return RunSettings(
         command=_command(script, args),
@@ -145,7 +145,7 @@ def _checked_script(args: argparse.Namespace) -> list[str]:
     if not script:
         args.parser.error("SCRIPT is missing")
     if args.module and args.no_python and not args.run_path:
-        args.parser.error("--module and --no-python exclude each other")
+        args.parser.error("--module and --no-python cannot be combined")
     return script
 
 
@@ -164,7 +164,7 @@ def _stdin(args: argparse.Namespace, script: str, job: Job) -> Literal["all", "n
     if isinstance(stdin, int) and stdin >= job.world_size:
         args.parser.error(f"--stdin {stdin}: the job has {job.world_size} ranks, counted from 0")
     if script == "-" and job.world_size > 1 and not (args.module or args.no_python):
-        args.parser.error("SCRIPT - is read from stdin, which no two ranks can read: give them a file")
+        args.parser.error("SCRIPT - is read from stdin, which only one rank can read: pass a file")
     return stdin
 
 
@@ -199,7 +199,7 @@ def _on_hang(args: argparse.Namespace) -> Literal["report", "end", "restart"]:
         from .._stacks.take import can_look
 
         if not can_look():
-            args.parser.error("--hang-timeout needs Linux's /proc, which is not here")
+            args.parser.error("--hang-timeout needs Linux's /proc, which this system does not have")
     return action
 
 
@@ -210,7 +210,7 @@ def _own_devices(nprocs: int) -> tuple[str, ...]:
         return tuple(map(str, range(nprocs)))
     devices = [word.strip() for word in listed.split(",")]
     if len(devices) < nprocs:
-        raise CommandError(f"--virtual-local-rank: {nprocs} ranks, and CUDA_VISIBLE_DEVICES={listed}", USAGE)
+        raise CommandError(f"--virtual-local-rank: expected {nprocs} devices, got CUDA_VISIBLE_DEVICES={listed}", USAGE)
     return tuple(devices[:nprocs])
 
 

@@ -152,7 +152,7 @@ def _auto_note(options: PlacementOptions, topology: Topology, ranks: Sequence[Pl
     usable = [node for node in topology.nodes if node.cpus & topology.allowed_cpus]
     if len(usable) < 2 or any(rank.notes for rank in ranks):
         return ""
-    return f"auto binds no rank to a node: not each of nodes {format_ids(node.id for node in usable)} would get a rank"
+    return f"auto binds no rank to a node: some of nodes {format_ids(node.id for node in usable)} would get no rank"
 
 
 def topology_json(topology: Topology, devices: Iterable[Device]) -> dict[str, Any]:

@@ -218,8 +218,8 @@ class Step(Frozen):
                 where = f"{self.size} processes on {self.nnodes} nodes"
             else:
                 raise StepError(
-                    f"{self.launcher} started this ({self.variable} is set), and does not say how many processes run on"
-                    " this node: give --nnodes, --node-rank and --master-addr"
+                    f"{self.launcher} started this ({self.variable} is set), but does not say how many processes run on"
+                    " this node: pass --nnodes, --node-rank and --master-addr"
                 )
             raise StepError(
                 f"{self.launcher} started {where}, and each would start all ranks: start one on each node"
@@ -227,13 +227,13 @@ class Step(Frozen):
                 " in a shell of the step, --nnodes 1 starts all on this node"
             )
         if self.nnodes is None or self.node_rank is None:
-            raise StepError(f"{self.launcher} does not say how many nodes there are: give --nnodes and --node-rank")
+            raise StepError(f"{self.launcher} does not say how many nodes there are: pass --nnodes and --node-rank")
         if self.nnodes == 1:
             return StepNode(0, 1, master_addr, master_port, self.run_id)
         address = master_addr or self.master_addr
         if address is None:
             raise StepError(
-                f"{self.launcher} started this on {self.nnodes} nodes, and does not say which host the first is: give"
+                f"{self.launcher} started this on {self.nnodes} nodes, but does not say which host the first is: pass"
                 " --master-addr HOST, the host of its rank 0"
             )
         return StepNode(self.node_rank, self.nnodes, address, master_port or self.master_port, self.run_id)
@@ -271,7 +271,7 @@ def _slurm(environ: Mapping[str, str]) -> Step:
     node, tasks = _number(environ, "SLURM_NODEID"), environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     counts = _tasks_per_node(tasks)
     if node is not None and not node < len(counts):
-        raise StepError(f"SLURM_NODEID={node} does not go with SLURM_STEP_TASKS_PER_NODE={tasks!r}")
+        raise StepError(f"SLURM_NODEID={node} contradicts SLURM_STEP_TASKS_PER_NODE={tasks!r}")
     return Step(
         launcher="srun",
         variable="SLURM_LOCALID",
@@ -346,7 +346,7 @@ def _of(told: _Told, environ: Mapping[str, str]) -> Step:
         (told.local_rank, local_rank, told.local_size, local_size),
     ):
         if number is not None and count is not None and not number < count:
-            raise StepError(f"{name}={number} does not go with {of}={count}")
+            raise StepError(f"{name}={number} contradicts {of}={count}")
     return Step(told.launcher, told.local_rank or told.rank, rank, size, local_rank, local_size)
 
 
