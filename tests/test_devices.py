@@ -84,7 +84,7 @@ def test_cuda_visible_devices(visible: str, chosen: list[int], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("visible", "message"),
     [
-        ("0,1,0", r"CUDA_VISIBLE_DEVICES='0,1,0': '0' is there twice"),
+        ("0,1,0", r"CUDA_VISIBLE_DEVICES='0,1,0': '0' is listed twice"),
         ("GPU-aa", r"CUDA_VISIBLE_DEVICES: 'GPU-aa' is the beginning of 2 UUIDS"),
         ("MIG-1234", r"only NVML knows which GPU has 'MIG-1234': install nvidia-ml-py"),
     ],
@@ -146,7 +146,7 @@ def test_the_order_of_unlike_gpus_is_said_to_be_cudas_alone(tmp_path: Path) -> N
     topology = four_gpus(tmp_path, models="AAHH")
     (one,) = find_devices(topology, {"CUDA_VISIBLE_DEVICES": "1"})
     (note,) = one.notes
-    assert note.startswith("GPUs of several models (NVIDIA A, NVIDIA H): CUDA counts the fastest first, here they are")
+    assert note.startswith("GPUs of several models (NVIDIA A, NVIDIA H): CUDA counts the fastest first, but rankspawn")
     assert note.endswith("set CUDA_DEVICE_ORDER=PCI_BUS_ID")
     for sure in ({"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, {"CUDA_VISIBLE_DEVICES": UUIDS[1]}):
         assert not any(device.notes for device in find_devices(topology, sure))
@@ -285,7 +285,7 @@ def test_addresses_in_any_spelling(tmp_path: Path) -> None:
 def test_a_device_whose_files_are_broken(tmp_path: Path) -> None:
     extra = {f"{PCI}/{address(0)}/numa_node": "one"}
     topology = Topology.read(write(tmp_path, Machine(gpus=(Gpu(0),), extra=extra)))
-    with pytest.raises(PlacementError, match=r"numa_node should be a number: 'one'"):
+    with pytest.raises(PlacementError, match=r"numa_node: expected a number, got 'one'"):
         find_devices(topology)
     (tmp_path / PCI / address(0) / "numa_node").unlink()
     (tmp_path / PCI / address(0) / "local_cpulist").unlink()

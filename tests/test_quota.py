@@ -157,13 +157,13 @@ def test_each_entrance_keeps_to_a_real_quota(entrance: str, half: Path) -> None:
     done = completed(inside(half, ENTRANCES[entrance]), env=environment_here())
     assert done.stdout == "1\n"
     if entrance != "launch":
-        assert f"a CPU quota gives all ranks together the time of 1.5 CPUs ({half}/cpu.cfs_quota_us)" in done.stderr
+        assert f"a CPU quota limits all ranks together to 1.5 CPUs ({half}/cpu.cfs_quota_us)" in done.stderr
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 def test_plan_and_doctor_say_a_real_quota(half: Path) -> None:
     said = f"1.5 CPUs ({half}/cpu.cfs_quota_us)"
     done = completed(inside(half, [*LAUNCHER, "plan", "--nproc-per-node", "1"]), env=environment_here())
-    assert f"note: a CPU quota gives all ranks together the time of {said}" in done.stdout
+    assert f"note: a CPU quota limits all ranks together to {said}" in done.stdout
     assert done.stdout.splitlines()[1].split()[-1] == "1"
     assert said in completed(inside(half, [*LAUNCHER, "doctor"]), env=environment_here()).stdout

@@ -177,21 +177,21 @@ def test_the_cpuset_of_a_captured_process(name: str, tmp_path: Path) -> None:
 
 
 BROKEN = {
-    f"{CPU}/online": ("0-", r"cpu/online should be a list like 0-3,8: '0-'"),
-    f"{CPU}/present": ("a-b", r"cpu/present should be a list"),
+    f"{CPU}/online": ("0-", r"cpu/online: expected a list like 0-3,8, got '0-'"),
+    f"{CPU}/present": ("a-b", r"cpu/present: expected a list"),
     f"{CPU}/cpu1/topology/thread_siblings_list": (
         "",
-        r"cpu1/topology/thread_siblings_list should have 1 among its ids: ''",
+        r"cpu1/topology/thread_siblings_list: expected 1 among its ids, got ''",
     ),
-    f"{CPU}/cpu0/topology/core_siblings_list": ("7-3", r"core_siblings_list should be a list like 0-3,8: '7-3'"),
-    f"{CPU}/cpu0/topology/physical_package_id": ("one", r"physical_package_id should be a number: 'one'"),
-    f"{CPU}/cpu0/cache/index3/level": ("", r"index3/level should be a number: ''"),
-    f"{CPU}/cpu0/cache/index3/shared_cpu_list": ("0,99999999", r"shared_cpu_list should be a list"),
-    f"{NODE}/online": ("0\x001", r"node/online should be a list"),
-    f"{NODE}/node0/cpulist": ("cpu0", r"node0/cpulist should be a list like 0-3,8: 'cpu0'"),
+    f"{CPU}/cpu0/topology/core_siblings_list": ("7-3", r"core_siblings_list: expected a list like 0-3,8, got '7-3'"),
+    f"{CPU}/cpu0/topology/physical_package_id": ("one", r"physical_package_id: expected a number, got 'one'"),
+    f"{CPU}/cpu0/cache/index3/level": ("", r"index3/level: expected a number, got ''"),
+    f"{CPU}/cpu0/cache/index3/shared_cpu_list": ("0,99999999", r"shared_cpu_list: expected a list"),
+    f"{NODE}/online": ("0\x001", r"node/online: expected a list"),
+    f"{NODE}/node0/cpulist": ("cpu0", r"node0/cpulist: expected a list like 0-3,8, got 'cpu0'"),
     "proc/self/status": (
         "Cpus_allowed_list:\tmany",
-        r"Cpus_allowed_list in .*proc/self/status should be a list: 'many'",
+        r"Cpus_allowed_list in .*proc/self/status: expected a list, got 'many'",
     ),
 }
 
@@ -213,7 +213,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_broken_distances_are_said_and_not_needed(tmp_path: Path) -> None:
     topology = Topology.read(write(tmp_path, Machine(sockets=2, extra={f"{NODE}/node1/distance": "10"})))
-    assert "distance has not one distance for each of 2 nodes: '10'" in topology.notes[0]
+    assert "distance: expected 2 distances, got '10'" in topology.notes[0]
     assert topology.nodes[1].distance(0) == 255
 
 
@@ -221,14 +221,14 @@ def test_cpus_without_a_node_and_in_two_nodes_are_said(tmp_path: Path) -> None:
     extra = {f"{NODE}/node0/cpulist": "0-2", f"{NODE}/node1/cpulist": "2,4-7"}
     topology = Topology.read(write(tmp_path, Machine(sockets=2, extra=extra)))
     assert [sorted(node.cpus) for node in topology.nodes] == [[0, 1, 2], [4, 5, 6, 7]]
-    assert any(note.startswith("CPUs 2 are in node 1 and in one before") for note in topology.notes)
+    assert any(note.startswith("CPUs 2 are in node 1 and in an earlier one") for note in topology.notes)
     assert any(note.startswith("CPUs 3 are online but in no node") for note in topology.notes)
 
 
 def test_an_empty_folder_and_an_empty_mask_are_errors(tmp_path: Path) -> None:
     with pytest.raises(PlacementError, match="no online CPU"):
         Topology.read(tmp_path)
-    with pytest.raises(TopologyError, match="CPUs 9 are allowed, but 0-3 online"):
+    with pytest.raises(TopologyError, match="CPUs 9 are allowed, but only 0-3 are online"):
         Topology.read(write(tmp_path, Machine(allowed="9")))
 
 

@@ -125,7 +125,7 @@ def _(_: Path) -> str:
     return run("--numa-binding", "node", "--no-python", "true", OMP_PROC_BIND="close")
 
 
-@provokes("a CPU quota gives all ranks together the time of ...")
+@provokes("a CPU quota limits all ranks together to ...")
 def _(folder: Path) -> str:
     files = {
         "proc/self/cgroup": "0::/\n",
@@ -374,7 +374,7 @@ def _(folder: Path) -> str:
     return hidden(folder, "0,9")
 
 
-@provokes("is there twice, which hides all devices")
+@provokes("is listed twice, which hides all devices")
 def _(folder: Path) -> str:
     from rankspawn._place.devices import find_devices
 

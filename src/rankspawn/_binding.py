@@ -87,7 +87,7 @@ class MemoryPolicy(Frozen):
 
     def __init__(self, mode: MemoryMode, nodes: Iterable[int] = frozenset()) -> None:
         if mode not in MEMORY_MODES:
-            raise ValueError(f"memory policy {mode!r} is none of {', '.join(MEMORY_MODES)}")
+            raise ValueError(f"memory policy: expected one of {', '.join(MEMORY_MODES)}, got {mode!r}")
         nodes = _checked_ids("memory nodes", nodes, _MAX_NODE)
         if mode in _MODES_WITHOUT_NODES:
             if nodes:

@@ -221,7 +221,7 @@ class _OfRunAlone(Action):
     """An option that ``rankspawn run`` has, and torch's agent leaves no place for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
-        parser.error(f"{given[-1]}: torch's agent alone ends and restarts workers; rankspawn run has this option")
+        parser.error(f"{given[-1]}: only torch's agent ends and restarts workers; use `rankspawn run` for this option")
 
 
 def _modules(text: str) -> tuple[str, ...]:

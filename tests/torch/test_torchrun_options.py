@@ -84,7 +84,7 @@ def test_a_report_places_a_cgroup_and_a_held_port(tmp_path: Path) -> None:
         (["--reserve-cores", "1"], "--reserve-cores needs --numa-binding"),
         (
             ["--hang-timeout", "60"],
-            "--hang-timeout: torch's agent alone ends and restarts workers; rankspawn run has this option",
+            "--hang-timeout: only torch's agent ends and restarts workers; use `rankspawn run` for this option",
         ),
         (["--report", "nowhere/r.json"], "nowhere/r.json: there is no such folder"),
     ],

@@ -36,7 +36,9 @@ def allowed(tree: Tree, online: frozenset[int], nodes: frozenset[int]) -> tuple[
         mems = set_mems if mems is None else mems
     usable = online if cpus is None else cpus & online
     if not usable:
-        raise TopologyError(f"{tree.root}: CPUs {format_ids(cpus or ())} are allowed, but {format_ids(online)} online")
+        raise TopologyError(
+            f"{tree.root}: CPUs {format_ids(cpus or ())} are allowed, but only {format_ids(online)} are online"
+        )
     return usable, nodes if mems is None else mems & nodes
 
 
@@ -47,7 +49,7 @@ def _status_ids(tree: Tree, status: str, name: str) -> frozenset[int] | None:
     try:
         return parse_ids(found[1])
     except ValueError:
-        raise TopologyError(f"{name} in {tree.root}/{_SELF}/status should be a list: {found[1][:60]!r}") from None
+        raise TopologyError(f"{name} in {tree.root}/{_SELF}/status: expected a list, got {found[1][:60]!r}") from None
 
 
 def _cpuset(tree: Tree) -> tuple[frozenset[int] | None, frozenset[int] | None]:

@@ -73,7 +73,7 @@ def plan_auto(
 def unbound(topology: Topology, nprocs: int) -> tuple[Placed, ...]:
     """Leave all ranks where they are born; OMP_NUM_THREADS is each rank's share of the cores."""
     if nprocs < 1:
-        raise PlacementError(f"nprocs {nprocs}: must be 1 or more")
+        raise PlacementError(f"nprocs: expected a positive integer, got {nprocs}")
     threads = threads_of_ranks(topology, topology.allowed_cpus, [None] * nprocs)
     return tuple(Placed(Binding(None, None, False), omp_threads=count) for count in threads)
 

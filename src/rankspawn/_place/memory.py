@@ -48,7 +48,7 @@ def policy_of_rank(
     elif memory in ("default", "local"):
         return MemoryPolicy(memory)
     elif memory not in MEMORY_MODES:
-        raise PlacementError(f"memory policy {memory!r} is none of {', '.join(MEMORY_MODES)}")
+        raise PlacementError(f"memory policy: expected one of {', '.join(MEMORY_MODES)}, got {memory!r}")
     else:
         near = [n for n in topology.nodes if (n.cpus & cpus if cpus is not None else n.id == home.node)]
         nodes, problem = _memory_nodes(topology, near, home, devices)

@@ -39,7 +39,7 @@ def quota_note(cpus: int, root: str = "/") -> str:
     quota = cpu_quota(root)
     if quota is None or quota.cpus >= cpus:
         return ""
-    return f"a CPU quota gives all ranks together the time of {quota}, of {cpus} CPUs that they may use"
+    return f"a CPU quota limits all ranks together to {quota}, of {cpus} CPUs that they may use"
 
 
 def openmp_warnings(environ: Mapping[str, str]) -> tuple[str, ...]:

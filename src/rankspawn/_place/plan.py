@@ -149,7 +149,8 @@ def _mode(mode: AffinityMode | str) -> AffinityMode:
     try:
         return AffinityMode(getattr(mode, "value", mode))  # torch's own AffinityMode is another class
     except ValueError:
-        raise PlacementError(f"affinity mode {mode!r} is none of {', '.join(m.value for m in AffinityMode)}") from None
+        modes = ", ".join(m.value for m in AffinityMode)
+        raise PlacementError(f"affinity mode: expected one of {modes}, got {mode!r}") from None
 
 
 def homes_of_ranks(
@@ -161,9 +162,9 @@ def homes_of_ranks(
         PlacementError: A number is out of range, or is missing.
     """
     if nprocs is not None and nprocs < 1:
-        raise PlacementError(f"nprocs {nprocs}: must be 1 or more")
+        raise PlacementError(f"nprocs: expected a positive integer, got {nprocs}")
     if gpu_index is not None and gpu_index < 0:
-        raise PlacementError(f"gpu_index {gpu_index}: must be 0 or more")
+        raise PlacementError(f"gpu_index: expected a non-negative integer, got {gpu_index}")
     if devices:
         count = len(devices) if nprocs is None else nprocs
         if gpu_index is not None:

@@ -88,7 +88,7 @@ class Tree:
                 ids = self._parsed(f"{folder}/{name}", text, mask=not name.endswith("list"))
                 if of is None or of in ids:
                     return ids
-                wrong = wrong or f"{self._prefix}{folder}/{name} should have {of} among its ids: {text[:60]!r}"
+                wrong = wrong or f"{self._prefix}{folder}/{name}: expected {of} among its ids, got {text[:60]!r}"
         if wrong:
             raise TopologyError(wrong)
         return None
@@ -101,7 +101,7 @@ class Tree:
         try:
             return int(text)
         except ValueError:
-            raise TopologyError(f"{self._prefix}{path} should be a number: {text[:60]!r}") from None
+            raise TopologyError(f"{self._prefix}{path}: expected a number, got {text[:60]!r}") from None
 
     def names(self, path: str) -> list[str]:
         """List a folder, sorted; empty where there is no such folder."""
@@ -120,4 +120,4 @@ class Tree:
             return parse_mask(text) if mask else parse_ids(text)
         except ValueError:
             what = "a mask like ff,00000003" if mask else "a list like 0-3,8"
-            raise TopologyError(f"{self._prefix}{path} should be {what}: {text[:60]!r}") from None
+            raise TopologyError(f"{self._prefix}{path}: expected {what}, got {text[:60]!r}") from None

@@ -256,7 +256,7 @@ def _nodes(tree: Tree, online: frozenset[int], notes: list[str]) -> tuple[Node, 
             notes.append(f"node {id} is online but {folder} has no cpulist: ignoring this node")
             continue
         if cpus & taken:
-            notes.append(f"CPUs {format_ids(cpus & taken)} are in node {id} and in one before: the first one counts")
+            notes.append(f"CPUs {format_ids(cpus & taken)} are in node {id} and in an earlier one: keeping the earlier")
         row = _distances(tree, f"{folder}/distance", order, notes)
         nodes.append(Node(id, cpus & online - taken, _memory(tree, f"{folder}/meminfo"), row))
         taken |= cpus
@@ -274,7 +274,7 @@ def _distances(tree: Tree, path: str, ids: list[int], notes: list[str]) -> tuple
         return ()
     row = text.split()
     if len(row) != len(ids) or not all(one.isdecimal() for one in row):
-        notes.append(f"{path} has not one distance for each of {len(ids)} nodes: {text[:60]!r}; distances are unknown")
+        notes.append(f"{path}: expected {len(ids)} distances, got {text[:60]!r}; distances are unknown")
         return ()
     return tuple(zip(ids, map(int, row), strict=True))
 
@@ -319,7 +319,7 @@ def _sockets(tree: Tree, online: frozenset[int], notes: list[str]) -> tuple[Sock
         else:
             found[id] = found.get(id, frozenset()) | group
     if unnumbered and not found and all(len(group) == 1 for group in unnumbered):
-        notes.append("no CPU says its package: assuming one socket")
+        notes.append("no CPU has a physical_package_id: assuming one socket")
         unnumbered = [online]
     for number, group in enumerate(unnumbered, start=max(found, default=-1) + 1):
         found[number] = group

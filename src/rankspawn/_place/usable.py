@@ -87,7 +87,7 @@ def usable_machine(
         PlacementError: An argument is out of range, or no CPU is left.
     """
     if threads_per_core is not None and threads_per_core < 1:
-        raise PlacementError(f"--threads-per-core {threads_per_core}: must be 1 or more")
+        raise PlacementError(f"--threads-per-core: expected a positive integer, got {threads_per_core}")
     allowed = topology.allowed_cpus if allowed_cpus is None else frozenset(allowed_cpus) & topology.cpus
     machine = Machine(topology, allowed, threads_per_core)
     if reserve_cores:

@@ -84,8 +84,8 @@ def nvidia_visible(found: Sequence[Device], environ: Mapping[str, str]) -> Visib
     models = sorted({device.name for device in found})
     if len(models) > 1 and environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
         note = (
-            f"GPUs of several models ({', '.join(models)}): CUDA counts the fastest first, here they are counted by PCI"
-            " address; set CUDA_DEVICE_ORDER=PCI_BUS_ID"
+            f"GPUs of several models ({', '.join(models)}): CUDA counts the fastest first, but rankspawn counts by"
+            " PCI address; set CUDA_DEVICE_ORDER=PCI_BUS_ID"
         )
         by_ordinal: Sequence[Device] = [device.replace(notes=(*device.notes, note)) for device in found]
     else:
@@ -109,7 +109,7 @@ def nvidia_visible(found: Sequence[Device], environ: Mapping[str, str]) -> Visib
             break
         named = word if kind else int(number)
         if named in seen:
-            raise DeviceError(f"CUDA_VISIBLE_DEVICES={listed!r}: {word!r} is there twice, which hides all devices")
+            raise DeviceError(f"CUDA_VISIBLE_DEVICES={listed!r}: {word!r} is listed twice, which hides all devices")
         seen.add(named)
         chosen.append(device)
     return _noted("CUDA_VISIBLE_DEVICES", listed, words, ended, found, chosen)

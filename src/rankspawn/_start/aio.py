@@ -84,7 +84,7 @@ async def create_subprocess_exec(
     """
     for name in _NOT_HERE:
         if options.get(name):
-            raise ValueError(f"{name}: a process in asyncio has streams of bytes, and no shell")
+            raise ValueError(f"{name}: an asyncio process has streams of bytes and no shell; leave {name} out")
     loop = asyncio.get_running_loop()
     protocol = SubprocessStreamProtocol(limit=limit, loop=loop)
     connected: asyncio.Future[None] = loop.create_future()

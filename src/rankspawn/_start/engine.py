@@ -65,7 +65,7 @@ def mechanisms() -> tuple[int, ...]:
 def why_no_engine() -> str:
     if EXTENSION_ERROR is not None:
         return f"the extension is not in this installation ({EXTENSION_ERROR})"
-    return "RANKSPAWN_MECHANISM, preexec_fn or this system (no clone with shared memory) sends this start past it"
+    return "RANKSPAWN_MECHANISM, preexec_fn or this system (no clone with shared memory) rules it out here"
 
 
 def masks(binding: Binding) -> tuple[bytes | None, int, bytes | None]:
