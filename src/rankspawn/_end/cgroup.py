@@ -46,8 +46,8 @@ class GroupCgroup:
 
         Args:
             parent: That directory.
-            name: Of the new one; a unique one if left out. A guard that is started before the directory is made,
-                and so misses no moment of its life, has to know it.
+            name: Of the new one; a unique one if left out. A guard has to know it, because the guard
+                starts before the directory is made, and so misses no moment of its life.
 
         Raises:
             OSError: ``parent`` is no cgroup v2, is not delegated to this user, or is of a kind that has no place for
@@ -75,21 +75,21 @@ class GroupCgroup:
             raise
 
     def kill(self) -> None:
-        """SIGKILL to every process in it and below it, those included that are being forked."""
+        """Send SIGKILL to every process in it and below it, also to those that are being forked."""
         try:
             _write(self.path, "cgroup.kill", "1")
         except FileNotFoundError:  # before Linux 5.14
             self._kill_each()
 
     def wait_empty(self, timeout: float) -> bool:
-        """Wait at most ``timeout`` seconds for its last process to end, those of cgroups below it too; whether it has.
+        """Wait at most ``timeout`` seconds until no process is in it or below it; return whether that is so.
 
-        The kernel wakes us up. A zombie does not count.
+        The kernel wakes the wait. A zombie does not count.
         """
         return self._wait_for("populated 0", timeout)
 
     def remove(self) -> None:
-        """Remove the directory, and first those that the ranks have made in it. Does nothing if it was removed before.
+        """Remove the directories that the ranks made in it, and then itself. Harmless when done twice.
 
         Raises:
             OSError: EBUSY: a process is in one of them.
@@ -102,7 +102,7 @@ class GroupCgroup:
                 continue
 
     def close(self) -> None:
-        """Close the descriptor; the directory stays. Harmless when done twice."""
+        """Close the descriptor. The directory stays. Harmless when done twice."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -114,11 +114,11 @@ class GroupCgroup:
             try:
                 found += map(int, _read(path, "cgroup.procs").split())
             except OSError:
-                continue  # removed since; or a threaded one (EOPNOTSUPP), whose processes the one above it has
+                continue  # removed since; or threaded (EOPNOTSUPP): the cgroup above lists its processes
         return found
 
     def _kill_each(self) -> None:
-        """As kill(), where there is no cgroup.kill: frozen first, so that no process forks and no pid is reused."""
+        """Kill as kill() does, without cgroup.kill: freeze first, so that no process forks and no pid is reused."""
         try:
             _write(self.path, "cgroup.freeze", "1")
             self._wait_for("frozen 1", 1.0)

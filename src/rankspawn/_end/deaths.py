@@ -1,7 +1,8 @@
 """Why ranks have died: what the kernel counts, limits and logs, in one line for each. Facts, and no guesses.
 
-A rank is looked at when it has been seen to end and before it is reaped: its limits and times can still be asked for.
-What counts out-of-memory kills is read before, too, at the first look at the ranks; so it must not be dear.
+It looks at a rank after its end was seen and before it is reaped, because the kernel still has its limits and times
+then. It reads the counters of out-of-memory kills before that, too, at the first look at the ranks, so they must be
+cheap.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Deaths:
     """The deaths of the ranks of one group.
 
     Args:
-        since_ns: When the ranks were asked for, of CLOCK_MONOTONIC; older entries of the log are no news.
+        since_ns: CLOCK_MONOTONIC when the ranks were asked for; older entries of the log are ignored.
         cgroup: The directory of the cgroup v2 that they were born in; None for this process's own.
         proc: Where procfs is mounted.
         log: The kernel's log.
@@ -91,7 +92,7 @@ class Deaths:
         return "; ".join(told)
 
     def _why_killed(self, rank: Popen, *, itself: bool) -> str:
-        """Who has sent SIGKILL, to the rank itself or to what it ran."""
+        """Who sent SIGKILL, to the rank itself or to what it ran."""
         by_log = self._oom_by_log(rank.pid) if itself else ""
         if by_log:
             return by_log
@@ -157,7 +158,7 @@ class Deaths:
         return told[:3]
 
     def _core(self, rank: Popen, *, alone: bool) -> str:
-        """Where its core is. That there is none is no cause by itself."""
+        """Where its core dump is. A missing one is no cause by itself."""
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         try:
             if rank.pidfd is None:
@@ -177,7 +178,7 @@ class Deaths:
         """The texts of the log since the ranks were asked for.
 
         Args:
-            by_pid: Whether they are about process numbers, which in another PID namespace are other processes'.
+            by_pid: Whether they name processes by number: in another PID namespace these are other processes.
         """
         if by_pid and _link(f"{self._proc}/self/ns/pid") != _FIRST_PID_NAMESPACE:
             return
@@ -203,7 +204,7 @@ def _memory_cgroups(proc: str, own: str | None) -> Iterator[str]:
 
 
 def _oom_kills(folder: str) -> int | None:
-    """How many processes in a cgroup and below it were killed for want of memory; None where that is not counted."""
+    """How many processes in a cgroup and below it were killed out of memory; None where the kernel does not count."""
     for name in ("memory.events", "memory.oom_control"):  # version 2, and version 1
         for line in _text(f"{folder}/{name}").splitlines():
             if line.startswith("oom_kill "):
@@ -218,7 +219,7 @@ def _limit_of(folder: str) -> int | None:
 
 
 def _limit(pid: int, sig: int, proc: str) -> str:
-    """The limit that was passed, where the kernel has sent this signal because of it."""
+    """The limit that the process exceeded, where the kernel sent this signal because of it."""
     if _name(sig) == "SIGXFSZ" and (limit := _limits(pid, "RLIMIT_FSIZE")[0]) is not None:
         return f"a file has reached its size limit of {_bytes(limit)} (ulimit -f)"
     # With the signal the kernel has raised the soft limit by a second.
@@ -228,7 +229,7 @@ def _limit(pid: int, sig: int, proc: str) -> str:
 
 
 def _cpu_time_used(pid: int, limit: int, option: str, proc: str) -> str:
-    """That a process has used its CPU time; "" where it has not, and somebody else has sent the signal."""
+    """That a process has used its CPU time; "" where it has not, so that somebody else sent the signal."""
     try:
         used = read_stat(f"{proc}/{pid}").cpu_seconds
     except OSError:

@@ -13,19 +13,19 @@ _open: list[Deferral] = []
 
 
 def has_deferred() -> bool:
-    """Whether a signal has come whose handler waits for the end of a Deferral. For waits in such a block, which a
-    second Ctrl-C shall shorten."""
+    """Whether a signal has come whose handler waits for the end of a Deferral: a second Ctrl-C shortens a wait
+    inside such a block."""
     return any(one._came for one in _open)
 
 
 class Deferral:
-    """A ``with`` block whose signals are handled when it is over: what their handlers raise, as Ctrl-C's does, too.
+    """A ``with`` block that delays signal handlers, and what they raise (as Ctrl-C's does), until it is over.
 
-    Python runs handlers in the main thread, between any two of its instructions. An exception there would leave what
-    was opened without an owner, and what was to be ended alive. In other threads the block does nothing.
+    Python runs handlers in the main thread, between any two of its instructions. An exception there would leave an
+    open file without an owner, or a process alive that was about to be ended. In other threads the block does nothing.
 
     Args:
-        ring: Called, by the handler that stands in, when a signal has come: it may wake a sleep of the block.
+        ring: The stand-in handler calls it when a signal has come, to wake a sleep of the block.
     """
 
     def __init__(self, ring: Callable[[], object] | None = None) -> None:
@@ -55,7 +55,7 @@ class Deferral:
         return self
 
     def deliver(self) -> None:
-        """Handle now what has come. What a handler raises leaves the rest for later."""
+        """Handle the signals that have come. If a handler raises, the others stay for later."""
         while self._came:
             sig, frame = self._came.popitem()
             self._handlers[sig](sig, frame)

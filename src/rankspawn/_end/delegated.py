@@ -1,8 +1,8 @@
 """A delegated cgroup, found or asked for: ``cgroup="auto"``.
 
 The service manager decides which cgroup this process may divide (systemd's "Control Group APIs and Delegation"). A
-user's session is not delegated, and its processes cannot be moved out of it by the user. The user's own service manager
-can have it done: it makes a scope unit, puts this process into it, and hands the scope over (Delegate=yes).
+user's session is not delegated, and the user cannot move processes out of it. The user's own service manager can: it
+makes a scope unit, puts this process into it, and hands the scope over (Delegate=yes).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _START = (
 def delegated_cgroup(proc: str = "/proc") -> str:
     """Find a cgroup v2 in which this process may make cgroups; ask the user's systemd for one where there is none.
 
-    The own cgroup is taken where it belongs to this user, as in a container or in a unit with Delegate=yes. Else the
-    user's systemd makes a scope, which this whole process moves to. Else root takes the own cgroup.
+    It takes this process's cgroup if that belongs to this user, as in a container or in a unit with Delegate=yes. Else
+    the user's systemd makes a scope and moves this whole process to it. Else root takes this process's cgroup.
 
     Args:
         proc: The mounted procfs.
@@ -35,7 +35,7 @@ def delegated_cgroup(proc: str = "/proc") -> str:
         The directory.
 
     Raises:
-        OSError: ENOTSUP, with what was tried.
+        OSError: ENOTSUP; the message says what was tried.
     """
     tried = []
     own = own_cgroup(proc)

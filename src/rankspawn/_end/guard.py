@@ -1,8 +1,8 @@
 """The guard: a small process that outlives the launcher, to end what the launcher could not.
 
-When the launcher is killed with SIGKILL, death signals (PR_SET_PDEATHSIG) end its ranks; what the ranks have started
-lives on. The guard then kills every member of the ranks' sessions and of the group's cgroup, and removes the
-launcher's temporary folder and its note for ``rankspawn ps``.
+When the launcher is killed with SIGKILL, death signals (PR_SET_PDEATHSIG) end its ranks, but the processes that the
+ranks started live on as orphans. The guard then kills every member of the ranks' sessions and of the group's cgroup,
+and removes the launcher's temporary folder and its note for ``rankspawn ps``.
 
 It is a program of our own in C (csrc/guard), which lies beside the engine. A forked child that never returns to Python
 would keep the launcher's memory, and fork(2) is slower the more of that there is; a child that shares the launcher's
@@ -12,21 +12,22 @@ programs and embedded interpreters. A mount that forbids executing it (noexec) a
 Why it is sound, from the first moment to the last:
 
  1. It is started before the first rank, by exec from our own engine: its cost is flat in the launcher's memory, and the
-    launcher does not wait for it to come up. The pipe keeps what it has to know until it reads it.
+    launcher does not wait for it to come up. The pipe keeps the messages until the guard reads them.
  2. Each rank registers itself: between setsid and exec it writes its pid, which is its session's number, and the time
-    to the pipe (one write of less than PIPE_BUF bytes: pipe(7)). So no session of ours can exist that is not in the
-    pipe, but those of children that are about to write; and these hold the pipe's write end, which closes with exec. At
-    the end of the file all have registered.
- 3. The launcher's death is seen by a pidfd that the launcher has opened of itself and the guard has inherited: it is
-    readable from that death on, also when that was before the guard's first instruction. The end of the pipe does not
-    show that death: a forked copy of the launcher holds the pipe, too, and a launcher that closes all its descriptors
-    does not.
+    to the pipe (one write of less than PIPE_BUF bytes: pipe(7)). So the pipe has every
+    session of ours, except those of children that are about to write. These hold the pipe's write end, which closes
+    with exec: at the end of the file all have registered.
+ 3. The guard sees the launcher's death by a pidfd that the launcher opened of itself and the guard inherited: it is
+    readable from that death on, even if the launcher died before the guard's first instruction. The end of the pipe
+    does not show that death: a forked copy of the launcher holds the pipe, too, and a launcher that closes all its
+    descriptors does not.
  4. Numbers are used again. csrc/guard/sessions.c says how the guard knows which are still the ranks'. It wakes when a
     rank begins or ends, and then sleeps for 10 ms before it looks at all that has come.
- 5. It has a session of its own (no terminal's signal, no signal to the launcher's group reaches it), / as its folder,
-    nothing of the launcher's open but its temporary folder, and ignores SIGINT, SIGTERM and SIGHUP. It does not run in
-    the group's cgroup.
- 6. Killed itself, it ends no rank and no launcher; the launcher can see it (Guard.process), and launch() warns of it.
+ 5. It has a session of its own (no terminal's signal, no signal to the launcher's group reaches it), / as its working
+    directory, no descriptor of the launcher's but that of its temporary folder, and ignores SIGINT, SIGTERM and SIGHUP.
+    It does not run in the group's cgroup.
+ 6. If the guard itself is killed, no rank and no launcher ends. The launcher sees it (Guard.process), and launch()
+    warns.
 
 A forked copy of the launcher may hold the pipe for days: after the launcher's death the guard waits for the end of the
 file for ``patience`` seconds at most. A child is between clone and its registration for microseconds.
@@ -88,9 +89,10 @@ class Guard:
         """Start the guard of one group, before the group's first rank; does not wait for it to come up.
 
         Args:
-            cgroup: The directory of the group's cgroup, which the guard ends and removes, too. It need not be there
-                yet: made after the guard is started and removed before it is closed, it is never without one.
-            patience: After the launcher's death, how many seconds the guard stays at most, while a member is left or a
+            cgroup: The directory of the group's cgroup, which the guard ends and removes, too. It need not exist
+                yet: it is made after the guard has started and removed before the guard closes, so it is never
+                    unguarded.
+            patience: How many seconds the guard stays at most after the launcher's death, while a member is left or a
                 process holds the pipe open.
             folder: A temporary folder that the launcher has made, which the guard removes with all that is in it when
                 the launcher has died and no member is left.
@@ -98,7 +100,7 @@ class Guard:
                 died.
 
         Raises:
-            OSError: ENOTSUP where this install has no guard, and what Popen raises.
+            OSError: ENOTSUP where this install has no guard; also all that Popen raises.
         """
         lack = cls.why_not()
         if lack:
@@ -142,9 +144,9 @@ class Guard:
         )
 
     def end_what_is_left(self) -> None:
-        """Have the guard end what the ranks have started, and wait until that is done. No rank starts afterwards.
+        """Have the guard end all that the ranks started, and wait until that is done. No rank starts afterwards.
 
-        The guard knows the ranks' sessions also where other code has reaped the ranks. It leaves the temporary folder
+        The guard knows the ranks' sessions even where other code has reaped the ranks. It leaves the temporary folder
         to the launcher.
         """
         self._was_told = True
@@ -154,7 +156,7 @@ class Guard:
             self.process.wait(PATIENCE_SECONDS)
 
     def close(self) -> None:
-        """End the guard, after the group has ended: it has nothing left to do. Closing again is harmless.
+        """End the guard, which has nothing left to do once the group has ended. Harmless when done twice.
 
         A forked copy of the launcher only closes the descriptor, because the guard is not its child.
         """

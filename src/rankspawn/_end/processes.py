@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 class ProcessTree:
     """Who started whom: one look at all processes of the machine, taken when it is first needed.
 
-    psutil's own ``children()`` takes such a look for every process that it is asked about, which is one for each rank,
-    and it finds nothing below a process that has ended.
+    psutil's own ``children()`` takes such a look at every call, so once for each rank, and it finds nothing below a
+    process that has ended.
     """
 
     @cached_property
@@ -42,8 +42,8 @@ class ProcessTree:
 
         Args:
             pid: The number of the process.
-            born: When it was created, as ``psutil.Process.create_time`` gives it; None asks, and finds nothing below a
-                process that has ended. It is of use where orphans keep the number of their parent (Windows).
+            born: When it was created, as ``psutil.Process.create_time`` gives it; None asks psutil, and finds nothing
+                below a process that has ended. It helps where orphans keep the number of their parent (Windows).
         """
         import psutil
 

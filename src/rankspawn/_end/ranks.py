@@ -1,4 +1,4 @@
-"""The end of ranks: they and their sessions are signalled and killed, and they are reaped; what remains, and why."""
+"""Ends ranks: signals and kills them and their sessions, reaps them, and says what remains and why."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SignalTo: TypeAlias = Literal["rank", "group", "session"]
 
 
 def signal_ranks(ranks: Sequence[Popen], *signals: int, to: SignalTo = "session", told: SignalTo | None = None) -> None:
-    """Signal ranks, also those that have ended: their children may run. A rank without processes is no error.
+    """Signal ranks, also those that have ended, because their children may run. A rank without processes is no error.
 
     A process group is signalled as one, by the pidfd of its leader; the other members of a session are then found, once
     for all ranks, and signalled one by one. Windows has neither: there, "group" and "session" are a rank and its
@@ -49,7 +49,7 @@ def signal_ranks(ranks: Sequence[Popen], *signals: int, to: SignalTo = "session"
             only where the kernel can tell whose its number is.
         *signals: What each process gets, in this order.
         to: Which processes of each rank.
-        told: Which of them to skip, because they have had the signals before.
+        told: Which of them to skip, because they already had the signals.
 
     Raises:
         PermissionError: A rank may not be signalled. All others have been.
@@ -69,7 +69,7 @@ def signal_ranks(ranks: Sequence[Popen], *signals: int, to: SignalTo = "session"
 
 
 def _signal_leader(rank: Popen, signals: Sequence[int]) -> bool:
-    """Signal the rank's process alone; whether that is allowed. Popen's own send_signal would reap it."""
+    """Signal the rank's process alone; return whether that is allowed. Popen's own send_signal would reap it."""
     for sig in signals:
         pidfd = rank._pidfd
         refusal = errno.ENOSYS if pidfd is None else pidfd.send_signal(sig)
@@ -123,7 +123,7 @@ def kill_sessions(
         found: As for kill_members().
 
     Returns:
-        The processes that do not end: pid -> whose it is.
+        The processes that do not end: pid -> the rank that they belong to.
     """
     own = {rank.pid for rank in unreaped(ranks.values())}
     numbers = {rank.pid: number for number, rank in ranks.items() if rank.pid in own}

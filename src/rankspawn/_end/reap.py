@@ -1,4 +1,4 @@
-"""The ends of ranks: looked at without reaping them, and collected."""
+"""How ranks ended: looks at it without reaping them, and reaps them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _returncode(rank: Popen, status: int | None) -> int | None:
 
 
 def is_reaped(rank: Popen) -> bool:
-    """Whether somebody is known to have reaped it: its number may be another process's."""
+    """Whether other code is known to have reaped it, so that its number may be another process's."""
     return rank.returncode is not None and not rank._is_kept
 
 
@@ -65,8 +65,8 @@ def reap(ranks: Mapping[int, Popen], ended: Mapping[int, int]) -> dict[int, tupl
         ended: The returncodes that they were seen to end with.
 
     Returns:
-        By number, what a rank used (the fields of resource.struct_rusage), and whether it dumped core; not of one that
-        runs, that somebody else has collected, or where wait4(2) cannot be called.
+        By number, what a rank used (the fields of resource.struct_rusage), and whether it dumped core. A rank is
+        missing if it runs, if other code has reaped it, or if wait4(2) cannot be called.
     """
     # At the end of the interpreter wait4 reaps, and then fails to import the type of what it returns. In a
     # free-threaded build, a group's finalizer may run that late.
@@ -100,7 +100,7 @@ def reap(ranks: Mapping[int, Popen], ended: Mapping[int, int]) -> dict[int, tupl
 def _status_of_reaped(pidfd: int) -> int:
     """The status of a process that other code has reaped, as from waitpid(2).
 
-    Before Linux 6.15 it is lost: 0 then, as in the standard class.
+    Before Linux 6.15 the kernel does not keep it: the status is 0 then, as in the standard class.
     """
     import fcntl
 

@@ -1,15 +1,15 @@
-"""What is left in the sessions of ranks that other code has reaped: an ignored SIGCHLD, os.waitpid(-1) in a handler.
+"""Processes left in the sessions of ranks that other code reaped (an ignored SIGCHLD, os.waitpid(-1) in a handler).
 
 The leader does not hold the session's number any more, and another process may have it. A process of that session is
 known to be the rank's by two things:
 
- -  No process has the number as its pid. The kernel gives it to nobody while the session has a member (free_pid in
+ -  No process has the number as its pid. The kernel gives it to no process while the session has a member (free_pid in
     kernel/pid.c): where a process has it, the session had become empty before.
  -  The environment that the process was executed with has the mark of the ranks' launch: a variable that no stranger
     has with that value.
 
-A warm rank's forked children and what was executed without the variable (``env -i``) cannot be told from strangers in
-this way. The guard knows them, because it has watched the session since the rank began.
+A warm rank's forked children and what was executed without the variable (``env -i``) cannot be told from strangers
+like this. The guard knows them, because it has watched the session since the rank began.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def members_by_mark(numbers: Set[int], mark: str) -> tuple[dict[int, int], dict[
         mark: NAME=VALUE, in the environment of all that the ranks have executed.
 
     Returns:
-        Those that are known to be the ranks', and those of which that cannot be said.
+        Those that are known to be the ranks', and those that may be strangers'.
     """
     held = {number for number in numbers if _procfs.is_gone(number)}
     found = members(held) if held else {}
@@ -61,10 +61,10 @@ def signal_by_mark(found: dict[int, int], mark: str, signals: Sequence[int]) -> 
 
 
 def kill_by_mark(numbers: Set[int], mark: str, seconds: float) -> tuple[dict[int, int], dict[int, int]]:
-    """Kill what is known to be the ranks', again and again, until none is left or ``seconds`` have gone.
+    """Kill the processes known to be the ranks', again and again, until none is left or ``seconds`` have passed.
 
     Returns:
-        As members_by_mark(): those that do not end, and those of which nothing can be said, which get no signal.
+        As members_by_mark(): those that do not end, and those that may be strangers', which get no signal.
     """
     from .ranks import SIGKILL
 
@@ -90,7 +90,7 @@ def _ends(pid: int) -> bool:
 
 
 def _has(pid: int, mark: str) -> bool:
-    """Whether a process was executed with that variable. Its environment may not be readable: another user's."""
+    """Whether a process was executed with that variable. Another user's environment cannot be read."""
     with suppress(OSError), open(f"{_procfs.folder(pid)}/environ", "rb") as file:
         return os.fsencode(mark) in file.read().split(b"\0")
     return False

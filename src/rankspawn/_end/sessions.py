@@ -1,4 +1,4 @@
-"""The members of a session, and how all of them are killed.
+"""Finds the members of a session, and kills all of them.
 
 A rank is started with setsid(2): it leads a session, whose number is the rank's own, and what it starts is in that
 session until it calls setsid itself. A session cannot be signalled as a process group can, so its members are
@@ -7,8 +7,8 @@ found and signalled one by one, pass after pass, until a pass finds none.
 Two things make that sound:
 
  -  A session's number stays taken for as long as the session has a member, zombies included (free_pid in the kernel's
-    kernel/pid.c). It is safe to look for as long as its leader has not been reaped, or a member is known to exist.
-    The callers of these functions ensure that.
+    kernel/pid.c). Looking is safe as long as its leader has not been reaped, or a member is known to exist. The
+    callers of these functions ensure that.
  -  A pass that finds no member proves nothing if a process ended during it, because that process may have forked
     after /proc was listed. Then there is another pass. (A process that only forks and ends escapes most passes.)
 """
@@ -42,10 +42,10 @@ def members(sessions: Set[int], ended: Set[int] = _NOBODY, *, kill: bool = False
     Args:
         sessions: Their numbers.
         ended: Pids known to be zombies, the leaders' for example; they are skipped.
-        kill: SIGKILL to each when it is found; by the end of the pass it may have forked and ended.
+        kill: Send SIGKILL to each as soon as it is found, because it could fork and end before the pass is over.
 
-    Where procfs hides processes (hidepid, proc(5)), set-user-ID programs are not found. Where none is mounted, the
-    engine asks for every number that a process can have; without the engine only leaders are found.
+    Where procfs hides processes (hidepid, proc(5)), set-user-ID programs are not found. Where no procfs is mounted, the
+    engine tries every number that a process can have; without the engine only leaders are found.
     """
     return _way.way.members(sessions, ended, kill)  # type: ignore[no-any-return]
 
@@ -61,7 +61,7 @@ def kill_members(
         sessions: As for members().
         timeout: How many seconds it may take.
         ended: As for members().
-        found: What members() has said, where it has been asked since the leaders ended.
+        found: What members() returned, if it was called after the leaders ended.
 
     Returns:
         Those that are left: pid -> session; normally none. describe_stuck() says what keeps one.
@@ -84,8 +84,8 @@ def kill_members(
 def signal_members(sessions: Set[int], signals: Sequence[int], *, groups: bool = False) -> None:
     """Signal the members of these sessions that the leaders' process groups do not hold.
 
-    One pass finds them; a SIGSTOP has passes until one finds nobody new, since who is stopped starts nobody. Each gets
-    the signals through a pidfd of its own, after its session has been asked for again. Another user's process,
+    One pass finds them. A SIGSTOP takes passes until one finds no new member, because a stopped process starts none.
+    Each gets the signals through a pidfd of its own, after its session has been checked again. Another user's process,
     which may not be signalled, gets none.
 
     Args:
@@ -109,7 +109,7 @@ def signal_one(pid: int, session: int, signals: Sequence[int]) -> None:
 
 
 def ignores(pid: int, sig: int, proc: str = "/proc") -> bool:
-    """Whether a process ignores a signal (proc(5)); True where it cannot be told."""
+    """Whether a process ignores a signal (proc(5)); True where that is not known."""
     try:
         mask = int(line(f"{folder(pid, proc)}/status", "SigIgn:"), 16)
     except ValueError:
@@ -125,7 +125,7 @@ def describe_left(pid: int, proc: str = "/proc") -> str:
 
 
 def describe_stuck(pid: int, proc: str = "/proc") -> str:
-    """What keeps a process that SIGKILL has not ended, or whose end is not reported: a sentence without full stop."""
+    """Why a process has not ended after SIGKILL, or why its end is not reported: a sentence without full stop."""
     try:
         stat = read_stat(folder(pid, proc))
     except OSError:

@@ -1,4 +1,4 @@
-"""Which of a group's ranks have ended: epoll(7) over their pidfds, in the selector of all that may wake a wait."""
+"""Sees which of a group's ranks have ended: epoll(7) over their pidfds, in a selector of all that may wake a wait."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .._start.popen import Popen
 
 POLL_SECONDS = 0.02
-"""How often a rank is looked at whose end no descriptor tells: without a pidfd (not Linux), or held by a debugger."""
+"""Seconds between looks at a rank whose end no descriptor shows: without a pidfd (not Linux), or under a debugger."""
 
 _SELDOM_LOOKS, _SELDOM_SECONDS = 20, 0.005
 
@@ -40,8 +40,8 @@ class Watch:
 
     Attributes:
         running: The ranks that have not been seen to end, by number, in rank order.
-        returncodes: Of the others, as ``Popen.returncode``.
-        exited_ns: When that was seen, in ns of CLOCK_MONOTONIC.
+        returncodes: How the others ended, as ``Popen.returncode``.
+        exited_ns: When their end was seen, in ns of CLOCK_MONOTONIC.
         first_failure: The number of the first that was seen to end with another returncode than 0; None while none has.
     """
 
@@ -86,9 +86,9 @@ class Watch:
         return None if fileno is None else int(fileno())
 
     def look_seldom(self, end: float | None) -> None:
-        """For ranks that are being ended: look until ``end``, or for a tenth of a second, but not at each end alone.
+        """Look at ranks that are being ended: until ``end``, or for a tenth of a second, without a wake for each end.
 
-        To wake for each of many that end at once takes longer than they do.
+        Many end at once, and to wake for each takes longer than they take to end.
         """
         for _ in range(_SELDOM_LOOKS):
             ranks = [rank for rank in self.running.copy().values() if rank.pidfd is not None]
@@ -117,7 +117,7 @@ class Watch:
         self._wake_sleepers()
 
     async def sleep(self, due: float | None) -> None:
-        """Sleep in the running asyncio loop until ``look`` has something to return, ring() is called, or ``due``."""
+        """Sleep in the running asyncio loop until ``look`` would return, ring() is called, or ``due`` comes."""
         import asyncio
 
         descriptor = self.fileno()
@@ -160,7 +160,7 @@ class Watch:
             close(self._bell)
 
     def _in_turn(self, look: Callable[[], list[int]], timeout: float | None) -> list[int]:
-        """Look, unless another thread does: then wait for the end of its look, and see nothing."""
+        """Look. If another thread does, wait for the end of its look, and return nothing."""
         if not self._looking.acquire(blocking=False):
             # Behind another thread. What it has seen may be all that this one waits for.
             if self._looking.acquire(timeout=-1 if timeout is None else min(timeout, _LONGEST)):
@@ -253,7 +253,7 @@ class Watch:
                     ends.unregister(pidfd)
 
     def _close_ends(self) -> None:
-        """Nobody is left whose end a pidfd could say."""
+        """Drop the epoll: no rank is left whose end a pidfd could show."""
         if self._ends is not None:
             with suppress(KeyError, ValueError, RuntimeError):  # done before, and then interrupted; or all is closed
                 self._selector.unregister(self._ends)

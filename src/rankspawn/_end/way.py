@@ -1,6 +1,6 @@
 """Which code does the work on many ranks and processes: the engine's C where it can (Linux), else Python.
 
-Both have the same functions, which ``without.py`` describes. RANKSPAWN_MECHANISM=subprocess chooses Python, too.
+Both have the same functions, described in ``without.py``. RANKSPAWN_MECHANISM=subprocess also chooses Python.
 """
 
 from __future__ import annotations

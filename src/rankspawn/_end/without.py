@@ -1,6 +1,6 @@
 """The work on many ranks and processes without the engine's C; _end.pxi has the same functions.
 
-Where it says "rank", it takes a Popen that leads a session of its own.
+A "rank" here is a Popen that leads a session of its own.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _MOST_PASSES = 100
 def look(ranks: Sequence[Popen]) -> list[int | None]:
     """How ranks have ended, without reaping them. For systems with waitid(2).
 
-    By their pidfds where that can be: a number may be another child's by now.
+    It asks by pidfd where it can, because a number may be another child's by now.
 
     Returns:
-        Of each, the status as from waitpid(2); None: it runs; -1: other code has reaped it.
+        For each, the status as from waitpid(2); None: it runs; -1: other code has reaped it.
     """
     return [_see(rank, os.WNOWAIT) for rank in ranks]
 
 
 def await_ends(ranks: Sequence[Popen], seconds: float) -> None:
-    """Wait until all have ended that have a pidfd, or ``seconds`` have gone; a signal may end the wait."""
+    """Wait until all that have a pidfd have ended, or ``seconds`` have passed; a signal may end the wait."""
     until = time.monotonic() + seconds
     for rank in ranks:
         pidfd = rank._pidfd
@@ -52,7 +52,8 @@ def collect(ranks: Sequence[Popen]) -> list[tuple[int | None, tuple[Any, ...]]]:
     """Reap the ranks that have ended. The caller holds the locks that Popen has for that.
 
     Returns:
-        As look(); and what the rank used, as the fields of resource.struct_rusage; none where that is not known.
+        For each, what look() returns, and what the rank used as the fields of resource.struct_rusage (empty if
+        unknown).
     """
     collected: list[tuple[int | None, tuple[Any, ...]]] = []
     for rank in ranks:
@@ -93,7 +94,7 @@ def signal_groups(ranks: Iterable[Popen], signals: Sequence[int]) -> list[int]:
     """Signal the process groups of ranks. A group without members is no error.
 
     Returns:
-        The pids of the ranks of whose groups no process may be signalled.
+        The pids of the ranks in whose groups this process may signal no process.
     """
     refused = []
     for rank in ranks:
@@ -112,7 +113,7 @@ def signal_groups(ranks: Iterable[Popen], signals: Sequence[int]) -> list[int]:
 
 
 def kill_groups(sessions: Iterable[int]) -> None:
-    """SIGKILL to the process groups of the sessions' leaders, each at once: a fork that is under way in one fails."""
+    """Send SIGKILL to the process groups of the sessions' leaders, each as a whole: a fork under way in one fails."""
     for sid in sessions if hasattr(os, "killpg") else ():
         with suppress(OSError):  # it has no member, or none that we may signal
             os.killpg(sid, _KILL)
@@ -130,7 +131,7 @@ def members(sessions: Set[int], ended: Set[int], kill: bool, proc: str = "/proc"
 
 
 def kill_found(found: Mapping[int, int], pause: float) -> None:
-    """SIGKILL to these members, pid -> session, and a wait for their end, of ``pause`` seconds at most."""
+    """Send SIGKILL to these members, pid -> session, and wait at most ``pause`` seconds for their end."""
     pidfds: list[int] = []
     until = time.monotonic() + pause
     blind = False
@@ -173,7 +174,7 @@ def signal_members(sessions: Set[int], signals: Sequence[int], groups: bool, pro
 
 
 def signal_one(pid: int, session: int, signals: Iterable[int], only_if: Callable[[], bool] = lambda: True) -> None:
-    """As sessions.signal_one(); and only if that is true of the process that gets the signals."""
+    """As sessions.signal_one(), but checked of the very process that gets the signals."""
     pidfd = _procfs.open_pidfd(pid)
     try:
         # The pidfd is of this member, or of one that has ended since, which gets nothing.

@@ -1,8 +1,8 @@
 """Many ranks, one job: launched at once, watched at once, ended together.
 
 launch       a job placed, started and held              group        its ranks, until the last has ended
-asked        launch's arguments, looked at before all    reporting    what a group can say of its ranks
-order        what one launch ordered, ready to start     ending       whom a group tells to end, waits for and kills
+asked        checks launch's arguments before all else   reporting    what a group knows about its ranks
+order        what one launch ordered, ready to start     ending       which ranks are asked to end, and killed
 job          what the ranks of a job know of it          restarts     all ranks started again after a failure
 start        all its ranks started, or none              handlers     signals that end the ranks before the launcher
 descriptors  whether there can be one for each rank      port         the port of rank 0, held for it

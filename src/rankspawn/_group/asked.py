@@ -1,4 +1,4 @@
-"""What ``launch`` was asked, looked at before anything is started: its arguments, and the variables in its ``env``."""
+"""Checks the arguments of ``launch``, and the variables in its ``env``, before anything is started."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def commands_of_ranks(args: Sequence[str] | Callable[[int], Sequence[str]], npro
     """What each rank runs.
 
     Raises:
-        TypeError: ``args``, or what it gives for a rank, is not a list of words.
-        ValueError: It has no word.
+        TypeError: ``args``, or what it returns for a rank, is not a list of words.
+        ValueError: The list is empty.
     """
     if callable(args):
         return [_command(f"args({rank})", args(rank)) for rank in range(nprocs)]
@@ -89,7 +89,7 @@ def check_ranks(
     rank_env: Sequence[object] | None,
     files: Sequence[object] | None,
 ) -> None:
-    """Look at what was given for each rank. Raises TypeError and ValueError."""
+    """Check what was given for each rank. Raises TypeError and ValueError."""
     for name, given in (("bindings", bindings), ("rank_env", rank_env), ("files", files)):
         if given is None:
             continue
@@ -105,7 +105,7 @@ def check_ranks(
 
 
 def check_stdin(stdin: object, job: Job) -> None:
-    """Raise TypeError and ValueError for what does not say which ranks have stdin."""
+    """Raise TypeError or ValueError if ``stdin`` does not name the ranks that have this process's stdin."""
     expected = f"stdin: expected 'all', 'none' or the number of a rank, from 0 to {job.world_size - 1}, got {stdin!r}"
     if isinstance(stdin, bool) or not isinstance(stdin, (str, int)):
         raise TypeError(expected)
@@ -114,7 +114,7 @@ def check_stdin(stdin: object, job: Job) -> None:
 
 
 def check_environment(name: str, env: object) -> None:
-    """Raise TypeError for what no environment can be made of."""
+    """Raise TypeError if no environment can be made of it."""
     if not isinstance(env, Mapping):
         raise TypeError(f"{name}: expected a mapping of names to texts, got {env!r}")
     for variable, value in env.items():
@@ -127,9 +127,10 @@ def check_environment(name: str, env: object) -> None:
 def refuse_overridden(env: Mapping[str, Any], ours: Mapping[str, str | None]) -> None:
     """Raise ValueError for a variable of the job that the caller has set in ``env``.
 
-    The ranks, and ``group.job``, have one source, the job: to let ``env`` win would make the two differ, and cannot be
-    right for what differs from rank to rank. What ``env`` has from this process's environment, as a copy of os.environ
-    has under another launcher, nobody has set for this job: it is replaced.
+    The job is the one source of these variables, for the ranks and for ``group.job``. If ``env`` won, the two would
+    differ, and a variable that differs from rank to rank would be wrong. A value that ``env`` copied from this
+    process's environment, as a copy of os.environ does under another launcher, was not set for this job: it is
+    replaced.
 
     Args:
         env: As it was given.

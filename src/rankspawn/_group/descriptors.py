@@ -25,7 +25,7 @@ def check_descriptors(nprocs: int) -> None:
 
 @contextmanager
 def enough_descriptors(ranks: Sequence[Popen]) -> Iterator[None]:
-    """Raise for a rank that has no pidfd for want of a descriptor, because it would be polled as long as it runs."""
+    """Raise if a rank got no pidfd because no descriptor was free: it would have to be polled as long as it runs."""
     try:
         lacking = next((rank for rank in ranks if rank.pidfd is None), None)
         if lacking is not None and hasattr(os, "pidfd_open"):

@@ -1,4 +1,4 @@
-"""How a group's ranks are ended: who is signalled and when, who is waited for, and when the rest is killed."""
+"""Ends a group's ranks: which processes are signalled and when, which are waited for, and when the rest is killed."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ _CONTINUE = (signal.SIGCONT,) if hasattr(signal, "SIGCONT") else ()
 class Ending:
     """Which signals the ranks of a group have had, and what is due. A rank here means all of its session.
 
-    Any thread may call what is here, and signal handlers.
+    Any thread and any signal handler may call its methods.
 
     Attributes:
-        kill_at: When those that still run are killed, in seconds of time.monotonic(); None: they were not asked to end.
-        killed_at: When they were, before the look at what they did; None: they have not been.
+        kill_at: When the ranks that still run will be killed, in seconds of time.monotonic(); None: they were not asked
+            to end.
+        killed_at: When they were killed, before the look at what they did; None: they were not.
         give_up_at: When the wait for killed ranks gives up; None: they have not been killed.
-        lingering: Whether the ranks have ended as asked, and some of what they started has not.
+        lingering: Whether the ranks have ended as asked, but processes that they started have not.
         collected: By rank, what reap() has returned.
         sent: By rank, the signals that asked it to end, or killed it, while it ran.
-        before_kill: Is called once, before the first SIGKILL.
+        before_kill: A function, called once, before the first SIGKILL.
     """
 
     def __init__(
@@ -86,14 +87,14 @@ class Ending:
 
         Args:
             sig: The signal.
-            grace: Seconds until they are killed; the group's if None. It cannot delay the end set by an earlier call.
+            grace: Seconds until they are killed; None is the group's. It cannot delay the end that an earlier call set.
 
         Raises:
             PermissionError: A rank may not be signalled. All others have been.
         """
         seconds = self._grace if grace is None else grace
         if not seconds:
-            self.before_kill = None  # whoever gives no time to end wants no look either
+            self.before_kill = None  # a caller that gives no time to end wants no look either
         self._asked.add(sig)
         self._note(sig)
         self.kill_at = sooner(self.kill_at, until(seconds))
@@ -117,7 +118,7 @@ class Ending:
                 self.tell_left_by_reaped(*signals)
 
     def do_due(self) -> float | None:
-        """Do what is due now; when the next thing is.
+        """Do what is due now; return when the next thing is due.
 
         Raises:
             TimeoutError: A killed rank does not end.
@@ -145,7 +146,7 @@ class Ending:
                 signal_ranks(ranks, *signals, told=self._signal_to)
 
     def look_at_sessions(self) -> None:
-        """After the ranks: note whether their sessions have members to wait for until the grace is over."""
+        """Note, after the ranks' end, whether their sessions have members to wait for until the grace is over."""
         if self._watch.running or self.kill_at is None or self.give_up_at is not None:
             self._living, self.lingering = None, False
             return
@@ -164,7 +165,7 @@ class Ending:
     def _terminate_deaf(self, found: dict[int, int]) -> None:
         """Send SIGTERM to processes that ignored the signal: what a shell starts in the background ignores SIGINT.
 
-        Not to a process that ignores the signal only now: it may be saving its work.
+        A process that began to ignore the signal later gets none, because it may be saving its work.
         """
         deaf, self._deaf = self._deaf or set(), None
         for pid in deaf & found.keys():
@@ -197,7 +198,7 @@ class Ending:
             look: Waits for a rank's end, at most the given seconds.
 
         Returns:
-            The processes that are left: pid -> whose it is.
+            The processes that are left: pid -> the rank that they belong to.
         """
         if self._watch.running:
             self.kill()
@@ -223,7 +224,7 @@ class Ending:
         return all(map(is_reaped, self._ranks))
 
     def let_go_of_ranks(self) -> None:
-        """Close what is held of ranks that have been reaped. Whoever waits for one that cannot be ended reaps it."""
+        """Close the descriptors of reaped ranks. A rank that cannot be ended is reaped by a later wait."""
         for rank in self._ranks:
             if is_reaped(rank):
                 rank._pidfd = None
@@ -233,7 +234,7 @@ class Ending:
     # ---- ranks that other code has reaped: see _end/reaped.py -------------------------------------------------------
 
     def _reaped(self) -> dict[int, int]:
-        """Those that were seen to be: the number of the session -> which rank it was."""
+        """The ranks that other code was seen to have reaped: number of the session -> which rank it was."""
         if sys.platform != "linux":
             return {}
         numbered = enumerate(self._ranks)
@@ -248,7 +249,7 @@ class Ending:
         return members_by_mark(reaped.keys(), self._mark)
 
     def tell_left_by_reaped(self, *signals: int) -> None:
-        """Signal what they have started, as far as it is known to be theirs."""
+        """Signal the processes that are known to be theirs."""
         own, _ = self._left_by_reaped()
         if own:
             from .._end.reaped import signal_by_mark
@@ -256,7 +257,7 @@ class Ending:
             signal_by_mark(own, self._mark, signals)
 
     def _kill_left_by_reaped(self, seconds: float) -> dict[int, str]:
-        """Kill what they have started: pid -> whose it is of what does not end."""
+        """Kill what they started. Returns what does not end: pid -> the rank that it belongs to."""
         own, unknown = self._left_by_reaped()
         if not own and not unknown:
             return {}

@@ -1,7 +1,7 @@
 """The ranks of one job on this machine: watched at once, ended together, none left behind.
 
-``launch`` makes a group. Whoever waits, here or in asyncio, does two things in turn: look who has ended
-(``_end.watch``), and do what is due: a failure ends the others, and SIGKILL ends what does not end when asked.
+``launch`` makes a group. A wait, in a thread or in asyncio, does two things in turn: it looks which ranks have ended
+(``_end.watch``), and does what is due: a failure ends the others, and SIGKILL ends what does not end when asked.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ GRACE_SECONDS = 30.0
 class RankGroup(Reporting, Lined, Hangs, Owned):
     """Ranks that live and die together. Leaving the ``with`` block ends those that still run, and what they started.
 
-    A rank is signalled, waited for and killed with all that is in its session: what it has started, and what that has,
-    but for what calls setsid itself. It is not reaped before the group is: until then its number, and that of its
-    session, is its own, and whatever it left behind can be found and signalled without a race on every kernel.
+    The group signals, waits for and kills a rank with its whole session: all processes that descend from the rank,
+    except those that call setsid themselves. It reaps no rank before the group ends. Until then the rank's number and
+    that of its session stay its own, so that orphans can be found and signalled without a race on every kernel.
 
-    ``stop`` and ``send_signal`` are for any thread. One thread waits at a time, and others wait for it; in
-    one asyncio loop any number of tasks may. A signal handler may call all of it. A group that is garbage-collected
-    before it was closed is killed, with a ResourceWarning.
+    Any thread may call ``stop`` and ``send_signal``. One thread waits at a time, and others wait for it; in one asyncio
+    loop any number of tasks may wait. A signal handler may call every method. A group that is garbage-collected before
+    it was closed is killed, with a ResourceWarning.
 
     ``len(group)``, ``group[local_rank]`` and ``for rank in group`` are those of ``group.ranks``.
 
     Attributes:
         ranks: The Popen objects, in rank order.
-        files: Where each rank writes; None where they have this process's output.
-        job: What the ranks know of the job: their variables.
-        stop_asked: The signal and the grace of the last ``stop``; None while nobody has asked the ranks to end.
-        stacks: The looks at what the ranks of this attempt did, in order: by ``dump()``, and by the group itself where
-            ``launch`` was told to take them.
-        hung: The local ranks that stood still when ``on_hang`` ended this attempt; none while it has not.
-        tell_hang: Is called with the text of each hang; it is logged if nothing else is put here.
+        files: Where each rank writes; None where the ranks have this process's output.
+        job: What the ranks know about the job: their variables.
+        stop_asked: The signal and the grace of the last ``stop``; None until the ranks are asked to end.
+        stacks: The looks at what the ranks of this attempt did, in order: those of ``dump()``, and the group's own if
+            ``launch`` had ``stacks=True``.
+        hung: The local ranks that stood still when ``on_hang`` ended this attempt; empty if it has not.
+        tell_hang: A function, called with the text of each hang. The default logs it.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
             self._ending.ask(*self.stop_asked)
 
     def end_attempt(self) -> dict[int, str]:
-        """End what is left of ranks that have ended, before the next attempt: pid -> whose it is of what is stuck."""
+        """End what ended ranks left behind, before the next attempt. Returns what is stuck: pid -> its rank."""
         if stuck := self._ending.kill_and_reap(self._look):
             return stuck
         self._end_lines()
@@ -120,7 +120,7 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
     # ---- watching ---------------------------------------------------------------------------------------------------
 
     def poll(self) -> tuple[int | None, ...]:
-        """What each rank has ended with, as ``Popen.returncode``; None for those that run. Nothing is waited for."""
+        """Return what each rank ended with, as ``Popen.returncode``, or None for a rank that runs. Does not wait."""
         self._look(0)
         return tuple(self._watch.returncodes.get(number) for number in range(len(self.ranks)))
 
@@ -131,11 +131,11 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
             timeout: Seconds; None waits without end.
 
         Returns:
-            The numbers of those that have ended since the last look, in rank order. None of them means that the time
-            is over or that no rank is left.
+            The numbers of the ranks that have ended since the last look, in rank order. An empty list means that the
+            timeout is over or that no rank is left.
 
         Raises:
-            TimeoutError: A rank that was told to end, and then killed, does not end.
+            TimeoutError: A rank that was asked to end, and then killed, does not end.
         """
         end = until(timeout)
         while self._watch.running:
@@ -147,24 +147,24 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
     def wait(self, timeout: float | None = None, *, check: bool = False) -> tuple[int, ...]:
         """Wait until every rank has ended.
 
-        The first rank that fails ends the others: SIGTERM, and SIGKILL for what still runs after the group's grace;
-        unless the group was launched with ``keep_going``. With ``max_restarts`` all are started again then: ``ranks``,
-        ``files`` and ``job`` are those of the last attempt, and ``report`` has all. When the ranks have been told to
-        end, what they have started is waited for, too, until the grace is over: the rank may be a shell that ends
-        before the program that it runs.
+        When the first rank fails, the group ends the others, unless it was launched with ``keep_going``: it sends
+        SIGTERM, and after its grace SIGKILL to all that still runs. With ``max_restarts`` it then starts all ranks
+        again: ``ranks``, ``files`` and ``job`` are those of the last attempt, and ``report`` has every attempt. Once
+        the ranks were asked to end, the wait is also for the processes that they started, until the grace is over,
+        because a rank may be a shell that ends before the program that it runs.
 
         Args:
             timeout: Seconds; None waits without end.
-            check: Raise when a rank has ended with another returncode than 0.
+            check: Raise if a rank has ended with another returncode than 0.
 
         Returns:
-            What each ended with, as ``Popen.returncode``. Before Linux 6.15 a rank that somebody else has waited for
-            (os.waitpid(-1, ...), an ignored SIGCHLD) has ended with 0, as for ``Popen``: its status is lost.
+            What each rank ended with, as ``Popen.returncode``. Before Linux 6.15 this is 0 for a rank that other code
+            has reaped (os.waitpid(-1, ...), an ignored SIGCHLD), as for ``Popen``, because its status is lost.
 
         Raises:
-            TimeoutError: The time is over, or a killed rank does not end. It names the ranks.
+            TimeoutError: The timeout is over, or a killed rank does not end. The message names the ranks.
             RanksFailedError: A rank has failed, and ``check`` is true.
-            OSError: The ranks cannot be started again: as launch().
+            OSError: The ranks cannot be started again, as from launch().
         """
         end = until(timeout)
         while self.advance(left(end)):
@@ -183,7 +183,7 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
             timeout: Seconds to wait at most; None waits without end.
 
         Returns:
-            Whether ``wait`` would go on.
+            Whether there is something left to wait for.
 
         Raises:
             TimeoutError: A killed rank does not end.
@@ -200,10 +200,10 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
         return self._restarts is not None and self._restarts.after_end(self)
 
     def watch(self, descriptor: int) -> None:
-        """Have ``advance`` return when a descriptor is readable, too.
+        """Have ``advance`` also return when a descriptor is readable.
 
         Args:
-            descriptor: What select(2) and its like take; it stays the caller's.
+            descriptor: A file descriptor, as for select(2). The caller still owns it.
         """
         self._watch.add(descriptor)
         self._watched.append(descriptor)
@@ -227,14 +227,15 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
     # ---- ending -----------------------------------------------------------------------------------------------------
 
     def send_signal(self, sig: int, to: SignalTo = "session") -> None:
-        """Signal every rank, also those that have ended: their children may run. It is no request to end.
+        """Signal every rank, also those that have ended, because their children may run. This is no request to end.
 
         Args:
             sig: The signal.
             to: Which processes of each rank: all in its "session", its process "group", or the "rank" itself.
 
         Raises:
-            PermissionError: A rank may not be signalled: it runs as another user. All others have been.
+            PermissionError: A rank runs as another user, so that this process may not signal it. All others were
+                signalled.
         """
         self._check_owner()
         signal_ranks(self.ranks, sig, to=to)
@@ -253,33 +254,33 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
 
     @property
     def stopping(self) -> bool:
-        """Whether the ranks have been told to end."""
+        """Whether the ranks have been asked to end."""
         return self._ending.kill_at is not None
 
     @property
     def killing(self) -> bool:
-        """Whether those that still ran then have been killed, because they had not ended in time."""
+        """Whether ranks have been killed because they had not ended in time."""
         return self._ending.give_up_at is not None
 
     @property
     def kill_at(self) -> float | None:
-        """When those that still run are killed (time.monotonic()); None where they have not been told to end."""
+        """When the ranks that still run will be killed (time.monotonic()); None until they are asked to end."""
         return self._ending.kill_at
 
     @property
     def killed_at(self) -> float | None:
-        """When they were, on the same clock; None where they have not been."""
+        """When they were killed, on the same clock; None if they were not."""
         return self._ending.killed_at
 
     def stop(self, sig: int = signal.SIGTERM, grace: float | None = None) -> None:
         """Ask every rank to end, and return at once. A wait, then or later, kills what outlives the grace.
 
-        For any thread and for signal handlers, as ``send_signal``. ``signal_to`` of launch() says which processes
-        get it at once. What ignores ``sig``, as what a shell starts in the background ignores SIGINT, gets
-        SIGTERM when the ranks have ended.
+        Any thread and any signal handler may call it, like ``send_signal``. ``signal_to`` of launch() says which
+        processes get the signal at once. A process that ignores ``sig`` gets SIGTERM when the ranks have ended: what a
+        shell starts in the background ignores SIGINT, for example.
 
         Args:
-            sig: The signal that asks. What was stopped is continued, so that it can act on it.
+            sig: The signal that asks. Stopped processes are continued, so that they can act on it.
             grace: Seconds until SIGKILL; the group's own if left out. Asking again cannot make it longer.
 
         Raises:
@@ -290,15 +291,15 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
         self._ending.ask(sig, grace)
 
     def terminate(self, grace: float | None = None) -> None:
-        """End every rank and all that is in its session: SIGTERM, and SIGKILL in time. The ranks are reaped.
+        """End and reap every rank, with all that is in its session: SIGTERM, and SIGKILL after the grace.
 
-        An exception that interrupts it, as a second Ctrl-C does, comes when the ranks have been killed.
+        An exception that interrupts it, such as a second Ctrl-C, is raised once the ranks have been killed.
 
         Args:
-            grace: Seconds from one to the other; the group's own if left out.
+            grace: Seconds from SIGTERM to SIGKILL; the group's own if left out.
 
         Raises:
-            TimeoutError: A process does not end when it is killed. It is named, and its state.
+            TimeoutError: A killed process does not end. The message names the process and its state.
         """
         with Deferral(self._watch.ring) as deferred:
             self._terminate(deferred, grace)
@@ -316,7 +317,7 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
             self._kill()
 
     def kill(self) -> None:
-        """Kill every rank and all that is in its session, at once. The ranks are reaped.
+        """Kill every rank and all that is in its session, at once, and reap the ranks.
 
         Raises:
             TimeoutError: As from ``terminate``.
@@ -332,9 +333,9 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
             raise TimeoutError(name_stuck(stuck))
 
     def close(self) -> None:
-        """End what runs, as ``terminate``, and close descriptors, guard and cgroup. Harmless when done twice.
+        """End what runs, as ``terminate`` does, and close descriptors, guard and cgroup. Harmless when done twice.
 
-        A forked copy of this process (os.fork) that closes its copy of the group, or ends, does nothing to the ranks.
+        If a forked copy of this process (os.fork) closes its copy of the group, or ends, nothing happens to the ranks.
 
         Raises:
             TimeoutError: As from ``terminate``.
@@ -393,7 +394,7 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
                     self.stop()
             await self
         except BaseException:
-            self.kill()  # it was cancelled: no time is left for a grace, in which the loop would stand still
+            self.kill()  # it was cancelled: there is no grace, because the loop would stand still meanwhile
             raise
         finally:
             self.close()

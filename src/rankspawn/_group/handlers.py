@@ -1,7 +1,7 @@
 """``launch(handle_signals=True)``: SIGTERM and SIGHUP end the ranks, with their grace, and then this process.
 
-One handler serves all such groups. It runs in the main thread, whatever that is doing: in ``group.wait()``,
-in other Python code, in an asyncio loop. It closes the groups at once, gives the signal its default action back,
+One handler serves all such groups. It runs in the main thread, whatever that thread is doing: ``group.wait()``,
+other Python code, an asyncio loop. It closes the groups at once, gives the signal its default action back,
 and sends it to this process again.
 """
 
@@ -27,7 +27,7 @@ _came: int | None = None
 class SignalHold:
     """Holds both signals for one group, from before its first rank's start until close().
 
-    A signal that comes while the group is being started or closed is acted on right after that.
+    A signal that comes while the group is being started or closed takes effect right after that.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class SignalHold:
         return hold
 
     def give(self, group: RankGroup) -> None:
-        """From now on the signals end ``group``. Does not return if one has come already."""
+        """Have the signals end ``group`` from now on. Does not return if one has come already."""
         self._group = weakref.ref(group)
         if _came is not None and not _is_between():
             _end_all(_came)
@@ -66,7 +66,7 @@ class SignalHold:
         _holds.remove(self)
         if not _holds:
             for sig in _signals():
-                # Another thread than the main one may not. The handler does what the default action would.
+                # Only the main thread may do it. Elsewhere the handler does what the default action would.
                 with suppress(ValueError):
                     if signal.getsignal(sig) is _on_signal:
                         signal.signal(sig, signal.SIG_DFL)
@@ -77,7 +77,7 @@ class SignalHold:
 
     @property
     def is_between(self) -> bool:
-        """Whether the group is being started, also again, or closed, which is not to be interrupted."""
+        """Whether the group is being started, restarted or closed, which no signal may interrupt."""
         if self._group is None:
             return True
         group = self._group()

@@ -1,8 +1,8 @@
-"""``launch(hang_timeout=)``: notices that a whole job stands still, and says who stands where.
+"""``launch(hang_timeout=)``: notices that a whole job hangs, and says which rank stands where.
 
-Whoever waits for the group looks, a few times in each ``hang_timeout``; there is no thread. While ranks write lines, a
-look reads the sizes of their files; while they compute, also the CPU time of each rank. Only of a job that does neither
-are all processes of the machine read, and the stacks are taken of one that has done neither for ``hang_timeout``.
+A wait for the group looks a few times in each ``hang_timeout``; there is no thread. While ranks write lines, a look
+reads the sizes of their files; while they compute, also the CPU time of each rank. Only if a job does neither does a
+look read all processes of the machine, and only after ``hang_timeout`` does it take the stacks.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     OnHang = Literal["report", "end", "restart"]
 
 _LONGEST_PAUSE = 30.0
-"""Seconds between two readings of /proc at most, so that a hang is seen soon after a long ``hang_timeout``."""
+"""The most seconds between two readings of /proc, so that a hang is seen soon after a long ``hang_timeout``."""
 _LOOKS_APART = 2.0
-"""Seconds from the first to the second look at the stacks at most."""
+"""The most seconds from the first to the second look at the stacks."""
 _LITTLE = 0.01
 """The share of one CPU up to which a rank counts as idle: its threads may wake now and then to look at a clock."""
 
@@ -47,11 +47,11 @@ _ACTIONS = {
 
 
 class HangAsked(Frozen):
-    """What was asked of the watch.
+    """How to watch for hangs.
 
     Attributes:
         seconds: For how long nothing may move.
-        action: What is done then.
+        action: What to do about a hang.
     """
 
     seconds: float
@@ -59,7 +59,7 @@ class HangAsked(Frozen):
 
 
 def checked_hang(seconds: object, action: object, max_restarts: int) -> HangAsked | None:
-    """Look at ``hang_timeout`` and ``on_hang``; None where no watch was asked for.
+    """Check ``hang_timeout`` and ``on_hang``; None if neither was given.
 
     Raises:
         TypeError: ``seconds`` is no number.
@@ -88,12 +88,12 @@ class HangWatch:
     """Notices when the ranks of an attempt stand still.
 
     Args:
-        asked: For how long nothing may move, and what is done then.
+        asked: For how long nothing may move, and what to do about a hang.
         files: Where each rank writes, by local rank; None where they have the launcher's output.
         proc: Where procfs is mounted.
 
     Attributes:
-        action: What is done.
+        action: What to do about a hang.
         due: When to look next, in seconds of time.monotonic().
     """
 
@@ -118,7 +118,8 @@ class HangWatch:
             take: Takes the stacks of these.
 
         Returns:
-            Where nothing has for long, once until something moves again: how many seconds long, and two looks.
+            If nothing has moved for ``hang_timeout``: for how many seconds, and two looks at the stacks. It returns
+            this once, until something moves again; else None.
         """
         from .._stacks.still import at_a_debugger, attended, can_run, unmoved
 
@@ -128,7 +129,7 @@ class HangWatch:
         if self._has_moved(running, since):
             self._quiet, self._told = 0.0, False
             return None
-        # Where this process itself did not run, be it suspended, nobody knows what the ranks would have done.
+        # If this process itself did not run, because it was suspended for example, the ranks may not have run either.
         self._quiet += min(since, 2 * self._pause)
         if self._quiet < self._seconds or self._told:
             return None
@@ -187,7 +188,7 @@ class HangWatch:
         return {number: below[pid] for number, pid in running.items()}
 
     def _size(self, number: int) -> object:
-        """What changes with each line of a rank: its files' sizes; None where a stream of it goes to no file."""
+        """What changes with each line of a rank: its files' sizes; None if one of its streams goes to no file."""
         if self._files is None:
             return None
         found = []
@@ -206,8 +207,8 @@ class Hangs:
     """The part of a RankGroup that watches for a hang. The group makes the attributes.
 
     Attributes:
-        hung: The local ranks that stood still when ``on_hang`` ended the ranks; none while it has not.
-        tell_hang: Is called with a hang in words; it is logged if nothing else is put here.
+        hung: The local ranks that stood still when ``on_hang`` ended the ranks; empty if it has not.
+        tell_hang: A function, called with the text of a hang. The default logs it.
     """
 
     ranks: tuple[Popen, ...]
@@ -245,7 +246,7 @@ class Hangs:
         return None if self._hang_watch is None or self.stopping or not self._watch.running else self._hang_watch.due
 
     def _look_for_hang(self, due: float | None = None) -> float | None:
-        """Look where it is time, and do what was asked about a hang; the earlier of ``due`` and the next look."""
+        """Look if it is time, and do what ``on_hang`` says. Returns the earlier of ``due`` and the next look."""
         watch = self._hang_watch
         if watch is None or not passed(self._hang_due()) or not self._hang_lock.acquire(blocking=False):
             return sooner(due, self._hang_due())
@@ -277,7 +278,7 @@ class Hangs:
         self._hang_reason, self.stacks_at_failure = second.because, second
         with suppress(PermissionError):
             if action == "end":
-                self.stop()  # which leaves nothing to start again
+                self.stop()  # so that no restart follows
             else:
                 self._ending.ask(signal.SIGTERM, None)
 

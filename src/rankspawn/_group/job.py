@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 @public
 class Job(NamedTuple):
-    """What the ranks know of the job, by torchrun's names.
+    """What the ranks know about the job, by torchrun's names.
 
     Attributes:
         nprocs: Ranks on this machine.
-        master_port: The TCP port on which rank 0 listens. 0: a free one, which launch() finds; for one machine.
-        master_addr: The host on which it does.
+        master_port: The TCP port on which rank 0 listens. 0: launch() finds a free one, for a job on one machine.
+        master_addr: The host on which rank 0 listens.
         run_id: A name for the job.
         nnodes: How many machines there are.
-        node_rank: Which of them this is, from 0.
-        restart_count: Which start of the group this is, from 0.
+        node_rank: The number of this machine, from 0.
+        restart_count: The number of this start of the group, from 0.
         max_restarts: How many starts may follow the first.
-        role: What its ranks are for, in a word.
+        role: What its ranks are for, in one word.
     """
 
     nprocs: int
@@ -51,7 +51,7 @@ class Job(NamedTuple):
         """The variables of all ranks of this machine (torch.distributed.run has the names).
 
         Args:
-            env: What they inherit: where it has TORCH_NCCL_ASYNC_ERROR_HANDLING, that counts; else it is 1.
+            env: What the ranks inherit. Its TORCH_NCCL_ASYNC_ERROR_HANDLING is kept; without one it is 1.
         """
         local, world = str(self.nprocs), str(self.world_size)
         return {
@@ -72,5 +72,5 @@ class Job(NamedTuple):
         }
 
     def numbers(self) -> dict[str, int]:
-        """The variables that each rank has beside those, numbers that grow with the rank: name -> local rank 0's."""
+        """The variables of each rank whose values are numbers that grow with the rank: name -> local rank 0's value."""
         return {"RANK": self.first_rank, "LOCAL_RANK": 0, "ROLE_RANK": self.first_rank}

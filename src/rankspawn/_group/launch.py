@@ -72,89 +72,89 @@ def launch(
     progress: Callable[[Callable[[], int]], object] | None = None,
     warm: Template | Sequence[str] | bool | Literal["required"] = False,
 ) -> RankGroup:
-    """Start ``nprocs`` ranks at once, each in a session of its own and with torchrun's variables. All or nothing.
+    """Start ``nprocs`` ranks at once, each in a session of its own and with torchrun's variables: all of them, or none.
 
     Args:
-        args: The command of every rank, or a function that gives that of a local rank.
+        args: The command of every rank, or a function that takes a local rank and returns its command.
         nprocs: How many ranks.
-        numa: One of torch's modes, as for ``place``; "auto" binds each rank to its NUMA node where several nodes have
-            CPUs and each of these gets ranks, and is optional; "none" or None leaves the ranks unbound. OMP_NUM_THREADS
-            is each rank's share of the cores, unless ``env`` has it.
+        numa: One of torch's modes, as for ``place``. "auto" (the default) binds each rank to its NUMA node, if several
+            nodes have CPUs and each of these gets ranks; it starts ranks unbound where it cannot bind them. "none" or
+            None leaves the ranks unbound. OMP_NUM_THREADS is each rank's share of the cores, unless ``env`` has it.
         memory_policy: A mode or policy, as for ``place``.
         devices: As for ``place``: accelerators in local-rank order, empty for none; None looks for them.
         reserve_cores: As for ``place``: how many physical cores of the machine no rank gets.
         threads_per_core: As for ``place``: how many hardware threads of each core are used; None for all.
-        required: False starts a rank unbound where it cannot be placed or bound; a RuntimeWarning says the first, the
-            rank's ``binding_report`` the second. "auto" never requires.
-        bindings: Where each rank goes, instead; by local rank. OMP_NUM_THREADS is not touched.
-        env: What all ranks inherit; this process's environment if left out. The job's own variables are put over it:
-            one that you set in it to something else is a ValueError, since ``job`` is the place for it. What it has
-            from this process's environment is replaced.
-        rank_env: What each has beside it, and wins over all else; by local rank.
+        required: False starts a rank unbound if it cannot be placed (a RuntimeWarning says so) or bound (the rank's
+            ``binding_report`` says so). "auto" never requires a binding.
+        bindings: Instead of ``numa``, the binding of each rank, by local rank. OMP_NUM_THREADS is not touched.
+        env: What all ranks inherit; this process's environment if left out. The job's own variables
+            replace those of ``env``. If you set one of them in ``env`` to another value, launch raises ValueError,
+            because it belongs in ``job``. A value that ``env`` copied from this process's environment is replaced.
+        rank_env: The variables of each rank, by local rank. They win over all others.
         cwd: The directory that they start in.
         job: The whole job, for the ranks' variables; this machine alone, with a free port, if left out. As long as the
-            group lives, the port is held on the machine of rank 0: only processes that set SO_REUSEADDR, as torch's
+            group lives, it holds the port on the machine of rank 0: only processes that set SO_REUSEADDR, as torch's
             TCPStore does, can bind it.
         log_dir: A folder; each rank writes to ``attempt_N/LOCAL_RANK/stdout.log`` and ``stderr.log`` in it, as under
-            torchrun. As long as the group lives no other may write there: that is an OSError (EBUSY).
-        tee: True shows the lines that the ranks write to their log files here too; a text stream has them all written
-            to it, from another thread. Without ``log_dir`` the files are temporary ones.
-        tee_prefix: Stands before each of these lines; ``{rank}`` is the rank's number.
-        tee_ranks: Those of these ranks only.
-        capture_output: The ranks write to log files, for ``lines()`` of the group and for the text of a failure;
-            without ``log_dir`` to temporary ones.
-        on_line: Is called with each line that a rank writes, as a RankLine, by whoever waits for the group, in that
-            thread or asyncio loop, and by ``close``. The lines come from log files, as those of ``lines()``: a program
-            that waits late, or does not return soon, delays no rank. What it raises, the wait raises.
-        files: Instead of ``log_dir``, made by ``rank_files``.
-        stdin: Which ranks have this process's stdin: "all", as processes of subprocess have it, "none", or one by its
-            number in the job (RANK). The others have /dev/null. With "all", no rank sees what another has read.
-        die_with_parent: The kernel kills the ranks when this process ends, however it ends; None: where it can.
-        guard: A small process ends, when this process has been killed, also what the ranks have started; None: where
-            it can, and ``die_with_parent`` is not False. Where it has been killed itself, whoever waits for the group
-            gets a RuntimeWarning.
-        cgroup: A delegated directory of cgroup v2. The ranks are born in a cgroup made in it, which ends with the
-            group, whatever session its processes have moved to; a guard is on, too.
-        max_restarts: How often all ranks are started again after a failure, on another port where ``job`` has none,
-            by whoever waits for the group. The logger "rankspawn" has a warning then, with what failed.
-        keep_going: A rank that fails does not end the others.
-        grace: From SIGTERM to SIGKILL, in seconds; 30 if left out.
-        signal_to: What is signalled first when ranks are to end: all in a rank's "session", its process "group",
-            or the "rank" itself. The rest of its session follows when the rank has ended, or half of the grace has
-            gone. The default signals all at once, as a terminal and Slurm do: no program has less than the whole grace,
-            whatever shell or wrapper it runs under. A rank that needs its helpers to come to its end, as a training
-            loop needs the batches of its forked data loader, wants "rank".
-        handle_signals: SIGTERM and SIGHUP, where their action is the default, end the ranks with their grace, and then
-            this process, by that signal; until the group is closed. For the main thread. Without it they end this
-            process at once, and its ranks are killed with it. The default is False, because a program's signals are its
-            own: it dies then without a look at its ``finally`` blocks, as without us, but seconds later.
-        stacks: Look at what ranks do before they are ended that did not fail themselves: when another has failed, when
-            a TimeoutError leaves the ``with`` block, and before SIGKILL. ``RankGroup.dump`` says how; ``stacks`` of the
-            group, the report and the text of a failure have what was seen. A look takes two seconds at most, in which
-            the caller waits, also in asyncio; therefore it is not the default here. On Linux.
-        hang_timeout: Seconds after which a job hangs in which no rank has written a line or used CPU time, but for one
-            percent of a CPU: the stacks are taken twice, and a line in the log of "rankspawn" (``RankGroup.tell_hang``)
-            has what stands still, as ``stacks.txt`` and the report do. Not while a rank is stopped, a debugger holds
-            it, or it reads from a terminal. Lines are seen in log files; of a rank without, all that it writes
-            anywhere counts. Whoever waits for the group looks. On Linux.
-        on_hang: What is done then. "report": the ranks run on, and the next hang is said when something has moved in
-            between. "end": the ranks are ended, and those that stood still have failed. "restart": as after a failure,
-            with ``max_restarts``.
-        temporary: A folder that this process removes in the end, with its ``files``; the guard does if it is killed.
-        progress: Is called before the first start with a function that tells, in any thread, how many have been
-            started.
-        warm: Ranks are forked from a process that has imported these modules, instead of importing them each; True:
-            what the script imports at its top. A ``Template`` keeps that process for other launches. What cannot be
-            started so is started as ever, and a RuntimeWarning says why; with "required", or a ``Template`` that is
-            ``required``, that is a RuntimeError.
+            torchrun. As long as the group lives, a second group that wants the same folder gets an OSError (EBUSY).
+        tee: True also shows the lines of the ranks' log files in this process's output. With a text stream, another
+            thread writes all lines to that stream. Without ``log_dir`` the log files are temporary.
+        tee_prefix: The text before each of these lines; ``{rank}`` is the rank's number.
+        tee_ranks: Show only the lines of these ranks; None shows all.
+        capture_output: True has the ranks write to log files, for ``lines()`` of the group and for the text of a
+            failure. Without ``log_dir`` the files are temporary.
+        on_line: A function that is called with each line that a rank writes, as a RankLine. A wait for the group calls
+            it, in its thread or asyncio loop, and so does ``close``. The lines come from log files, as those of
+            ``lines()``, so that a slow function delays no rank. The wait raises what the function raises.
+        files: Instead of ``log_dir``, the files that ``rank_files`` made.
+        stdin: Which ranks have this process's stdin: "all" (the default, as in subprocess), "none", or the number of
+            one rank in the job (RANK). The others have /dev/null. With "all", no rank sees what another has read.
+        die_with_parent: The kernel kills the ranks when this process ends, however it ends. None: if the system can.
+        guard: If this process is killed, a small process, the guard, also ends the processes that the ranks started, so
+            that no orphan is left. None: if the system can, and ``die_with_parent`` is not False. If the guard itself
+            is killed, a wait for the group issues a RuntimeWarning.
+        cgroup: A delegated directory of cgroup v2. The ranks are born in a new cgroup below it. The group ends every
+            process of that cgroup, whatever session it has moved to; a guard does if this process is killed.
+        max_restarts: How often a wait for the group starts all ranks again after a failure, on a new port unless
+            ``job`` has one. The logger "rankspawn" then gets a warning that says what failed.
+        keep_going: True leaves the other ranks alone when one fails.
+        grace: Seconds from SIGTERM to SIGKILL; 30 if left out.
+        signal_to: Which processes are signalled first when ranks are to end: all in a rank's "session" (the default),
+            its process "group", or the "rank" itself. The rest of its session gets the signal when the rank has ended,
+            or when half of the grace is over. The default signals all at once, as a terminal and Slurm do: every
+            program has the whole grace, whatever shell or wrapper it runs under. Choose "rank" if a rank needs its
+            helpers until it ends, as a training loop needs the batches of its forked data loader.
+        handle_signals: Until the group is closed, SIGTERM and SIGHUP end the ranks with their grace, and then this
+            process, by that signal, if their action was the default. Needs the main thread. Without it the signals end
+            this process at once, and the ranks are killed with it. The default is False, because a program's signals
+            are its own: it then dies without running its ``finally`` blocks, as without rankspawn, but seconds later.
+        stacks: Look at the stacks of ranks that did not fail before the group ends them: when another rank has failed,
+            when a TimeoutError leaves the ``with`` block, and before SIGKILL. ``RankGroup.dump`` says how; ``stacks``
+            of the group, the report and the text of a failure have the result. The default is False, because a look
+            takes up to two seconds in which the caller waits, also in asyncio. On Linux.
+        hang_timeout: A job hangs if for so many seconds no rank has written a line or used more than one percent of a
+            CPU. The stacks are then taken twice, and the log of "rankspawn" (``RankGroup.tell_hang``), ``stacks.txt``
+            and the report say what stands still. A job does not count as hung while a rank is stopped, a debugger holds
+            it, or it reads from a terminal. Lines are seen in log files; for a rank without one, every write counts. A
+            wait for the group does the looking. On Linux.
+        on_hang: What the group does about a hang. "report" (the default): the ranks run on, and the next hang is
+            reported once something has moved in between. "end": the group ends the ranks, and those that stood still
+            count as failed. "restart": the group restarts the ranks as after a failure, with ``max_restarts``.
+        temporary: A folder, with ``files`` in it, that this process removes at the end; the guard does if it is killed.
+        progress: A function, called before the first start. Its argument is a function that returns, in any thread, how
+            many ranks have been started.
+        warm: Fork the ranks from a process that has imported these modules, so that each rank need not import them.
+            True takes the modules that the script imports at its top. A ``Template`` keeps that process for other
+            launches. A rank that cannot be forked is executed as usual, and a RuntimeWarning says why; with "required",
+            or with a ``Template`` that is ``required``, launch raises RuntimeError instead.
 
     Raises:
-        OSError: What Popen raises, with the rank's number in ``rank`` and in the message, after the ranks that were
-            started have been killed and reaped. EMFILE: there is not a free descriptor for each rank; this process's
-            limit is not raised here.
-        PlacementError: No placement can be made.
-        TypeError: An argument has the wrong type: its message has the argument's name, and what is expected.
-        ValueError: Arguments do not fit.
+        OSError: What Popen raises, with the rank's number in ``rank`` and in the message. The ranks that were started
+            have been killed and reaped by then. EMFILE: there is not a free descriptor for each rank; launch does not
+            raise this process's limit.
+        PlacementError: The ranks cannot be placed on this machine.
+        TypeError: An argument has the wrong type: the message names the argument and says what is expected.
+        ValueError: Arguments do not fit each other.
     """
     called_ns = time.monotonic_ns()
     nprocs = number_of_ranks(nprocs)
@@ -224,7 +224,7 @@ def launch(
             hang=hang,
         )
         if template is not None and not template.lasts and not max_restarts:
-            template.close()  # what was forked from it does not need it
+            template.close()  # the ranks that were forked from it do not need it
         if signals is not None:
             signals.give(group)
         return group

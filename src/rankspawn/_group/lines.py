@@ -1,4 +1,4 @@
-"""What the ranks of a group write, line by line: for a function, for a loop, and for one in asyncio."""
+"""What the ranks of a group write, line by line: for a function, a loop, or a loop in asyncio."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class Lined:
         def _hang_due(self) -> float | None: ...
 
     def lines(self) -> Lines:
-        """The lines that the ranks write, from the first on: ``for line in group.lines()``, or ``async for``.
+        """Iterate over the lines that the ranks write: ``for line in group.lines()``, or ``async for``.
 
-        The loop does what ``wait`` and ``await group`` do, and ends when they would and no line is left. For a group
-        whose ranks have log files: it was launched with ``log_dir``, ``tee``, ``capture_output`` or ``on_line``.
+        The loop does what ``wait`` and ``await group`` do, and ends when they would return and no line is left. The
+        ranks need log files: launch them with ``log_dir``, ``tee``, ``capture_output`` or ``on_line``.
 
         Returns:
             RankLine objects, each with ``rank``, ``stream`` and ``text``; those of one stream are in their order.
 
         Raises:
-            ValueError: The ranks write where this process writes.
+            ValueError: The ranks have no log files, because they write to this process's output.
             TimeoutError: In the loop, a killed rank does not end.
             OSError: In the loop, a file cannot be read.
         """
@@ -85,7 +85,7 @@ class Lined:
                 self._on_line(line)
 
     def _end_lines(self) -> None:
-        """Give ``on_line`` the rest, now that the ranks have ended; loops over ``lines()`` may go on with theirs."""
+        """Give ``on_line`` the rest, because the ranks have ended. Loops over ``lines()`` may continue."""
         for loop in self._loops:
             loop.readers[-1].end()
         reader: LineReader | None
@@ -127,7 +127,7 @@ class Lines:
 
 
 class Loop:
-    """The readers of one loop over the lines: of the attempt that it has come to, and of those begun since."""
+    """The readers of one loop over the lines: one for the attempt that it is at, and one for each later attempt."""
 
     def __init__(self, reader: LineReader) -> None:
         self.readers = [reader]
@@ -137,7 +137,7 @@ class Loop:
         return self.readers[0].due
 
     def read(self) -> list[RankLine]:
-        """The next lines; none where there are none now."""
+        """The next lines; empty if there are none now."""
         while not (found := self.readers[0].read()) and len(self.readers) > 1:
             self.readers.pop(0).close()
         return found

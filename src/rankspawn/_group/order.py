@@ -35,12 +35,12 @@ class Started(NamedTuple):
 
     Attributes:
         job: What they know of the job.
-        called_ns: CLOCK_MONOTONIC when the attempt was asked for.
+        called_ns: CLOCK_MONOTONIC when the attempt was ordered.
         ranks: The processes, by local rank.
         files: Where each writes; None where they have this process's output.
-        cgroup: Where they were born.
-        guard: What ends, when this process has been killed, what they have started.
-        templates: What they were forked from, for the report.
+        cgroup: The cgroup that they were born in.
+        guard: The process that ends what the ranks started if this process is killed.
+        templates: The templates that they were forked from, for the report.
     """
 
     job: Job
@@ -57,23 +57,23 @@ class Order(Frozen):
 
     Attributes:
         commands: What each rank runs.
-        bindings: Where each goes.
-        omp_threads: OMP_NUM_THREADS of each; None leaves it alone.
-        env: As the argument of launch(), and all below.
+        bindings: The binding of each.
+        omp_threads: OMP_NUM_THREADS of each; None does not set it.
+        env: As the argument of launch(), like all below.
         rank_env: What each rank has beside it.
         cwd: The directory.
         log_dir: The folder.
-        files: Instead of it.
-        tee: Whether lines are shown, or the stream that shows them.
+        files: The files, instead of the folder.
+        tee: Whether to show lines, or the stream to show them on.
         tee_prefix: What stands before each.
         tee_ranks: Whose lines; None for all.
-        die_with_parent: None where it was not given, as for the others below.
+        die_with_parent: None if it was not given, as for the others below.
         guard: Whether there is a guard.
         cgroup: The delegated cgroup.
         temporary: A folder that the guard removes.
-        progress: Is called before the first start.
-        template: What ranks are forked from; None where they are executed.
-        captures: Whether ranks have log files in any case.
+        progress: A function, called before the first start.
+        template: The Template that ranks are forked from; None if they are executed.
+        captures: Whether ranks have log files even without a folder.
         stdin: Which ranks have this process's stdin.
     """
 
@@ -103,8 +103,8 @@ class Order(Frozen):
         Args:
             job: What they know of the job.
             called_ns: CLOCK_MONOTONIC when it was asked for.
-            resources: Gets what has to be closed when the ranks have ended, whatever becomes of the start.
-            ranks: An empty list, as of start_ranks(): at every moment it has the processes that must not be lost.
+            resources: Gets what must be closed when the ranks have ended, also if the start fails.
+            ranks: An empty list, as for start_ranks(): at every moment it has the processes that must not be lost.
 
         Raises:
             OSError: As launch(); ranks that were started have been killed and reaped.
@@ -140,7 +140,7 @@ class Order(Frozen):
         return [(stdin, of_rank.stdout, of_rank.stderr) for stdin, of_rank in zip(stdins, files, strict=True)]
 
     def _prepare(self, job: Job, resources: ExitStack) -> tuple[Any, ...]:
-        """Open what the ranks need, and hold it by ``resources``."""
+        """Open what the ranks need. ``resources`` closes it."""
         job, held = hold_port_of(job)
         if held is not None:
             resources.enter_context(held)
@@ -162,7 +162,7 @@ class Order(Frozen):
         return job, files, shared, own, guard, cgroup
 
     def _files(self, job: Job, resources: ExitStack) -> tuple[Sequence[RankFiles] | None, LogFolder | None]:
-        """Where each rank writes, and the temporary folder of it, which goes with ``resources``."""
+        """Where each rank writes, and the temporary folder of these files, which ``resources`` removes."""
         if self.files is not None or not (self.captures or self.tee or self.log_dir is not None):
             return self.files, None
         from .._output.logs import LogFolder, claimed, rank_files
@@ -177,7 +177,7 @@ class Order(Frozen):
     def _variables(
         self, job: Job, files: Sequence[RankFiles] | None
     ) -> tuple[dict[str, str], list[dict[str, Any]] | None]:
-        """What all ranks have beside ``env``, and by local rank its own variables, if any, but for numbers."""
+        """The variables that all ranks have beside ``env``, and by local rank its own ones, except numbers."""
         env = os.environ if self.env is None else named_by_text(self.env)
         shared = job.environment(env)
         errors: list[dict[str, Any]] = [{"TORCHELASTIC_ERROR_FILE": of_rank.error} for of_rank in files or ()]
@@ -243,5 +243,5 @@ def _make_cgroup(resources: ExitStack, parent: str | os.PathLike[str], name: str
 
 
 def _can_die_with_parent() -> bool:
-    """Whether the kernel can be asked to kill the ranks with this process: by the engine, on Linux."""
+    """Whether the kernel can kill the ranks when this process ends: with the engine, on Linux."""
     return sys.platform == "linux" and bool(mechanisms())

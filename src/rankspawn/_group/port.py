@@ -13,13 +13,13 @@ def check_local(address: str) -> None:
     """Check that a process of this machine can listen at an address.
 
     Args:
-        address: A number of IPv4 or IPv6, or a name.
+        address: An IPv4 or IPv6 address, or a host name.
 
     Raises:
-        OSError: It is no address of this machine.
+        OSError: The address is not one of this machine's.
     """
     if address.replace(".", "").isdecimal():
-        # A number of IPv4 needs no look-up, which takes as long as half a rank.
+        # An IPv4 address needs no look-up, which would take as long as starting half a rank.
         with suppress(OSError), socket.socket(socket.AF_INET) as probe:
             probe.bind((address, 0))
             return
@@ -35,15 +35,15 @@ def check_local(address: str) -> None:
 
 
 def hold_port(port: int = 0) -> socket.socket:
-    """Take a port of all addresses of this machine, so that nobody but a listener that expects a holder gets it.
+    """Hold a port on all addresses of this machine, so that only a listener that sets SO_REUSEADDR gets it.
 
     The socket is bound with SO_REUSEADDR and does not listen. Linux gives its port to no other process that asks for a
     free one, or that connects, and refuses it to a plain bind(2). A process that sets SO_REUSEADDR, as torch's TCPStore
-    and nearly all servers do, can bind it and listen. Other systems have no such way: there the port is found, and
-    nobody holds it.
+    and nearly all servers do, can bind it and listen. Other systems have no such way: there the port is found,
+    but not held.
 
     Args:
-        port: Which; 0 for a free one.
+        port: Its number; 0 for a free one.
 
     Returns:
         The socket; closing it gives the port back.
@@ -76,14 +76,14 @@ def _bound(held: socket.socket, address: str, port: int) -> socket.socket:
 
 
 def hold_port_of(job: Job) -> tuple[Job, socket.socket | None]:
-    """Hold the port of a job, if its rank 0 is one of this machine's.
+    """Hold the port of a job, if its rank 0 runs on this machine.
 
     Args:
-        job: With the port 0 for a free one.
+        job: The job; its port 0 means a free one.
 
     Returns:
-        The job, with the number of the port, and the socket that holds it. None: another machine has rank 0, or the
-        port that the job names is taken, which rank 0 will say better.
+        The job, with the number of the port, and the socket that holds it. The socket is None if another machine has
+        rank 0, or if the port that the job names is taken: rank 0 reports that better.
 
     Raises:
         OSError: No port is free, or the address is not this machine's and no port was given.

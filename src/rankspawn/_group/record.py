@@ -1,4 +1,4 @@
-"""The files of a job's report and drawing; and what they are made of, where there are ranks and no group."""
+"""Writes the files of a job's report and drawing, and records what they need where ranks have no group."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def write_attempts(
         run_id: The job's name.
         report: The file for the report; None for none.
         timeline: The file for the drawing; None for none.
-        interrupt: A descriptor; once it is readable, the reader of a FIFO is not waited for.
-        first: Whether more will be known: pipes and the like are left out then, because their reader would get two.
+        interrupt: A descriptor; once it is readable, the write does not wait for the reader of a FIFO.
+        first: Whether a later report follows: pipes and the like are left out then, because their reader would get two.
 
     Raises:
         OSError: A file cannot be written.
@@ -80,7 +80,7 @@ class Record:
         self._effective = {number: one.effective or one.at_birth(inherited) for number, one in enumerate(reports)}
 
     def end(self, watch: Watch, collected: Mapping[int, tuple[tuple[Any, ...], bool]]) -> None:
-        """Note that the attempt has ended, and what the ranks used that were collected, as reap() returns it."""
+        """Note that the attempt has ended, and what the reaped ranks used, as reap() returns it."""
         from .._output.report import attempt
 
         if not self._ranks:
@@ -100,7 +100,7 @@ class Record:
         self._ranks = ()
 
     def write(self) -> None:
-        """Write the files, where a rank was started. Raises OSError where one cannot be written."""
+        """Write the files if a rank was started. Raises OSError if a file cannot be written."""
         if self._attempts:
             report, timeline = self.files
             write_attempts(

@@ -1,4 +1,4 @@
-"""What a group can say of its ranks: who they are, how they ended, why they failed, and a report of it all."""
+"""What a group knows about its ranks: their pids, how they ended, why they failed, and a report of it all."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _REQUESTS = {
     code for sig in ("SIGINT", "SIGTERM", "SIGHUP") if (n := getattr(signal, sig, 0)) for code in (-n, 128 + n)
 }
-"""How a rank ends that somebody has asked to, or the shell that reports so."""
+"""The returncodes of a rank that was asked to end, or of a shell that reports so."""
 
 _MOMENT = 0.25  # seconds
 
@@ -37,11 +37,11 @@ class Reporting:
     """The part of a RankGroup that changes nothing. The group makes the attributes.
 
     Attributes:
-        ranks: As of the group, and the two below.
+        ranks: As in RankGroup, like the two below.
         files: Where each rank writes.
-        job: What the ranks know of the job.
-        stacks: The looks at what the ranks did: by ``dump()``, and by the group itself where ``launch`` was told to.
-        stacks_at_failure: The one of them that was taken when the first rank had failed; None while there is none.
+        job: What the ranks know about the job.
+        stacks: The looks at what the ranks did: those of ``dump()``, and the group's own with ``launch(stacks=True)``.
+        stacks_at_failure: The look that was taken when the first rank had failed; None if there is none.
     """
 
     ranks: tuple[Popen, ...]
@@ -98,12 +98,12 @@ class Reporting:
 
     @property
     def returncodes(self) -> dict[int, int]:
-        """What the others ended with, by number, as ``Popen.returncode``."""
+        """What the ended ranks ended with, by number, as ``Popen.returncode``."""
         return dict(self._watch.returncodes)
 
     @property
     def first_failure(self) -> int | None:
-        """The rank that was the first to be seen to fail, or that stood still in a hang that was ended; else None."""
+        """The first rank that was seen to fail, or one that stood still in a hang that was ended; else None."""
         return self.hung[0] if self.hung else self._watch.first_failure
 
     def pids(self) -> tuple[int, ...]:
@@ -111,7 +111,7 @@ class Reporting:
         return tuple(rank.pid for rank in self.ranks)
 
     def failures(self) -> list[Failure]:
-        """The ranks that have failed, with what is known of each; first the one whose failure came first."""
+        """The ranks that have failed, with what is known of each; the first to fail comes first."""
         if self.first_failure is None:
             return []
         from .._output.failure import failures
@@ -134,7 +134,7 @@ class Reporting:
         return {**self._why, **dict.fromkeys(self.hung, self._hang_reason)}
 
     def _look_for_deaths(self, timeout: float | None, cgroup: str | None) -> list[int]:
-        """Look who has ended, and why, while the kernel still knows it.
+        """See which ranks have ended, and why, while the kernel still knows it.
 
         What is counted before any rank dies is read when the ranks have lived a moment, so that it costs short jobs
         nothing; until then no look is longer than that.
@@ -147,7 +147,7 @@ class Reporting:
                 self._deaths = self._new_deaths(cgroup)
         ended = self._watch.look(timeout)
         codes = {number: code for number in ended if (code := self._watch.returncodes[number])}
-        if codes and not sys.is_finalizing():  # then nothing can be imported, and nobody will ask
+        if codes and not sys.is_finalizing():  # while finalizing, nothing can be imported, and no caller will ask
             if self._deaths is None:
                 self._deaths = self._new_deaths(cgroup, counts=not {-9, 137}.intersection(codes.values()))
             sent = self._ending.sent
@@ -161,23 +161,24 @@ class Reporting:
         return Deaths(self._called_ns, cgroup, counts=counts)
 
     def dump(self, seconds: float = 2.0, *, because: str = "asked for") -> Stacks:
-        """Look at what every rank does now, and what they have started, from outside; no process gets a signal.
+        """Take the stacks of all ranks and of what they started, from outside: no process gets a signal.
 
-        Python frames are read by the standard library where rank and launcher run the same version of Python, 3.14 or
-        newer, else by py-spy (``pip install "rankspawn[stacks]"``); of everything else it is what the kernel says.
-        Where ranks have log files, the text is added to ``attempt_N/stacks.txt`` beside their folders.
+        The standard library reads Python frames if rank and launcher run the same version of Python, 3.14 or newer;
+        else py-spy does (``pip install "rankspawn[stacks]"``). For everything else the look has what the kernel says.
+        If ranks have log files, the text is appended to ``attempt_N/stacks.txt`` beside their folders.
 
         Args:
             seconds: How long it may take.
-            because: Why, in words, for those who read it.
+            because: The reason for the look, in words; it is part of the text.
 
         Returns:
-            ``str()`` of it is the text, and ``folded`` one line of it. ``stacks`` and ``report()`` keep it.
+            The look: ``str()`` of it is the whole text, and ``folded`` is one line. ``stacks`` and ``report()`` keep
+            it.
         """
         return self._take_stacks(because, seconds=seconds)
 
     def _look_after_failure(self, first: int) -> None:
-        """Look at the others, unless the first was asked to end from outside, which says nothing of the others."""
+        """Look at the others, unless the first was asked to end from outside, which says nothing about the others."""
         if self.stacks_at_failure is None and self.returncodes[first] not in _REQUESTS:
             because = f"rank {self.job.first_rank + first} has failed"
             self.stacks_at_failure = self._take_stacks(because, running=True)
@@ -207,10 +208,10 @@ class Reporting:
         self.stacks.append(found)
 
     def check(self) -> None:
-        """Raise if a rank has been seen to fail: after ``await group``, or between looks of one's own.
+        """Raise if a rank has been seen to fail. Call it after ``await group``, or between looks in a loop of your own.
 
         Raises:
-            RanksFailedError: With all that have failed so far, and its text says who and why.
+            RanksFailedError: It has all ranks that have failed so far, and its text says which, how and why.
         """
         if self.first_failure is not None:
             from .._output.failure import RanksFailedError
@@ -219,10 +220,10 @@ class Reporting:
             raise RanksFailedError(failed, self.ranks[failed[0].local_rank].args)
 
     def report(self) -> GroupReport:
-        """What was asked, what took effect, when each rank started and ended, and what it used, as plain data.
+        """Report what was asked, what took effect, when each rank started and ended, and what it used, as plain data.
 
-        What a rank is bound to can be read while it runs only: the first report, or ``note_effective``, keeps it. Of a
-        rank that has ended by then, the report has what it was born with.
+        The binding of a rank can be read only while the rank runs: the first report, or ``note_effective``, keeps it.
+        For a rank that has ended before, the report has the binding that it was born with.
         """
         from .._output.report import group_report
 
@@ -235,7 +236,7 @@ class Reporting:
         """Draw the report: a row for each rank, with its start, its run, its end and its binding.
 
         Returns:
-            The text of an SVG file. A notebook shows it as a picture.
+            The text of an SVG file, which a notebook shows as a picture.
         """
         from .._output.timeline import timeline_svg
 
@@ -261,7 +262,7 @@ class Reporting:
     def note_effective(self) -> None:
         """Read from the kernel what each running rank is bound to, for ``report``.
 
-        Of a rank that has ended before the first look, it is what the rank was born with.
+        For a rank that has ended before the first look, it is the binding that the rank was born with.
         """
         running = self._watch.running.copy()
         for number, rank in enumerate(self.ranks):

@@ -1,4 +1,4 @@
-"""``launch(max_restarts=)``: after a failure all ranks of a group are started again."""
+"""``launch(max_restarts=)``: starts all ranks of a group again after a failure."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Restarts:
         start: Starts the ranks of a job: ``Order.start``.
         resources: What holds the ranks of the present attempt.
         new_port: Whether each attempt has a port of its own.
-        done: Called with the group after each restart: ``handle_signals`` acts then on a signal that came meanwhile.
+        done: Called with the group after each restart, so that ``handle_signals`` handles a signal that came meanwhile.
 
     Attributes:
         is_active: Whether a restart is being made.
@@ -71,10 +71,10 @@ class Restarts:
         return bool(self._thread)
 
     def after_end(self, group: Group) -> bool:
-        """Start the ranks again if one has failed and the job may; whether there are ranks to wait for.
+        """Start the ranks again if one has failed and a restart is left. Returns whether there are ranks to wait for.
 
         Raises:
-            OSError: As launch(). It is not tried again.
+            OSError: As launch(). There is no other try.
             TimeoutError: A killed process of the last attempt does not end.
         """
         if self._thread == get_ident():
@@ -99,7 +99,7 @@ class Restarts:
         return True
 
     def postpone_close(self) -> bool:
-        """Whether the group is closed later, because this is a signal handler in the middle of a restart."""
+        """Whether to close the group later, because this is a signal handler in the middle of a restart."""
         if self._thread == get_ident():
             self._closes = True
             return True
@@ -127,7 +127,7 @@ class Restarts:
 
 
 def _log(failures: list[Failure], job: Job) -> None:
-    """Say what the command says then. Without handlers, the module logging prints it to stderr."""
+    """Log what the command prints about a restart. Without handlers, the module logging prints it to stderr."""
     import logging
 
     from .._output.failure import describe

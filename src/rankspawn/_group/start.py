@@ -37,15 +37,15 @@ def start_ranks(
     progress: Callable[[Callable[[], int]], object] | None = None,
     template: Template | None = None,
 ) -> None:
-    """Start a rank for each of ``commands``, each in a session of its own, by as many threads as make it faster.
+    """Start a rank for each of ``commands``, each in a session of its own, with as many threads as make it faster.
 
     Args:
         ranks: An empty list. It holds all the Popen objects before the first of them is started, so that the
             code that catches an exception can end them.
         commands: What each runs.
         env: The variables that all inherit; None is the caller's environment.
-        rank_env: By rank, its own variables, which win over all others.
-        shared: What all have beside ``env``.
+        rank_env: By rank, its own variables, which replace all others.
+        shared: The variables that all have beside ``env``.
         numbered: Variables whose value is a number that grows with the rank, as RANK's does: name -> the first rank's.
         bindings: By rank.
         streams: By rank, stdin, stdout and stderr as Popen takes them, but for PIPE.
@@ -56,13 +56,13 @@ def start_ranks(
             runs; -1 for none.
         progress: Called once, before the first start, with a function that any thread may call to ask how many ranks
             have been started so far.
-        template: What ranks are forked from, instead of executed: a warm start.
+        template: The Template that ranks are forked from instead of executed: a warm start.
 
     Raises:
         OSError: What Popen raises when one cannot be started, with the rank in front of its text and as its attribute
-            ``rank``. Those that were started have been killed then, with their sessions, and reaped; ``ranks`` is
-            empty, but for what did not end: this process may not kill it (a set-user-ID program), or it cannot be
-            killed.
+            ``rank``. The ranks that were started have been killed by then, with their sessions, and reaped;
+            ``ranks`` keeps only those that do not end, because this process may not kill them (a set-user-ID program),
+            or nothing can.
     """
     made: list[RankProcess] = []
     variables = RankVariables(env, [{}] * len(commands) if rank_env is None else rank_env, shared, numbered)
@@ -104,7 +104,7 @@ def start_ranks(
 
 
 def _start_alone(ranks: list[RankProcess], variables: RankVariables, guard: int, **keywords: Any) -> None:
-    """Start what the engine could not, one by one."""
+    """Start the ranks that the engine could not start, one by one."""
     for number, rank in enumerate(ranks):
         if not rank._child_created:
             try:
@@ -117,7 +117,7 @@ def _start_alone(ranks: list[RankProcess], variables: RankVariables, guard: int,
 
 
 def _start_some(ranks: list[RankProcess], variables: RankVariables, some: Sequence[int], **options: Any) -> bool:
-    """Start those of the ranks by the engine; whether it could start them all."""
+    """Start these ranks by the engine. Returns whether it could start them all."""
     try:
         return start_by_engine([ranks[number] for number in some], variables.some(some), **options)
     except Exception as error:
@@ -135,14 +135,14 @@ def _homes(bindings: Sequence[Binding | None]) -> list[int | None]:
 
 
 def chosen_template(warm: Template | Sequence[str] | bool | Literal["required"], *, lasts: bool) -> Template | None:
-    """Find what ranks are forked from: a template of the caller's, or a new one; None where ranks are executed.
+    """Find the Template that ranks are forked from: the caller's, or a new one; None if ranks are executed.
 
     Args:
         warm: The argument of launch().
-        lasts: Whether a new one is for several starts.
+        lasts: Whether a new Template serves several starts.
 
     Raises:
-        TypeError: ``warm`` is something else.
+        TypeError: ``warm`` has another type.
     """
     if warm is False or warm is None:
         return None

@@ -1,4 +1,4 @@
-"""Groups that nobody has closed: killed when they are garbage-collected, or when the interpreter ends."""
+"""Groups that were not closed: they are killed when they are garbage-collected, or when the interpreter ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _open: weakref.WeakSet[Owned] = weakref.WeakSet()
 
 
 class Owned:
-    """The part of a RankGroup that knows whose it is, and whether it has been closed."""
+    """The part of a RankGroup that knows which process owns it, and whether it has been closed."""
 
     _owner: int
     _is_over: bool
@@ -54,7 +54,7 @@ class Owned:
 
 @atexit.register
 def _end_open_groups() -> None:
-    """What a daemon thread or a global variable has not closed."""
+    """Close the groups that a daemon thread or a global variable still holds."""
     for group in [*_open]:
         with suppress(OSError):  # a process that does not end
             group.__del__()
