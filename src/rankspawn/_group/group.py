@@ -56,8 +56,7 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
         files: Where each rank writes; None where the ranks have this process's output.
         job: What the ranks know about the job: their variables.
         stop_asked: The signal and the grace of the last ``stop``; None until the ranks are asked to end.
-        stacks: The looks at what the ranks of this attempt did, in order: those of ``dump()``, and the group's own if
-            ``launch`` had ``stacks=True``.
+        stacks: The looks at what the ranks of this attempt did, in order: by ``dump()`` and ``launch(stacks=True)``.
         hung: The local ranks that stood still when ``on_hang`` ended this attempt; empty if it has not.
         tell_hang: A function, called with the text of each hang. The default logs it.
     """
@@ -149,9 +148,8 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
 
         When the first rank fails, the group ends the others, unless it was launched with ``keep_going``: it sends
         SIGTERM, and after its grace SIGKILL to all that still runs. With ``max_restarts`` it then starts all ranks
-        again: ``ranks``, ``files`` and ``job`` are those of the last attempt, and ``report`` has every attempt. Once
-        the ranks were asked to end, the wait is also for the processes that they started, until the grace is over,
-        because a rank may be a shell that ends before the program that it runs.
+        again: ``ranks``, ``files`` and ``job`` are those of the last attempt, ``report`` has all. Once the ranks are
+        asked to end, it also waits for what they started, within the grace: a shell may end before its program.
 
         Args:
             timeout: Seconds; None waits without end.
