@@ -20,7 +20,6 @@ from ._start.outcome import BindingError
 from ._torch.early import early_template, respelt
 from ._torch.numa_options import NumaOptions
 from ._torch.seams import MULTIPROCESSING, SEAMS
-from ._warm.command import module_names
 
 if TYPE_CHECKING:
     import argparse
@@ -225,6 +224,8 @@ class _OfRunAlone(Action):
 
 
 def _modules(text: str) -> tuple[str, ...]:
+    from ._warm.command import module_names
+
     try:
         return module_names(text)
     except ValueError as error:

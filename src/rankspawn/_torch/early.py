@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from .._warm.command import are_modules, module_names
-
 if TYPE_CHECKING:
     from .._warm.template import Template
 
@@ -32,6 +30,7 @@ def early_template(arguments: Sequence[str]) -> Iterator[Template | None]:
     if "--warm" not in options and preload is None:
         yield None
         return
+    from .._warm.command import module_names
     from .._warm.template import Template
 
     try:
@@ -58,8 +57,12 @@ def respelt(arguments: Sequence[str]) -> list[str]:
     """Respell ``--warm MODULES`` as ``--warm --preload=MODULES``, because --warm may stand alone."""
     place = len(arguments) - len(_split(arguments)[1])
     for number, word in enumerate(arguments[:place]):
-        if word == "--warm" and number + 1 < len(arguments) and are_modules(arguments[number + 1]):
+        if word == "--warm" and number + 1 < len(arguments):
+            from .._warm.command import are_modules
+
             names = arguments[number + 1]
+            if not are_modules(names):
+                continue
             return [*arguments[: number + 1], f"--preload={names}", *arguments[number + 2 :]]
     return list(arguments)
 
