@@ -1,4 +1,4 @@
-"""``rankspawn run``'s attempts: all ranks started, watched, shown and ended; and again after a failure."""
+"""``rankspawn run``'s attempts: it starts, watches and ends all ranks, and starts them again after a failure."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ _MOMENT = 0.05
 
 
 def run_attempts(settings: RunSettings, folder: LogFolder, signals: Signals) -> int:
-    """Start the ranks, and after a failure start them again, as often as the job allows.
+    """Start the ranks. After a failure, start them again, as often as the job allows.
 
     Args:
-        settings: What was asked.
-        folder: Where the ranks' files are made.
-        signals: The signals that are sent to this process.
+        settings: The settings of the run.
+        folder: The folder of the ranks' files.
+        signals: The signals that this process receives.
 
     Returns:
-        The exit status; negative for a signal that this process is to die of.
+        The exit status; a negative signal number if this process must die of that signal.
 
     Raises:
-        CommandError: What was asked cannot be done.
-        OSError: The system refuses something, other than to start a rank.
+        CommandError: The settings cannot be carried out.
+        OSError: The system refuses something other than the start of a rank.
     """
     reports = Reports(settings, signals.fileno())
     job = settings.job
@@ -68,11 +68,11 @@ def run_attempts(settings: RunSettings, folder: LogFolder, signals: Signals) -> 
                 status, final = _run_attempt(settings, job, folder, signals, reports, template)
                 if final:
                     return status
-                for sig in signals.read():  # that came when there was no rank to hand them to
+                for sig in signals.read():  # signals that came while there was no rank to receive them
                     if signals.asks_for_end(sig):
                         return status_of(sig)
-                # Where no port was given, each attempt has another: the last one's ranks may have left theirs in a
-                # state that refuses a listener.
+                # If the user gave no port, each attempt takes a new one, because the last attempt's ranks may have
+                # left their port in a state that refuses a listener.
                 job = job._replace(restart_count=job.restart_count + 1)
                 say(f"restart {job.restart_count} of {job.max_restarts}")
     except EndAsked as asked:  # while the template was importing
@@ -85,7 +85,7 @@ def run_attempts(settings: RunSettings, folder: LogFolder, signals: Signals) -> 
 def _run_attempt(
     settings: RunSettings, job: Job, folder: LogFolder, signals: Signals, reports: Reports, template: Template | None
 ) -> tuple[int, bool]:
-    """Start all ranks once and watch them end; the status, and whether it is the last word."""
+    """Start all ranks once and watch them end. Return the status, and whether the job ends with it."""
     streams = settings.streams
     files = None
     if folder.path:
@@ -94,7 +94,7 @@ def _run_attempt(
         files = [RankFiles(None, None, os.devnull)] * job.nprocs
     if files is not None:
         files = streams.files(files)
-    # A rank that writes to the terminal itself, or by --tee, would do so behind a line that is to be wiped out.
+    # No state line while a rank writes to the terminal itself, or by --tee: its output would end up behind that line.
     progress = Progress(streams.silent, job.first_rank)
     with shown(streams, job, files or (), folder, signals.fileno()) as tee:
         try:
@@ -103,7 +103,7 @@ def _run_attempt(
             if not hasattr(error, "rank") or isinstance(error, BindingError):
                 raise
             say(f"cannot start the ranks: {error}{missing_interpreter(error, settings.command[0])}")
-            # As a shell: 127 when the program is not there, 126 when it cannot be executed.
+            # As in a shell: 127 if the program does not exist, 126 if it cannot be executed.
             return 1 if error.errno in _TOO_MANY else 127 if isinstance(error, FileNotFoundError) else 126, True
         try:
             with group, noted(group.ranks):
@@ -116,7 +116,7 @@ def _run_attempt(
                 supervision.run()
         finally:
             reports.add(group)
-    # A job that somebody wanted to end is not started again, whatever it was that ended it.
+    # A job that a signal interrupted does not start again, whatever ended its ranks.
     last = supervision.interrupted or job.restart_count == job.max_restarts
     last = last or (bool(group.hung) and settings.on_hang == "end")
     return _tell_end(supervision, last=last, kept=folder.keep, tee=tee)
@@ -154,7 +154,7 @@ def _launch(
 
 
 def _command_of_rank(command: Sequence[str]) -> list[str] | Callable[[int], list[str]]:
-    """The command, or a function of the local rank where an argument has torchrun's ${local_rank} in it."""
+    """The command; if an argument contains torchrun's ${local_rank}, a function from the local rank to it."""
     with_macro = [number for number, word in enumerate(command) if number and _MACRO.search(word)]
     if not with_macro:
         return list(command)
@@ -169,9 +169,9 @@ def _command_of_rank(command: Sequence[str]) -> list[str] | Callable[[int], list
 
 
 def _rank_env(settings: RunSettings) -> list[dict[str, str]] | None:
-    """The variables that each rank has beside the job's."""
+    """The variables that each rank gets in addition to the job's."""
     own: list[dict[str, str]] = [{} for _ in settings.omp_threads]
-    # As for torchrun, what the user has set counts.
+    # As in torchrun, the user's own value wins.
     if not sets_threads(os.environ.get("OMP_NUM_THREADS")):
         for variables, count in zip(own, settings.omp_threads, strict=True):
             variables["OMP_NUM_THREADS"] = str(count)
@@ -181,20 +181,20 @@ def _rank_env(settings: RunSettings) -> list[dict[str, str]] | None:
 
 
 class Supervision:
-    """Watches the ranks of one attempt until all have ended, and does what signals ask.
+    """Watches the ranks of one attempt until all have ended, and carries out signals.
 
     Args:
         group: The ranks.
-        job: What they were told.
-        signals: The signals that are sent to this process.
-        progress: Where it is shown who still runs.
-        stragglers: Ranks that go on when another has ended well.
+        job: Their job.
+        signals: The signals that this process receives.
+        progress: Shows which ranks still run.
+        stragglers: Notices ranks that still run long after another ended with status 0.
 
     Attributes:
         group: The ranks.
-        asked: The signal because of which the ranks were told to end; None where none was the cause.
-        interrupted: Whether a signal has come that asks for the end, be it after a failure.
-        seconds: How long they had had to end by then.
+        asked: The signal that made this launcher end the ranks; None if a signal was not the cause.
+        interrupted: Whether a signal asked for the end of the job, before or after a failure.
+        seconds: How long the ranks had had to end when this launcher killed them.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class Supervision:
                     self._failed, self._told_at = True, time.monotonic()
                     self.group.stop()
             except PermissionError as error:
-                # All others have been signalled. Whoever is not ours to kill is named when the time is over.
+                # All others got the signal. The ranks that this user may not kill are named when the time is over.
                 self._progress.say(f"cannot signal a rank: {error.strerror}")
         self._progress.clear()
 
@@ -243,7 +243,7 @@ class Supervision:
         return word + format_ids([self._job.first_rank + rank for rank in ranks])
 
     def _act(self, came: bytes) -> None:
-        """Do what these signals ask."""
+        """Carry out these signals."""
         for sig in came:
             if self._signals.hands_on(sig):
                 self.group.send_signal(sig, to="rank")
@@ -264,11 +264,11 @@ class Supervision:
 
     @property
     def asked_or_failed(self) -> bool:
-        """Whether it has been said why the ranks are told to end."""
+        """Whether a line on stderr already says why this launcher ends the ranks."""
         return self.asked is not None or self._failed
 
     def _end(self, sig: int) -> None:
-        """Tell the ranks to end because of a signal."""
+        """End the ranks because of a signal."""
         if self.asked is None and (not self.group.stopping or self._is_cause(sig)):
             self.asked = sig
             self._progress.say(f"{name_of(sig)}: ending the ranks")
@@ -278,10 +278,10 @@ class Supervision:
 
     def _say_hang(self, text: str) -> None:
         self._progress.say(text)
-        self._said = len(self.group.stacks)  # the text has what its looks have found
+        self._said = len(self.group.stacks)  # the text already contains what the looks found
 
     def _say_stacks(self) -> None:
-        """Say what looks at the ranks have found; that of a failure stands in the text about it."""
+        """Print what looks at the ranks found, except a failure's: the report of the failure contains it."""
         for look in self.group.stacks[self._said :]:
             if look is not self.group.stacks_at_failure:
                 if look.folded or not look.notes:
@@ -296,12 +296,12 @@ class Supervision:
         self._progress.say(text)
 
     def _note_failure(self, running: bool) -> None:
-        """Say, once, that a rank has failed; not of one that died of what the launcher was sent, too."""
+        """Say once that a rank has failed, unless it died of a signal that the launcher received, too."""
         first = self.group.first_failure
         if first is None or self._failed or self.asked is not None:
             return
         if self.group.hung:
-            self._failed = True  # the hang has been said
+            self._failed = True  # _say_hang() has reported it
             return
         if self._signals.asks_for_end(_signal_of(self.group.returncodes[first])):
             self._act(self._signals.read(_MOMENT))
@@ -312,18 +312,18 @@ class Supervision:
                 self._progress.say(red(f"rank {self._job.first_rank + first} has failed{more}"))
 
     def _is_cause(self, sig: int) -> bool:
-        """Whether the first failure is a rank that died of the same signal a moment ago: it was sent to both."""
+        """Whether the first rank to fail died of the same signal, which was then sent to both."""
         first = self.group.first_failure
         return not self._failed and first is not None and _signal_of(self.group.returncodes[first]) == sig
 
 
 def _signal_of(returncode: int) -> int:
-    """The signal that a process died of, or by a shell's status that its command did; 0 where there is none."""
+    """The signal that a process, or the command of a shell (128 + signal), died of; 0 if there is none."""
     return -returncode if returncode < 0 else returncode - 128 if returncode > 128 else 0
 
 
 def _tell_end(supervision: Supervision, *, last: bool, kept: bool, tee: Shown | None) -> tuple[int, bool]:
-    """Say how the ranks ended; the status (as of ``run_attempts``), and whether it is the job's."""
+    """Report how the ranks ended. Return the status (as of ``run_attempts``), and whether the job ends with it."""
     failures = supervision.group.failures()
     asked = supervision.asked
     if asked is not None:
@@ -346,16 +346,16 @@ def _tell_end(supervision: Supervision, *, last: bool, kept: bool, tee: Shown | 
     if not failures:
         return 0, True
     failed = failures[0].returncode
-    # A rank that had to be ended because it stood still may have ended with 0 then.
+    # A rank that this launcher ended because it hung may still have ended with status 0.
     return (failed if failed > 0 else 128 - failed if failed else 1), last
 
 
 def _unasked(failures: Sequence[Failure], supervision: Supervision) -> list[Failure]:
-    """Of an interrupted job: those that ended neither as they were told to nor because the launcher killed them."""
+    """Of an interrupted job, the failures that neither the launcher's signals nor the job's own signal caused."""
     by_us = {
         failure.rank: _signal_of(failure.returncode)
         for failure in failures
-        # Where the signal was sent to all processes of the job, a rank may have died of it before it was sent ours.
+        # If all processes of the job got the signal, a rank may have died of it before our own signal reached it.
         if _signal_of(failure.returncode) in {*failure.sent, supervision.asked}
     }
     forced = [rank for rank, sig in by_us.items() if sig == SIGKILL]

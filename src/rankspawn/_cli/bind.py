@@ -1,4 +1,4 @@
-"""``rankspawn bind``: binds itself for the local rank that the environment names, and becomes the program."""
+"""``rankspawn bind``: binds this process for its local rank, and executes the program in it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 def add_bind_options(bind: argparse.ArgumentParser) -> None:
     """Add the options of ``bind``.
 
-    ``run`` of the parsed arguments is a function that takes them, returns the exit status where the program was not
-    executed, and raises PlacementError and BindingError.
+    ``args.run(args)`` executes the program. If it cannot, it returns the exit status; it raises PlacementError and
+    BindingError.
     """
     bind.usage = "rankspawn bind [OPTIONS] [--] PROGRAM [ARGS ...]"
     bind.description = (
@@ -47,7 +47,7 @@ def add_bind_options(bind: argparse.ArgumentParser) -> None:
     )
     bind.add_argument("-v", "--verbose", action="store_true", help="print the binding")
     add_placement_options(bind)
-    # One list for both: argparse would take a double dash that stands right behind a PROGRAM of its own.
+    # One list for both, because argparse would remove a double dash right after a PROGRAM argument of its own.
     bind.add_argument("command", nargs=argparse.REMAINDER, metavar="PROGRAM ARGS", help="the program and its arguments")
     bind.set_defaults(run=_bind)
 
@@ -67,7 +67,7 @@ def _bind(args: argparse.Namespace) -> int:
     local_rank, local_size = _position(step, args.local_rank, args.nproc_per_node)
     rank = _placed(PlacementOptions.read(args), local_rank, local_size, step)
     refused = bind_thread(rank.binding)
-    # The environment is the same for all ranks of the node: one of them speaks of it.
+    # The environment is the same for all ranks of the node, so only rank 0 warns about it.
     warnings = openmp_warnings(os.environ) if local_rank == 0 else ()
     said = [str(_made(rank.binding, refused))] if args.verbose else []
     for note in (*rank.notes, *warnings, *(f"the system refused {one}" for one in refused), *said):
@@ -78,15 +78,15 @@ def _bind(args: argparse.Namespace) -> int:
 
 
 def _position(step: Step, local_rank: int | None, local_size: int | None) -> tuple[int, int]:
-    """Find the local rank, and of how many: as given, else as the job step says.
+    """Find the local rank and the number of local ranks: from the options, else from the job step.
 
     Args:
         step: The job step that this process is in.
-        local_rank: ``--local-rank``; None where it was not given.
-        local_size: ``--nproc-per-node``; None where it was not given.
+        local_rank: ``--local-rank``; None if the user did not give it.
+        local_size: ``--nproc-per-node``; None if the user did not give it.
 
     Raises:
-        StepError: Nothing says it, or two variables say different things.
+        StepError: No variable says it, or two variables contradict each other.
     """
     if local_rank is None:
         local_rank = step.local_rank
@@ -107,9 +107,9 @@ def _position(step: Step, local_rank: int | None, local_size: int | None) -> tup
 
 
 def _placed(options: PlacementOptions, local_rank: int, local_size: int, step: Step) -> Placed:
-    """Find the place of this rank among those of the node, within the mask that it inherited.
+    """Place this rank among those of the node, within the CPU mask that it inherited.
 
-    A mask that the launcher gave to this rank alone is not divided again, because no part of it is for other ranks.
+    If the launcher gave the mask to this rank alone, it is not divided again, because no other rank uses a part of it.
     """
     topology = Topology.read()
     own = _is_bound(step.variable) if step.own_masks is None else step.own_masks
@@ -134,14 +134,14 @@ def _placed(options: PlacementOptions, local_rank: int, local_size: int, step: S
     if own:
         cpus = topology.allowed_cpus if rank.binding.cpus is None else rank.binding.cpus
         rank = rank.replace(omp_threads=threads_of_ranks(topology, cpus, [None], local_size)[0])
-    # One rank says for all what is the same with all.
+    # Only rank 0 prints what is the same for all ranks.
     quota = quota_note(len(topology.allowed_cpus), topology.root)
     shared = [note, AUTO_BINDS if options.auto_binds(ranks) else "", quota] if local_rank == 0 else []
     return rank.replace(notes=(*rank.notes, *filter(None, shared)))
 
 
 def _made(binding: Binding, refused: Sequence[RefusedStep]) -> Binding:
-    """Find what came of a binding: what the system refused is left out, and what it granted in part is cut down."""
+    """Return the binding that the process really has: without refused steps, and cut down where granted in part."""
     from .._start.outcome import GRANTED_IN_PART, BindingReport
 
     codes = {step.step: step.errno for step in refused}
@@ -154,13 +154,13 @@ def _made(binding: Binding, refused: Sequence[RefusedStep]) -> Binding:
 
 
 def _is_bound(variable: str) -> bool:
-    """Whether the launcher bound this process by itself: the launcher has CPUs that this process could use, and lacks.
+    """Whether the launcher bound this process by itself: it may use CPUs that this process lacks but could get.
 
-    A cpuset withholds CPUs from all processes, and only the kernel knows which: sched_setaffinity with a wider mask
-    sets the part that is allowed.
+    A cpuset may withhold CPUs from this process, and only the kernel knows which. So this function asks for a wider
+    mask, of which sched_setaffinity sets the allowed part, and then restores the old mask.
 
     Args:
-        variable: A variable that only processes have that the launcher started.
+        variable: A variable that only the launcher's own processes have.
     """
     mine = os.sched_getaffinity(0)
     launchers = _mask_of_launcher(variable) if variable else mine
@@ -168,7 +168,7 @@ def _is_bound(variable: str) -> bool:
         return False
     try:
         os.sched_setaffinity(0, launchers | mine)
-    except PermissionError:  # a seccomp profile, which refuses the binding too
+    except PermissionError:  # a seccomp profile, which will refuse the binding, too
         return False
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, mine)
@@ -176,12 +176,12 @@ def _is_bound(variable: str) -> bool:
 
 
 def _mask_of_launcher(variable: str, proc: str = "/proc") -> set[int]:
-    """Find the CPUs of the launcher's daemon; empty where it is not among the ancestors, as in a container.
+    """Find the CPUs of the launcher's daemon; empty if the daemon is not an ancestor, as in a container.
 
-    It is the nearest ancestor that the launcher has not started itself, as it has a script around this command.
+    The daemon is the nearest ancestor that does not have ``variable``. A script around this command has it.
 
     Args:
-        variable: A variable that only processes have that the launcher started.
+        variable: A variable that only the launcher's own processes have.
         proc: The folder of the kernel's files about processes.
     """
     pid = os.getppid()
@@ -192,7 +192,7 @@ def _mask_of_launcher(variable: str, proc: str = "/proc") -> set[int]:
             if not started:
                 break
             pid = read_stat(f"{proc}/{pid}").parent
-        except PermissionError:  # another user's, as a daemon is
+        except PermissionError:  # the process of another user: the daemon
             break
         except (FileNotFoundError, ProcessLookupError):
             return set()
@@ -200,9 +200,9 @@ def _mask_of_launcher(variable: str, proc: str = "/proc") -> set[int]:
 
 
 def _become(command: list[str]) -> int:
-    """Execute ``command`` in this process; return an exit status, as a shell does, where that fails."""
+    """Execute ``command`` in this process. If that fails, return the exit status that a shell would."""
     flush()
-    # The interpreter ignores these signals, and execve keeps what is ignored. It resets what is caught.
+    # Python ignores these signals, and the program would inherit that: execve resets only signals with a handler.
     for name in ("SIGPIPE", "SIGXFSZ"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     try:

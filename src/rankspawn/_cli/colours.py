@@ -1,4 +1,4 @@
-"""Colours on a terminal: of each rank as in the pictures, and of failures."""
+"""Colours on a terminal: each rank has the colour that it has in the pictures, and failures are red."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _LEVELS = (0, 95, 135, 175, 215, 255)
-"""What each part of a colour may be in the cube of 216 colours that terminals have beside their first 16."""
+"""The values of red, green and blue in the 216 colours that a terminal has after its first 16."""
 _RANKS = 16  # the darker colours of the pictures cannot be read on black
 _RED, _PLAIN = "\x1b[1;31m", "\x1b[0m"
 
 
 def has_colours(fd: int) -> bool:
-    """Whether text for a descriptor may be coloured: it is a terminal's, or FORCE_COLOR is set; NO_COLOR forbids it."""
+    """Whether text for a descriptor may have colours: on a terminal, or with FORCE_COLOR, but never with NO_COLOR."""
     if os.environ.get("NO_COLOR"):
         return False
     if os.environ.get("FORCE_COLOR"):
@@ -27,7 +27,7 @@ def has_colours(fd: int) -> bool:
 
 
 def coloured_prefix(prefix: Callable[[int], str]) -> Callable[[int, bool], str]:
-    """Make the function from a RANK, and whether it is stderr's, to a prefix in the rank's colour where it may be."""
+    """Make a function of a RANK and of whether the stream is stderr. It returns the prefix, in the rank's colour."""
 
     def in_colour(rank: int, is_stderr: bool) -> str:
         text = prefix(rank)
@@ -37,7 +37,7 @@ def coloured_prefix(prefix: Callable[[int], str]) -> Callable[[int, bool], str]:
 
 
 def red(text: str) -> str:
-    """Colour what stderr says of a failure, where it may be: its first line, and the line with the cause."""
+    """Colour a failure report for stderr, if colours are on: its first line, and the line with the cause."""
     if sys.stderr is None or not has_colours(2):
         return text
     first, *more = text.split("\n")
@@ -46,7 +46,7 @@ def red(text: str) -> str:
 
 
 def _number(rank: int) -> int:
-    """The number that a terminal has for the colour that is nearest to the rank's."""
+    """The terminal's number of the colour that is nearest to the rank's."""
     digits = colour(rank % _RANKS)[1:]
     red, green, blue = (min(range(6), key=lambda level: abs(_LEVELS[level] - part)) for part in bytes.fromhex(digits))
     return 16 + 36 * red + 6 * green + blue

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _FILES = frozenset("--svg --capture --report --timeline --warm".split())
 _FOLDERS = frozenset("--log-dir --sysfs --cgroup".split())
 _WORDS = {"--nproc-per-node": ("auto", "cpu", "gpu", "xpu"), "--stdin": ("all", "none")}
-"""Words that options take which take numbers, too."""
+"""The words that an option accepts besides numbers."""
 
 
 def add_completion_options(completion: argparse.ArgumentParser, whole: Callable[[], argparse.ArgumentParser]) -> None:

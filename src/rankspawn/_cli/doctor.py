@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def report(*, as_json: bool = False) -> int:
-    """Print the report; return 0 when ranks can be bound to CPUs at birth, else 1.
+    """Print the report. Return 0 if ranks can be bound to CPUs at birth, else 1.
 
     Args:
-        as_json: As JSON, with "bound_at_birth" for the status, and the same texts by the same names.
+        as_json: Print JSON: the same texts by the same names, and "bound_at_birth" for the status.
     """
     affinity = _affinity()
     lines = {
@@ -79,7 +79,7 @@ def _pidfd() -> str:
 def _group_signal() -> str:
     process = _child()
     code = process._pidfd.send_signal(0, True) if process.pidfd is not None else None
-    if code in (0, 3):  # ESRCH: understood, and nobody is left
+    if code in (0, 3):  # ESRCH: the kernel knows the call, and the group has no process left
         return "free of races, even after the leader was reaped"
     return "only until the leader is reaped (Linux 6.9 and later: also afterwards)"
 

@@ -16,7 +16,7 @@ DESCRIPTION = (
 
 
 def add_dump_options(dump: argparse.ArgumentParser) -> None:
-    """Add the options of ``dump``; ``run`` of the parsed arguments is a function that takes them."""
+    """Add the options of ``dump``; ``args.run(args)`` runs it."""
     dump.description = DESCRIPTION
     add = dump.add_argument
     add(
@@ -55,7 +55,7 @@ def _dump(args: argparse.Namespace) -> int:
 
 
 def _ranks(job: str, proc: str = "/proc") -> dict[int, int | None]:
-    """The processes that are meant. A number is a process first, and then a job's: Slurm's jobs have numbers, too."""
+    """Find the processes of ``job``: a process id, or, if no process has that number, a job id (as Slurm's)."""
     from .._stacks.ranks import ranks_below, ranks_of_job
 
     if not os.path.isdir(f"{proc}/self"):

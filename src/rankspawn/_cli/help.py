@@ -1,4 +1,4 @@
-"""What stands at the end of each command's help: examples, and exit statuses."""
+"""The end of each command's help: examples and exit statuses."""
 
 from __future__ import annotations
 
@@ -105,11 +105,11 @@ exit status:
   2      wrong usage
 """,
 }
-"""By command; "" is rankspawn itself."""
+"""The text by command; "" is rankspawn itself."""
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """argparse's formatter, which leaves the lines of these ends as they are."""
+    """argparse's formatter, except that it does not wrap the lines of ENDS."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if text in ENDS.values():

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: The arguments behind the command's name; the process's own if left out.
+        argv: The arguments after the command's name; None takes those of this process.
 
     Returns:
         The exit status.
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # Text that is still in the buffer must not fail once more when the interpreter ends.
+        # The interpreter must not try again to write the buffered text when it ends.
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
         return 141  # a shell's status for a death by SIGPIPE
     except (CommandError, PlacementError, OSError) as error:
@@ -57,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(str(error))
         if isinstance(error, CommandError):
             return error.status
-        # A placement that cannot be is asked for; that a machine cannot be read is nobody's wish.
+        # An impossible placement is wrong usage. A machine that cannot be read is a failure of the system.
         return USAGE if isinstance(error, PlacementError) and not isinstance(error, TopologyError) else 1
 
 
 def _meant(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
-    """The question whether another option was meant."""
+    """Ask whether the user meant another option; "" if none is similar."""
     from .vocabulary import nearest
 
     options = [word.partition("=")[0] for word in unknown if word.startswith("--")]
@@ -70,14 +70,14 @@ def _meant(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's parser, without the parts that a command does not need and that cost time.
+    """argparse's parser, without the slow parts that a command does not need.
 
-    The terminal's width is looked up when something is printed. argparse looks it up with each argument that is added,
-    and imports shutil for that, with all compressions of archives.
+    argparse looks up the terminal's width for each argument that a program adds. For that it imports shutil, and with
+    it all modules for compressed archives. This parser looks the width up only when it prints help.
 
     Args:
-        add_options: Adds a command's options, and is called when they are about to be parsed, so that the modules of
-            the other commands are not imported. It may return a function that respells the words before they are.
+        add_options: Adds a command's options. The parser calls it right before it parses them, so that the modules of
+            the other commands are not imported. It may return a function that respells the words before that.
         options: The arguments of argparse.ArgumentParser.
     """
 
@@ -86,7 +86,7 @@ class _Parser(argparse.ArgumentParser):
     ) -> None:
         self._add_options = add_options
         self._respell: Respell | None = None
-        self.suggest_on_error = False  # argparse's own, from Python 3.14 on: ours is the same everywhere
+        self.suggest_on_error = False  # argparse has it since Python 3.14; ours works in every version
         super().__init__(formatter_class=partial(argparse.HelpFormatter, width=80), **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -105,7 +105,7 @@ class _Parser(argparse.ArgumentParser):
             raise
 
     def add_all_options(self) -> None:
-        """Add the command's options, if that was not done yet."""
+        """Add the command's options, unless the parser already has them."""
         if self._add_options is not None:
             self._respell = self._add_options(self)
             self._add_options = None
@@ -222,7 +222,7 @@ def _report(args: argparse.Namespace) -> int:
     from .._start.engine import mechanisms
     from .doctor import report
 
-    warnings.simplefilter("ignore", RuntimeWarning)  # of a missing engine: the report says it
+    warnings.simplefilter("ignore", RuntimeWarning)  # about a missing engine, because the report says it
     parser: argparse.ArgumentParser = args.parser
     try:
         mechanisms()

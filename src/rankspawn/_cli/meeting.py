@@ -1,4 +1,4 @@
-"""Which of the job's machines this is, and where its ranks meet: what the options say, else the job step around us."""
+"""Which of the job's machines this is, and where its ranks meet: from the options, else from the job step."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
     from .._group.job import Job
 
-# torch's, for several machines: where no port is given, and for an endpoint of c10d's without one.
+# torch's default ports for several machines: for the static backend, and for a c10d endpoint without a port.
 _STATIC_PORT, _C10D_PORT = 29500, 29400
 
 
 def count_ranks(asked: int | str) -> int:
-    """Count the ranks of --nproc-per-node auto, cpu, gpu and xpu, as torchrun does, and without torch.
+    """Count the ranks of --nproc-per-node auto, cpu, gpu and xpu, as torchrun does but without torch.
 
     Args:
         asked: The value of the option.
@@ -52,21 +52,21 @@ def _cpu_count() -> int:
 
 
 def read_job(args: argparse.Namespace, nprocs: int) -> Job:
-    """Find what the options say of the job, and where they do not, what the job step that we run in says.
+    """Read the job from the options, and the rest from the job step that this process runs in.
 
     Args:
-        args: The parsed command line; usage errors end the process with status 2.
-        nprocs: Ranks on this machine.
+        args: The parsed command line. A usage error ends the process with status 2.
+        nprocs: How many ranks this machine has.
 
     Raises:
         CommandError: No port can be found at the master's address.
-        StepError: The step does not say enough, or several processes of it are on this machine.
+        StepError: The step does not say enough, or has several processes on this machine.
     """
     from .._group.job import Job
 
     node = _node(args, nprocs)
     if node.nnodes > 1 and args.max_restarts:
-        # The ranks of one machine would meet those that another has not ended yet.
+        # After a restart, the ranks of one machine would meet old ranks that another machine has not ended yet.
         only_torchrun(args.parser, "--max-restarts on several machines")
     address = bare(node.master_addr or "127.0.0.1")
     if not node.master_port:
@@ -123,7 +123,7 @@ def _meeting_place(args: argparse.Namespace) -> tuple[str | None, int | None]:
     if args.standalone:
         return args.local_addr, None
     address, port, end = args.master_addr, args.master_port, args.rdzv_endpoint
-    if end is not None:  # wins, as for torchrun
+    if end is not None:  # --rdzv-endpoint wins, as in torchrun
         address, port = end.host, end.port
         if port is None and args.rdzv_backend == "c10d" and args.nnodes not in (None, 1):
             port = _C10D_PORT
@@ -145,12 +145,12 @@ def _run_id(args: argparse.Namespace) -> str | None:
 
 
 def bare(address: str) -> str:
-    """Return an address as MASTER_ADDR has it: without the brackets that torchrun's options have around IPv6's."""
+    """Return an address for MASTER_ADDR: without the brackets around an IPv6 address in torchrun's options."""
     return address[1:-1] if address.startswith("[") and address.endswith("]") else address
 
 
 def _check_local(address: str) -> None:
-    """Check that a port can be found at the master's address. Raises CommandError where it is not this machine's."""
+    """Raise CommandError if this machine cannot listen at the master's address."""
     from .._group.port import check_local
 
     try:

@@ -1,4 +1,4 @@
-"""The options that say where ranks go, for every command that places them, and the plan that they ask for."""
+"""The placement options of every command that places ranks, and the plan that follows from them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from .._place.plan import Placed
 
 AUTO_BINDS = "binding each rank to its NUMA node (auto; --numa-binding none leaves ranks unbound)"
-"""What a command says when its default binds ranks."""
+"""What a command prints when its default binds ranks."""
 
 
 USAGE = 2
-"""The exit status where what was asked cannot be: the command line is to be changed. argparse has the same."""
+"""The exit status of wrong usage: the user must change the command line. argparse uses the same status."""
 
 
 class CommandError(Exception):
-    """The command cannot do what it was asked.
+    """The command cannot do what the user wants.
 
     Args:
-        message: For the user.
-        status: What the command exits with: 1 where the system refuses something, USAGE where the user is to ask for
-            something else.
+        message: The text for the user.
+        status: The command's exit status: 1 if the system refuses something, USAGE if the user must change the
+            command line.
     """
 
     def __init__(self, message: str, status: int = 1) -> None:
@@ -88,21 +88,21 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
 
 
 def natural(text: str) -> int:
-    """Read an option's number from 0 on, for argparse."""
+    """Read a non-negative integer, for argparse."""
     if not (text.isascii() and text.isdecimal()):
         raise argparse.ArgumentTypeError(f"expected a non-negative integer, got {text!r}")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """Read an option's number from 1 on, for argparse."""
+    """Read a positive integer, for argparse."""
     if not (text.isascii() and text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)
 
 
 def seconds(text: str) -> float:
-    """Read an option's number of seconds, for argparse."""
+    """Read a number of seconds, for argparse."""
     try:
         found = float(text)
     except ValueError:
@@ -117,10 +117,10 @@ class PlacementOptions(Frozen):
 
     Attributes:
         numa_binding: "auto", "none", or one of torch's four modes.
-        memory_policy: None where the option was not given, as for the others below.
+        memory_policy: The option's mode; None, here and below, if the user did not give the option.
         devices: The text of the option.
-        reserve_cores: 0 where the option was not given.
-        threads_per_core: From 1.
+        reserve_cores: The number; 0 if the user did not give the option.
+        threads_per_core: A positive number.
         cpus: The text of the option.
         mems: The text of the option.
         numa_binding_optional: Whether a rank that cannot be placed or bound runs unbound.
@@ -142,13 +142,13 @@ class PlacementOptions(Frozen):
 
     @property
     def say_only_mode(self) -> bool:
-        """Whether no option but --numa-binding says where ranks go."""
+        """Whether --numa-binding is the only placement option."""
         others = self.memory_policy, self.devices, self.reserve_cores, self.threads_per_core, self.cpus, self.mems
         return not any(others)
 
     @property
     def auto_decides(self) -> bool:
-        """Whether mode auto says where ranks go: the default, without --cpus and --mems."""
+        """Whether mode auto decides where ranks go: by default, without --cpus and --mems."""
         return self.numa_binding == "auto" and self.cpus is None and self.mems is None
 
     def auto_binds(self, ranks: Sequence[Placed]) -> bool:
@@ -157,12 +157,12 @@ class PlacementOptions(Frozen):
 
 
 def placement(options: PlacementOptions, topology: Topology, nprocs: int | None) -> tuple[Placed, ...]:
-    """Place the ranks as the options ask; all commands do it here.
+    """Place the ranks by the options. Every command calls this function.
 
     Args:
         options: The options.
         topology: The machine.
-        nprocs: How many ranks there are; None for as many as devices.
+        nprocs: How many ranks there are; None for one rank for each device.
 
     Raises:
         PlacementError: The options contradict each other, or a rank cannot be placed and is required to be.
@@ -207,7 +207,7 @@ def placement(options: PlacementOptions, topology: Topology, nprocs: int | None)
 
 
 def _refuse_beside(what: str, options: PlacementOptions, **others: str | None) -> None:
-    """Raise PlacementError for the options that do not go with ``what``; ``others`` replaces values before."""
+    """Raise PlacementError if an option excludes ``what``; ``others`` replaces the values of some options."""
     for name in ("numa_binding", "memory_policy", "devices", "reserve_cores", "threads_per_core"):
         if given := others.get(name, getattr(options, name)):
             raise PlacementError(f"--{name.replace('_', '-')} {given} cannot be combined with {what}")

@@ -1,4 +1,4 @@
-"""Whether there is what ranks shall run, said before they are started; why a program that is there cannot be run."""
+"""Checks before the start whether the script exists, and says why an existing program cannot be executed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LAUNCHERS = frozenset(
 
 
 def check_script(path: str) -> None:
-    """Raise CommandError for a SCRIPT that is not there: each rank would start an interpreter to say so."""
+    """Raise CommandError if SCRIPT does not exist. Otherwise each rank would start an interpreter just to say so."""
     if path == "-" or os.path.exists(path):
         return
     folder, name = os.path.split(path)
@@ -33,20 +33,20 @@ def check_script(path: str) -> None:
 
 
 def check_folder_of(path: str | None) -> None:
-    """Raise CommandError where a file shall be written into a folder that is not there; None is no file."""
+    """Raise CommandError if the folder of a file to write does not exist; None stands for no file."""
     if path and not os.path.isdir(os.path.dirname(path) or "."):
         raise CommandError(f"{path}: {os.strerror(errno.ENOENT)}", USAGE)
 
 
 def unmeant(script: Sequence[str], is_module: bool) -> list[str]:
-    """Find the launcher's options behind SCRIPT that SCRIPT cannot have meant, because its text does not name them.
+    """Find the launcher's options after SCRIPT that cannot be SCRIPT's own, because its text does not name them.
 
-    These options are about what a script does not decide. A program that is not a file here says nothing of itself: a
-    module that is installed, as torch.distributed.run, may be a launcher.
+    A script has no use for these options. An installed module is not checked, because it may be a launcher itself, as
+    torch.distributed.run is.
 
     Args:
         script: SCRIPT and its arguments.
-        is_module: Whether it is a module's name.
+        is_module: Whether SCRIPT is a module's name.
     """
     words = [word.partition("=")[0] for word in script[1:]]
     found = [word for word in dict.fromkeys(words) if word.replace("_", "-") in _LAUNCHERS]
@@ -67,9 +67,9 @@ def unmeant(script: Sequence[str], is_module: bool) -> list[str]:
 
 
 def missing_interpreter(error: OSError, program: str) -> str:
-    """Say which interpreter a program lacks that is there itself; "" where that is not the error.
+    """Say which interpreter is missing if the program itself exists; "" for any other error.
 
-    execve(2) has one error for both, and a line that ends with a carriage return looks like any other.
+    execve(2) fails with the same error in both cases, and nobody sees a carriage return at the end of a line.
     """
     if error.errno != errno.ENOENT:
         return ""

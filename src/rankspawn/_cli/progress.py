@@ -1,4 +1,4 @@
-"""What the command says while ranks run: lines that stay, and one on the terminal that is wiped out again."""
+"""What the command prints while ranks run: lines that stay, and one line of state that it redraws."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "say"]
 
-_SECONDS = 0.5  # anything that takes less time needs no line
+_SECONDS = 0.5  # what takes less time needs no line
 
 
 class Progress:
-    """One line on a terminal: how many ranks have started, run and have ended, and which are waited for.
+    """One line on a terminal: how many ranks have started, run and ended, and which the launcher waits for.
 
-    It shows nothing where stderr is no terminal that this process is in the foreground of, or CI's (the variable CI).
+    It shows the line only if stderr is a terminal, this process is in its foreground, and the variable CI is not set.
 
     Args:
-        on: Whether nobody else writes to the terminal meanwhile, and the line may be shown.
+        on: Whether the line may be shown, because nobody else writes to the terminal meanwhile.
         first_rank: The RANK of local rank 0.
     """
 
@@ -41,7 +41,7 @@ class Progress:
 
     @contextmanager
     def starting(self, nprocs: int) -> Iterator[Callable[[Callable[[], int]], object] | None]:
-        """Show how many ranks have started for as long as the block runs; gives the ``progress`` of ``launch``."""
+        """Show how many ranks have started while the block runs; yields the argument ``progress`` of ``launch``."""
         if not self._on:
             yield None
             return
@@ -65,10 +65,10 @@ class Progress:
             self.clear()
 
     def state(self, group: RankGroup) -> float | None:
-        """Show how many ranks run, or which still do after they have been told to end.
+        """Show how many ranks run, or, after the launcher has asked them to end, which still run.
 
         Returns:
-            In how many seconds to call again; None where there is nothing to show.
+            In how many seconds to call it again; None if there is nothing to show.
         """
         running, kill_at = group.running, group.kill_at
         if not self._on or not running:
@@ -106,7 +106,7 @@ class Progress:
     def _show(self, text: str) -> None:
         if not _is_in_foreground():
             self._shown = False  # the line is a shell's now
-        elif not is_stuck():  # else old counts would be shown one after the other when the terminal goes on
+        elif not is_stuck():  # else a terminal that was stopped would later show all old counts one after the other
             self._shown = True
             write(f"\r\x1b[Krankspawn: {text[:68]}")
 
@@ -119,7 +119,7 @@ def _is_redrawn(stream: TextIO | None) -> bool:
 
 
 def _is_in_foreground() -> bool:
-    """Whether this process may draw on its terminal; a shell that has put it into the background draws there."""
+    """Whether this process may draw on its terminal. In the background it may not, because the shell draws there."""
     if not hasattr(os, "tcgetpgrp"):
         return True
     try:

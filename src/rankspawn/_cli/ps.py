@@ -19,7 +19,7 @@ _WIDEST = 60  # characters of a last line
 
 
 def add_ps_options(ps: argparse.ArgumentParser) -> None:
-    """Add the options of ``ps``; ``run`` of the parsed arguments is a function that takes them."""
+    """Add the options of ``ps``; ``args.run(args)`` runs it."""
     ps.description = (
         "Shows the jobs on this machine, of any launcher, whose ranks this user may look at. For each rank: its state,"
         " its binding, CPU time, the time that it waited for a CPU, memory, and the last line of its log with its age."
@@ -107,7 +107,7 @@ def _row(rank: RankNow) -> tuple[str, ...]:
 
 
 def _silent(rank: RankNow) -> float | None:
-    """Seconds since it wrote to one of its log files."""
+    """Seconds since the rank last wrote to one of its log files; None if it has none."""
     from .._stacks.now import age_of
 
     ages = [age for path in {rank.stdout, rank.stderr} - {None} if path and (age := age_of(path)) is not None]

@@ -1,4 +1,4 @@
-"""What the system refused of the ranks' bindings, in one line for all ranks."""
+"""Which parts of the ranks' bindings the system refused: one line for each part, for all ranks together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def refusals(group: RankGroup, first_rank: int) -> Iterator[str]:
-    """Say each step that was refused, with the RANKs that run without it."""
+    """Yield a line for each step that the system refused, with the RANKs that run without it."""
     ranks: dict[RefusedStep, list[int]] = {}
     for number, rank in enumerate(group.ranks, start=first_rank):
         for step in rank.binding_report.refused:

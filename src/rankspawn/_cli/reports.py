@@ -1,4 +1,4 @@
-"""--report and --timeline: the files that say what became of a run, written while it runs and at its end."""
+"""--report and --timeline: the files about a run, written when it starts and when it ends."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Reports:
     """Collects the attempts of a run and writes them to the files that --report and --timeline name.
 
     Args:
-        settings: Of the run.
-        interrupt: A descriptor; once it is readable, the reader of a FIFO is not waited for.
+        settings: The settings of the run.
+        interrupt: A descriptor. Once it is readable, nothing waits any longer for the reader of a FIFO.
     """
 
     def __init__(self, settings: RunSettings, interrupt: int | None = None) -> None:
@@ -29,17 +29,17 @@ class Reports:
         self._attempts: list[Attempt] = []
 
     def note_bindings(self, group: RankGroup) -> None:
-        """Read what each rank is bound to, for the files, as soon as it runs: of one that has ended it is not known."""
+        """Read each rank's binding for the files as soon as it runs, because it is lost when the rank has ended."""
         if self._is_asked:
             group.note_effective()
 
     def write_first(self, group: RankGroup) -> None:
-        """Write what is known as soon as the ranks run, so that a bad path is reported before their work.
+        """Write both files as soon as the ranks run, so that a bad path ends the job before the ranks have done work.
 
-        After a restart the job has work to lose: a file that cannot be written is said, and the job runs on.
+        After a restart the job has work to lose. If a file cannot be written then, a line says so and the job runs on.
 
         Raises:
-            CommandError: A file cannot be written in the first attempt; nothing is written at the end then.
+            CommandError: A file cannot be written in the first attempt. Nothing is written at the end then.
         """
         if not self._is_asked:
             return
@@ -59,7 +59,7 @@ class Reports:
             self._attempts.append(group.attempt())
 
     def write_last(self) -> None:
-        """Write the records of all attempts. A file that cannot be written is said, and raises nothing."""
+        """Write the records of all attempts. If a file cannot be written, print a line and raise nothing."""
         if not self._attempts:
             return
         try:
@@ -72,7 +72,7 @@ class Reports:
         return bool(self._report or self._timeline)
 
     def _write(self, attempts: list[Attempt], *, first: bool = False) -> None:
-        """Write both files. The first time, pipes and the like are left out: their reader would get two reports."""
+        """Write both files. The first time, leave out pipes, because their reader would get two reports."""
         write_attempts(
             attempts, command=self._command, nprocs=self._job.nprocs, run_id=self._job.run_id, report=self._report,
             timeline=self._timeline, interrupt=self._interrupt, first=first,

@@ -1,4 +1,4 @@
-"""``rankspawn run``: the ranks of a script, watched until the last has ended."""
+"""``rankspawn run``: starts the ranks of a script and watches them until the last has ended."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .settings import read_settings
 from .vocabulary import add_torchrun_options, endpoint, needles, nodes, processes, read_variables, streams
 from .warm import add_warm_options
 
-# What starts and watches processes is imported where it is used, the standard library's part too: the other commands
-# start no process, and most of their time goes into imports.
+# The modules that start and watch processes, also the standard library's, are imported where they are used, because
+# the other commands start no process and spend most of their time in imports.
 if TYPE_CHECKING:
     from .._output.logs import LogFolder
     from .settings import RunSettings
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 def add_run_options(run: argparse.ArgumentParser) -> None:
     """Add the options of ``run``.
 
-    ``run`` of the parsed arguments is a function that takes them, returns the exit status, and raises CommandError,
-    PlacementError and OSError.
+    ``args.run(args)`` runs the job and returns the exit status. It raises CommandError, PlacementError and OSError.
     """
     run.usage = "rankspawn run [OPTIONS] SCRIPT [ARGS ...]"
     run.description = (
@@ -238,7 +237,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     add_placement_options(run)
     add_torchrun_options(run)
     read_variables(run, os.environ)
-    # One list for both, because argparse would remove a double dash right behind a SCRIPT argument of its own.
+    # One list for both, because argparse would remove a double dash right after a SCRIPT argument of its own.
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ARGS", help="what each rank runs")
     run.set_defaults(run=_run)
 
@@ -261,7 +260,7 @@ def _port(text: str) -> int:
 
 def _wait(text: str) -> float:
     found = seconds(text)
-    if not found:  # srun's 0 is no limit
+    if not found:  # for srun, 0 means no limit
         raise argparse.ArgumentTypeError(
             f"expected a number of seconds above 0, got {text!r}; leave --wait out for no limit"
         )
@@ -291,7 +290,7 @@ def _signals(text: str) -> frozenset[int]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Start the ranks, and again as often as --max-restarts allows; return the exit status."""
+    """Run the job, with as many restarts as --max-restarts allows. Return the exit status."""
     from .._output.console import say_traceback
     from .attempts import run_attempts
     from .signals import catch_signals, die_of
@@ -302,7 +301,7 @@ def _run(args: argparse.Namespace) -> int:
     if not settings.engine:
         say("rankspawn has no engine here: ranks may outlive this launcher; see `rankspawn doctor`")
     _make_room(settings.job.nprocs * (3 if settings.streams.tee else 1))
-    # A parent that ignores SIGCHLD leaves it ignored in us, and the kernel would then drop the ranks' statuses.
+    # If the parent ignores SIGCHLD, this process inherits that, and the kernel would drop the ranks' exit statuses.
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with (
@@ -319,13 +318,13 @@ def _run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _folder(settings: RunSettings) -> Iterator[LogFolder]:
-    """Make the folder of the log files and the error files: a new one in that of --log-dir, or a temporary one.
+    """Make the folder of the log files and error files: a new folder in --log-dir, or a temporary one.
 
-    A job runs without the temporary one where only this launcher would read its files: for --tee, and for errors that
-    ranks record.
+    If no temporary folder can be made, the job still runs, as long as only this launcher would read its files: for
+    --tee, and for the errors that ranks record.
 
     Raises:
-        CommandError: The system refuses a folder.
+        CommandError: The system refuses a folder that the job needs.
     """
     from .._output.logs import LogFolder
 
@@ -349,7 +348,7 @@ def _folder(settings: RunSettings) -> Iterator[LogFolder]:
 
 
 def _make_room(descriptors: int) -> None:
-    """Raise the soft limit of open files, often 1024, by no more than is needed, because the ranks inherit it.
+    """Raise the soft limit of open files (often 1024), but no further than needed, because the ranks inherit it.
 
     Raises:
         CommandError: The hard limit is too low.

@@ -1,4 +1,4 @@
-"""What ``rankspawn run`` was asked to do: argparse's Namespace, checked, as plain frozen data."""
+"""The settings of ``rankspawn run``: the checked command line as plain frozen data."""
 
 from __future__ import annotations
 
@@ -27,37 +27,37 @@ if TYPE_CHECKING:
     from .._place.plan import Placed
 
 _RUN_PATH = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
-"""What --run-path executes: SCRIPT as torchrun's function for it does."""
+"""The program of --run-path. It runs SCRIPT as torchrun's own function does."""
 
 
 class RunSettings(Frozen):
-    """Everything that the command line, the environment and the machine say of a run. Nothing behind it sees argparse.
+    """All settings of a run: from the command line, the environment and the machine. No later code sees argparse.
 
     Attributes:
         command: What each rank executes.
-        name: What the job is called, in the name of its log folder: its script, its run_id and its machine.
-        job: What the ranks of the first attempt are told.
+        name: The job's name in the name of its log folder: its script, its run_id and its machine.
+        job: The job of the first attempt.
         bindings: Where each rank goes, by local rank; None for a rank that stays unbound.
         omp_threads: OMP_NUM_THREADS of each rank, by local rank.
-        engine: Whether the engine starts the ranks, and the kernel can end them with the launcher.
-        log_dir: The option of this name, as the others below; None where it was not given.
-        streams: What becomes of the ranks' stdout and stderr.
-        stdin: Which ranks have the launcher's stdin: "all", "none", or one by its RANK.
+        engine: Whether the engine starts the ranks, and the kernel can end them together with the launcher.
+        log_dir: The option of this name; None if the user did not give it.
+        streams: Where the ranks' stdout and stderr go.
+        stdin: Which ranks read the launcher's stdin: "all", "none", or one RANK.
         own_devices: CUDA_VISIBLE_DEVICES of each rank, by local rank, for --virtual-local-rank; else none.
         report: The file for the report.
         timeline: The file for the drawing.
-        keep_going: Whether a rank that fails leaves the others alone.
-        grace: Seconds.
-        wait: Seconds from the first end with status 0 to the end of the others.
-        signal_to: Whom of a rank a signal reaches first.
-        signals_to_handle: The signals of --signals-to-handle; none where it was not given.
-        guard: None where neither --guard nor --no-guard was given.
+        keep_going: Whether the other ranks keep running when one fails.
+        grace: Seconds between SIGTERM and SIGKILL.
+        wait: Seconds that the other ranks may run after the first has ended with status 0.
+        signal_to: Which processes of a rank a signal reaches first.
+        signals_to_handle: The signals of --signals-to-handle; empty if the user did not give it.
+        guard: None if the user gave neither --guard nor --no-guard.
         stacks: Whether the launcher looks at what ranks do before it ends them.
-        hang_timeout: Seconds after which a job in which nothing moves hangs; None for no watch.
-        on_hang: What is done then.
-        cgroup: The delegated cgroup.
+        hang_timeout: Seconds without progress after which a job counts as hung; None for no hang watch.
+        on_hang: What to do about a hang.
+        cgroup: The delegated cgroup, or "auto"; None for no cgroup.
         warm: Whether ranks are forked from a template.
-        preload: The modules that it imports; None for those that are found in the script.
+        preload: The modules that the template imports; None for those that the script imports at its top.
     """
 
     command: tuple[str, ...]
@@ -87,10 +87,10 @@ class RunSettings(Frozen):
 
 
 def read_settings(args: argparse.Namespace) -> RunSettings:
-    """Check the arguments of ``run``; usage errors end the process with status 2.
+    """Check the arguments of ``run``. A usage error ends the process with status 2.
 
     Raises:
-        CommandError: No port can be found at the master's address, or there is nothing to count ranks by.
+        CommandError: This machine cannot listen at the master's address, or no device is visible to count ranks by.
         PlacementError: A rank cannot be placed.
         OSError: The system refuses something else.
     """
@@ -140,7 +140,7 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
 
 
 def _checked_script(args: argparse.Namespace) -> list[str]:
-    """Return SCRIPT and its arguments; usage errors end the process with status 2."""
+    """Return SCRIPT and its arguments. A usage error ends the process with status 2."""
     script: list[str] = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not script:
         args.parser.error("SCRIPT is missing")
@@ -150,8 +150,8 @@ def _checked_script(args: argparse.Namespace) -> list[str]:
 
 
 def _check_files(script: str, args: argparse.Namespace) -> None:
-    """Raise CommandError for a script, or a folder of a report, that is not there."""
-    # Another interpreter may be one that sees other files, in a container.
+    """Raise CommandError if the script, or the folder of a report, does not exist."""
+    # With PYTHON_EXEC, the interpreter may run in a container and see other files.
     if "PYTHON_EXEC" not in os.environ and (args.run_path or not (args.module or args.no_python)):
         check_script(script)
     for path in (args.report, args.timeline):
@@ -159,7 +159,7 @@ def _check_files(script: str, args: argparse.Namespace) -> None:
 
 
 def _stdin(args: argparse.Namespace, script: str, job: Job) -> Literal["all", "none"] | int:
-    """Check which ranks have stdin; usage errors end the process with status 2."""
+    """Check which ranks read stdin. A usage error ends the process with status 2."""
     stdin: Literal["all", "none"] | int = args.stdin
     if isinstance(stdin, int) and stdin >= job.world_size:
         args.parser.error(f"--stdin {stdin}: the job has {job.world_size} ranks, counted from 0")
@@ -171,14 +171,14 @@ def _stdin(args: argparse.Namespace, script: str, job: Job) -> Literal["all", "n
 def _command(script: Sequence[str], args: argparse.Namespace) -> tuple[str, ...]:
     if args.no_python and not args.run_path:
         return tuple(script)
-    # As for torchrun, PYTHON_EXEC is another interpreter for the ranks.
+    # As in torchrun, PYTHON_EXEC names another interpreter for the ranks.
     python = os.environ.get("PYTHON_EXEC", sys.executable)
     how = ["-c", _RUN_PATH] if args.run_path else ["-m"] if args.module else []
     return (python, "-u", *how, *script)
 
 
 def _name(script: str, job: Job, *, own_id: bool) -> str:
-    """Name a job by its script, by its run_id where it has one, and by the machine where there are several."""
+    """Name a job by its script, by its run_id if it has one, and by the machine if there are several."""
     name = os.path.basename(script.rstrip(os.sep)).removesuffix(".py")
     words = ["stdin" if script == "-" else name]
     if own_id and job.run_id != "none":  # with --standalone it is a UUID
@@ -189,7 +189,7 @@ def _name(script: str, job: Job, *, own_id: bool) -> str:
 
 
 def _on_hang(args: argparse.Namespace) -> Literal["report", "end", "restart"]:
-    """Check what is done about a hang; usage errors end the process with status 2."""
+    """Check what to do about a hang. A usage error ends the process with status 2."""
     action: Literal["report", "end", "restart"] = args.on_hang or "report"
     if args.on_hang and args.hang_timeout is None:
         args.parser.error(f"--on-hang {action} needs --hang-timeout SECONDS")
@@ -204,7 +204,7 @@ def _on_hang(args: argparse.Namespace) -> Literal["report", "end", "restart"]:
 
 
 def _own_devices(nprocs: int) -> tuple[str, ...]:
-    """Find the device that each rank sees alone, as torchrun does: one of those that we see, in local-rank order."""
+    """Choose the one device that each rank sees, as torchrun does: the visible devices in local-rank order."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
         return tuple(map(str, range(nprocs)))
@@ -215,7 +215,7 @@ def _own_devices(nprocs: int) -> tuple[str, ...]:
 
 
 def _shutdown_timeout(args: argparse.Namespace) -> float | None:
-    """Find the seconds of --grace; where it was not given, torchrun's variable has them, if anything has."""
+    """Return the seconds of --grace, else those of torchrun's variable, else None."""
     text = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
     if args.grace is not None or not text:
         grace: float | None = args.grace
@@ -228,10 +228,10 @@ def _shutdown_timeout(args: argparse.Namespace) -> float | None:
 def place_ranks(
     options: PlacementOptions, nprocs: int, root: str = "/"
 ) -> tuple[tuple[Binding | None, ...], tuple[int, ...]]:
-    """Place the ranks, and say what there is to say of it.
+    """Place the ranks, and print the notes about it.
 
     Args:
-        options: The options of placement.
+        options: The placement options.
         nprocs: How many ranks there are.
         root: The folder that has the machine's sys/ and proc/ in it.
 
@@ -239,7 +239,7 @@ def place_ranks(
         The binding of each rank, None for a rank that stays unbound; and OMP_NUM_THREADS of each.
 
     Raises:
-        PlacementError: A rank cannot be placed; where mode auto decides all, the ranks stay unbound instead.
+        PlacementError: A rank cannot be placed. If only mode auto decides, the ranks stay unbound instead.
     """
     notes = list(openmp_warnings(os.environ))
     if root == "/" and hasattr(os, "sched_getaffinity"):
@@ -247,7 +247,7 @@ def place_ranks(
     ranks: Sequence[Placed] = ()
     mode = options.numa_binding if options.say_only_mode else ""
     try:
-        # Without options, and on a machine with one node, there is nothing to choose, and no need to read the machine.
+        # Without options and with one node there is nothing to choose, so the machine need not be read.
         if root == "/" and (mode == "none" or (mode == "auto" and has_one_node())):
             notes += hidden_devices(os.environ)
         else:

@@ -1,4 +1,4 @@
-"""``rankspawn topology`` and ``rankspawn plan``: a machine and a plan as a table, as JSON, and as a drawing."""
+"""``rankspawn topology`` and ``rankspawn plan``: print a machine and a plan as a table, as JSON, and as a drawing."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from .._place.visible import Device
 
 JSON_VERSION = 1
-"""The version of what --json prints. It changes when a field goes or means something else, not when one is added."""
+"""The version of the JSON. It changes when a field is removed or changes its meaning, not when a field is added."""
 
 _GIB = 1 << 30
-# Two lines of a process's status say what it may use; a capture leaves the others out.
+# Two lines of a process's status say what it may use. A capture contains only these.
 _STATUS, _STATUS_LINES = "proc/self/status", ("Cpus_allowed_list:", "Mems_allowed_list:")
 
 
 def add_topology_options(topology: argparse.ArgumentParser) -> None:
     """Add the options of ``topology``.
 
-    ``run`` of the parsed arguments is a function that takes them, returns the exit status, and raises PlacementError.
+    ``args.run(args)`` prints the machine and returns the exit status. It raises PlacementError.
     """
     topology.description = "Shows this machine's sockets, NUMA nodes, cores, caches and accelerators."
     _add_common_options(topology)
@@ -40,7 +40,7 @@ def add_topology_options(topology: argparse.ArgumentParser) -> None:
 
 
 def add_plan_options(plan: argparse.ArgumentParser) -> None:
-    """Add the options of ``plan``, and ``run`` as for ``topology``."""
+    """Add the options of ``plan``; ``args.run(args)`` works as for ``topology``."""
     plan.description = "Shows where `rankspawn run` would put each rank with the same options. It starts nothing."
     plan.add_argument(
         "--nproc-per-node",
@@ -94,7 +94,7 @@ def _topology(args: argparse.Namespace) -> int:
 
 
 def _check_folders(*paths: str | None) -> None:
-    """Raise CommandError where a file shall be written into a folder that is not there; None is no file."""
+    """Raise CommandError if the folder of a file to write does not exist; None stands for no file."""
     if any(paths):
         from .program import check_folder_of
 
@@ -144,7 +144,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _auto_note(options: PlacementOptions, topology: Topology, ranks: Sequence[Placed]) -> str:
-    """Say what mode auto decided; "" for another mode, and where there is nothing to decide."""
+    """Say what mode auto decided; "" for another mode, or if there was nothing to decide."""
     if not options.auto_decides:
         return ""
     if options.auto_binds(ranks):
@@ -156,7 +156,7 @@ def _auto_note(options: PlacementOptions, topology: Topology, ranks: Sequence[Pl
 
 
 def topology_json(topology: Topology, devices: Iterable[Device]) -> dict[str, Any]:
-    """Turn a machine into plain data; ids are texts as the kernel lists them, memory is in bytes."""
+    """Turn a machine into plain data. Ids are text in the kernel's list format; memory is in bytes."""
     return {
         "version": JSON_VERSION,
         "root": topology.root,
@@ -190,7 +190,7 @@ def device_json(device: Device) -> dict[str, Any]:
 
 
 def rank_json(index: int, rank: Placed) -> dict[str, Any]:
-    """Turn one rank of a plan into plain data, as a report has it; cpus and memory are None where it inherits them."""
+    """Turn one rank of a plan into plain data, as in a report. Inherited cpus and memory are None."""
     cpus, memory = rank.binding.cpus, rank.binding.memory
     return {
         "rank": index,
@@ -298,14 +298,14 @@ def _notes(notes: Sequence[str], out: IO[str]) -> None:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], out: IO[str]) -> None:
-    """Print plain columns, one line a row: for people and for other programs."""
+    """Print plain columns, one line for each row, which people and other programs can read."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     for row in (head, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=out)
 
 
 def capture(tree: Tree, path: str) -> None:
-    """Write what was read of ``tree`` into a tar.gz: the text of each file, and the folders that were listed.
+    """Write all files that were read from ``tree``, and all folders that were listed, into a tar.gz.
 
     The unpacked tree gives the same topology and devices.
 

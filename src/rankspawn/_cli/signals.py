@@ -1,17 +1,19 @@
-"""What is asked of the launcher by signals: bytes on a socket, for the loop that also waits for the ranks.
+"""The launcher's signals, as bytes on a socket, for the loop that also waits for the ranks.
 
-A launcher whose ranks die with it must not die of a signal that is meant for them. So each signal whose default action
-is to end a process has a meaning here:
+The ranks die with the launcher, so the launcher must not die of a signal that is meant for them. Each signal whose
+default action ends a process has a meaning here:
 
-* SIGUSR1 and SIGUSR2 are handed on to the ranks, and the job goes on. --signals-to-handle takes them out of these.
-* All others, real-time signals too, ask for the end of the job. After those that shells and schedulers send to end a
-  command the launcher exits with 128 and the signal's number; of any other it dies itself when the ranks have ended.
-* SIGTSTP, Ctrl-Z's, suspends the ranks and the launcher.
-* SIGQUIT, Ctrl-\'s, has the launcher look at what the ranks do, as for a Java program; the job goes on.
-  --signals-to-handle takes it out of this, and it asks for the end, too.
+* SIGUSR1 and SIGUSR2: the launcher passes them to the ranks, and the job keeps running. A signal that
+  --signals-to-handle names ends the job instead.
+* SIGTSTP (Ctrl-Z) suspends the ranks and the launcher.
+* SIGQUIT (Ctrl-\\) makes the launcher look at what the ranks do, as in Java, and the job keeps running. If
+  --signals-to-handle names it, it ends the job instead.
+* All other signals, real-time signals too, end the job. If shells and schedulers use the signal to end a command, the
+  launcher exits with 128 + the signal's number. Of any other signal it dies itself when the ranks have ended.
 
-Left as they are: what was ignored when the launcher was started (nohup; Python itself ignores SIGPIPE and SIGXFSZ),
-SIGKILL, and the signals of faults in the launcher's own code (SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGSYS, SIGTRAP).
+The launcher leaves three kinds of signals alone: those that were ignored when it started (by nohup; Python itself
+ignores SIGPIPE and SIGXFSZ), SIGKILL, and the signals of faults in its own code (SIGSEGV, SIGBUS, SIGFPE, SIGILL,
+SIGSYS, SIGTRAP).
 """
 
 from __future__ import annotations
@@ -29,16 +31,16 @@ if TYPE_CHECKING:
 
 
 def _present(*names: str) -> tuple[int, ...]:
-    """The numbers of those of these signals that this system has."""
+    """The numbers of those signals that this system has."""
     return tuple([int(getattr(signal, name)) for name in names if hasattr(signal, name)])
 
 
-# The ranks are told to end by the same signal, and the launcher exits with 128 and its number.
+# The ranks get the same signal, and the launcher exits with 128 + its number.
 _ORDERS = _present("SIGINT", "SIGTERM")
-# The ranks are told to end by the same signal, and the launcher dies of it.
+# The ranks get the same signal, and the launcher dies of it.
 _HANGUP = _present("SIGHUP")
-# The ranks are told to end by SIGTERM, and the launcher dies of the signal. Where abort(3) raises SIGABRT in the
-# launcher itself it takes the handler away again, and ends it.
+# The ranks get SIGTERM, and the launcher dies of the signal itself. If abort(3) raises SIGABRT in the launcher, it
+# removes the handler and ends the launcher.
 _ENDS = _present(
     "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGXCPU", "SIGXFSZ", "SIGIO", "SIGPWR", "SIGSTKFLT", "SIGABRT", "SIGEMT"
 ) + (tuple(range(signal.SIGRTMIN, signal.SIGRTMAX + 1)) if hasattr(signal, "SIGRTMIN") else ())
@@ -48,7 +50,7 @@ _LOOKS = _present("SIGQUIT")
 
 
 class EndAsked(Exception):
-    """A signal has come that asks for the end, before there was any rank.
+    """A signal that ends the job came before there was any rank.
 
     Args:
         sig: Its number.
@@ -60,10 +62,10 @@ class EndAsked(Exception):
 
 
 class Signals:
-    """The signals that have come and have not been read.
+    """The signals that have arrived and that nobody has read yet.
 
     Args:
-        reader: A socket, which does not block, that has the number of each signal as a byte.
+        reader: A non-blocking socket that has the number of each signal as a byte.
         handled: The signals of --signals-to-handle.
     """
 
@@ -72,11 +74,11 @@ class Signals:
         self._handled = frozenset(handled)
 
     def fileno(self) -> int:
-        """The descriptor that is readable when a signal has come."""
+        """The descriptor, which is readable when a signal has arrived."""
         return self._reader.fileno()
 
     def read(self, seconds: float = 0.0) -> bytes:
-        """The numbers of the signals that have come since the last call, in order; waits ``seconds`` for the first."""
+        """Return the signals since the last call, in order, a byte each; wait up to ``seconds`` for the first."""
         try:
             self._reader.settimeout(seconds)  # 0.0 makes it non-blocking again
             return self._reader.recv(256)
@@ -86,7 +88,7 @@ class Signals:
             self._reader.setblocking(False)
 
     def raise_for_end(self) -> None:
-        """Raise EndAsked where a signal that asks for the end has come. It stays to be read.
+        """Raise EndAsked if a signal that ends the job has arrived. read() will still return it.
 
         Raises:
             EndAsked: There is such a signal.
@@ -99,33 +101,33 @@ class Signals:
             raise EndAsked(sig)
 
     def hands_on(self, sig: int) -> bool:
-        """Whether ``sig`` is the ranks' affair, and the job goes on."""
+        """Whether the launcher passes ``sig`` to the ranks, and the job keeps running."""
         return sig in _HANDED_ON and sig not in self._handled
 
     def asks_for_suspension(self, sig: int) -> bool:
-        """Whether it is Ctrl-Z's."""
+        """Whether ``sig`` suspends the job (Ctrl-Z)."""
         return sig in _SUSPENDS
 
     def asks_for_stacks(self, sig: int) -> bool:
-        """Whether it asks what the ranks do, and the job goes on."""
+        """Whether ``sig`` makes the launcher look at what the ranks do, and the job keeps running."""
         return sig in _LOOKS and sig not in self._handled
 
     def asks_for_end(self, sig: int) -> bool:
-        """Whether the ranks are told to end because of it, and the launcher with them."""
+        """Whether ``sig`` ends the ranks and the launcher."""
         return sig in (*_ORDERS, *_HANGUP, *_ENDS) or (sig in (*_HANDED_ON, *_LOOKS) and sig in self._handled)
 
     def for_ranks(self, sig: int) -> int:
-        """The signal by which the ranks are told to end because of ``sig``."""
+        """The signal that the launcher sends to the ranks when ``sig`` ends the job."""
         return sig if sig in (*_ORDERS, *_HANGUP) or sig in self._handled else signal.SIGTERM
 
 
 @contextmanager
 def catch_signals(handled: Collection[int] = ()) -> Iterator[Signals]:
-    """Have the signals that ask something of us read from what this gives, in place of their actions.
+    """Catch the launcher's signals while the block runs; yields the object that reads them.
 
-    They are unblocked, too: whoever started us may have blocked them, and then nobody could end us but by SIGKILL. The
-    signals that end a process have their default action afterwards: the command's work is done. Those that are handed
-    on are ignored then, because the ranks whom they were for have ended.
+    This also unblocks them. If the parent had blocked them, only SIGKILL could end this process. Afterwards, signals
+    that end a process have their default action, because the command's work is done. Signals for the ranks are ignored
+    then, because the ranks have ended.
 
     Args:
         handled: The signals of --signals-to-handle.
@@ -136,7 +138,7 @@ def catch_signals(handled: Collection[int] = ()) -> Iterator[Signals]:
     asking = (*_ORDERS, *_HANGUP, *_ENDS, *_HANDED_ON, *_SUSPENDS, *_LOOKS)
     caught = [sig for sig in asking if signal.getsignal(sig) is not signal.SIG_IGN]
     signals = Signals(reader, handled)
-    # Whoever sends more signals than a socket holds has sent them before.
+    # A signal that the full socket cannot hold is in it already, many times.
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
         for sig in caught:
@@ -153,30 +155,31 @@ def catch_signals(handled: Collection[int] = ()) -> Iterator[Signals]:
 
 
 def suspend(group: RankGroup) -> None:
-    """Stop the ranks and this process, until a shell continues it, and them with it.
+    """Stop the ranks and this process until a shell continues this process, which then continues the ranks.
 
-    The ranks get SIGSTOP: SIGTSTP would do nothing in a session that no shell controls (credentials(7)). For the same
-    reason this process gets SIGTSTP: where nobody could continue it, it is not stopped, and the ranks go on at once.
+    The ranks get SIGSTOP, because SIGTSTP does nothing in a session that no shell controls (credentials(7)). For the
+    same reason this process gets SIGTSTP: if no shell could continue it, it does not stop, and the ranks continue at
+    once.
     """
     with suppress(PermissionError):
         group.send_signal(signal.SIGSTOP)
     action = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
     signal.raise_signal(signal.SIGTSTP)
-    # Here, when the shell has continued us.
+    # The shell has continued this process.
     signal.signal(signal.SIGTSTP, action)
     with suppress(PermissionError):
         group.send_signal(signal.SIGCONT)
 
 
 def status_of(sig: int) -> int:
-    """The status of a launcher that ``sig`` has ended: 128 and its number, or negative where it is to die of it."""
+    """The status of a launcher that ``sig`` ended: 128 + its number, or negative if the launcher must die of it."""
     return 128 + sig if sig in (*_ORDERS, *_LOOKS) else -sig
 
 
 def die_of(sig: int) -> None:
-    """End this process by the signal, without a core file, so that its parent sees what ended it.
+    """End this process by the signal, without a core file, so that its parent sees the signal in its status.
 
-    Returns where the kernel does not let it die of that: the first process of a container (pid_namespaces(7)).
+    It returns if the kernel ignores the signal, as for the first process of a container (pid_namespaces(7)).
     """
     from .._output.console import flush
 
@@ -195,7 +198,7 @@ def die_of(sig: int) -> None:
 
 
 def name_of(sig: int) -> str:
-    """SIGTERM, or SIGRTMIN+2: the signal's name."""
+    """Return the signal's name: "SIGTERM", or "SIGRTMIN+2"."""
     try:
         return signal.Signals(sig).name
     except ValueError:
@@ -203,10 +206,10 @@ def name_of(sig: int) -> str:
 
 
 def parse_signals(text: str) -> frozenset[int]:
-    """Read the value of --signals-to-handle: names of signals with commas between them, with or without SIG.
+    """Read the value of --signals-to-handle: names of signals, with or without SIG, separated by commas.
 
     Raises:
-        ValueError: A name is no signal's, or a signal that is not handled at all.
+        ValueError: This system has no such signal, or the launcher cannot handle it.
     """
     found = set()
     for word in filter(None, (word.strip().upper() for word in text.split(","))):
