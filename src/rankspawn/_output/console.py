@@ -1,9 +1,8 @@
-"""What the launcher says on stderr: lines in their order, for which it never waits long.
+"""Writes the launcher's lines to stderr in their order, and never waits long for it.
 
-A stopped terminal (Ctrl-S), a pager and a pipe whose reader sleeps block whoever writes to them, and poll(2) cannot
-promise that they do not: ranks write there, too, and take the room that it saw. So a thread writes, and whoever says a
-line waits a moment for it, so that the line precedes what the ranks write afterwards. The thread ends when everything
-is written.
+A stopped terminal (Ctrl-S), a pager and a pipe whose reader sleeps block every writer, and poll(2) cannot promise that
+a write will not block: ranks write there, too, and take the room that poll saw. So a thread writes. The caller waits a
+moment for it, so that the line precedes what the ranks write afterwards. The thread ends when everything is written.
 
 Python's own stream is not used: the lock of its buffer would be held while the write blocks, and the interpreter could
 not end.
@@ -24,9 +23,9 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import IO
 
-_MOMENT = 0.02  # seconds that a line is waited for
+_MOMENT = 0.02  # seconds that the caller waits for its line
 _PATIENCE = 2.0  # seconds that the end of the process waits for a reader who takes nothing
-_MOST = 256  # texts that wait to be written; of more than these, only the number is said
+_MOST = 256  # texts that wait to be written; beyond that, only their number is written
 _AGAIN = 0.05  # seconds between two attempts where a descriptor has O_NONBLOCK
 
 
@@ -36,14 +35,14 @@ def say(text: str) -> None:
 
 
 def say_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an exception that nobody has caught, in place of the interpreter's sys.excepthook."""
+    """Print an uncaught exception, in place of the interpreter's sys.excepthook."""
     import traceback
 
     write("".join(traceback.format_exception(kind, error, trace)))
 
 
 def write(text: str, stream: IO[str] | None = None) -> None:
-    """Write ``text`` to ``stream``, sys.stderr if left out; where nobody reads it, it is written later or never.
+    """Write ``text`` to ``stream``, sys.stderr if left out. If no reader takes it, it is written later or never.
 
     A stream that is not this process's stdout or stderr (one in memory) is written to at once.
     """
@@ -58,15 +57,15 @@ def write(text: str, stream: IO[str] | None = None) -> None:
             stream.flush()
         else:
             _writer.add(fd, encoded(text, getattr(stream, "encoding", None)))
-    except (OSError, ValueError):  # nobody reads it any more, or the stream is closed
+    except (OSError, ValueError):  # the reader has gone, or the stream is closed
         return
 
 
 def encoded(text: str, encoding: str | None) -> bytes:
     """``text`` as bytes for a stream, whatever is in it.
 
-    What stands for a byte of a file's name (PEP 383) becomes that byte again, as where a rank writes the name. Other
-    characters that the encoding has not are written "\\xe9".
+    A character that stands for a byte of a file's name (PEP 383) becomes that byte again, as when a rank writes the
+    name. Other characters that the encoding lacks are written "\\xe9".
     """
     encoding = encoding or "utf-8"
     try:
@@ -82,7 +81,7 @@ def write_bytes(fd: int, data: bytes) -> None:
 
 
 def is_stuck() -> bool:
-    """Whether something waits to be written that nobody takes."""
+    """Whether a text waits to be written because no reader takes it."""
     return _writer.stuck
 
 
@@ -106,7 +105,7 @@ def descriptor(stream: IO[str] | None) -> int | None:
 
 
 class _Writer:
-    """Texts that wait, and the thread that writes them; there is none while nothing waits.
+    """Texts that wait, and the thread that writes them. There is no thread while no text waits.
 
     The methods may interrupt each other in one thread: garbage collection may run a destructor that warns. So nothing
     here waits for a lock that its own thread may hold.
@@ -151,7 +150,7 @@ class _Writer:
         if self._texts and self._busy.acquire(blocking=False):
             try:
                 _thread.start_new_thread(self._run, ())
-            except RuntimeError:  # no thread can be had, and so no rank either: a line that blocks blocks nothing else
+            except RuntimeError:  # no thread can be made, so no rank runs either: a write may block
                 self._write_all()
 
     def _run(self) -> None:
@@ -180,7 +179,7 @@ class _Writer:
                 data = data[os.write(fd, data) :]
             except BlockingIOError:  # another process has set O_NONBLOCK on what it shares with us
                 time.sleep(_AGAIN)
-            except OSError:  # nobody can read it any more, and the job goes on
+            except OSError:  # the reader has gone; the job continues
                 return
             self._written += 1
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .._start.popen import Popen
     from .logs import RankFiles
 
-# What each signal is for. The sender is not known: any signal may come from kill(2).
+# What each signal means. The sender is unknown: any signal may come from kill(2).
 _MEANINGS = {
     "SIGKILL": "anyone may send it; the kernel does when memory runs out, and says so in its log",
     "SIGSEGV": "the signal of an invalid memory access",
@@ -42,7 +42,7 @@ _MEANINGS = {
 
 
 class LastLines(Frozen):
-    """The end of what a rank wrote, as it was when its failure was looked at: at most 20 lines.
+    """The end of what a rank had written when its failure was seen: at most 20 lines.
 
     Attributes:
         stream: "stderr", or "stdout" where it wrote nothing to stderr.
@@ -74,7 +74,7 @@ def read_last_lines(files: RankFiles | None) -> LastLines | None:
 
 @public
 class Failure(Frozen):
-    """A rank that failed. Its text, ``str(failure)``, is what ``rankspawn run`` says of it.
+    """A rank that failed. ``str(failure)`` is the text that ``rankspawn run`` prints about it.
 
     Attributes:
         rank: Its RANK, which counts the ranks of all machines.
@@ -88,8 +88,8 @@ class Failure(Frozen):
         output: The end of what it wrote; None where it had the launcher's output.
         first_rank: The RANK of this machine's local rank 0.
         others: What the other ranks did when this one had failed, "7 ranks (0-2,4-7): in all_reduce, train.py:88"; ""
-            where nobody has looked.
-        why: The cause as far as facts say it, in one line: a memory limit, a resource limit, a GPU's fault, a core, an
+            if their stacks were not taken.
+        why: The cause in one line, as far as facts show it: a memory limit, a resource limit, a GPU's fault, a core, an
             exception; "" where none is known.
         lasted: Seconds from the launch call of its attempt until its end was noticed; None where that is not known.
     """
@@ -119,10 +119,10 @@ class Failure(Frozen):
 
 @public
 class RanksFailedError(subprocess.CalledProcessError):
-    """Ranks of a group have failed. Its text is what ``rankspawn run`` says then: who, how, where it was bound, why.
+    """Ranks of a group have failed. Its text is what ``rankspawn run`` prints: which rank, how, why, and its binding.
 
     Attributes:
-        failures: The ranks that failed: first the one whose failure came first.
+        failures: The ranks that failed; the first to fail comes first.
         returncode: What that rank ended with, as ``Popen.returncode``.
         cmd: What that rank ran.
     """
@@ -136,11 +136,11 @@ class RanksFailedError(subprocess.CalledProcessError):
 
 
 def first_failure(failures: Iterable[Failure]) -> Failure:
-    """The failure that came first: by the time that the rank recorded, else by when its end was noticed.
+    """Find the failure that came first: by the time that the rank recorded, else by the time when its end was noticed.
 
-    As in torch: recorded times are whole seconds, so both are compared as whole seconds, and of equal ones the one that
-    was noticed first is taken. A rank that raises may need long to end, and others may end before it because of it. A
-    rank that the launcher's own signal ended, and that recorded nothing, comes after all others.
+    This is torch's rule: recorded times are whole seconds, so both are compared as whole seconds, and among equal times
+    the failure that was noticed first counts. A rank that raises may take long to end, and others may end before it
+    because of it. A rank that recorded nothing and that the launcher's own signal ended comes after all others.
 
     Raises:
         ValueError: There is no failure.
@@ -169,10 +169,10 @@ def failures(
         files: Where each writes, by local rank; None where all have the launcher's output.
         sent: The signals that the launcher sent to each rank before it ended, by local rank.
         first_rank: The RANK of this machine's local rank 0.
-        others: What the other ranks did when the first had failed, in words.
-        why: What the kernel says of their deaths, by local rank.
+        others: What the other ranks did when the first had failed, as text.
+        why: What the kernel says about their deaths, by local rank.
         called_ns: CLOCK_MONOTONIC when the attempt was launched.
-        hung: The local ranks that had to be ended because they stood still: these have failed, whatever their end.
+        hung: The local ranks that were ended because they stood still. They have failed, whatever their returncode is.
     """
     failed = []
     ended_badly = [number for number, code in returncodes.items() if code or number in hung]
@@ -205,7 +205,7 @@ def failures(
 
 
 def _is_ours(failure: Failure) -> bool:
-    """Whether the launcher's own signal ended the rank, or the shell that reports so, and it recorded no error."""
+    """Whether the launcher's own signal ended the rank (or its program, as a shell says), and it recorded no error."""
     return failure.error is None and any(failure.returncode in (-sig, 128 + sig) for sig in failure.sent)
 
 
@@ -238,11 +238,11 @@ def _signal_name(sig: int) -> str:
 
 
 def describe_interruption(killed: Collection[int], seconds: float) -> str:
-    """How a job ended that was told to: "interrupted; 2 ranks had to be killed after 30 s: 0-1".
+    """How a job ended that was asked to: "interrupted; 2 ranks had to be killed after 30 s: 0-1".
 
     Args:
-        killed: The ranks that ended by the launcher's SIGKILL, at least one.
-        seconds: How long they had had to end.
+        killed: The ranks that the launcher's SIGKILL ended, at least one.
+        seconds: How many seconds they had to end.
     """
     count = "1 rank" if len(killed) == 1 else f"{len(killed)} ranks"
     return f"interrupted; {count} had to be killed after {round(seconds, 1):g} s: {format_ids(killed)}"
@@ -256,15 +256,15 @@ def describe(
     kept: bool | None = None,
     shown: str = "",
 ) -> str:
-    """What happened, for people: lines of text, each with its newline.
+    """Describe what happened, for people: lines of text, each with its newline.
 
     Args:
         first: The first failure, which is described in full.
-        others: The other failures, of which only the end and its cause are described, one line for each cause.
-        lines: How many lines of the traceback and of the log are quoted at most.
+        others: The other failures: one line for each cause, with the returncode and the cause.
+        lines: The most lines of the traceback and of the log to quote.
         kept: Whether the files of ``first`` will still be there when this is read; None where they are there now.
-        shown: The prefix behind which everything that ``first`` wrote to its stderr stands above this text, so that it
-            is not quoted; "" where it was not shown.
+        shown: If all that ``first`` wrote to its stderr stands above this text, the prefix of these lines; they are not
+            quoted again then. "" if it was not shown.
     """
     pid = "" if first.pid is None else f" (pid {first.pid})"
     told = [f"rank {first.rank}{pid} {how_it_ended(first.returncode, first.sent)}"]
@@ -298,7 +298,7 @@ def describe(
 
 
 def _ends_of(others: Iterable[Failure]) -> list[str]:
-    """A line for each cause that other ranks have failed by, and a last one for those without a cause of their own."""
+    """A line for each cause of the other ranks' failures, and a last line for those without a cause of their own."""
     causes: dict[str, list[int]] = {}
     ended: dict[str, list[int]] = {}
     for other in others:
@@ -324,7 +324,7 @@ def _ends_of(others: Iterable[Failure]) -> list[str]:
 
 
 def _cause(failure: Failure) -> str:
-    """Its cause and, where that is the exception at the end of its traceback, the line of code that has raised it."""
+    """Its cause and, if that is the exception at the end of its traceback, the line of code that raised it."""
     lines = list(() if failure.output is None else failure.output.lines)
     if failure.error is not None:
         lines = _text_lines(failure.error.traceback) or lines
@@ -345,7 +345,7 @@ def _clock(seconds: float) -> str:
 
 
 def _is_quoted(failure: Failure) -> bool:
-    """Whether the cause is the last line that it wrote, or the error that it recorded, which are quoted anyway."""
+    """Whether the cause is its last line or its recorded error, both of which are quoted anyway."""
     lines = [] if failure.output is None else [*failure.output.lines[-1:]]
     if failure.error is not None:
         lines += _text_lines(failure.error.message)[:1]
@@ -353,7 +353,7 @@ def _is_quoted(failure: Failure) -> bool:
 
 
 def _has(output: LastLines | None, traceback: Sequence[str]) -> bool:
-    """Whether the end of what it wrote has the end of the traceback."""
+    """Whether its last lines contain the end of the traceback."""
     return output is not None and bool(traceback) and traceback[-1] in output.lines
 
 

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 CHUNK = 1 << 16
-"""Bytes read from one file before the next file is read, and the longest line that is shown in one piece."""
+"""Bytes to read from one file before the next one, and the longest line that is shown in one piece."""
 SOONEST = 0.01  # seconds between two looks at files that grow
 PIPE_BUF = getattr(select, "PIPE_BUF", 512)
-"""Bytes of a write to a pipe that no other write tears apart, and that poll(2) finds room for: pipe(7)."""
+"""PIPE_BUF: a pipe takes so many bytes of a write in one piece, and poll(2) finds room for them: pipe(7)."""
 
 RETRY = 0.1
-"""Seconds until a file or a stream that failed is tried again."""
-_STATE_SECONDS = 10.0  # between two states of a progress bar in a file or a pipe, where they stay
+"""Seconds until the next try of a file or a stream that failed."""
+_STATE_SECONDS = 10.0  # between two states of a progress bar in a file or a pipe, which keep them all
 _STATE_SECONDS_ON_TERMINAL = 1.0
 _GONE = (errno.EPIPE, errno.EBADF, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN, errno.ENXIO, errno.ENODEV)
 
@@ -38,7 +38,8 @@ class Sink:
         fd: The descriptor; None for a text stream that is not the process's stdout or stderr.
         stream: The text stream; None for a descriptor.
         dead: Whether the stream is gone, and nothing more is written.
-        failing: Why the last write failed, where the stream is still there; "" where it did not. It is tried again.
+        failing: Why the last write failed although the stream is still there; "" if it succeeded. There will be another
+            try.
         state_seconds: Seconds between two states of a progress bar.
         pending: Whole lines that are still to be written.
         source: The file that ``pending`` comes from.
@@ -74,7 +75,7 @@ class Sink:
         return bool(poller.poll(0))
 
     def write(self) -> None:
-        """Write a piece of what is pending: as many whole lines as fit in PIPE_BUF bytes.
+        """Write as many pending whole lines as fit in PIPE_BUF bytes.
 
         Raises OSError, and ValueError for a text stream that is closed.
         """
@@ -97,10 +98,10 @@ class Sink:
                 self.source = None
 
     def note(self, error: OSError | ValueError) -> bool:
-        """Note that a write has failed; whether the stream is gone, so that no other write can succeed.
+        """Note that a write has failed. Returns whether the stream is gone, so that no other write can succeed.
 
-        A full disk, a quota and a file server that does not answer are no end: what is pending stays so, and is
-        written later.
+        A full disk, a quota and a file server that does not answer do not end the stream: the pending lines wait, and
+        are written later.
         """
         if isinstance(error, OSError):
             gone = error.errno in _GONE or (error.errno == errno.EIO and not _is_regular(self.fd))  # EIO: hung up
@@ -112,7 +113,7 @@ class Sink:
         return gone
 
     def hand_over(self) -> None:
-        """Leave what is pending to the console's thread, which may be blocked by it: this is the last call."""
+        """Leave the pending lines to the console's thread, which may block on them: this is the last call."""
         text, self.pending = self.pending[self._written :], b""
         if self.fd is not None:
             write_bytes(self.fd, text)
@@ -132,11 +133,11 @@ class Followed:
         path: Of the file.
         sink: Where its lines go.
         queued: Whether it is among the sink's unread files.
-        failing: Why it could not be read; "" where it could. It is tried again.
-        position: Of the first line that was not handed to the sink.
-        shown: Up to this position the file has been written to the sink.
+        failing: Why it could not be read; "" if it could. There will be another try.
+        position: Where the first line begins that the sink does not have.
+        shown: Up to here the file has been written to the sink.
         fd: The open file, -1 where it is not open.
-        seen: Up to this position the file has been read.
+        seen: Up to here the file has been read.
     """
 
     def __init__(self, path: str, prefix: bytes, sink: Sink, words: Sequence[bytes] = ()) -> None:
@@ -153,7 +154,7 @@ class Followed:
         self._next_state = 0.0
 
     def text(self, last: bool) -> bytes:
-        """The next whole lines, as they are to be shown; empty when there are none. As ``_text``."""
+        """The next whole lines, as they will be shown; empty if there are none. See ``_text``."""
         while True:
             before = self.position
             text = self._text(last)
@@ -161,11 +162,11 @@ class Followed:
                 return text
 
     def _text(self, last: bool) -> bytes:
-        """The next whole lines, as they are to be shown; empty when there are none, or none with the words.
+        """The next whole lines, as they will be shown; empty if there are none, or none with the words.
 
         Args:
-            last: No more will be waited for, so the rest is shown even without its newline. The first such call fixes
-                the file's size: a process that the rank left behind may write for ever.
+            last: Show the rest even without its newline, because no more is waited for. The first such call fixes the
+                file's size, because an orphan of the rank may write for ever.
 
         Raises:
             OSError: The file cannot be read.
@@ -195,7 +196,7 @@ class Followed:
         return b""
 
     def has_more(self) -> bool:
-        """Whether the file has something that could have been shown and was not."""
+        """Whether the file has more than was shown."""
         if self.sink.dead:
             return False
         if self.failing:
@@ -205,12 +206,12 @@ class Followed:
         return False
 
     def open(self) -> bool:
-        """Open the file; False where it is not there, or nothing that can be read: it may become so.
+        """Open the file; False if it is missing or cannot be read yet.
 
         Raises:
             OSError: It cannot be opened.
         """
-        # What is no regular file is not opened a second time: a FIFO's writer would notice.
+        # A file that is not regular is not opened a second time, because a FIFO's writer would notice.
         if self.failing and not stat.S_ISREG(os.stat(self.path).st_mode):
             return False
         try:

@@ -1,4 +1,4 @@
-"""The form of a job's report: what is in the file of --report, as types."""
+"""The form of a job's report, which --report writes, as types."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from .._public import public
 from .usage import Usage
 
 VERSION = 1
-"""The version of the report's form. It changes when a field goes or means something else, not when one is added."""
+"""The version of the report's form. It changes when a field goes or gets another meaning, not when one is added."""
 
 
 class Placement(TypedDict):
     """Where a process is bound.
 
     Attributes:
-        cpus: As the kernel lists them, "0-3,8"; None where the mask was not asked for, or where there is none.
-        memory: The policy, "bind:0-1", "local"; None where it was not asked for, or where the system does not say.
+        cpus: The CPUs as the kernel lists them, "0-3,8"; None if the mask was not asked for, or if there is none.
+        memory: The policy, "bind:0-1", "local"; None if it was not asked for, or if the system does not show it.
     """
 
     cpus: str | None
@@ -44,9 +44,9 @@ class BindingFacts(TypedDict):
 
     Attributes:
         asked: What the launch asked for; None for a rank that inherits its binding.
-        required: Whether a refusal would have failed the launch.
-        effective: What the kernel had for the rank when the launcher last looked; what the rank was born with where it
-            had ended before the first look; None where neither is known.
+        required: Whether a refused binding would have failed the launch.
+        effective: The binding that the kernel had for the rank when the launcher last looked. If the rank had ended
+            before the first look: the binding that it was born with. None if neither is known.
         refused: The refused steps of a binding that is not required.
     """
 
@@ -63,8 +63,8 @@ class Exit(TypedDict):
         returncode: As ``Popen.returncode``.
         status: What it exited with (0 to 255 on POSIX), or None.
         signal: The name of the signal that ended it, or None.
-        core: Whether that left a core dump; None where it is not known.
-        why: What the kernel says of a death, in one line; "" where it says nothing.
+        core: Whether the signal left a core dump; None if that is not known.
+        why: What the kernel says about the death, in one line; "" if it says nothing.
     """
 
     returncode: int
@@ -75,17 +75,17 @@ class Exit(TypedDict):
 
 
 class ResourceUsage(TypedDict):
-    """What a rank that has ended has used, including children that it waited for: getrusage(2).
+    """What an ended rank has used, including children that it waited for: getrusage(2).
 
     Attributes:
         user: CPU seconds in user mode.
         system: CPU seconds in the kernel.
-        max_rss: The peak of resident bytes of the largest process among them; None where the kernel's figure is the
-            launcher's, which Linux carries over the execve(2).
+        max_rss: The peak of resident bytes of the largest process among them; None if the kernel's figure is that of
+            the launcher, because Linux keeps it across execve(2).
         minor_faults: Page faults without reading from a device.
         major_faults: Page faults that read from a device.
-        voluntary_switches: Context switches because it waited.
-        involuntary_switches: Context switches because another process had its turn.
+        voluntary_switches: Context switches because the rank waited.
+        involuntary_switches: Context switches because another process got the CPU.
         blocks_in: Reads of file systems that reached a device, on Linux in units of 512 bytes.
         blocks_out: Writes of file systems that reached a device, in the same units.
     """
@@ -154,9 +154,9 @@ class ProcessReport(TypedDict):
         rank: The RANK that it belongs to.
         pid: Its number.
         command: Its command line.
-        by: What has read the Python frames: "py-spy", "Python 3.14"; "" where nothing has.
+        by: What read the Python frames: "py-spy", "Python 3.14"; "" if nothing did.
         problem: Why there are no Python frames, or "".
-        threads: The first one first.
+        threads: Its threads, the first thread first.
     """
 
     rank: int | None
@@ -172,7 +172,7 @@ class StacksReport(TypedDict):
 
     Attributes:
         taken: The wall clock, ISO 8601 with its zone.
-        because: Why it was taken.
+        because: The reason for the look.
         seconds: How long it took.
         folded: The look in one line.
         notes: What could not be seen, why, and what to do.
@@ -195,11 +195,11 @@ class RankReport(TypedDict):
         pid: Its process id.
         mechanism: How it was started: "clone", "posix_spawn", "subprocess", or "warm" for a rank that was forked from a
             template.
-        executed: When it had become the program; None where that was not noted.
+        executed: When it had executed its program; None if that was not noted.
         exited: When the launcher saw its end; None while it runs.
-        binding: Where it was to run, and where it ran.
+        binding: The binding that was asked for, and the one that it had.
         exit: How it ended; None while it runs.
-        rusage: What it used; None while it runs, or where the kernel was not asked.
+        rusage: What it used; None while it runs, or if the kernel was not asked.
         now: What it uses; None once it has ended.
     """
 
@@ -222,10 +222,10 @@ class TemplateReport(TypedDict):
         seconds: From its start until ranks could be forked from it.
         modules: The seconds that each import took, by the module's name.
         failed: Why a module could not be imported, by its name.
-        environment_read: The variables that the imports have read: by name, the module that did.
+        environment_read: The variables that the imports read: by name, the module that read it.
         cpus: The CPUs that it was bound to, as the kernel lists them; None where it was not bound.
         ranks: How many ranks have been forked from it, in all launches.
-        refused: Why no rank was forked from it any more; None while ranks could be.
+        refused: Why no more ranks could be forked from it; None if they could.
     """
 
     pid: int
@@ -247,8 +247,8 @@ class AttemptReport(TypedDict):
         started: The wall clock at the call, ISO 8601 with its zone.
         duration: Seconds from the call until the last rank was seen to end, or until the report.
         ranks: In rank order.
-        stacks: What the ranks did before they were ended, and whenever that was asked for, in order.
-        templates: Those of a warm start, when the ranks had been started; none where it was cold.
+        stacks: The looks at what the ranks did, before they were ended and on request, in order.
+        templates: The templates of a warm start, as they were when the ranks had been started; empty for a cold start.
     """
 
     attempt: int

@@ -26,8 +26,8 @@ class RankLine(NamedTuple):
     Attributes:
         rank: Its RANK, which counts the ranks of all machines.
         stream: "stdout" or "stderr".
-        text: The line, without its newline. Of a line that was written over ("\\r": a progress bar) it is the last
-            state; a line longer than 64 KiB comes in pieces. A byte that is no UTF-8 is written as ``\\xff``.
+        text: The line, without its newline. For a line that was written over ("\\r": a progress bar) it is the
+            last state; a line longer than 64 KiB comes in pieces. A byte that is not UTF-8 is written as ``\\xff``.
     """
 
     rank: int
@@ -39,10 +39,10 @@ class LineReader:
     """Reads the log files of one attempt, each from its beginning, whole lines at a time. For any thread.
 
     Args:
-        sources: The files. One that is not there yet is waited for.
+        sources: The files. A file that does not exist yet is waited for.
 
     Attributes:
-        due: When there is to be looked again, of time.monotonic().
+        due: When to look again, in seconds of time.monotonic().
     """
 
     def __init__(self, sources: Iterable[Source]) -> None:
@@ -54,12 +54,12 @@ class LineReader:
         self.due = 0.0
 
     def read(self) -> list[RankLine]:
-        """The lines that have been written since the last look: of each file 64 KiB at most.
+        """The lines that have been written since the last look, at most 64 KiB of each file.
 
         After end() an empty list means that there are no more.
 
         Raises:
-            OSError: A file cannot be read. The next look goes on with the others.
+            OSError: A file cannot be read. The next look continues with the others.
         """
         found: list[RankLine] = []
         with self._lock:
@@ -85,7 +85,7 @@ class LineReader:
         return found
 
     def end(self) -> None:
-        """The ranks have ended, and their files may go: open those that are not open, and wait for no more."""
+        """Note that the ranks have ended: open all files, because they may be removed, and wait for no others."""
         with self._lock:
             if not self._ended:
                 self._open_new()
@@ -104,7 +104,7 @@ class LineReader:
         still: list[tuple[Source, Followed]] = []
         for source, followed in self._absent:
             is_open = False
-            with suppress(OSError):  # what cannot be opened now is tried again
+            with suppress(OSError):  # there will be another try
                 is_open = followed.open()
             (self._open if is_open else still).append((source, followed))
         self._absent = still

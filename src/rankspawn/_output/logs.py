@@ -3,7 +3,7 @@
 LOGDIR/attempt_0/3/stdout.log
                    stderr.log
                    error.json     the rank's TORCHELASTIC_ERROR_FILE
-                 stacks.txt       what the ranks did before they were ended, where the launcher has looked
+                 stacks.txt       what the ranks did before they were ended, if the launcher looked
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class LogFolder:
     Args:
         parent: The folder to make it in; None for a temporary folder.
         name: The beginning of its name in ``parent``.
-        optional: Whether the job can do without: the system may have no place for temporary files.
+        optional: Whether the job can do without it, because the system may have no place for temporary files.
 
     Attributes:
-        path: Of the folder; "" where an optional one could not be made.
-        keep: Whether leaving the ``with`` block leaves it there.
+        path: The path of the folder; "" if an optional one could not be made.
+        keep: Whether the folder stays when the ``with`` block is left.
 
     Raises:
         OSError: No folder can be made.
@@ -90,7 +90,7 @@ class LogFolder:
 
 
 def _dated_folder(parent: str, name: str) -> str:
-    """Make a folder of a new name, and have ``parent/latest`` point to it."""
+    """Make a folder with a new name, and have ``parent/latest`` point to it."""
     base = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for count in range(1, 10_000):
         made = base if count == 1 else f"{base}-{count}"
@@ -104,23 +104,23 @@ def _dated_folder(parent: str, name: str) -> str:
         with suppress(OSError):  # a file system without links: the launcher says where the files are, too
             new = os.path.join(parent, f".{made}")
             os.symlink(made, new)
-            os.replace(new, latest)  # at once: whoever looks finds the old one or the new one
+            os.replace(new, latest)  # atomic: a reader finds the old link or the new one
     return os.path.join(parent, made)
 
 
 @contextmanager
 def claimed(folder: str, attempt: int = 0) -> Iterator[None]:
-    """Keep ``folder/attempt_N`` for one group as long as the block runs, so that no other removes its files.
+    """Claim ``folder/attempt_N`` for one group while the block runs, so that no other group removes its files.
 
-    The claim is a lock by flock(2) on the folder, which the death of this process ends, too. Where the file system or
-    the platform has no such lock, nothing is claimed.
+    The claim is a lock by flock(2) on the folder, which also ends when this process dies. If the file system or the
+    platform has no such lock, nothing is claimed.
 
     Args:
-        folder: Is made where it is not there.
+        folder: The folder; it is made if it does not exist.
         attempt: The number of the attempt.
 
     Raises:
-        OSError: EBUSY, where another group, of any process on this machine, has claimed it.
+        OSError: EBUSY: another group, of any process on this machine, has claimed it.
     """
     path = os.path.join(os.path.abspath(folder), f"attempt_{attempt}")
     os.makedirs(path, exist_ok=True)
@@ -149,18 +149,18 @@ def claimed(folder: str, attempt: int = 0) -> Iterator[None]:
 def rank_files(folder: str, nprocs: int, attempt: int = 0, *, streams: bool = True) -> list[RankFiles]:
     """Make ``folder/attempt_N/RANK`` for each rank. The rank makes the files in it.
 
-    The files of an earlier job are removed, so that nobody who looks before the rank has made its own takes them for
-    the rank's.
+    It removes the files of an earlier job, so that no reader takes them for the rank's before the rank has made its
+    own.
 
     Args:
-        folder: Is made where it is not there.
+        folder: The folder; it is made if it does not exist.
         nprocs: How many ranks.
         attempt: The number of the attempt, 0 for the first.
-        streams: Whether ranks have log files. False makes no folders: the error files lie in ``folder``, which must be
-            there.
+        streams: Whether ranks have log files. False makes no folders: the error files lie in ``folder``, which must
+            exist.
 
     Raises:
-        OSError: With the rank in its message, and the path as its filename.
+        OSError: A folder cannot be made; the message names the rank, and ``filename`` is the path.
     """
     attempt_folder = os.path.join(os.path.abspath(folder), f"attempt_{attempt}")
     if not streams:
@@ -191,13 +191,12 @@ def rank_files(folder: str, nprocs: int, attempt: int = 0, *, streams: bool = Tr
 def last_lines(path: str | os.PathLike[str], count: int = 20, most_bytes: int = 1 << 16) -> list[str]:
     """The last lines of a file, each made printable.
 
-    Of a line that was written over ("\\r": a progress bar) the last state is taken; empty lines at the end are left
-    out.
+    A line that was written over ("\\r": a progress bar) counts as its last state. Empty lines at the end are left out.
 
     Args:
-        path: Of a regular file.
-        count: How many lines at most.
-        most_bytes: How much of the file's end is read.
+        path: The path of a regular file.
+        count: The most lines to return.
+        most_bytes: How many bytes of the file's end to read.
 
     Raises:
         OSError: The file cannot be read.
@@ -205,7 +204,7 @@ def last_lines(path: str | os.PathLike[str], count: int = 20, most_bytes: int = 
     data, cut = read_regular(path, most_bytes, from_end=True)
     lines = data.rstrip(b"\r\n\0 \t").split(b"\n")
     if cut and len(lines) > 1:
-        del lines[0]  # its beginning was not read
+        del lines[0]  # the beginning of this line was not read
     texts = [line[last_state(line) :].strip(b"\r\0").decode(errors="backslashreplace") for line in lines[-count:]]
     return [printable(text).rstrip() for text in texts] if any(texts) else []
 

@@ -1,9 +1,9 @@
-"""What a launcher notes of its job for ``rankspawn ps``: a file that only this user may read, while the job runs.
+"""A launcher's note of its job for ``rankspawn ps``: a file that only this user may read, while the job runs.
 
-The folder is in XDG_RUNTIME_DIR, which is this user's alone and goes with the session; without it nothing is noted. A
-launcher that was killed leaves its file to its guard. Each file is named by the launcher's number and the time of its
-start, so that whoever reads the folder knows, where there was no guard, that it is stale, and removes it. A line is a
-rank's pid and its CPUs, "4711 0-3".
+The folder is in XDG_RUNTIME_DIR, which is this user's alone and is removed with the session; without it nothing is
+noted. If the launcher is killed, its guard removes the file. Each file has the launcher's pid and the time of its start
+in its name, so that a reader sees that it is stale, if there was no guard, and removes it. A line is a rank's pid and
+its CPUs, "4711 0-3".
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 
 def folder() -> str | None:
-    """The folder of this user's notes; None where there is no place for it."""
+    """The folder of this user's notes; None if there is no place for it."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return os.path.join(runtime, "rankspawn") if runtime and os.path.isabs(runtime) else None
 
 
 def own_note(proc: str = "/proc") -> str | None:
-    """The path of this process's note, whether or not it makes one; None where there is no place for it."""
+    """The path of this process's note, whether or not it makes one; None if there is no place for it."""
     place = folder()
     return None if place is None else os.path.join(place, f"{os.getpid()}-{_started(os.getpid(), proc)}")
 
 
 @contextmanager
 def noted(ranks: Sequence[Popen], proc: str = "/proc") -> Iterator[None]:
-    """Note where ranks were to be bound, as long as the block runs. What cannot be noted is left out.
+    """Note the CPUs that ranks should have, as long as the block runs. Leaves out what cannot be noted.
 
     Args:
         ranks: The processes.
@@ -56,7 +56,7 @@ def noted(ranks: Sequence[Popen], proc: str = "/proc") -> Iterator[None]:
 
 
 def read_noted(proc: str = "/proc") -> dict[int, str | None]:
-    """The CPUs that ranks of this user's launchers were to be bound to, by pid. Stale notes are removed."""
+    """The CPUs that ranks of this user's launchers should have, by pid. Removes stale notes."""
     found: dict[int, str | None] = {}
     place = folder()
     try:
@@ -77,7 +77,7 @@ def read_noted(proc: str = "/proc") -> dict[int, str | None]:
 
 
 def _make(place: str) -> None:
-    """Make the folder. Raises OSError where it is not this user's alone."""
+    """Make the folder. Raises OSError if it is not this user's alone."""
     try:
         os.mkdir(place, 0o700)
     except FileExistsError:
@@ -92,7 +92,7 @@ def _cpus(rank: Popen) -> str:
 
 
 def _started(pid: int, proc: str) -> str:
-    """When a process was started, in ticks since the machine was; "" where there is none of this number."""
+    """When a process was started, in ticks since the machine started; "" if there is no such process."""
     try:
         return str(read_stat(f"{proc}/{pid}").started)
     except OSError:

@@ -77,8 +77,8 @@ def _seconds(timestamp: object) -> float | None:
 def pass_on(error: RecordedError, returncode: int, path: str | os.PathLike[str], others: str = "") -> None:
     """Write the error that ended the job to the launcher's own error file, with the rank's status as its errorCode.
 
-    torchrun does this for whoever started it and set TORCHELASTIC_ERROR_FILE. An error file that cannot be understood
-    is not passed on.
+    torchrun does this for the process that started it with TORCHELASTIC_ERROR_FILE. An error file that cannot be
+    understood is not passed on.
 
     Args:
         error: What the rank recorded.

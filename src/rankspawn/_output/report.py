@@ -1,4 +1,4 @@
-"""A job as plain data for a file: its ranks, with their times, bindings, ends and use of the machine."""
+"""A job's report as plain data: its ranks, with their times, bindings, exits and use of the machine."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ if TYPE_CHECKING:
     from .._start.outcome import RefusedStep
     from .._start.popen import Popen
 
-# How batch systems name the job and its step in the environment of what they start.
+# The variables in which batch systems give the job and its step to the processes that they start.
 _JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "FLUX_JOB_ID")
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What a group knows of one attempt.
+    """What a group knows about one attempt.
 
     Attributes:
         called_ns: CLOCK_MONOTONIC at the launch call.
         called_at: ``time.time()`` at the launch call.
         ranks: In rank order.
         stacks: In order.
-        templates: Those that ranks were forked from.
+        templates: The templates that ranks were forked from.
     """
 
     called_ns: int
@@ -79,13 +79,13 @@ def rank_report(
         number: Its local rank.
         rank: The process.
         called_ns: CLOCK_MONOTONIC at the launch call.
-        exited_ns: The same clock when the rank was seen to have ended; None while it runs.
+        exited_ns: The same clock when the rank's end was seen; None while it runs.
         returncode: As ``Popen.returncode``, None while it runs; ``rank.returncode`` stays None until it is reaped.
         effective: What ``rank.binding_report.effective`` gave while it ran; None reads it now, unless the rank was
             reaped.
         usage: From wait4(2).
         core: Whether it dumped core; None where that is not known.
-        why: What the kernel says of its death, or "".
+        why: What the kernel says about its death, or "".
         tree: All processes, read once for all ranks of a report; None reads them now.
     """
     executed_ns = rank._executed_ns
@@ -131,10 +131,10 @@ def attempt(
         exited_ns: As in rank_report(), by local rank.
         returncodes: As in rank_report(), by local rank.
         effective: As in rank_report(), by local rank.
-        collected: What each rank that was reaped used (from wait4(2)), and whether it dumped core, by local rank.
+        collected: By local rank, what each reaped rank used (from wait4(2)), and whether it dumped core.
         stacks: The looks at what the ranks did.
-        templates: Those that ranks were forked from.
-        why: What the kernel says of the deaths, by local rank.
+        templates: The templates that ranks were forked from.
+        why: What the kernel says about the deaths, by local rank.
     """
     tree = ProcessTree()
     told = []
@@ -238,7 +238,7 @@ def _rusage(fields: tuple[Any, ...]) -> ResourceUsage:
     usage = resource.struct_rusage(fields)
     largest: int | None = usage.ru_maxrss
     # Linux: at its execve a process records the peak of the memory that it leaves (exec_mmap in fs/exec.c), which was
-    # shared with us or copied from us. A figure that is not above ours says nothing of the rank.
+    # shared with us or copied from us. A figure that is not above ours says nothing about the rank.
     if sys.platform == "linux" and usage.ru_maxrss <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss:
         largest = None
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,7 +1,7 @@
-"""``Tee``: what the ranks print, shown in the launcher's own output while they run.
+"""``Tee``: shows what the ranks print in the launcher's own output while they run.
 
-The ranks write to files, and the launcher reads the files as they grow. So nothing that happens here (a terminal that
-is stopped, a pipe that nobody reads, the death of the launcher) slows a rank or loses one of its lines: whatever was
+The ranks write to files, and the launcher reads the files as they grow. So nothing that happens here (a stopped
+terminal, a pipe without a reader, the death of the launcher) slows a rank or loses one of its lines: a line that was
 not shown is in the file.
 
 The launcher reads the sizes of the files 10 to 100 times a second. It does not use inotify(7): a watch makes each small
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 PREFIX = "[rank {rank}]:"
 
 _LATEST = 0.1  # seconds between two looks when nothing has been written for a while
-_HURRIED = 0.5  # seconds to show the rest when somebody wants the end
+_HURRIED = 0.5  # seconds to show the rest once the user wants the end
 
 
 class Source(NamedTuple):
     """A log file to show.
 
     Attributes:
-        rank: Whose file it is; the number of the prefix.
+        rank: The rank whose file it is; the prefix shows its number.
         path: Of the file.
         is_stderr: Whether it has what the rank writes to its stderr; False for stdout.
     """
@@ -73,12 +73,13 @@ def show(
         files: Where the ranks write, by local rank.
         first_rank: The RANK of local rank 0.
         local_ranks: Show these alone; None shows all.
-        folder: Is kept when something in it could not be shown, also because an exception ended the wait for it.
-        interrupt: A descriptor; once it is readable, nobody is waited for to read the rest. Or a function that says the
-            same, and is asked ten times a second.
-        out: As of Tee, as the two below.
+        folder: The temporary folder of the files. It is kept if something in it could not be shown, also because an
+            exception ended the wait.
+        interrupt: A descriptor; once it is readable, the wait for readers ends. Or a function that returns whether to
+            end the wait, called ten times a second.
+        out: As for Tee, like the two below.
         err: Where lines of their stderr go.
-        prefix: Of each line, as of Tee.
+        prefix: The prefix of each line, as for Tee.
 
     Raises:
         RuntimeError, OSError: As ``Tee.start``.
@@ -101,24 +102,24 @@ def show(
 class Tee:
     """Shows what ranks print, from one thread for all of them.
 
-    Whole lines are shown, in the order in which a rank wrote them to one stream. Bytes pass unchanged. A line longer
-    than 64 KiB is shown in pieces, each as a line of its own. Of a line that is written over ("\\r": a progress bar)
-    the last state is shown, when the line ends and every 10 seconds, every second on a terminal. A last line without a
-    newline gets one.
+    Whole lines are shown, in the order in which a rank wrote them to one stream. Bytes are not changed. A line longer
+    than 64 KiB is shown in pieces, each as a line of its own. A line that is written over ("\\r": a progress bar)
+    shows its last state when it ends, and until then every 10 seconds, on a terminal every second. A last line without
+    a newline gets one.
 
-    Others who write to the same descriptor tear no line if they, too, write whole lines at once, of at most PIPE_BUF
+    Other writers to the same descriptor tear no line if they, too, write whole lines at once, of at most PIPE_BUF
     (4096) bytes: ``sys.stderr.write("a line\\n")``. With PYTHONUNBUFFERED print() writes word by word.
 
     Args:
-        sources: The files. A file that is not there yet is waited for.
+        sources: The files. A file that does not exist yet is waited for.
         ranks: Show these ranks only; None shows all.
         prefix: Put before each line; ``{rank}`` is the rank's number. Or a function of that number, and of whether the
             line is from stderr.
         out: Where lines of the ranks' stdout go: a descriptor or a text stream; None for sys.stdout. A text stream on
             descriptor 1 or 2 is written to by that number: a write to the stream would hold the lock of its buffer
-            while a terminal is stopped, and everybody who prints would hang.
+            while a terminal is stopped, and every thread that prints would hang.
         err: The same for their stderr; None for sys.stderr.
-        words: Show only lines that have one of these in them; none for all lines.
+        words: Show only lines that contain one of these; empty shows all lines.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class Tee:
         self._bell: IO[bytes] | None = None
 
     def start(self) -> Tee:
-        """Start to show. Raises RuntimeError or OSError when no thread, or no descriptor, can be had."""
+        """Start to show. Raises RuntimeError or OSError if no thread or no descriptor can be had."""
         reader, writer = os.pipe()
         # Each end is closed by its only user: closed by another, its number might be another file's when it is used.
         heard, self._bell = open(reader, "rb", buffering=0), open(writer, "wb", buffering=0)
@@ -170,17 +171,17 @@ class Tee:
         """Show the rest of every file, up to its present size. The last call, for when the ranks have ended.
 
         Args:
-            timeout: Seconds after which it gives up, because nobody reads what the launcher prints.
-            interrupt: As of show(): it gives up half a second later.
+            timeout: Seconds after which it gives up if no reader takes what the launcher prints.
+            interrupt: As for show(): the call gives up half a second later.
 
         Returns:
-            ``unshown``, which is said on ``err`` as well, also when an exception interrupts the wait.
+            ``unshown``. The call also writes it to ``err``, even if an exception interrupts the wait.
         """
         if self._thread is None or self._bell is None:
             return ()
         thread, self._thread = self._thread, None
         self._finishing = True
-        with suppress(BrokenPipeError):  # the thread has ended: nobody reads any more
+        with suppress(BrokenPipeError):  # the thread has ended, and with it the reader
             self._bell.write(b".")
         try:
             self._wait(thread, timeout, interrupt)
@@ -264,7 +265,7 @@ class Tee:
                 followed.close()
 
     def _look(self, last: bool) -> bool:
-        """Queue the files that have grown, with ``last`` all files; whether there are any."""
+        """Queue the files that have grown, or with ``last`` all files. Returns whether there are any."""
         self._absent = [followed for followed in self._absent if self._is_absent(followed)]
         try:
             # lseek takes a fifth of the time of fstat.
@@ -341,7 +342,7 @@ class Tee:
                 self._note_failed(sink, error)
 
     def _note_failed(self, sink: Sink, error: OSError | ValueError) -> None:
-        """Say that a stream is gone, or that it failed for now, once."""
+        """Say once that a stream is gone, or that it failed for now."""
         was_failing, reason = sink.failing, getattr(error, "strerror", None) or error
         if sink.note(error):
             self._open = [one for one in self._open if one.sink is not sink]
@@ -353,7 +354,7 @@ class Tee:
             self._say(f"stdout: {reason}; what ranks write there is shown when that is over")
 
     def _note(self, followed: Followed, error: OSError) -> None:
-        """Say, once, that a file cannot be read; it is tried again."""
+        """Say once that a file cannot be read. There will be another try."""
         if not followed.failing:
             self._say(f"what is written to {followed.path} cannot be shown: {error.strerror}")
         followed.failing = error.strerror or str(error)

@@ -1,5 +1,5 @@
-"""A job's report drawn as SVG: a row for each rank, with what its start cost, how long it ran, how it ended, and where
-it was bound. The drawing has no script, and follows its reader's choice of light or dark."""
+"""Draws a job's report as SVG: a row for each rank, with what its start cost, how long it ran, how it ended, and where
+it was bound. The drawing has no script, and follows the reader's choice of light or dark."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def timeline_text(report: GroupReport, path: str) -> str:
 def timeline_svg(report: GroupReport) -> Svg:
     """The SVG text of a report.
 
-    The attempts of a restarted job follow each other on one axis. The costs of the start that are drawn, and the ends
-    and bindings that are written, are those of the last attempt.
+    The attempts of a restarted job follow each other on one axis. The drawn costs of the start, and the written ends
+    and bindings, are those of the last attempt.
     """
     return _Timeline(report).drawn()
 
@@ -192,7 +192,7 @@ class _Timeline(Canvas):
         self.lines.append(f'<g data-attempt="{attempt["attempt"]}"><title>{escaped(_hint(attempt, rank))}</title>')
         if self.start and attempt is self.last:
             self.rect(self.start.left, y, self.start.x(executed) - self.start.left, height, "start")
-        if ready - begin >= 0.5:  # less cannot be seen, and would hide the beginning of the run
+        if ready - begin >= 0.5:  # a shorter bar cannot be seen, and would hide the beginning of the run
             self.rect(begin, y, ready - begin, height, "start")
         self.rect(ready, y, max(end - ready, 0.5), height, "ran first" if kind.endswith("first") else "ran")
         self.mark(end, y + height / 2, height / 2 - 0.5, kind)
@@ -236,7 +236,7 @@ def _end(rank: RankReport) -> str:
 
 
 def _cpus(rank: RankReport) -> str:
-    """The CPUs that the rank had, or that were asked for where the launcher never looked."""
+    """The CPUs that the rank had, or that were asked for if the launcher never looked."""
     place = rank["binding"]["effective"] or rank["binding"]["asked"]
     return _clipped((place and place["cpus"]) or "", _MOST)
 
@@ -252,7 +252,7 @@ def _memory(rank: RankReport) -> str:
 
 
 def _hint(attempt: AttemptReport, rank: RankReport) -> str:
-    """The tooltip of a row: everything that the row has no room for."""
+    """The tooltip of a row: all that does not fit in the row."""
     lines = [f"rank {rank['rank']}, pid {rank['pid']}, attempt {attempt['attempt']}"]
     if rank["executed"] is not None:
         lines.append(f"executed after {spoken(rank['executed'])}")

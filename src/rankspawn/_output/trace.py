@@ -1,4 +1,4 @@
-"""A job's report as a trace: the JSON that Perfetto and chrome://tracing open, and that lies over torch.profiler's.
+"""A job's report as a trace: JSON for Perfetto and chrome://tracing, with the times of torch.profiler's traces.
 
 The form is Chrome's Trace Event Format. Times are microseconds from ``baseTimeNanoseconds``, which is the clock's time
 (CLOCK_REALTIME) rounded down to a whole number of quarters of a mean year, as Kineto, torch.profiler's library, chooses

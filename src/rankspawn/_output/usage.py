@@ -22,7 +22,7 @@ class Usage(TypedDict):
 
 
 def usage_now(pid: int) -> Usage | None:
-    """What process ``pid`` uses; None when it has ended, reaped or not, or when the system refuses to say."""
+    """What process ``pid`` uses; None if it has ended, reaped or not, or if the system does not show it."""
     import psutil
 
     try:

@@ -1,4 +1,4 @@
-"""Why a rank has failed, by its own words: the exception that it has recorded or written."""
+"""Why a rank has failed, in its own words: the exception that it recorded or wrote."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 # The last line of a traceback: the class, with its module, and the message.
 _EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:: .*)?")
 _FRAME = re.compile(r' *File "(?P<path>.*)", line (?P<line>\d+)')
-# Where no code of the user's lies: installed packages, the standard library, and what the interpreter has inside.
+# Files that are not the user's code: installed packages, the standard library, and the interpreter's own modules.
 _LIBRARY = re.compile(r"<frozen |.*[/\\](?:(?:site|dist)-packages|python3\.\d+t?)[/\\]")
 
 _SHELLS = {
@@ -23,7 +23,7 @@ _SHELLS = {
 
 
 def why_by_words(returncode: int, error: RecordedError | None, lines: Sequence[str]) -> str:
-    """The cause in one line; "" where neither the error nor the lines say it.
+    """The cause in one line; "" if neither the error nor the lines show it.
 
     Args:
         returncode: As ``Popen.returncode``.

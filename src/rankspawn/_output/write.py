@@ -1,4 +1,4 @@
-"""Files that the launcher writes: no reader sees half of one, and a reader that does not read is not waited for."""
+"""Writes the launcher's files: no reader sees half of a file, and a sleeping reader cannot block the launcher."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _SECONDS = 5.0  # how long a pipe's reader may take no byte; ``Tee.finish`` waits as long
 _AGAIN = 0.05  # seconds between two attempts to open a FIFO
-# What the system says where a file may be written and may not be replaced: its folder is not ours, it is a mount point.
+# The errors of a file that may be written but not replaced: its folder is not ours, or it is a mount point.
 _NOT_REPLACED = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EROFS)
 
 
@@ -28,19 +28,19 @@ def write_report(report: GroupReport, path: str | os.PathLike[str], interrupt: i
 
 
 def write_text(text: str, path: str | os.PathLike[str], interrupt: int | None = None) -> None:
-    """Write a file so that nobody sees half of it, and so that what was there survives a failure.
+    """Write a file so that no reader sees half of it, and so that the old content survives a failure.
 
     The text is written to a new file beside ``path``, which then replaces it. A file that may be written but not
-    replaced (its folder is read-only, it is a mount point) is overwritten. Something that is not a regular file
-    (/dev/stdout, a FIFO, a symbolic link) is written to, and its reader may take no byte for 5 seconds at most.
+    replaced (its folder is read-only, it is a mount point) is overwritten. A path that is not a regular file
+    (/dev/stdout, a FIFO, a symbolic link) is written to; its reader may pause for 5 seconds at most.
 
     Args:
-        text: Is encoded as UTF-8.
-        path: Of the file.
-        interrupt: A descriptor; once it is readable no reader is waited for.
+        text: The text, written as UTF-8.
+        path: The path of the file.
+        interrupt: A descriptor; once it is readable, the call does not wait for a reader.
 
     Raises:
-        OSError: Of the class that open() would raise, with ``path`` as its filename; TimeoutError where nobody reads.
+        OSError: Of the class that open() would raise, with ``path`` as its filename; TimeoutError if no reader reads.
     """
     path, data = os.fspath(path), text.encode()
     try:
@@ -79,7 +79,7 @@ def _put_in_place(path: str, data: bytes) -> None:
 
 
 def _write_to(path: str, data: bytes, interrupt: int | None) -> None:
-    """Write to what is there, as long as it takes something."""
+    """Write to the existing file, as long as it takes bytes."""
     fd = _opened(path, interrupt)
     try:
         left, deadline = memoryview(data), time.monotonic() + _SECONDS
@@ -97,7 +97,7 @@ def _write_to(path: str, data: bytes, interrupt: int | None) -> None:
 
 
 def _opened(path: str, interrupt: int | None) -> int:
-    """Open what is there. With O_NONBLOCK open(2) fails with ENXIO for a FIFO that nobody has open for reading."""
+    """Open the existing file. With O_NONBLOCK, open(2) fails with ENXIO for a FIFO that has no reader."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):
         flags |= getattr(os, name, 0)
@@ -113,7 +113,7 @@ def _opened(path: str, interrupt: int | None) -> int:
 
 
 def _takes(fd: int, interrupt: int | None) -> bool:
-    """Wait until ``fd`` takes something; False after too long a time, or once ``interrupt`` is readable."""
+    """Wait until ``fd`` takes bytes; False after ``_SECONDS``, or once ``interrupt`` is readable."""
     if not hasattr(select, "poll"):
         return True
     poller = select.poll()
