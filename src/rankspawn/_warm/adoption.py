@@ -1,7 +1,7 @@
 """This process adopts the child of its child: a subreaper for a moment (PR_SET_CHILD_SUBREAPER, prctl(2)).
 
-In that moment it also adopts whatever else loses its parent below it. A process that this program has not started runs
-on, and is reaped when it ends, so that no zombie is left.
+In that moment it also adopts any other orphan below it. If this program did not start that orphan, it runs on, and is
+reaped when it ends, so that no zombie is left.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _lock = threading.Lock()
 
 
 class Adopted:
-    """The process that is to be adopted.
+    """The process to adopt.
 
     Attributes:
         pid: Its number; 0 while that is not known.
@@ -42,10 +42,10 @@ def adopting(parent: Popen) -> Iterator[Adopted]:
     """Adopt a child of ``parent``, which ends in the ``with`` block. After an exception neither is left.
 
     Args:
-        parent: A child of this process that leads a session, in which the other is, too.
+        parent: A child of this process. It leads a session, and the process to adopt is in that session, too.
 
     Yields:
-        Where the block notes whom it means to adopt.
+        An object in which the block notes the pid of the process to adopt.
     """
     known = Adopted()
     with _lock:
@@ -93,7 +93,7 @@ def _birth(pid: int, proc: str = "/proc") -> float:
 
 
 def _reap_later(strangers: list[int]) -> None:
-    """Reap processes that are not this program's when they end."""
+    """Reap adopted processes that this program did not start, when they end."""
 
     def reap(pid: int) -> None:
         with suppress(ChildProcessError):

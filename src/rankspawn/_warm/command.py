@@ -1,4 +1,4 @@
-"""What of a command is the Python interpreter's own, and what it runs."""
+"""Splits a command into the Python interpreter's own options and what it runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PythonCommand(Frozen):
         flags: Its own options.
         kind: "script", "-m" or "-c".
         target: The script, the module, or the code.
-        arguments: What follows.
+        arguments: The words after it.
     """
 
     python: str
@@ -34,7 +34,7 @@ class PythonCommand(Frozen):
 
 
 def python_command(command: Sequence[str]) -> PythonCommand | str:
-    """Split a command. For a command that is no Python program's, a sentence says why."""
+    """Split a command. Returns a sentence that says why if the command does not run a Python program."""
     words = list(command)
     python = words.pop(0)
     if not _INTERPRETER.match(os.path.basename(python)):
@@ -68,7 +68,7 @@ def python_command(command: Sequence[str]) -> PythonCommand | str:
 
 
 def _last_flag(word: str) -> int | str:
-    """Where in ``word``, as "-Bum", the option stands that takes a value; its length where none does."""
+    """The index in ``word``, as "-Bum", of the option that takes a value; the length of ``word`` if none does."""
     for place, letter in enumerate(word[1:], 1):
         if letter in _WITH_VALUE or letter in "mc":
             return place
@@ -79,10 +79,10 @@ def _last_flag(word: str) -> int | str:
 
 
 def module_names(text: str) -> tuple[str, ...]:
-    """Split names of modules, with commas between them.
+    """Split names of modules at the commas.
 
     Raises:
-        ValueError: Something else stands there.
+        ValueError: ``text`` has something other than names of modules.
     """
     names = text.split(",")
     if not all(re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name) for name in names):
@@ -93,8 +93,8 @@ def module_names(text: str) -> tuple[str, ...]:
 def are_modules(word: str) -> bool:
     """Whether the word behind ``--warm`` names modules, as in ``--warm torch,torch._dynamo train.py``.
 
-    The option may stand alone, so that the word may be the script: it is one where there is such a file, or where its
-    name ends as a script's does, or where no such module is installed.
+    The option may stand alone, so that the next word may be the script. The word is a script if such a file exists, if
+    its name ends as a script's does, or if no such module is installed.
     """
     try:
         names = module_names(word)
@@ -108,7 +108,7 @@ def are_modules(word: str) -> bool:
 
 
 def first_folder(command: PythonCommand, cwd: str) -> str:
-    """What the interpreter puts in front of sys.path for this command, unless it is told to put nothing there.
+    """What the interpreter puts in front of sys.path for this command, unless an option forbids it.
 
     Args:
         command: What it runs.

@@ -1,9 +1,9 @@
-"""Which modules a command imports before it does anything else, as far as its source says: what ``warm=True`` preloads.
+"""Which modules a command imports before it does anything else, according to its source: ``warm=True`` preloads them.
 
-The source is read and not run. A module that is installed is preloaded. One that is not, as those in the script's own
-folder, may be edited between two starts, and so it is not preloaded; but what it imports at its top is. The search ends
-where the program begins to do something, because a variable that it sets, for instance, could be meant for an import
-below.
+The source is read and not run. Installed modules are preloaded. Other modules, such as those in the script's own
+folder, may be edited between two starts, so they are not preloaded, but the modules that they import at their top are.
+The search ends where the program begins to do something, because it may set a variable, for instance, that a later
+import reads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TOO = {"torch": "torch._dynamo"}
 
 # A call of these in an assignment does nothing that a later import could notice.
 _QUIET = {"logging.getLogger", "getLogger", "TypeVar", "typing.TypeVar", "Path", "pathlib.Path", "frozenset", "tuple"}
-# What an import may stand in with `with`, beside `try`.
+# The `with` blocks in which an import may stand; it may also stand in `try`.
 _AROUND = {"suppress", "contextlib.suppress", "catch_warnings", "warnings.catch_warnings"}
 _MOST_FILES = 200
 
@@ -35,7 +35,7 @@ class Found(Frozen):
 
     Attributes:
         modules: What can be preloaded, in the order of the imports.
-        left_out: Names of modules that are not, each with the reason.
+        left_out: Names of modules that cannot, each with the reason.
     """
 
     modules: tuple[str, ...]
@@ -67,7 +67,7 @@ def find(command: Sequence[str], cwd: str) -> Found:
 
 
 def is_ours(python: str) -> bool:
-    """Whether the interpreter ``python`` has the packages of the one that runs this."""
+    """Whether the interpreter ``python`` has the same packages as this interpreter."""
     path = shutil.which(python)
     return path is not None and os.path.dirname(os.path.abspath(path)) == os.path.dirname(sys.executable)
 
@@ -83,7 +83,7 @@ class _Search:
         self._site = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
         self._files: set[str] = set()
         self._end = ""
-        """Where the program begins to do something else: a reason for what is imported after that."""
+        """Where the program begins to do something else: the reason why later imports are left out."""
 
     def program(self, name: str) -> None:
         """The module that ``-m`` runs: the packages that it is in, and then the module, or its __main__."""
@@ -120,7 +120,7 @@ class _Search:
             self._statements(tree.body, name, package)
 
     def installed(self, name: str) -> None:
-        """Note a module of an installed package, unless something is done before it is imported."""
+        """Note a module of an installed package, unless the program does something before the import."""
         if not self._end:
             self.add(name)
         elif name not in self.modules and self._may_be(name):
@@ -134,7 +134,7 @@ class _Search:
         return not self._knows_packages or _in(self._site, name) is not None
 
     def module(self, name: str) -> None:
-        """Note a module that is imported, or look what it imports."""
+        """Note a module that is imported, or search the modules that it imports."""
         top = name.partition(".")[0]
         if top in sys.stdlib_module_names or top == "rankspawn":
             return
@@ -198,7 +198,7 @@ def _in(folders: list[str], name: str) -> str | None:
 
 
 def _imported(node: ast.Import | ast.ImportFrom, package: str) -> Iterator[tuple[str, bool]]:
-    """What may be a module, by name, and whether the statement says that it is one."""
+    """The names that may be modules, and for each whether the statement says that it is one."""
     if isinstance(node, ast.Import):
         yield from ((alias.name, True) for alias in node.names)
         return
@@ -212,7 +212,7 @@ def _imported(node: ast.Import | ast.ImportFrom, package: str) -> Iterator[tuple
 
 
 def _branch(node: ast.If) -> list[ast.stmt] | None:
-    """What of an ``if`` is run at an import; None where the source does not say it."""
+    """The branch of an ``if`` that runs at an import; None if the source does not show which."""
     test = ast.unparse(node.test)
     if test in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
         return node.orelse

@@ -1,8 +1,8 @@
 """The program of a template: it imports, forks itself once, and then forks ranks on request.
 
-It runs in two processes. The *importer* has the launcher as its parent, imports what it is asked to, and may have
-threads then. It forks the *stem*, by libc's fork, and ends. The stem has one thread, and every handler that a library
-has registered for a fork has run. The launcher has adopted it: it is the launcher's child, and so are the ranks that it
+It runs in two processes. The *importer*, a child of the launcher, imports the modules, and may have threads afterwards.
+It forks the *stem*, by libc's fork, and ends. The stem has one thread, and every handler that a library registered for
+a fork has run. The launcher adopts the stem, so that it is the launcher's child, and so are the ranks that the stem
 forks as its siblings.
 """
 
@@ -28,18 +28,18 @@ _HUGE = 2 << 20  # bytes of a huge page, or a multiple of it; the kernel refuses
 
 
 def run() -> NoReturn:
-    """Serve the launcher, whose socket is descriptor 0, until it closes it. In a rank this runs the rank's program."""
+    """Serve the launcher until it closes its socket, which is descriptor 0 here. In a rank, run the rank's program."""
     try:
         argv, env, prepared = _template()
     except (EOFError, ConnectionError):
-        _exit(0)  # the launcher has closed it, or has ended
+        _exit(0)  # the launcher has closed the socket, or has ended
     from .rank import become
 
     become(argv, env, prepared)
 
 
 def _template() -> tuple[list[str], dict[str, str], dict[str, Any]]:
-    """Be the importer, and then the stem. Returns in a rank: its command, its environment, and what imports left."""
+    """Be the importer, and then the stem. Returns only in a rank: its command, its environment, what imports left."""
     sock = socket.socket(fileno=fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 3))
     _give_null(0, os.O_RDONLY)
     orders, _ = receive(sock)
@@ -70,7 +70,7 @@ def _fork(sock: socket.socket) -> int:
 
 
 def _serve(sock: socket.socket) -> tuple[list[str], dict[str, str]]:
-    """Be the stem: answer requests. Returns in a rank: its command and its environment."""
+    """Be the stem: answer requests. Returns only in a rank: its command and its environment."""
     for fd, mode in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
         _give_null(fd, mode)
     adopted, _ = receive(sock)
@@ -78,7 +78,7 @@ def _serve(sock: socket.socket) -> tuple[list[str], dict[str, str]]:
     if os.getppid() != adopted["launcher"]:
         _exit(0)
     os.setsid()
-    # What the launcher sends for a request is put above all that is open now, and closed in the rank from there on.
+    # A request's descriptors get numbers above all that are open now. A rank closes all from there on.
     above = max(map(int, os.listdir(adopted["descriptors"]))) + 1
     sock = socket.socket(fileno=_moved(sock.detach(), above))
     why = f"PR_SET_PDEATHSIG: {os.strerror(refused)}" if refused else _why_not(adopted, above)
@@ -117,13 +117,13 @@ def _answer(request: dict[str, Any], fds: list[int], above: int) -> int:
 
 
 class _Trial:
-    """What the engine tells of the trial rank."""
+    """What the engine reports about the trial rank."""
 
     pid = 0
 
 
 def _why_not(adopted: dict[str, Any], above: int) -> str | None:
-    """Say why ranks cannot be forked from this process; None where a first one has worked and ended."""
+    """Say why ranks cannot be forked from this process; None if a trial rank has worked and ended."""
     threads = len(os.listdir(adopted["threads"]))
     if threads != 1:
         return f"{threads} threads run after the fork"
@@ -134,7 +134,7 @@ def _why_not(adopted: dict[str, Any], above: int) -> str | None:
     if _spawn.fork_crew(crew, results, done, above, 0o077, siblings=False) >= 0:
         _work()
     os.close(done)
-    os.read(reading, 1)  # its end: the rank has taken all its steps
+    os.read(reading, 1)  # end of file: the rank has taken all its steps
     os.close(reading)
     trial = _Trial()
     step, code, *_ = _spawn.adopt(trial, results, 0) or (0, 0)
@@ -158,7 +158,7 @@ def _end_of(trial: Any) -> str | None:
 
 
 def _work() -> NoReturn:
-    """Use what is often broken by a fork: the pools of threads that calculate."""
+    """Use what a fork often breaks: the pools of threads that calculate."""
     code = 1
     try:
         for name in ("numpy", "torch"):
@@ -172,9 +172,9 @@ def _work() -> NoReturn:
 
 
 def _collapse(sock: socket.socket, maps: str = "/proc/self/maps") -> None:
-    """Have the memory that ranks share in huge pages: a fork copies one entry for each, instead of 512.
+    """Put the memory that ranks share into huge pages, so that a fork copies one entry for each, instead of 512.
 
-    It takes tenths of a second, and is done between two requests; one that comes meanwhile ends it.
+    It takes tenths of a second, and is done between two requests. A request that comes meanwhile ends it.
     """
     poller = select.poll()
     poller.register(sock, select.POLLIN)

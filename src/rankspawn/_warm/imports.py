@@ -1,7 +1,7 @@
-"""What the importer does: it imports modules, so that ranks can be forked from it, and says whether they can be.
+"""What the importer does: it imports modules, and finds out whether ranks can be forked from it.
 
-A module keeps what it saw, opened and started when it was imported. What a forked rank would share with the others, or
-would have otherwise than a process that was executed, is looked for here, in the process itself.
+A module keeps what it saw, opened and started when it was imported. The code here looks, in the process itself, for
+what a forked rank would share with the others, or would have otherwise than an executed process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SHARED = re.compile(r"(socket:|pipe:|anon_inode:\[?(eventpoll|eventfd|inotify|t
 _FORK_SAFE_THREADS = {"jemalloc_bg_thd"}
 _OPENMP = re.compile(r"/lib(gomp|omp|iomp5)[^/]*\.so")
 _OPENBLAS = re.compile(r"/[^/]*openblas[^/]*\.so")
-# Seconds that a thread may have for its end: one that was joined has left Python, and not yet the kernel.
+# Seconds that a thread may take to end: a joined thread has left Python, but perhaps not the kernel.
 _THREAD_ENDS = 0.5
 
 
@@ -43,12 +43,13 @@ handlers_after: dict[int, Any] = {}
 def prepare(modules: Sequence[str], *, proc: str = "/proc") -> dict[str, Any]:
     """Import ``modules`` in this process, and find out whether ranks can be forked from it.
 
-    Output that the imports have left in buffers is written; OpenMP's pools of threads are ended; the collector leaves
-    alone what is there (gc.freeze). Call it once, in the main thread, with sys.path[0] as a rank's imports have it,
-    where they have one (not with ``-I`` and ``-P``). It is removed then, because each rank puts its own there.
+    It writes the output that the imports left in buffers, ends OpenMP's pools of threads, and has the garbage collector
+    ignore all present objects (gc.freeze). Call it once, in the main thread, with sys.path[0] as a rank's imports have
+    it, where they have one (not with ``-I`` and ``-P``). It is removed then, because each rank puts its own there.
 
     Args:
-        modules: Names of modules, in the order in which they are imported. One that cannot be imported is left out.
+        modules: Names of modules, in the order in which they are imported. A module that cannot be imported is left
+            out.
         proc: Where proc(5) is.
 
     Returns:
@@ -61,7 +62,7 @@ def prepare(modules: Sequence[str], *, proc: str = "/proc") -> dict[str, Any]:
           once; ``environment_written``: values that have been set since, None for a variable that was removed;
         - ``files``: of each module that is new, the file and its st_mtime_ns;
         - ``threads``: names of native threads that stay;
-        - ``notes``: what a reader may want to know, in sentences;
+        - ``notes``: remarks for the reader, in sentences;
         - ``refused``: None, or why no rank can be forked from this process, in one sentence.
     """
     handlers_before.update({number: signal.getsignal(number) for number in signal.valid_signals()})
@@ -92,7 +93,7 @@ def prepare(modules: Sequence[str], *, proc: str = "/proc") -> dict[str, Any]:
     gc.enable()
     gc.freeze()
     handlers_after.update({number: signal.getsignal(number) for number in signal.valid_signals()})
-    # As in an interpreter that has just been executed, a rank that has not become its program yet dies of it.
+    # A rank that has not become its program yet dies of the signal, as an interpreter that has just been executed does.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     return prepared
 
@@ -150,10 +151,10 @@ def _monitoring() -> bool:
 
 
 def _unsafe_threads(proc: str, before: set[int]) -> list[str]:
-    """The names of native threads that are new, but for those of which is known that they mind no fork.
+    """The names of new native threads, except those that are known to survive a fork.
 
-    OpenBLAS ends its pool before a fork (pthread_atfork) and makes it again when it is needed. Its threads have the
-    process's name.
+    OpenBLAS ends its pool before a fork (pthread_atfork) and makes a new one when it needs it. Its threads have the
+    name of the process.
     """
     own = _threads(proc)
     names = [name for tid, name in own.items() if tid not in before and name not in _FORK_SAFE_THREADS]
@@ -172,7 +173,7 @@ def _has_children() -> bool:
 
 
 def _end_openmp(proc: str, notes: list[str]) -> list[str]:
-    """End the pools of all OpenMP libraries: a rank that is forked while one has threads waits for them for ever.
+    """End the pools of all OpenMP libraries: a rank that is forked while a pool has threads waits for them for ever.
 
     Returns the libraries' files.
     """
@@ -187,7 +188,7 @@ def _end_openmp(proc: str, notes: list[str]) -> list[str]:
 
 
 def _flush() -> None:
-    """Write what is in buffers, or each rank would write it again."""
+    """Write the buffered output now, because each rank would write it again."""
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         if stream is not None and not stream.closed:
             stream.flush()
@@ -195,7 +196,7 @@ def _flush() -> None:
 
 
 def _files(known: set[str]) -> dict[str, int]:
-    """The source files of modules that are not in ``known``, and when they were changed last."""
+    """The source files of modules that are not in ``known``, and when they last changed."""
     files = {}
     for name, module in list(sys.modules.items()):
         path = getattr(module, "__file__", None)
@@ -212,7 +213,7 @@ def _descriptors(proc: str) -> Iterator[tuple[int, str]]:
         try:
             yield int(name), os.readlink(f"{proc}/self/fd/{name}")
         except FileNotFoundError:
-            pass  # that of the folder itself
+            pass  # the folder's own descriptor
 
 
 def _threads(proc: str) -> dict[int, str]:

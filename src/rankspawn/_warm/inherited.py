@@ -1,7 +1,7 @@
-"""What a process has from its parent, beside what a start sets: limits, ids, namespaces.
+"""What a process inherits from its parent, apart from what a start sets: limits, ids, namespaces.
 
-A rank that is forked has it from its template, and one that is executed from the launcher. The two are the same as long
-as the launcher's own has not changed since its template was made.
+A forked rank inherits it from its template, and an executed rank from the launcher. The two are the same unless the
+launcher's own has changed since its template was made.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid_for_children", "time_for_chil
 
 
 def inherited(root: str = "/proc/self/") -> dict[str, str]:
-    """What the children of this process have from it now, by name."""
+    """What a child would inherit from this process now, by name."""
     found = {name: value for name, value in _status(root).items() if name in _OF_STATUS}
     for line in _text(root, "limits").splitlines()[1:]:
         found[line[:26].strip()] = " ".join(line[26:].split()[:2])
@@ -32,10 +32,10 @@ def inherited(root: str = "/proc/self/") -> dict[str, str]:
 
 
 def umask(root: str = "/proc/self/") -> int:
-    """This process's umask, which no system call reads without a change of it.
+    """This process's umask, which no system call reads without changing it.
 
     Raises:
-        OSError: The kernel does not tell it (before Linux 4.7).
+        OSError: The kernel does not show it (before Linux 4.7).
     """
     try:
         return int(_status(root)["Umask"], 8)
@@ -44,7 +44,7 @@ def umask(root: str = "/proc/self/") -> int:
 
 
 def closed_streams() -> str | None:
-    """Say which of this process's streams is closed; None where none is."""
+    """Say which of this process's streams is closed; None if none is."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         with suppress(OSError):
             os.fstat(fd)
@@ -54,7 +54,7 @@ def closed_streams() -> str | None:
 
 
 def difference(was: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """Say what has changed; None where nothing has."""
+    """Say what has changed; None if nothing has."""
     for name in [*was, *now]:
         if was.get(name) != now.get(name):
             return f"{name} of the launcher was {was.get(name)} when the template was made, and is {now.get(name)}"

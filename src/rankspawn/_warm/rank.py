@@ -1,4 +1,4 @@
-"""A forked rank becomes the program that it runs, as if the interpreter had been executed for it.
+"""Turns a forked rank into its program, as if the interpreter had been executed for it.
 
 The program must find no frame of ours below its own: not in a traceback, not by sys._getframe(), not as a level that
 is missing from the recursion limit. Nor may anything be left to be done after it, because the interpreter's end
@@ -37,7 +37,7 @@ _SEED_OF_OLDER_TORCH = 67280421310721  # c10::detail::default_rng_seed_val
 
 
 class Unwound(BaseException):
-    """Passes through all frames, so that the interpreter has none."""
+    """Raised through all frames, so that the interpreter has none left."""
 
 
 def become(
@@ -45,8 +45,8 @@ def become(
 ) -> NoReturn:
     """Run ``argv`` in this process, which was forked from a template, as a process that was executed would.
 
-    Its streams, session, masks and folder are set already. Nothing of the caller may catch what this raises, nor do
-    anything in a ``finally``: the frames above only disappear.
+    Its streams, session, masks and folder are set already. The caller must not catch what this raises, and must not do
+    anything in a ``finally``, so that its frames only disappear.
 
     Args:
         argv: The command: the interpreter, its flags, and what it runs.
@@ -81,15 +81,16 @@ def _set_environment(env: Mapping[str, str], written: Mapping[str, str | None]) 
 
 
 def _set_signals(proc: str) -> None:
-    """Have Python's handlers as they are when an interpreter has started and imported the modules.
+    """Set Python's signal handlers as they are in an interpreter that has started and imported the modules.
 
-    What an import has set stays. Of the others, those that the launcher ignores are ignored, as across execve(2).
+    A handler that an import has set stays. Of the other signals, the rank ignores those that the launcher ignores, as
+    after execve(2).
     """
     ignored = _ignored(proc)
     for number in sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}, key=signal.SIGINT.__eq__):
         handler = handlers_after[number]
         if handler is None:
-            continue  # that of a library
+            continue  # a library's handler
         if handler == handlers_before[number]:
             handler = signal.SIG_IGN if number in ignored else signal.SIG_DFL
             if number in (signal.SIGPIPE, signal.SIGXFSZ):
@@ -109,7 +110,7 @@ def _ignored(proc: str) -> set[int]:
 
 
 def _set_stream(fd: int, name: str, mode: str) -> None:
-    """Make a standard stream new for the file that the descriptor is now, in the objects that programs hold.
+    """Renew a standard stream for the file behind its descriptor now, in the objects that programs hold.
 
     A logger that was made at an import holds sys.stderr. The text and its buffer are therefore initialised again in
     place. The layer below them keeps for good what it has found out about a file, as whether it can be sought.
@@ -144,7 +145,7 @@ def _buffer_size(raw: Any) -> int:
 
 
 def _set_identity() -> None:
-    """What a process is to itself: its main thread's number, its start, and its place among multiprocessing's."""
+    """Set what a process knows of itself: its main thread's number, its start, and its place in multiprocessing."""
     threading.main_thread()._set_native_id()  # type: ignore[attr-defined]
     if (logging := sys.modules.get("logging")) is not None:
         now = time.time_ns() if isinstance(logging._startTime, int) else time.time()
@@ -155,7 +156,7 @@ def _set_identity() -> None:
 
 
 def _make_random() -> None:
-    """Random numbers that differ from rank to rank, where those of executed processes do."""
+    """Make random numbers differ from rank to rank, where those of executed processes differ."""
     if (random := sys.modules.get("random")) is not None:
         random.seed()
     if (numpy := sys.modules.get("numpy.random")) is not None:

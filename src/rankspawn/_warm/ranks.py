@@ -1,4 +1,4 @@
-"""The ranks of a launch, forked from the templates that fit them; and why a rank is left to a cold start."""
+"""Forks the ranks of a launch from the templates that fit them, and says why a rank starts cold."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 
 class Launch:
-    """What a launch asks for, and what has become of each of its ranks.
+    """What a launch asks for, and which of its ranks start warm or cold.
 
     Args:
-        ranks: None of which has been started.
+        ranks: The ranks, none of which has been started.
         variables: Their environments.
-        cwd: The folder that they start in; None is the caller's.
-        homes: By rank: ranks of one home can have a template in common, because their memory is in the same place.
+        cwd: The folder that the ranks start in; None is the caller's.
+        homes: The home of each rank. Ranks of one home can share a template, because their memory is in the same place.
         die_with_parent: As for Popen.
         cgroup: A descriptor of a cgroup's directory.
         guard: As for ``start_ranks``.
 
     Attributes:
         cwd: The absolute folder.
-        commands: By rank that can be started warm.
-        cold: By rank that is left to a cold start, why.
+        commands: The commands of the ranks that can start warm, by rank.
+        cold: Why a rank starts cold, by rank.
     """
 
     def __init__(
@@ -70,18 +70,18 @@ class Launch:
 
     @property
     def left(self) -> list[int]:
-        """The ranks that are neither started nor left to a cold start."""
+        """The ranks that are neither started nor to be started cold."""
         return [n for n, rank in enumerate(self._ranks) if not rank._child_created and n not in self.cold]
 
     def kind(self, number: int) -> tuple[Hashable, ...]:
-        """What ranks that have a template in common have in common, beside variables and modules."""
+        """What the ranks of one template must have in common, beside variables and modules."""
         command, binding = self.commands[number], self.binding(number)
         memory = None if binding is None else str(binding.memory)
         folder = first_folder(command, self.cwd)
         return self._homes[number], memory, command.python, command.flags, folder, self.cwd
 
     def binding(self, number: int) -> Binding | None:
-        """What a rank is bound to."""
+        """The binding of a rank."""
         return self._ranks[number].binding_report.requested
 
     def words(self, number: int) -> list[str]:
@@ -105,7 +105,7 @@ class Launch:
         return common
 
     def common_binding(self, numbers: Sequence[int]) -> Binding | None:
-        """The CPUs of all these ranks, and the memory policy that they have in common. A refusal is no error."""
+        """The template's binding: the CPUs of all these ranks and their common memory policy. It is not required."""
         bindings = [one for one in map(self.binding, numbers) if one is not None]
         cpus = frozenset[int]().union(*(one.cpus or () for one in bindings))
         if len(bindings) < len(numbers) or any(one.cpus is None for one in bindings):
@@ -114,7 +114,7 @@ class Launch:
         return Binding(cpus or None, memory, required=False) if cpus or memory else None
 
     def mismatch(self, number: int, stem: Stem) -> str | None:
-        """Say which variable that imports have read is another one for this rank; None where all are the same."""
+        """Say which variable that imports read has another value for this rank; None if all have the same."""
         # What the importer was executed with, because its interpreter may have set LC_CTYPE since.
         return difference({**stem.prepared, "environment": stem.env}, self.environment(number))
 
@@ -124,7 +124,7 @@ class Launch:
         return difference(imported, self.environment(other)) is None
 
     def fork(self, numbers: Sequence[int], stem: Stem) -> None:
-        """Fork these ranks from a template. Those that it does not come to are left.
+        """Fork these ranks from a template. If the template ends early, the rest stays unstarted.
 
         Raises:
             OSError: As ``start_ranks``.
@@ -182,7 +182,7 @@ class Launch:
 
 
 class _Descriptors:
-    """The descriptors of a request; what refers to one has its place among them."""
+    """The descriptors of a request. The request refers to each by its index."""
 
     _FIRST = 2  # the template's memory and pipe are before them
 

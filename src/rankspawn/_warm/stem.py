@@ -1,4 +1,4 @@
-"""One template, as the launcher has it: a process of its own, which forks ranks that are the launcher's children."""
+"""One template, as the launcher sees it: a process that forks ranks, which are the launcher's children."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .wire import receive, send
 if TYPE_CHECKING:
     from .._output.form import TemplateReport
 
-# A template that has imported needs milliseconds for each of these.
+# A template that has imported needs only milliseconds for each of these.
 _ANSWER_SECONDS = 60.0
 _KILL_SECONDS = 10.0
 _LOOK_SECONDS = 0.1
@@ -44,13 +44,13 @@ class Stem:
     """A template: first its importer, then, after ``adopt()``, the process that forks ranks.
 
     Attributes:
-        pid: Of the stem; of the importer before.
-        env: The environment that it has imported in.
-        prepared: What the imports have left, of ``imports.prepare``; empty before.
+        pid: The pid of the stem; before ``adopt()``, that of the importer.
+        env: The environment of the imports.
+        prepared: What ``imports.prepare`` returned; empty before.
         seconds: How long it took until it was ready.
-        was_ready: Whether ranks could be forked from it once.
-        refused: Why no rank is forked from it; None while ranks can be.
-        forked: How many ranks have been.
+        was_ready: Whether ranks could ever be forked from it.
+        refused: Why no rank can be forked from it; None while ranks can.
+        forked: How many ranks have been forked from it.
     """
 
     def __init__(
@@ -105,11 +105,12 @@ class Stem:
         return self.refused is None and self._pidfd is not None
 
     def adopt(self, seconds: float, interrupt: Callable[[], object] | None = None) -> None:
-        """Wait until it has imported and is ready. What goes wrong is in ``refused``, and the process is gone then.
+        """Wait until it has imported and is ready. If that fails, ``refused`` says why, and the process has ended.
 
         Args:
             seconds: How long the imports may take, from the start on.
-            interrupt: Called ten times a second during the imports. What it raises ends the process, and the call.
+            interrupt: A function, called ten times a second during the imports. If it raises, the process and the call
+                end.
         """
         try:
             if interrupt is not None:
@@ -145,16 +146,16 @@ class Stem:
         self.seconds, self.was_ready = time.monotonic() - self._began, self.refused is None
 
     def fork(self, request: dict[str, Any], fds: Sequence[int], ranks: Sequence[RankProcess]) -> dict[int, Any]:
-        """Fork ranks, and give each to its owner. It returns when they have taken their steps.
+        """Fork ranks, and give each to its owner. Returns when the ranks have taken their steps.
 
         Args:
-            request: What importer.py makes ranks of. Its first two descriptors are added here.
-            fds: The descriptors that it refers to.
-            ranks: The owners.
+            request: The request for importer.py. This function adds its first two descriptors.
+            fds: The descriptors that the request refers to.
+            ranks: The owners of the ranks.
 
         Returns:
-            By place in ``ranks``, what ``_spawn.spawn`` would return. Of a rank that is missing there was no start: the
-            template has ended, and ``refused`` says so.
+            By index in ``ranks``, what ``_spawn.spawn`` would return. A missing rank was not started: the template has
+            ended, and ``refused`` says so.
         """
         size = len(ranks) * _spawn.RESULT_BYTES
         memory = _shared_memory()
@@ -178,7 +179,7 @@ class Stem:
                 finally:
                     if self.refused is not None:
                         self.close()
-                    # No rank is made any more. Its end closes the pipe, too.
+                    # No more ranks are made. The end of the process also closes the pipe.
                     _wait_for(reading, None)
                     for place, rank in enumerate(ranks):
                         outcome = _spawn.adopt(rank, results, place)
@@ -191,7 +192,7 @@ class Stem:
         return started
 
     def edited(self) -> list[str]:
-        """The files of modules that have been changed since they were imported."""
+        """The files of modules that have changed since they were imported."""
         found = []
         for path, modified in self.prepared.get("files", {}).items():
             with suppress(OSError):
@@ -200,7 +201,7 @@ class Stem:
         return found
 
     def is_alive(self) -> bool:
-        """Whether the process still runs. One that has ended is reaped, and ``refused`` says that it has."""
+        """Whether the process still runs. If it has ended, reap it and say so in ``refused``."""
         if self.works and self._ended(0):
             self.refused = "the template has ended"
             self.close()
@@ -210,7 +211,7 @@ class Stem:
         return _wait_for(self._pidfd.fd, seconds)
 
     def report(self) -> TemplateReport:
-        """What it is and has done, as plain data."""
+        """Describe it and what it has done, as plain data."""
         cpus = None if self.binding is None else self.binding.cpus
         return {
             "pid": self.pid,
@@ -226,7 +227,7 @@ class Stem:
     def close(self) -> None:
         """End the process. Ranks that were forked from it run on. Harmless when done twice.
 
-        A forked copy of the launcher closes its copy of the socket only.
+        A forked copy of the launcher only closes its copy of the socket.
         """
         self._socket.close()
         importer, pidfd = self.importer, self._pidfd
@@ -250,7 +251,7 @@ def _adopted(descriptors: str = "/proc/self/fd", threads: str = "/proc/self/task
 
 
 def _shared_memory() -> int:
-    """A descriptor of new memory that can be mapped by several processes."""
+    """A descriptor of new memory that several processes can map."""
     try:
         return os.memfd_create("rankspawn", os.MFD_CLOEXEC)
     except AttributeError:  # this Python was built for a C library older than 2.27
@@ -261,14 +262,14 @@ def _shared_memory() -> int:
 
 
 def _wait_for(fd: int, seconds: float | None) -> bool:
-    """Wait until a descriptor can be read, or is at its end; whether it came to that. Its number may be any."""
+    """Wait until a descriptor is readable or at its end. Returns whether it is. Its number may be above FD_SETSIZE."""
     poller = select.poll()
     poller.register(fd, select.POLLIN)
     return bool(poller.poll(None if seconds is None else seconds * 1000))
 
 
 def _output() -> int:
-    """Where the importer writes: to this process's stderr, because its stdout may be data."""
+    """Where the importer writes: this process's stderr, because stdout may be data."""
     try:
         os.fstat(2)
     except OSError:

@@ -1,4 +1,4 @@
-"""``Template``: processes that have imported what ranks need, kept over the launches of a program."""
+"""``Template``: processes that have imported what ranks need, kept for all launches of a program."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ _MOST_FOR_A_HOME = 2
 class Template:
     """Processes that have imported modules once, from which ``launch(..., warm=template)`` forks its ranks.
 
-    A rank that is forked has the imports done when it begins, and shares their memory with the others. It is a child of
-    this process and born bound, as a rank that is executed. The templates are made by the first launch, one for
-    each node that has ranks, and for each set of values of the variables that the imports read; later launches, and
-    restarts, use them again. Where no template fits a rank, or one cannot be proved to be safe, the rank is executed as
-    ever, and a RuntimeWarning says why.
+    When a forked rank begins, its imports are done, and it shares their memory with the other ranks. It is a child of
+    this process and born bound, like a rank that is executed. The first launch makes the templates: one for each node
+    that has ranks, and for each set of values of the variables that the imports read. Later launches and restarts use
+    them again. If no template fits a rank, or none can be proved safe, the rank is executed as usual, and a
+    RuntimeWarning says why.
 
-    For a command that is ``python [FLAGS] SCRIPT``, ``-m MODULE`` or ``-c CODE``, on Linux 5.4 or newer.
+    The command must be ``python [FLAGS] SCRIPT``, ``-m MODULE`` or ``-c CODE``. Needs Linux 5.4 or newer.
 
     Args:
         modules: What to import, by name and in this order; True: what the script imports at its top.
-        required: A rank that would not be forked is an error instead.
+        required: True raises RuntimeError if a rank cannot be forked.
         timeout: How long the imports may take, in seconds.
-        lasts: Whether it is for more than one launch. Otherwise its processes belong to the launch's guard and cgroup,
-            and are ended as soon as the ranks have been forked.
+        lasts: Whether it serves more than one launch. If not, its processes belong to the launch's guard and cgroup,
+            and end as soon as the ranks have been forked.
 
     Raises:
         TypeError: ``modules`` is a text.
@@ -69,7 +69,7 @@ class Template:
         self.required = required
         self.timeout = timeout
         self.interrupt: Callable[[], object] | None = None
-        """Called ten times a second while a launch waits for imports; what it raises ends the launch."""
+        """A function, called ten times a second while a launch waits for imports. If it raises, the launch ends."""
         self.lasts = lasts
         self._stems: list[tuple[Any, Stem]] = []
         self._begun: list[tuple[Any, Stem]] = []
@@ -82,19 +82,20 @@ class Template:
         self._owner, self._closed = os.getpid(), False
 
     def start(self, ranks: Sequence[RankProcess], variables: RankVariables, **options: Any) -> list[int]:
-        """Fork those of ``ranks`` for which there is a template, or can be one. For ``launch``, which has the rest.
+        """Fork those of ``ranks`` for which there is, or can be, a template. ``launch`` starts the rest.
 
         Args:
             ranks: RankProcess objects that have not been started.
             variables: Their environments.
-            **options: As of ``ranks.Launch``.
+            **options: As for ``ranks.Launch``.
 
         Returns:
             The ranks that are left.
 
         Raises:
-            OSError: As ``launch``, for a rank that cannot be started either way. Ranks that were started are started.
-            RuntimeError: A rank was left, and ``required`` says that none may be.
+            OSError: As ``launch``, for a rank that cannot be started either way. The ranks that were started before
+                run.
+            RuntimeError: A rank could not be forked, and ``required`` is true.
         """
         if self._closed:
             raise ValueError("the template is closed")
@@ -122,10 +123,10 @@ class Template:
         """Say why ranks start cold.
 
         Args:
-            why: By rank.
+            why: The reasons, by rank.
 
         Raises:
-            RuntimeError: There is one, and ``required`` says that none may be.
+            RuntimeError: There is a reason, and ``required`` is true.
         """
         lines = _name_ranks(why)
         if lines and self.required:
@@ -134,15 +135,15 @@ class Template:
             self._say(line)
 
     def begin(self, command: Sequence[str], env: Mapping[str, str], *, guard: bool) -> None:
-        """Begin with the imports, and return at once: the next start waits for what is left of them.
+        """Begin the imports, and return at once: the next start waits for the rest of them.
 
-        It is for ranks that will be unbound. Where they turn out to be others, as by a variable that an import reads,
-        another template is made for them. What cannot be begun is left to the start, which says why.
+        The template is for unbound ranks. If the ranks turn out to differ, by a variable that an import reads for
+        example, they get another template. If the imports cannot begin, the start tries again, and says why.
 
         Args:
             command: What a rank will run.
             env: The variables that the ranks will have in common.
-            guard: Whether a guard is to end the template, too, if this process is killed.
+            guard: Whether a guard also ends the template if this process is killed.
         """
         if self.why_not() is not None:
             return
@@ -195,7 +196,7 @@ class Template:
                 launch.fork(fitting, stem)
 
     def _make(self, launch: Launch) -> bool:
-        """Make templates for the ranks that are left, at once. Those for which there can be none become cold."""
+        """Make templates for the remaining ranks, all at once. Ranks for which there can be none start cold."""
         homes: dict[Any, list[int]] = {}
         for number in launch.left:
             homes.setdefault(self._kind(launch, number), []).append(number)
@@ -219,11 +220,11 @@ class Template:
                 self._say(f"the template could not import {name}: {error}")
 
     def _together(self, launch: Launch, key: Any, numbers: list[int]) -> list[int]:
-        """Those of the ranks that one new template is for; the others become cold where none can help them."""
+        """The ranks that one new template serves. The others start cold if no template can help them."""
         known = [stem for of_home, stem in self._stems if of_home == key and (stem.works or not stem.was_ready)]
         if not known:
             return numbers
-        if not known[-1].was_ready:  # what it was refused for would be so again
+        if not known[-1].was_ready:  # the same refusal would come again
             launch.cold.update(dict.fromkeys(numbers, known[-1].refused or "no template could be made"))
             return []
         # There are templates, and none fits: imports have read variables that have other values here.
@@ -242,7 +243,7 @@ class Template:
         if self.lasts:
             cgroup = None
             if self._guard is not None and self._guard.process.poll() is not None:
-                self._guard.close()  # somebody has killed it
+                self._guard.close()  # it was killed
                 self._guard = None
             if self._guard is None and guard >= 0:
                 from .._end.guard import Guard
@@ -277,7 +278,7 @@ class Template:
 
     @staticmethod
     def why_not() -> str | None:
-        """Say why no rank can be started warm on this system; None where one can."""
+        """Say why no rank can be started warm on this system; None if one can."""
         if not sys.platform.startswith("linux"):
             return "a warm start needs Linux"
         if not mechanisms():
@@ -295,7 +296,7 @@ class Template:
         warn("a Template was not closed", ResourceWarning, source=self)
 
     def report(self) -> list[TemplateReport]:
-        """What each process is and has done, as plain data, the oldest first; as in a group's report."""
+        """Describe each process and what it has done, as plain data, the oldest first, as in a group's report."""
         return [stem.report() for _, stem in self._stems]
 
     def _say(self, line: str) -> None:
@@ -323,7 +324,7 @@ class Template:
 
 
 def _name_ranks(reasons: Mapping[int, str]) -> list[str]:
-    """A line for each reason, with the ranks that it holds for."""
+    """A line for each reason, with the ranks that start cold for it."""
     by_reason: dict[str, list[int]] = {}
     for number, why in sorted(reasons.items()):
         by_reason.setdefault(why, []).append(number)

@@ -1,7 +1,7 @@
 """Environment variables and a template: which ones imports read and set, and whether a rank has the same values.
 
-What a module reads when it is imported, it keeps. A rank that is forked from a template has what the importer had, and
-so it must start cold where its own variable has another value.
+A module keeps what it reads when it is imported. A rank that is forked from a template has what the importer read, so a
+rank whose own variable has another value must start cold.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from fnmatch import translate
 from typing import Any
 
-# Code that no recorder in Python sees reads these when it is loaded. "*" stands for any characters. Found by a getenv()
-# that writes its caller's library down (libgomp, OpenBLAS, libtorch_cpu with oneDNN and MKL in it, libc10, libgfortran,
-# OpenSSL and numpy), and in the manuals of libomp and glibc.
+# Native code reads these when it is loaded, which no recorder in Python sees. "*" stands for any characters. Found by a
+# getenv() that writes its caller's library down (libgomp, OpenBLAS, libtorch_cpu with oneDNN and MKL in it, libc10,
+# libgfortran, OpenSSL and numpy), and in the manuals of libomp and glibc.
 #
 # Not here, because they are read at the first use, which no template makes: CUDA_VISIBLE_DEVICES and what else the CUDA
 # driver reads (cuInit), and NCCL_* (ncclCommInitRank).
@@ -57,7 +57,7 @@ class Recorder:
         before: The variables that this process was executed with.
         read: By name of a variable, the module that was being imported when it was read first.
         written: By name, the last value that was set; None for a variable that was removed.
-        copied: The modules that took all variables at once, which says nothing about what they need.
+        copied: The modules that took all variables at once, which does not show what they need.
     """
 
     def __init__(self, proc: str) -> None:
@@ -74,7 +74,7 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[Recorder]:
-        """Record until the end of the block. Reads of other threads are recorded, too."""
+        """Record until the end of the block, also what other threads read."""
         kind: Any = type(os.environ)
         own = {name: kind.__dict__.get(name) for name in (*_READS, *_WRITES)}
         kind.__getitem__ = self._reading(kind.__getitem__)
@@ -138,7 +138,7 @@ def _text(name: object) -> str | None:
 
 
 def _instruction() -> tuple[int, int]:
-    """Which frame uses os.environ now, and at which instruction."""
+    """The frame that uses os.environ now, and its instruction."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__") in _BETWEEN:
         frame = frame.f_back
@@ -146,9 +146,9 @@ def _instruction() -> tuple[int, int]:
 
 
 def importing() -> str:
-    """The module that is being imported by the caller; where none is, the one whose function called.
+    """The module that the caller imports now; if it imports none, the module whose function called.
 
-    A helper that reads for others is not it: the nearest frame is only taken where no module is being executed.
+    A helper that reads for others does not count: the nearest frame is only taken if no module is being executed.
     """
     frame = sys._getframe(1)
     nearest = ""
@@ -168,11 +168,11 @@ def by_library(name: str) -> bool:
 
 
 def difference(prepared: Mapping[str, Any], env: Mapping[str, str]) -> str | None:
-    """Why a rank with the variables ``env`` cannot be forked from a template, in one sentence; None where it can.
+    """Why a rank with the variables ``env`` cannot be forked from a template, in one sentence; None if it can.
 
     Args:
         prepared: What prepare() returned in the importer, or its copy by JSON.
-        env: All variables of the rank, as it would be executed with.
+        env: All variables that the rank would be executed with.
     """
     for name in BIND_THREADS if prepared["openmp"] else ():
         if name in env:

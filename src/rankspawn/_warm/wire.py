@@ -34,7 +34,7 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
     Raises:
         EOFError: The other end is closed.
-        OSError: TimeoutError, or not all descriptors could be taken, because this process may not have so many.
+        OSError: TimeoutError, or not all descriptors arrived, because this process may not have so many.
     """
     size, count = _HEADER.unpack(_exactly(sock, _HEADER.size))
     fds: list[int] = []
