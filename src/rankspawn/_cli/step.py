@@ -1,8 +1,8 @@
-"""What the environment says of the job step that this process runs in.
+"""The job step that this process runs in, as its environment variables describe it.
 
-It says who started the process, which of how many it is, and where the step's processes can meet. It is known for
-Slurm, Flux, jsrun, Open MPI, Hydra (MPICH, Intel MPI), PALS, MVAPICH and other PMI launchers, and torchrun. Only
-variables are read: no launcher is asked, and no launcher's library is loaded.
+They say which launcher started the process, which number it has of how many, and where the step's processes can meet.
+This module knows Slurm, Flux, jsrun, Open MPI, Hydra (MPICH, Intel MPI), PALS, MVAPICH and other PMI launchers, and
+torchrun. It only reads variables. It calls no launcher, and loads no launcher's library.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Set
 
 # Ports from torchrun's default up to 32500, below the ports that Linux gives to outgoing connections (32768 and up, see
-# ip_local_port_range in ip(7)). Their number is a prime, so that jobs with numbers near each other have different ones.
+# ip_local_port_range in ip(7)). The count is a prime number, so that jobs with close numbers get different ports.
 _FIRST_PORT = 29500
 _PORTS = 3001
 
@@ -28,14 +28,14 @@ class StepError(PlacementError):
 
 
 class _Told(Frozen):
-    """The variables in which a launcher tells a process who it is; "" for what it does not tell.
+    """The variables by which a launcher numbers its processes; "" for a variable that it does not set.
 
     Attributes:
         launcher: The launcher's name in messages.
-        local_rank: The variable of the process's number among those of its node, from 0.
-        local_size: That of the number of the node's processes.
-        rank: That of the process's number among all.
-        size: That of the number of all processes.
+        local_rank: The variable with the process's number on its node, from 0.
+        local_size: The variable with the number of processes on the node.
+        rank: The variable with the process's number in the whole step, from 0.
+        size: The variable with the number of processes in the whole step.
     """
 
     launcher: str
@@ -45,8 +45,9 @@ class _Told(Frozen):
     size: str
 
 
-# These come before Slurm's: the launchers run inside Slurm's jobs, and their processes have the variables of both.
-# Flux runs inside jsrun's jobs, and Spectrum MPI, which jsrun starts, sets Open MPI's variables, too.
+# These are looked up before Slurm's, because the launchers run inside Slurm's jobs, and their processes have the
+# variables of both. Flux comes before jsrun, because it runs inside jsrun's jobs. jsrun comes before Open MPI, because
+# it starts Spectrum MPI, which sets Open MPI's variables, too.
 _FLUX = _Told("flux run", "FLUX_TASK_LOCAL_ID", "", "FLUX_TASK_RANK", "FLUX_JOB_SIZE")
 _MPI = (
     # IBM's Job Step Manager
@@ -69,7 +70,7 @@ _MPI = (
     _Told("mpiexec", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "PMI_RANK", "PMI_SIZE"),
     # HPE's Parallel Application Launch Service
     _Told("PALS mpiexec", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE", "PALS_RANKID", "PMI_SIZE"),
-    # MVAPICH's own launcher, by the names of version 2 and of those from 3 on
+    # MVAPICH's own launcher: the names of version 2, and of version 3 and later
     *(
         _Told(
             "mpirun_rsh",
@@ -85,7 +86,7 @@ _MPI = (
 )
 _PMI = _Told("a PMI launcher", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE", "PMI_RANK", "PMI_SIZE")
 _TORCHRUN = _Told("torchrun", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE")
-# These do not tell the local rank. They are known so that no process takes itself for the only one.
+# These launchers set no local rank. They are listed so that no process takes itself for the only one.
 _RANK_ALONE = (
     _Told("jsrun", "", "", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
     # Cray's Application Level Placement Scheduler
@@ -94,7 +95,7 @@ _RANK_ALONE = (
     _Told("a PMIx launcher", "", "", "PMIX_RANK", ""),
 )
 
-# The launchers' options: to start one process on each node; to bind no process by itself; to give each more CPUs.
+# The launchers' options: start one process on each node; bind no process; give each process more CPUs.
 _ONE_A_NODE = {
     "srun": "--ntasks-per-node=1",
     "flux run": "--nodes=N --tasks-per-node=1",
@@ -127,9 +128,9 @@ class StepNode(Frozen):
     Attributes:
         node_rank: The node's number, from 0.
         nnodes: The number of nodes.
-        master_addr: The address; None where there is one node and the user gave none.
+        master_addr: The address; None if there is one node and the user gave no address.
         master_port: The port; None in the same case.
-        run_id: A name for the job; None where it has none.
+        run_id: The job's name; None if it has none.
     """
 
     node_rank: int
@@ -140,20 +141,20 @@ class StepNode(Frozen):
 
 
 class Step(Frozen):
-    """One process of a job step. None stands for what the environment does not say.
+    """One process of a job step. A field is None if the environment does not say it.
 
     Attributes:
-        launcher: Who started it: "srun", "flux run", "jsrun", "mpirun", "mpiexec" (Hydra's), "PALS mpiexec",
+        launcher: What started it: "srun", "flux run", "jsrun", "mpirun", "mpiexec" (Hydra's), "PALS mpiexec",
             "mpirun_rsh", "mpiexec_mpt", "aprun", "a PMI launcher", "a PMIx launcher", "torchrun" (and all that set
             LOCAL_RANK), or "" for no launcher.
-        variable: A variable that only the launcher's own processes have; "" for none.
+        variable: A variable that only the launcher's own processes have; "" for no launcher.
         rank: Its number among all processes of the step, from 0.
         size: The number of the step's processes.
         local_rank: Its number among the processes of this node, from 0.
         local_size: The number of this node's processes.
         node_rank: This node's number among the step's, from 0.
         nnodes: The number of the step's nodes.
-        own_masks: Whether each process of this node was given a CPU mask of its own. None: only the kernel may know.
+        own_masks: Whether the launcher gave each process of this node its own CPU mask; None if no variable says it.
         master_addr: The host of node 0.
         master_port: A port that follows from the job's name, and is the same on every node: 29500 + (10 * JOB + STEP)
             mod 3001 under Slurm; with a PMIx namespace or Flux's job id, the same with its bytes as one number; else
@@ -176,8 +177,8 @@ class Step(Frozen):
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Step:
-        """Read the step from a process's environment. Raises StepError for values that cannot be."""
-        # These variables make it a worker of torchrun or a rank of ours, whatever has started the agent.
+        """Read the step from a process's environment. Raises StepError for impossible values."""
+        # With these variables it is a worker of torchrun or a rank of ours, whatever started the launcher above it.
         if "TORCHELASTIC_RUN_ID" in environ and "LOCAL_RANK" in environ:
             return _torchrun(environ)
         if _FLUX.local_rank in environ:
@@ -185,7 +186,7 @@ class Step(Frozen):
         for told in _MPI:
             if told.local_rank in environ:
                 return _mpi(told, environ)
-        # A batch script has Slurm's other variables, too, as if it were task 0 of one task, and is no step.
+        # A batch script is no step, although it has Slurm's other variables, as if it were task 0 of one task.
         if "SLURM_STEP_NUM_NODES" in environ and "SLURM_PROCID" in environ:
             return _slurm(environ)
         if _PMI.local_rank in environ:
@@ -198,16 +199,16 @@ class Step(Frozen):
         return cls()
 
     def node(self, master_addr: str | None = None, master_port: int | None = None) -> StepNode:
-        """Find this node among the step's, for a launcher of which one runs on each node.
+        """Find this node among the step's nodes, for a launcher that runs once on each node.
 
-        A process that no launcher of several nodes has started is the only node.
+        Without a launcher, or under torchrun, this node is the only one.
 
         Args:
-            master_addr: What the user gave; None for nothing.
-            master_port: What the user gave; None for nothing.
+            master_addr: The user's own address; None if the user gave none.
+            master_port: The user's own port; None if the user gave none.
 
         Raises:
-            StepError: Several processes of the step run on this node, or nothing says where the nodes can meet.
+            StepError: Several processes of the step run on this node, or no variable says where the nodes can meet.
         """
         if self.launcher in ("", "torchrun"):
             return StepNode(0, 1, master_addr, master_port, None)
@@ -247,7 +248,7 @@ class Step(Frozen):
             online: The machine's online CPUs.
 
         Returns:
-            The sentence; None where there are enough CPUs.
+            The sentence; None if there are enough CPUs.
         """
         if self.launcher in ("", "torchrun") or len(inherited) >= min(nprocs, len(online)):
             return None
@@ -267,7 +268,7 @@ class Step(Frozen):
 def _slurm(environ: Mapping[str, str]) -> Step:
     """Read a task of srun ("OUTPUT ENVIRONMENT VARIABLES" in srun(1)). A step may have fewer nodes than its job."""
     job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID") or 0
-    # This is not SLURM_PROCID: with --distribution=arbitrary task 0 need not run on the first host of the list.
+    # Not SLURM_PROCID, because with --distribution=arbitrary task 0 may run on any host of the list.
     node, tasks = _number(environ, "SLURM_NODEID"), environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     counts = _tasks_per_node(tasks)
     if node is not None and not node < len(counts):
@@ -291,7 +292,7 @@ def _slurm(environ: Mapping[str, str]) -> Step:
 def _own_masks(environ: Mapping[str, str]) -> bool:
     """Whether Slurm gave the tasks of this node different masks.
 
-    One mask for all is the job's share of the node, which Slurm's task plugin sets even with --cpu-bind=none.
+    One mask for all tasks is the job's share of the node. Slurm's task plugin sets it even with --cpu-bind=none.
     """
     kind, masks = environ.get("SLURM_CPU_BIND_TYPE", ""), environ.get("SLURM_CPU_BIND_LIST", "")
     return kind.startswith("rank") or (kind.startswith(("map", "mask")) and len(set(masks.split(","))) > 1)
@@ -300,8 +301,8 @@ def _own_masks(environ: Mapping[str, str]) -> bool:
 def _flux(environ: Mapping[str, str]) -> Step:
     """Read a task of a Flux job ("ENVIRONMENT" in flux-environment(7)).
 
-    Flux does not say how many tasks a node has, and gives each node of a job one task or more: as many tasks as nodes
-    are one on each.
+    Flux does not say how many tasks a node has. But it gives each node at least one task, so if there are as many
+    tasks as nodes, each node has one.
     """
     found = _named(_of(_FLUX, environ), environ.get("FLUX_JOB_ID"))
     nnodes = _number(environ, "FLUX_JOB_NNODES")
@@ -323,11 +324,11 @@ def _named(step: Step, name: str | None) -> Step:
 def _mpi(told: _Told, environ: Mapping[str, str]) -> Step:
     """Read a process of an MPI launcher.
 
-    No variable says where rank 0 runs: addresses in the environment (as in OMPI_MCA_orte_hnp_uri) are those of the host
-    of mpirun itself, which need not be one of the job's.
+    No variable says where rank 0 runs. The addresses in the environment (as in OMPI_MCA_orte_hnp_uri) are those of the
+    host of mpirun itself, which may not be one of the job's hosts.
     """
     found = _named(_of(told, environ), environ.get("PMIX_NAMESPACE"))
-    # One process here means one on every node (a node with more ends the job): ranks of processes are those of nodes.
+    # One process here means one on every node (a node with more ends the job), so process ranks are node ranks.
     if found.local_size == 1:
         found = found.replace(node_rank=found.rank, nnodes=found.size)
     return found
@@ -351,7 +352,7 @@ def _of(told: _Told, environ: Mapping[str, str]) -> Step:
 
 
 def _number(environ: Mapping[str, str], name: str) -> int | None:
-    """Read the number in a variable; None where it is not set. Raises StepError for other text."""
+    """Read the number in a variable; None if the variable is not set. Raises StepError for other text."""
     text = environ.get(name)
     if text is None:
         return None
@@ -363,8 +364,8 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
 def first_host(hosts: str) -> str | None:
     """Find the first host of a Slurm host list: "gpu001" of "gpu[001-003,7],login1"; None for an empty list.
 
-    In names with several brackets the last one counts fastest, as in `scontrol show hostnames`, so that the first host
-    has the first number of each.
+    In a name with several brackets the last one counts fastest, as in `scontrol show hostnames`, so the first host has
+    the first number of each.
 
     Raises:
         StepError: The text is no host list.

@@ -1,4 +1,4 @@
-"""Ranks that still run long after another has ended with status 0: --wait ends them; without it a line names them."""
+"""Ranks that still run long after another ended with status 0. --wait ends them; without it a line names them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from .._group.group import RankGroup
 
 LONG = 60.0
-"""Seconds after which they are named. Uneven work and a last checkpoint take less, and a job that hangs takes more."""
+"""Seconds until a line names them. Uneven work and a last checkpoint take less; a job that hangs takes more."""
 
 
 class Stragglers:
-    """Notices that a rank of this machine has ended with status 0, and that others go on.
+    """Notices that a rank of this machine has ended with status 0 while others still run.
 
     Args:
         group: The ranks of an attempt.
         first_rank: The RANK of its local rank 0.
-        wait: The seconds of --wait; None where it was not given.
-        stacks: Whether to look at what they do before they are ended.
+        wait: The seconds of --wait; None if the user did not give it.
+        stacks: Whether to look at what the other ranks do before they are ended.
     """
 
     def __init__(self, group: RankGroup, first_rank: int, wait: float | None, *, stacks: bool) -> None:
@@ -33,7 +33,7 @@ class Stragglers:
         self._said = False
 
     def left(self) -> float | None:
-        """In how many seconds act() has something to do; None where nothing is waited for."""
+        """In how many seconds act() has something to do; None if there is nothing to wait for."""
         group = self._group
         if self._said or group.stopping or not group.running:
             return None
@@ -45,13 +45,13 @@ class Stragglers:
         return max(0.0, self._first[1] + self._seconds - time.monotonic())
 
     def act(self, say: Callable[[str], object]) -> bool:
-        """Name once, when it is time, the ranks that still run.
+        """When it is time, name the ranks that still run, once.
 
         Args:
             say: Prints a line.
 
         Returns:
-            Whether they are to be told to end now.
+            Whether the caller must end them now.
         """
         if self.left() != 0.0 or self._first is None:
             return False

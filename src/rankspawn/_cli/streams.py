@@ -1,4 +1,4 @@
-"""What becomes of the ranks' stdout and stderr: which go to files, which are shown, and behind which prefix."""
+"""Where the ranks' stdout and stderr go: which to files, which to the terminal, and with which prefix."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _OUR_PREFIX, _TORCHRUNS_PREFIX = "[rank ${rank}]:", "[${role_name}${local_rank}]
 
 
 class Streams(Frozen):
-    """What was asked of the ranks' streams.
+    """The settings of the ranks' streams.
 
     Attributes:
         filed: What goes to log files, by local rank: 1 for stdout, 2 for stderr, 3 for both.
-        shown: What of that is shown as well.
-        hidden: The local ranks of which nothing is shown, be it in a file or not.
-        prefix: Of a line that is shown, with $rank, $local_rank and $role_name in it.
-        copied: The words for which lines of stdout, and of stderr, are copied to a file of their own.
+        shown: What of that is also shown here, in the same form.
+        hidden: The local ranks whose output is never shown here, whether it goes to a file or not.
+        prefix: The prefix of each shown line, with $rank, $local_rank and $role_name in it.
+        copied: Words for stdout and for stderr. Lines that contain one of them are copied to a file of their own.
         kept: Whether the files are kept without --log-dir.
     """
 
@@ -45,7 +45,7 @@ class Streams(Frozen):
 
     @classmethod
     def read(cls, args: argparse.Namespace, nprocs: int, environ: Mapping[str, str]) -> Streams:
-        """Take them from the parsed command line, with torchrun's meaning.
+        """Read them from the parsed command line, with torchrun's meaning.
 
         --tee without a value, and --log-dir without --redirects and --tee, mean all streams.
         """
@@ -69,7 +69,7 @@ class Streams(Frozen):
 
     @property
     def tee(self) -> bool:
-        """Whether anything is shown that goes to a file."""
+        """Whether anything that goes to a file is also shown here."""
         return any(self.shown)
 
     @property
@@ -78,12 +78,12 @@ class Streams(Frozen):
         return not self.tee and all(bits == 3 or rank in self.hidden for rank, bits in enumerate(self.filed))
 
     def without_files(self) -> Streams:
-        """Have what would go to files go where this process's own output goes; what is hidden stays so."""
+        """Send what would go to files to this process's own output instead. Hidden output stays hidden."""
         nothing = (0,) * len(self.filed)
         return self.replace(filed=nothing, shown=nothing)
 
     def files(self, files: Sequence[RankFiles]) -> list[RankFiles]:
-        """Leave of the ranks' log files those that are written; what is hidden and goes to no file is thrown away."""
+        """Keep only the log files that are written. Hidden output that goes to no file is thrown away."""
         nowhere = None
         if self.hidden:
             from pathlib import Path
@@ -97,7 +97,7 @@ class Streams(Frozen):
         return made
 
     def files_to_show(self, files: Sequence[RankFiles]) -> list[RankFiles]:
-        """Leave of the ranks' log files those that are shown."""
+        """Keep only the log files that are also shown here."""
         made = []
         for rank, (of_rank, bits) in enumerate(zip(files, self.shown, strict=True)):
             bits = 0 if rank in self.hidden else bits
@@ -109,7 +109,7 @@ class Streams(Frozen):
         return made
 
     def prefix_of(self, first_rank: int, role: str) -> Callable[[int], str]:
-        """Make the function from a RANK to the prefix of its lines."""
+        """Make a function that returns the prefix of a RANK's lines."""
         from string import Template
 
         template = Template(self.prefix)
@@ -117,13 +117,13 @@ class Streams(Frozen):
 
 
 class Shown:
-    """What --tee shows of one attempt, by which a text can refer to lines that stand above it."""
+    """What --tee has shown of one attempt, so that a report can point to lines above it."""
 
     def __init__(self, tee: Tee, prefix: Callable[[int], str]) -> None:
         self._tee, self._prefix = tee, prefix
 
     def prefix_above(self, failure: Failure) -> str:
-        """The prefix of the lines where everything that a rank wrote to its stderr was shown; else ""."""
+        """The prefix of a rank's lines if all of its stderr was shown; else ""."""
         path = None if failure.files is None else failure.files.stderr
         return self._prefix(failure.rank) if path is not None and self._tee.has_shown(path) else ""
 
@@ -132,17 +132,17 @@ class Shown:
 def shown(
     streams: Streams, job: Job, files: Sequence[RankFiles], folder: LogFolder, interrupt: int
 ) -> Iterator[Shown | None]:
-    """Show what the ranks write, for --tee, as long as the block runs; and copy the lines of the filters.
+    """While the block runs, show what the ranks write (--tee), and copy the lines that the filters choose.
 
     Args:
-        streams: What was asked.
-        job: What the ranks of this attempt are told.
-        files: Where they write.
-        folder: Where those files are; it is kept when not all of them could be shown.
-        interrupt: A descriptor; once it is readable, nobody is waited for to read the rest.
+        streams: The settings.
+        job: The job of this attempt.
+        files: The ranks' log files.
+        folder: The folder of those files. It is kept if not all of them could be shown.
+        interrupt: A descriptor. Once it is readable, nothing waits any longer for somebody to read the rest.
 
     Raises:
-        CommandError: No thread can be had for it.
+        CommandError: The system allows no thread for it.
     """
     if not streams.tee and not any(streams.copied):
         yield None
@@ -172,7 +172,7 @@ def _copied(
     folder: LogFolder,
     prefix: Callable[[int], str],
 ) -> Iterator[None]:
-    """Copy those lines of a stream that have one of the words to a file, as long as the block runs."""
+    """While the block runs, copy the lines of a stream that contain one of the words to a file."""
     from .._output.tee import Tee, sources
 
     followed = [one for one in sources(files, job.first_rank) if one.is_stderr == (stream == "stderr")]

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from typing import NoReturn
 
-# The options of torchrun (torch 2.15), by what becomes of each; tests/torch compares them with the torchrun that is
-# installed.
+# The options of torchrun (torch 2.15): those that `run` has, ignores, and refuses. tests/torch compares them with the
+# installed torchrun.
 TAKEN = (
     "--nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint --rdzv-id --standalone --max-restarts --role --module"
     " --no-python --run-path --log-dir --redirects --tee --local-ranks-filter --duplicate-stdout-filters"
@@ -25,17 +25,17 @@ NEEDLESS = "--monitor-interval --start-method --rdzv-conf".split()
 ELASTIC = "--event-log-handler --logs-specs".split()
 
 BARE = "bare"
-"""The value of ``--tee`` that stands alone: all streams of all ranks, as ``--tee 3`` says for torchrun."""
+"""The value of ``--tee`` without a value: all streams of all ranks, as ``--tee 3`` of torchrun."""
 _STREAMS = re.compile(r"[0-3]|\d+:[0-3](,\d+:[0-3])*")
-_LIKE_STREAMS = re.compile(r"[\d:,]+")  # no script's name
+_LIKE_STREAMS = re.compile(r"[\d:,]+")  # no script has such a name
 
 
 class Endpoint(Frozen):
     """Where ranks meet: the value of --rdzv-endpoint.
 
     Attributes:
-        host: Without the brackets of IPv6's addresses.
-        port: None where the text has none; 0 for a free one.
+        host: The host, without the brackets of an IPv6 address.
+        port: The port; None if the text has none, 0 for a free one.
     """
 
     host: str
@@ -43,12 +43,12 @@ class Endpoint(Frozen):
 
 
 def only_torchrun(parser: argparse.ArgumentParser, what: str) -> NoReturn:
-    """End the process with the usage error for what needs torch's elastic agent."""
+    """End the process with a usage error, because ``what`` needs torch's elastic agent."""
     parser.error(f"{what} needs an elastic agent: use `rankspawn torchrun`")
 
 
 def add_torchrun_options(run: argparse.ArgumentParser) -> None:
-    """Add those options of torchrun that ``rankspawn run`` has no use for, or does not take."""
+    """Add the options of torchrun that ``rankspawn run`` ignores or refuses."""
     group = run.add_argument_group(
         "options of torchrun that are ignored", "There is no elastic agent and no rendezvous."
     )
@@ -61,7 +61,7 @@ def add_torchrun_options(run: argparse.ArgumentParser) -> None:
 
 
 def settle_torchrun_options(args: argparse.Namespace) -> None:
-    """Say which options do nothing here, and refuse those of an elastic agent."""
+    """Say which options are ignored, and refuse those that need an elastic agent."""
     for option in ELASTIC:
         value = getattr(args, _dest(option))
         if value is not None and (option, value) != ("--event-log-handler", "null"):
@@ -71,13 +71,13 @@ def settle_torchrun_options(args: argparse.Namespace) -> None:
 
 
 def read_variables(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
-    """Let torchrun's PET_ variables be the defaults of the options, as for torchrun.
+    """Make torchrun's PET_ variables the defaults of the options, as torchrun does.
 
-    A variable that names no option of torchrun's is said. A value that its option does not take ends the process with
-    status 2.
+    A line reports a PET_ variable that belongs to no option of torchrun. A value that its option does not accept ends
+    the process with status 2.
 
     Args:
-        parser: Of ``rankspawn run``, with all its options.
+        parser: The parser of ``rankspawn run``, with all its options.
         environ: The environment.
     """
     names = [name for name in environ if name.startswith("PET_")]
@@ -96,7 +96,7 @@ def read_variables(parser: argparse.ArgumentParser, environ: Mapping[str, str]) 
 
 
 def _value_of(action: argparse.Action, text: str) -> object:
-    """Read the value of an option from a variable. Raises ArgumentTypeError and ValueError where it is none."""
+    """Read the value of an option from a variable. Raises ArgumentTypeError or ValueError for a bad value."""
     if action.nargs == 0:
         if not text.lstrip("+-").isdecimal():
             raise ValueError(f"expected 0 or 1, got {text!r}")
@@ -108,7 +108,7 @@ def _value_of(action: argparse.Action, text: str) -> object:
 
 
 def nearest(name: str, known: Iterable[str], likeness: float = 0.8) -> str:
-    """The question whether another of these names was meant; "" where none is as like it (0 to 1)."""
+    """Ask whether the user meant one of ``known``; "" if none is at least as similar as ``likeness`` (0 to 1)."""
     from difflib import get_close_matches
 
     near = get_close_matches(name, list(known), 1, likeness)
@@ -116,10 +116,10 @@ def nearest(name: str, known: Iterable[str], likeness: float = 0.8) -> str:
 
 
 def respelt(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
-    """Respell the options that may stand alone, so that the parser does not take SCRIPT for a value of theirs.
+    """Respell options whose value is optional, so that the parser does not take SCRIPT for their value.
 
-    ``--tee`` is given a value where the word behind it is none, and ``--warm MODULES`` becomes ``--preload=MODULES``.
-    Words from SCRIPT on are left as they are.
+    ``--tee`` gets a value if the next word is not one, and ``--warm MODULES`` becomes ``--preload=MODULES``. SCRIPT and
+    all words after it stay as they are.
     """
     found: list[str] = []
     rest = iter(words)
@@ -148,7 +148,7 @@ def respelt(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
 
 
 def _takes_value(parser: argparse.ArgumentParser, word: str) -> bool:
-    """Whether an option, be it abbreviated, takes the next word as its value."""
+    """Whether an option, perhaps abbreviated, takes the next word as its value."""
     options = parser._option_string_actions
     if word in options:
         return options[word].nargs != 0
@@ -164,7 +164,7 @@ def nodes(text: str) -> int | str:
 
 
 def processes(text: str) -> int | str:
-    """Read the value of --nproc-per-node: a number, or what is counted."""
+    """Read the value of --nproc-per-node: a number, or the word for what to count."""
     if text in ("auto", "cpu", "gpu", "xpu"):
         return text
     if not (text.isascii() and text.isdecimal() and int(text)):
@@ -173,7 +173,7 @@ def processes(text: str) -> int | str:
 
 
 def endpoint(text: str) -> Endpoint:
-    """Read the value of --rdzv-endpoint: HOST or HOST:PORT, with IPv6's addresses in brackets."""
+    """Read the value of --rdzv-endpoint: HOST or HOST:PORT, with an IPv6 address in brackets."""
     words = re.fullmatch(r"(?:\[(?P<six>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[\w.-]+))(?::(?P<port>\d{1,5}))?", text.strip())
     if words is None or int(words["port"] or 0) > 65535:
         raise argparse.ArgumentTypeError(f"expected HOST:PORT, got {text!r}")
@@ -184,7 +184,7 @@ def streams(text: str) -> str | dict[int, int]:
     """Read the value of --tee and --redirects.
 
     Returns:
-        Bits by local rank, 1 for stdout and 2 for stderr; the rank -1 stands for all. BARE is as it is.
+        Bits by local rank: 1 for stdout, 2 for stderr. The rank -1 stands for all ranks. BARE stays BARE.
     """
     if text == BARE:
         return BARE
@@ -202,7 +202,7 @@ def _pairs(text: str) -> Iterator[tuple[int, int]]:
 
 
 def needles(text: str) -> tuple[str, ...]:
-    """Read the value of the filters of lines: words with commas between them; two commas are one in a word."""
+    """Read the words of a line filter, separated by commas. Two commas stand for one comma in a word."""
     return tuple(word.replace("\0", ",") for word in text.replace(",,", "\0").split(","))
 
 

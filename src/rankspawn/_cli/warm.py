@@ -1,4 +1,4 @@
-"""--warm: the template that ``run`` forks its ranks from, and what ``plan`` says of one."""
+"""--warm: the template that ``run`` forks its ranks from, and what ``plan`` prints about it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def add_warm_options(parser: argparse.ArgumentParser) -> None:
     """Add --warm and --preload.
 
-    ``--warm MODULES`` is respelt before the parser sees it (vocabulary.py), because --warm may stand alone.
+    vocabulary.py respells ``--warm MODULES`` before the parser sees it, because --warm alone has no value.
     """
     add = parser.add_argument_group(
         "warm start", "Fork the ranks from a process that has already imported what they need."
@@ -49,7 +49,7 @@ def _modules(text: str) -> tuple[str, ...]:
 def template_for(
     warm: bool, preload: Sequence[str] | None, interrupt: Callable[[], object], *, lasts: bool
 ) -> AbstractContextManager[Template | None]:
-    """The template of a job, or None where ranks are executed. ``interrupt``, ``lasts``: see Template."""
+    """The template of a job; None for a cold start. ``interrupt`` and ``lasts`` are those of Template."""
     if not warm and preload is None:
         return nullcontext()
     from .._warm.template import Template
@@ -68,7 +68,7 @@ def found(command: Sequence[str], module: bool) -> Found:
 
 
 def describe(one: Found, script: str) -> list[str]:
-    """Lines that say what would be preloaded, and what not and why."""
+    """Lines that say which modules would be preloaded, which would not, and why."""
     if one.modules:
         lines = [f"a warm start of {script} preloads {', '.join(one.modules)}"]
     else:

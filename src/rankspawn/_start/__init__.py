@@ -2,9 +2,9 @@
 
 arguments  what Popen's arguments say, encoded             engine     which mechanisms this machine has; masks
 popen      one process, as subprocess.Popen starts it      crew       many processes in one call of the engine
-ending     its signals, and waiting for its end            without    what can be had without the engine
-outcome    what of a binding was refused, or took effect  variables  the environments of many processes
+ending     its signals, and waiting for its end            without    what works without the engine
+outcome    what was refused of a binding, or took effect  variables  the environments of many processes
 aio        one process in an asyncio loop
 
-It knows no machine and no group: it imports no other folder of this package.
+It knows no machine and no group, so it imports no other folder of this package.
 """

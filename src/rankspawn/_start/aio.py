@@ -1,6 +1,6 @@
-"""``create_subprocess_exec``: asyncio's process, started by ``Popen``, whose end the loop sees by its pidfd.
+"""``create_subprocess_exec``: asyncio's process, which ``Popen`` starts and whose end the loop sees by its pidfd.
 
-Nothing of asyncio's child watchers is used, which differ between versions of Python: a loop in any thread will do.
+It does not use asyncio's child watchers, because they differ between versions of Python. So a loop in any thread works.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .popen import AnyPath, ProcessGroup, Stream, Variables
 
     class Options(TypedDict, total=False):
-        """What else Popen takes, but for what makes text of bytes."""
+        """The other arguments of Popen, except those that turn bytes into text."""
 
         executable: AnyPath | None
         preexec_fn: Callable[[], object] | None
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 _NOT_HERE = ("shell", "bufsize", "text", "universal_newlines", "encoding", "errors")
-_AGAIN = 0.02  # seconds between two looks at a process that has ended, and which a debugger holds
+_AGAIN = 0.02  # seconds between two looks at an ended process that a debugger still holds
 
 
 @public
@@ -66,21 +66,21 @@ async def create_subprocess_exec(
     """Start a process in the running asyncio loop: ``asyncio.create_subprocess_exec``, with ``Popen``'s additions.
 
     Args:
-        program: What is executed.
+        program: The program to execute.
         *args: Its arguments.
-        stdin: As of ``Popen``; asyncio.subprocess.PIPE for ``process.stdin``.
-        stdout: As of ``Popen``; asyncio.subprocess.PIPE for ``process.stdout``.
-        stderr: As of ``Popen``; asyncio.subprocess.PIPE for ``process.stderr``.
-        limit: Bytes that a reader of a pipe buffers, 64 KiB.
+        stdin: As for ``Popen``; asyncio.subprocess.PIPE for ``process.stdin``.
+        stdout: As for ``Popen``; asyncio.subprocess.PIPE for ``process.stdout``.
+        stderr: As for ``Popen``; asyncio.subprocess.PIPE for ``process.stderr``.
+        limit: How many bytes the reader of a pipe buffers (default: 64 KiB).
         **options: The other arguments of ``Popen``: ``binding``, ``die_with_parent``, ``cgroup``, ``env``, ``cwd`` and
-            the rest, but for those that make text of bytes, and ``shell``.
+            the rest, except ``shell`` and those that turn bytes into text.
 
     Returns:
-        asyncio's own Process. Its end is seen by its pidfd; where there is none (macOS, Windows) a thread waits for it.
+        asyncio's own Process. The loop sees its end by its pidfd; without one (macOS, Windows) a thread waits for it.
 
     Raises:
-        ValueError: An argument is not for asyncio, whose streams give bytes.
-        OSError: And all else that ``Popen`` raises.
+        ValueError: asyncio does not take the argument, because its streams give bytes.
+        OSError: As ``Popen`` raises it, like its other errors.
     """
     for name in _NOT_HERE:
         if options.get(name):
@@ -112,7 +112,7 @@ class _Transport(BaseSubprocessTransport):
         self, args: Any, shell: bool, stdin: Any, stdout: Any, stderr: Any, bufsize: int, **options: Any
     ) -> None:
         self._proc = Popen(args, stdin=stdin, stdout=stdout, stderr=stderr, bufsize=bufsize, **options)
-        # A reference of its own: the descriptor that the loop watches must not be closed by another who waits.
+        # A reference of its own, so that another waiter cannot close the descriptor that the loop watches.
         self._pidfd = self._proc._pidfd
         if self._pidfd is None:
             threading.Thread(target=self._wait_in_thread, name="rankspawn-wait", daemon=True).start()
@@ -135,6 +135,6 @@ class _Transport(BaseSubprocessTransport):
             self._loop.call_soon_threadsafe(self._process_exited, returncode)
 
     def send_signal(self, signal: int) -> None:
-        """Signal the process by its pidfd. Raises ProcessLookupError when its end has been seen."""
+        """Signal the process by its pidfd. Raises ProcessLookupError if the loop has already seen its end."""
         self._check_proc()
         self._proc.send_signal(signal)

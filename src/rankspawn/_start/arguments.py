@@ -31,7 +31,7 @@ def command_and_program(args: Any, executable: Any, shell: bool) -> tuple[list[A
 
 
 def candidates(program: Any, env: Mapping[Any, Any] | None) -> tuple[str | bytes, ...]:
-    """What to execute, in order: the program; a name without a folder is tried in each folder of the child's PATH."""
+    """The paths to execute, in order. A name without a folder is tried in each folder of the child's PATH."""
     if type(program) is str and "/" in program:
         return (program,)
     name = os.fsencode(program)
@@ -48,7 +48,7 @@ def candidates(program: Any, env: Mapping[Any, Any] | None) -> tuple[str | bytes
 
 
 def variable(env: Mapping[Any, Any], name: str) -> str | None:
-    """The value of a variable in an environment whose names and values may be bytes; None where it is not there."""
+    """The value of a variable; None if it is not set. Names and values of ``env`` may be bytes."""
     for key, value in env.items():
         if os.fsdecode(key) == name:
             return os.fsdecode(value)
@@ -56,10 +56,10 @@ def variable(env: Mapping[Any, Any], name: str) -> str | None:
 
 
 def named_by_text(env: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """``env`` itself, or, where names in it are bytes, a copy in which they are text.
+    """``env`` itself; if some of its names are bytes, a copy in which they are text.
 
-    Bytes and text are different names to a dict, and the same to a process: where one environment is put over another
-    each variable must have one name. ``python -bb`` does not let the two be compared.
+    To a dict, bytes and text are different names; to a process, they are the same. When one environment is merged into
+    another, each variable must have one name. ``python -bb`` forbids comparing bytes and text.
     """
     if all(type(name) is str for name in env):
         return env
@@ -67,7 +67,7 @@ def named_by_text(env: Mapping[Any, Any]) -> Mapping[Any, Any]:
 
 
 def callers_environment() -> dict[str, str]:
-    """A copy of os.environ, whose own copy() fails when another thread removes a variable meanwhile."""
+    """A copy of os.environ. Its own copy() fails if another thread removes a variable meanwhile."""
     while True:
         try:
             return dict(os.environ)
@@ -87,7 +87,7 @@ def is_path(stream: object) -> bool:
 
 
 def cgroup_descriptor(cgroup: str | os.PathLike[str] | int) -> tuple[int, bool]:
-    """A descriptor of the cgroup's directory, and whether it was opened here."""
+    """A descriptor of the cgroup's directory, and whether this function opened it."""
     if isinstance(cgroup, int):
         if cgroup < 0:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))

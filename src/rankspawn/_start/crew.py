@@ -1,4 +1,4 @@
-"""Many processes started in one call of the engine, by as many threads as make it faster."""
+"""Starts many processes in one call of the engine, by several threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .._binding import Binding
     from .variables import RankVariables
 
-# A bound for large machines: a thread takes 10 to 20 us to make, and the kernel's list of processes has one lock.
+# The limit on large machines: making a thread takes 10 to 20 us, and the kernel's list of processes has one lock.
 _MOST_WORKERS = 16
 _NO_STREAMS = (None, None, None)
 _INHERITED = (-1, -1, -1)
@@ -33,10 +33,10 @@ _child_ends = itemgetter(0, 3, 5)  # of what _get_handles() returns: the child's
 
 
 class RankProcess(Popen):
-    """A Popen that is made first, and started later, beside others.
+    """A Popen that is made first and started later, together with others.
 
-    What the standard class's ``__init__`` gives to each instance, and is the same for every rank, is an attribute of
-    the class here (see below).
+    The standard class's ``__init__`` sets attributes that are the same for every rank. Here they are attributes of the
+    class (see below).
     """
 
     _fresh_signals = True
@@ -68,7 +68,7 @@ class RankProcess(Popen):
                     with self._waitpid_lock:
                         self._note_end(0)
                 else:
-                    self._note_end(0)  # without the lock, which the group needs to reap it
+                    self._note_end(0)  # without the lock, because the group needs it to reap the process
             return super()._wait(timeout)
 
         def _internal_poll(self, _deadstate: int | None = None, **more: Any) -> int | None:
@@ -86,7 +86,7 @@ class RankProcess(Popen):
             return super()._try_wait(wait_flags)  # type: ignore[misc, no-any-return]
 
         def _note_end(self, options: int) -> int | None:
-            """Note its returncode, if it has ended, and leave the zombie to its group; its status as of waitpid(2)."""
+            """If it has ended, set its returncode, and return waitpid(2)'s status. Its group alone reaps it."""
             options |= os.WEXITED | os.WNOWAIT
             pidfd = self._pidfd
             try:
@@ -108,7 +108,7 @@ class RankProcess(Popen):
             return status
 
     def start_alone(self, **keywords: Any) -> None:
-        """Start it alone, as any Popen, with the same streams and binding."""
+        """Start it alone, as a usual Popen, with the same streams and binding."""
         stdin, stdout, stderr = self._given
         try:
             super().__init__(
@@ -119,7 +119,7 @@ class RankProcess(Popen):
             self._opened_here = ()  # closed by Popen
 
     def for_template(self, cwd: Any, env: Any) -> tuple[list[Any], tuple[bytes | None, int, bytes | None], bool]:
-        """What a template forks it with: its streams, its masks, and whether a binding is required."""
+        """What a template needs to fork it: its streams, its masks, and whether its binding is required."""
         command, program = command_and_program(self.args, None, False)
         sys.audit("subprocess.Popen", program, command, cwd, env)
         binding = self._binding
@@ -127,24 +127,25 @@ class RankProcess(Popen):
         return self._streams(*self._ends), encoded, binding is not None and binding.required
 
     def was_forked(self, outcome: tuple[int, int, int, int], cwd: Any) -> None:
-        """Note that a template has forked it. Raises what Popen does for a step that failed; see _spawn.adopt()."""
+        """Note that a template has forked it. Raises what Popen raises for a failed step; see _spawn.adopt()."""
         self.mechanism = "warm"
         self._closed_child_pipe_fds = True
         if not self._executed_ns:
-            self._executed_ns = None  # it was killed in the middle of its steps
+            self._executed_ns = None  # a signal killed it in the middle of its steps
         self._check(*outcome, command_and_program(self.args, None, False)[1], cwd)
 
     def let_go(self) -> None:
-        """Close what was opened only for the start."""
+        """Close the descriptors that were opened only for the start."""
         for fd in self._opened_here:
             os.close(fd)
         self._opened_here = ()
 
 
 def _attributes_of_stock() -> dict[str, Any]:
-    """What the standard class's __init__ gives to an instance that has no pipes, but for its arguments and its lock.
+    """The attributes that the standard class's __init__ sets without pipes, except its arguments and its lock.
 
-    It is asked, because another Python may have others. They must be constants, since all ranks will share them.
+    A real instance provides them, because another Python may have others. They must be constants, because all ranks
+    share them.
     """
 
     class Asked(Stock):  # type: ignore[type-arg]
@@ -176,7 +177,7 @@ def start_by_engine(
     guard: int,
     progress: Callable[[Callable[[], int]], object] | None,
 ) -> bool:
-    """Start those of ``ranks`` that the engine can start, and say whether these are all. See start_ranks()."""
+    """Start those of ``ranks`` that the engine can start; return whether these are all. See start_ranks()."""
     crew = _spawn.Crew(
         len(ranks), variables.env, variables.shared, variables.numbered, cwd, True,
         signal.SIGKILL if die_with_parent else 0, -1 if cgroup is None else cgroup, guard,
@@ -215,7 +216,7 @@ def _enlist(crew: _spawn.Crew, ranks: list[RankProcess], variables: RankVariable
 
 
 def _run(crew: _spawn.Crew, ranks: list[RankProcess], cwd: Any) -> bool:
-    """Start what each mechanism can start, and say whether that is all: the others are left as they are."""
+    """Let each mechanism start what it can; return whether all ranks have started. The others stay untouched."""
     for mechanism in mechanisms():
         name = "clone" if mechanism == _spawn.CLONE else "posix_spawn"
         said = crew.run(mechanism, name, _workers(len(ranks)))
@@ -236,17 +237,18 @@ def _run(crew: _spawn.Crew, ranks: list[RankProcess], cwd: Any) -> bool:
 
 
 def _workers(count: int) -> int:
-    """How many threads start ``count`` ranks: two for each CPU that this one may use, or one where there is but one.
+    """How many threads start ``count`` ranks: two for each CPU that this thread may use, but one if it has one CPU.
 
-    A thread sleeps from its clone until the child has executed, and a CPU with two has the next start ready meanwhile.
-    Measured on 2 CPUs, one per CPU took 2 to 5 % longer and three were no better; on one CPU a second took 4 % longer.
+    A thread sleeps from its clone until the child has executed. With two threads, a CPU prepares the next start
+    meanwhile. Measured on 2 CPUs, one thread for each CPU took 2 to 5 % longer, and three were no better. On one CPU, a
+    second thread took 4 % longer.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(count, 2 * cpus if cpus > 1 else 1, _MOST_WORKERS)
 
 
 def name_rank(error: Exception, number: int) -> None:
-    """Put the rank in front of the error's text, instead of another number that was put there before."""
+    """Put the rank in front of the error's text, and replace a rank that is already there."""
     before = f"rank {getattr(error, 'rank', None)}: "
     error.rank = number  # type: ignore[attr-defined]
     if isinstance(error, OSError) and error.strerror is not None:

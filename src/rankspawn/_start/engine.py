@@ -1,4 +1,4 @@
-"""Which engine this installation and this machine have, and bindings encoded for the kernel."""
+"""Finds out which engine this installation and machine have, and encodes bindings for the kernel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .._binding import Binding
 from .outcome import GRANTED_IN_PART, BindingError, RefusedStep
 
 EXTENSION_ERROR: str | None = None
-"""Why there is no engine in this installation; None where there is one."""
+"""Why this installation has no engine; None if it has one."""
 _IS_PURE = False
 try:
     import rankspawn._spawn as _spawn  # "from . import" would call a missing extension a circular import
@@ -37,10 +37,10 @@ _MPOL = {
 
 @cache
 def mechanisms() -> tuple[int, ...]:
-    """The engine's mechanisms in the order in which they are tried; none means the standard library's own path.
+    """The engine's mechanisms in the order in which they are tried; none for the standard library's own path.
 
     The environment variable RANKSPAWN_MECHANISM (clone, posix_spawn, subprocess) names the first, for tests and
-    comparison; it is read once. Raises ValueError for another value.
+    comparisons. It is read once. Raises ValueError for another value.
     """
     wanted = os.environ.get("RANKSPAWN_MECHANISM", "clone" if sys.platform == "linux" else "posix_spawn")
     if wanted not in ("clone", "posix_spawn", "subprocess"):
@@ -57,7 +57,7 @@ def mechanisms() -> tuple[int, ...]:
         )
     if EXTENSION_ERROR is not None or wanted == "subprocess":
         return ()
-    # QEMU's user mode and WSL1 run the call as a fork, in which the child's report would never arrive.
+    # QEMU's user mode and WSL1 run the call as a fork, from which the child's report would never arrive.
     clone = (_spawn.CLONE,) if _spawn.clone_is_honoured() else ()
     return clone if wanted == "clone" else (_spawn.POSIX_SPAWN, *clone)
 
@@ -71,7 +71,8 @@ def why_no_engine() -> str:
 def masks(binding: Binding) -> tuple[bytes | None, int, bytes | None]:
     """``binding`` encoded for the engine: CPU mask, policy's number (-1: none), node mask.
 
-    They are kept with the binding, which never changes: hashing it for a cache takes longer than all else in a start.
+    The result is kept in the binding, which never changes, because hashing it for a cache takes longer than the rest of
+    a start.
     """
     kept: tuple[bytes | None, int, bytes | None] | None = binding.__dict__.get("_masks")
     if kept is None:
@@ -107,10 +108,10 @@ def _checked(binding: Binding, refused: list[RefusedStep]) -> tuple[RefusedStep,
 
 
 def _set_affinity(pid: int, cpus: Set[int]) -> int:
-    """Set the mask of a running process; 0, or the errno of the refusal."""
+    """Set the mask of a running process. Return 0, or the errno of the refusal."""
     try:
         import psutil
-    except ImportError:  # it cannot be imported in a sub-interpreter
+    except ImportError:  # a sub-interpreter cannot import it
         return errno.ENOTSUP
     try:
         process = psutil.Process(pid)
@@ -127,7 +128,7 @@ def _set_affinity(pid: int, cpus: Set[int]) -> int:
 
 
 def bind_thread(binding: Binding) -> tuple[RefusedStep, ...]:
-    """Bind the calling thread, and so what it will start; returns the refused steps where they are not required.
+    """Bind the calling thread, and so what it will start. Return the refused steps of an optional binding.
 
     Raises BindingError for a refused step of a required binding.
     """

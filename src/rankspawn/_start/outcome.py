@@ -1,4 +1,4 @@
-"""The outcome of a binding: the steps that the system refused, and the mask and policy of a running process."""
+"""The outcome of a binding: the refused steps, and the mask and policy of a running process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .._public import public
 
 
 class RefusedStep(Frozen):
-    """One step that the system refused: its name, the errno and what the errno says."""
+    """One step that the system refused: its name and its errno."""
 
     step: str
     errno: int
@@ -23,20 +23,21 @@ class RefusedStep(Frozen):
 
     @property
     def why(self) -> str:
-        """Why the system may have refused it, and what to do; "" where that is not known."""
+        """Why the system may have refused it, and what to do; "" if unknown."""
         return _WHY.get((self.step, self.errno), "")
 
 
 @public
 class BindingReport(Frozen):
-    """What was asked for one process, and what was refused.
+    """The requested binding of one process, and the refused steps.
 
     Attributes:
-        requested: The binding given to Popen; None where none was.
+        requested: The binding given to Popen; None for none.
         refused: The optional steps that the system refused, in order.
         pid: The process that ``effective`` reads.
-        late: Whether the CPU mask was set only after the start, on the process's main thread: what the process did
-            before, and threads that it had made, were not bound. It is so on Windows, and where no thread can be made.
+        late: Whether the CPU mask was set only after the start, and only on the process's main thread. What the process
+            did before, and threads that it had made, were not bound. It is so on Windows, and if the system allows no
+            thread.
     """
 
     requested: Binding | None
@@ -46,10 +47,10 @@ class BindingReport(Frozen):
 
     @property
     def effective(self) -> Binding | None:
-        """The mask and policy that the process has now, from the kernel; None when it has ended, reaped or not.
+        """The mask and policy that the process has now, from the kernel; None if it has ended, reaped or not.
 
-        The policy is the one that /proc/PID/numa_maps shows for memory without a policy of its own
-        (proc(5)); it is None where the kernel has no NUMA support or the file may not be read.
+        The policy is the one that /proc/PID/numa_maps (proc(5)) shows for memory without a policy of its own. It is
+        None if the kernel has no NUMA support, or this user may not read the file.
         """
         if not hasattr(os, "sched_getaffinity"):
             return _effective_by_psutil(self.pid)
@@ -58,18 +59,18 @@ class BindingReport(Frozen):
         except ProcessLookupError:
             return None
         policy = _policy_of(self.pid)
-        # Of an ended process that nobody has waited for, the kernel still has the mask, but no memory.
+        # Until an ended process is reaped, the kernel still has its mask, but not its memory.
         return None if _has_ended(self.pid) else Binding(cpus, policy)
 
     def at_birth(self, inherited: frozenset[int] | None) -> Binding | None:
-        """Return what the process was born with: the request, which the child has compared with what it got.
+        """Return the binding that the process was born with: the request, because the child checked what it got.
 
         Args:
             inherited: The CPUs of the thread that started it; None where the system has no masks.
 
         Returns:
-            The mask and policy; the policy is None where none was asked for. None where the process was bound late, or
-            what was asked was granted only in part.
+            The mask and policy; the policy is None if none was requested. None if the process was bound late, or the
+            system granted the request only in part.
         """
         if self.late or any(one.errno == GRANTED_IN_PART for one in self.refused):
             return None
@@ -86,7 +87,7 @@ class BindingError(OSError):
 
     Attributes:
         step: The refused call.
-        binding: What was asked.
+        binding: The requested binding.
     """
 
     step: str
@@ -94,12 +95,12 @@ class BindingError(OSError):
 
     @classmethod
     def refused(cls, step: str, code: int, binding: Binding, why: str = "") -> BindingError:
-        """Make the error of a refused step, whose text says why the step may be refused, and what to do.
+        """Make the error of a refused step. Its text says why the system may refuse the step, and what to do.
 
         Args:
             step: The refused call.
             code: Its errno.
-            binding: What was asked.
+            binding: The requested binding.
             why: The reason to give instead of the usual one for the errno.
 
         Returns:
@@ -113,7 +114,7 @@ class BindingError(OSError):
 
 
 GRANTED_IN_PART = errno.ERANGE
-"""The errno of a step that the kernel did in part, without an error: csrc/granted.h. Neither system call returns it."""
+"""The errno for a step that the kernel did only in part (csrc/granted.h). Neither system call returns it."""
 
 
 def text_of(code: int) -> str:
@@ -175,7 +176,7 @@ _POLICY_MODES = {
 
 
 def _has_ended(pid: int) -> bool:
-    """Whether the process is gone, or ended and not waited for (state Z or X of proc(5))."""
+    """Whether the process has ended, reaped or not (state Z or X of proc(5))."""
     from .._procfs import read_stat
 
     try:

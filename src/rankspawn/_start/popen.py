@@ -1,8 +1,8 @@
-"""``Popen``: ``subprocess.Popen`` whose child is started by rankspawn's engine, bound from its first instruction on.
+"""``Popen``: ``subprocess.Popen``, but rankspawn's engine starts the child, bound from its first instruction.
 
-One method is overridden for the start, ``_execute_child``; most of the standard class is inherited. What an override of
-it must do itself is what CPython's own does: the audit event, the search of the child's PATH, ``pid`` and
-``_child_created``, closing the child's pipe ends, and errors with the class and file name of the standard library.
+For the start it overrides one method, ``_execute_child``, and inherits most of the standard class. As CPython's own
+method does, the override must raise the audit event, search the child's PATH, set ``pid`` and ``_child_created``, close
+the child's pipe ends, and raise errors with the class and file name of the standard library.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     else:
         ProcessGroup: TypeAlias = None
 
-# What 3.10 passes, and what 3.11 appended. A new Python that changes the list must fail here, at import,
+# Python 3.10 passes all but the last; 3.11 appended that. A new Python that changes the list must fail here, at import,
 # because it would start processes with the arguments in the wrong places.
 _SEAM = (
     "self args executable preexec_fn close_fds pass_fds cwd env startupinfo creationflags shell p2cread p2cwrite"
@@ -66,14 +66,14 @@ class Popen(Started[AnyStr]):
     """``subprocess.Popen``, with four additions: a binding, a death signal, a cgroup, and paths for streams.
 
     Args:
-        args: As of ``subprocess.Popen``, like every argument that is not named here, in the same order.
+        args: As for ``subprocess.Popen``, like every argument that is not named here, in the same order.
         stdin: Also an os.PathLike, which the child opens to read.
         stdout: Also an os.PathLike, which the child creates or truncates, as ``open(path, "w")`` would.
-        stderr: As ``stdout``. The same path for both is opened once.
+        stderr: As ``stdout``. If both have the same path, the child opens it once.
         binding: A Binding that the process is born with, or None.
         die_with_parent: The process gets SIGKILL when this one ends, however it ends (PR_SET_PDEATHSIG, prctl(2)). A
             program that is set-user-ID or has file capabilities clears that.
-        cgroup: The directory of a cgroup v2, or a descriptor of it, that the process is born in.
+        cgroup: The cgroup v2 that the process is born in: its directory, or a descriptor of it.
 
     Attributes:
         mechanism: What started the process: "clone", "posix_spawn", or "subprocess" for the standard library's code;
@@ -82,20 +82,20 @@ class Popen(Started[AnyStr]):
     Raises:
         BindingError: The system refuses a binding that is ``required``.
         ValueError: ``preexec_fn`` is given beside ``binding``, ``die_with_parent`` or ``cgroup``.
-        OSError: And all else that ``subprocess.Popen`` raises, when it does.
+        OSError: As ``subprocess.Popen`` raises it, like its other errors.
     """
 
     mechanism: str | None = None
-    # These are not set in most processes either: see Started.
+    # Most processes do not set these either: see Started.
     _binding: Binding | None = None
     _die_with_parent = False
     _cgroup: str | os.PathLike[str] | int | None = None
-    _late = False  # the CPU mask was set after the start
-    _fresh_signals = False  # an empty signal mask, and the default action but for an ignored SIGHUP
+    _late = False  # whether the CPU mask was set after the start
+    _fresh_signals = False  # an empty signal mask, and default actions except for an ignored SIGHUP
     _opened_by_child: dict[int, tuple[str, int]] = {}  # noqa: RUF012
     _opened_here: tuple[int, ...] = ()
 
-    if TYPE_CHECKING:  # generic in what its streams give, with the overloads that typeshed has for the standard class
+    if TYPE_CHECKING:  # generic in the type of its streams, with typeshed's overloads of the standard class
 
         @overload
         def __init__(
@@ -196,7 +196,7 @@ class Popen(Started[AnyStr]):
             super().__init__(*args, **kwargs)
         except BaseException:
             if self._child_created and self.returncode is None:
-                # A signal handler raised after the start (Ctrl-C): the caller gets no object that could end the child.
+                # A signal handler raised after the start (Ctrl-C), so the caller gets no object to end the child with.
                 self.kill()
                 self.wait()
             raise
@@ -207,14 +207,14 @@ class Popen(Started[AnyStr]):
 
     @property
     def binding_report(self) -> BindingReport:
-        """What was asked, what was refused and, read on demand, what the process has."""
+        """The requested binding, the refused steps and, read on demand, the mask and policy of the process."""
         return BindingReport(self._binding, self._refused, self.pid, self._late)
 
     def _get_handles(self, stdin: Any, stdout: Any, stderr: Any) -> tuple[Any, ...]:
-        """As the standard class, but on POSIX paths and DEVNULL are left for the child to open.
+        """As in the standard class, but on POSIX the child opens paths and DEVNULL.
 
-        A descriptor opened here would have the lowest free number; where thousands are open, that makes the child copy
-        a table of thousands.
+        A descriptor opened here would get the lowest free number. With thousands of open files, the child would then
+        have to copy a table of thousands.
         """
         if stdin is stdout is stderr is None:
             return _NO_HANDLES
@@ -226,7 +226,7 @@ class Popen(Started[AnyStr]):
             if is_path(stream):
                 path, flags = os.path.abspath(stream), _WRITE if number else _READ
                 if is_fifo(path):
-                    # open(2) of a FIFO waits for its other end. Here a signal can interrupt it, in the child none.
+                    # open(2) of a FIFO waits for its other end. A signal can interrupt it here, but not in the child.
                     streams[number] = os.open(path, flags)
                     self._opened_here += (streams[number],)
                     continue
@@ -237,7 +237,7 @@ class Popen(Started[AnyStr]):
                 continue
             streams[number] = None
         if 1 in opened and (stderr == subprocess.STDOUT or (2 in opened and _same(opened[1], opened[2]))):
-            opened[2] = ("", 0)  # no path: what stdout is
+            opened[2] = ("", 0)  # no path: the same file as stdout
             streams[2] = None
         if os.name == "posix":
             self._opened_by_child = opened
@@ -299,7 +299,7 @@ class Popen(Started[AnyStr]):
     def _streams(self, p2cread: int, c2pwrite: int, errwrite: int) -> list[int | tuple[str, int]]:
         """The child's three streams, encoded for the engine."""
         if p2cread < -1 or c2pwrite < -1 or errwrite < -1:
-            # -1 is the standard library's "none"; lower numbers have a meaning for the engine.
+            # -1 is the standard library's "none". Lower numbers would have a meaning for the engine.
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         streams: list[int | tuple[str, int]] = [p2cread, c2pwrite, errwrite]
         for number, (path, flags) in self._opened_by_child.items():
@@ -307,7 +307,7 @@ class Popen(Started[AnyStr]):
         return streams
 
     def _check(self, step: int, error: int, affinity_error: int, mempolicy_error: int, program: Any, cwd: Any) -> None:
-        """Raise what subprocess would for a step that failed; record the optional steps that were refused."""
+        """Raise what subprocess would for a failed step; record the optional steps that the system refused."""
         if step:
             raise self._error(_spawn.STEP_NAMES[step], error, program, cwd)
         if affinity_error or mempolicy_error:
@@ -327,7 +327,7 @@ class Popen(Started[AnyStr]):
         return OSError(code, f"{step}: {os.strerror(code)}")
 
     def _execute_by_subprocess(self, seam: list[Any], preexec_fn: object = None) -> None:
-        """Start by the standard library's code, with as much of the binding as it allows."""
+        """Start by the standard library's code, with the part of the binding that works without the engine."""
         wanted = self._die_with_parent or self._cgroup is not None
         if preexec_fn is not None and (wanted or self._binding is not None):
             raise ValueError("preexec_fn cannot be used beside binding, die_with_parent or cgroup")
@@ -353,13 +353,13 @@ class Popen(Started[AnyStr]):
 
 
 def _same(one: tuple[Any, int], other: tuple[Any, int]) -> bool:
-    """Whether two streams are opened alike. Paths may be text or bytes, and `python -bb` forbids comparing the two."""
+    """Whether two streams open alike. Paths may be text or bytes, which `python -bb` forbids to compare."""
     return (os.fsencode(one[0]), one[1]) == (os.fsencode(other[0]), other[1])
 
 
 @contextmanager
 def _opened_here(opened: Mapping[int, tuple[str, int]]) -> Iterator[dict[int, int]]:
-    """The streams that the child would have opened, opened in this process for as long as the start takes."""
+    """Open, in this process and during the start, the streams that the child would have opened."""
     fds: dict[int, int] = {}
     try:
         for number, (path, flags) in opened.items():

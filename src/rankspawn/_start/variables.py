@@ -1,4 +1,4 @@
-"""The environments of many ranks: what they share, and what each has beside it."""
+"""The environments of many ranks: what they share, and what each has in addition."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .arguments import callers_environment, named_by_text
 
 
 class RankVariables:
-    """The environments of ranks, in layers that the engine puts together; each wins over those before it.
+    """The environments of ranks, in layers that the engine merges. Each layer wins over those before it.
 
     Attributes:
-        env: What all ranks inherit; None is the caller's environment.
-        shared: What all ranks have beside it.
-        numbered: Variables whose value is a number that grows with the rank: name -> the first rank's.
-        own: By rank, its own variables.
+        env: The variables that all ranks inherit; None for the caller's environment.
+        shared: Further variables of all ranks.
+        numbered: Variables whose value is a number that grows with the rank: name -> the first rank's number.
+        own: Each rank's own variables, by rank.
     """
 
     def __init__(
@@ -31,11 +31,11 @@ class RankVariables:
         self.own = [named_by_text(one) if one else one for one in own]
 
     def of(self, rank: int) -> Mapping[Any, Any] | None:
-        """One rank's environment, put together when it is looked at; None is the caller's, unchanged."""
+        """One rank's environment, merged only when somebody reads it; None for the caller's, unchanged."""
         return _Whole(self, rank) if self.shared or self.numbered or self.own[rank] else self.env
 
     def some(self, ranks: Sequence[int]) -> RankVariables:
-        """Those of some of the ranks, which are numbered as before."""
+        """The environments of some of the ranks, which keep their numbers."""
         return RankVariables(self.env, [{**self._numbers(rank), **self.own[rank]} for rank in ranks], self.shared)
 
     def whole(self, rank: int) -> dict[Any, Any]:
@@ -48,7 +48,7 @@ class RankVariables:
 
 
 class _Whole(Mapping[Any, Any]):
-    """A rank's environment for those who ask: audit hooks, and the search of PATH. Most launches have neither."""
+    """A rank's environment for its few readers: audit hooks, and the search of PATH. Most launches have neither."""
 
     __slots__ = ("_rank", "_variables")
 

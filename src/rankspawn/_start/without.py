@@ -1,4 +1,4 @@
-"""What works without the engine, around a start by the standard library: CPUs from birth, and fresh signals."""
+"""What works without the engine, when the standard library starts a process: CPUs from birth, and fresh signals."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 class NoThreadError(RuntimeError):
-    """No thread could be made: the interpreter shuts down, or the system allows no more. Nothing has been done."""
+    """No thread could be made, because the interpreter shuts down or the system allows no more. Nothing was done."""
 
 
 def in_thread(work: Callable[[], T]) -> T:
-    """Do ``work`` in a thread that is made for it.
+    """Do ``work`` in a new thread.
 
-    Processes inherit the CPUs and the memory policy of the thread that starts them. The calling thread's own do not
-    change, so nothing has to be restored.
+    A process inherits the CPUs and the memory policy of the thread that starts it. Those of the calling thread do not
+    change, so nothing needs to be restored.
 
     Args:
-        work: Called once, without arguments.
+        work: The function; it is called once, without arguments.
 
     Returns:
         What ``work`` returned.
@@ -57,7 +57,7 @@ def in_thread(work: Callable[[], T]) -> T:
     try:
         thread.join()
     except BaseException:
-        # A signal handler has raised (Ctrl-C) during the start: wait, because only a finished start can be undone.
+        # A signal handler raised (Ctrl-C) during the start. Wait, because only a finished start can be undone.
         thread.join()
         raise
     if errors:
@@ -66,18 +66,18 @@ def in_thread(work: Callable[[], T]) -> T:
 
 
 def start_bound(binding: Binding, start: Callable[[], int]) -> tuple[tuple[RefusedStep, ...], bool]:
-    """Start a process by a thread that has bound itself to the CPUs of ``binding``; the process inherits them.
+    """Start a process from a thread that has bound itself to the CPUs of ``binding``. The process inherits them.
 
     Args:
-        binding: A memory policy in it is refused.
+        binding: The binding; its memory policy is refused.
         start: Starts the process, and returns its pid.
 
     Returns:
-        The refused steps, and whether the CPU mask was set late: after the start, on the process's main thread alone.
-        That is so where the system has no sched_setaffinity(2), and where no thread can be made.
+        The refused steps, and whether the CPU mask was set late: after the start, and only on the process's main
+        thread. It is late if the system has no sched_setaffinity(2), or allows no thread.
 
     Raises:
-        BindingError: A required step was refused. Where the mask is not late, nothing has been started.
+        BindingError: The system refused a required step. Unless the mask is late, nothing was started.
     """
     if binding.cpus is not None and hasattr(os, "sched_setaffinity"):
         refused = () if binding.memory is None else (RefusedStep("set_mempolicy", errno.ENOTSUP),)
@@ -98,18 +98,18 @@ def start_bound(binding: Binding, start: Callable[[], int]) -> tuple[tuple[Refus
 def fresh_signals() -> Callable[[], None] | None:
     """Find what a forked child has to do before it executes, so that its program begins with fresh signals.
 
-    As in csrc/spawn.h, fresh means an empty mask and default actions, but for an ignored SIGHUP. Here only those
-    signals are known that Python was started with or that were ignored by its module ``signal``.
+    As in csrc/spawn.h, fresh means an empty mask, and default actions except for an ignored SIGHUP. Python only
+    knows the signals that were ignored when it started, or that its module ``signal`` ignored.
 
     Returns:
-        A function for ``preexec_fn``; None where there is nothing to do, and in a sub-interpreter, which forbids it.
+        A function for ``preexec_fn``; None if there is nothing to do, or in a sub-interpreter, which forbids it.
     """
     if os.name != "posix":
         return None
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     kept = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
     ignored: set[Any] = {sig for sig in signal.valid_signals() if signal.getsignal(sig) == signal.SIG_IGN}
-    # subprocess restores these two by itself. A handler of a signal that was blocked must not run in the child.
+    # subprocess restores these two itself. A handler of a signal that was blocked must not run in the child.
     changed = (ignored - {signal.SIGPIPE, signal.SIGXFSZ} | blocked) - kept
     if (not blocked and not changed) or _in_sub_interpreter():
         return None
@@ -128,7 +128,7 @@ def _in_sub_interpreter() -> bool:
             module = __import__(name)
         except ImportError:
             continue
-        # From 3.13 on each is a tuple, whose second part may differ.
+        # Since 3.13 each is a tuple, whose second part may differ.
         ids = [one[0] if isinstance(one, tuple) else one for one in (module.get_current(), module.get_main())]
         return bool(ids[0] != ids[1])
     return False
