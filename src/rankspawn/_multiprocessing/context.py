@@ -1,4 +1,4 @@
-"""``get_context``: a context of multiprocessing whose processes are bound before they run anything of the program's.
+"""``get_context``: a context of multiprocessing whose processes are bound before they run any code of the program.
 
 Everything that takes a context takes this one: ``concurrent.futures.ProcessPoolExecutor(mp_context=...)``, a pool,
 ``torch.utils.data.DataLoader(multiprocessing_context=...)``. It is an object beside the stock contexts. It changes
@@ -38,36 +38,36 @@ def get_context(
     die_with_parent: bool = False,
     preload: Sequence[str] | Template | None = None,
 ) -> Context:
-    """Make a context of multiprocessing whose processes are bound, to be used wherever a context is taken.
+    """Make a context of multiprocessing whose processes are bound. Use it wherever code takes a context.
 
     Args:
-        method: "spawn": a process is born bound, as one of ``rankspawn.Popen`` is, before its interpreter starts.
-            "forkserver": a process binds itself as the first thing after the fork, before it reads what it is to run:
-            before the program's main module and before any thread of its own. What the server has preloaded (from
-            Python 3.14 on the main module, unless it is told otherwise) lies where the server ran, and has counted its
-            CPUs. "warm": as "spawn", but a process is forked from a template that has imported ``preload``, each a
-            child of this process and in a session of its own; where it cannot be, a RuntimeWarning says why, and it is
-            executed.
-        bindings: One for each place, as ``rankspawn.place`` returns them; None in it leaves a process where its parent
-            (with "forkserver" the server) is. A process takes the place that has the fewest living processes of this
-            context; of several, the one that was taken longest ago. So the i-th process has the i-th binding, whether
-            or not others have ended; the process that replaces an ended worker has the binding of that worker; and a
-            group that is started again gets the same places. Or a function that is given the process, which has not
-            started, and returns its binding or None. Empty: rankspawn starts the processes and binds none.
-        die_with_parent: As of ``rankspawn.Popen``; not with "forkserver".
-        preload: With "warm": the names of the modules that the template imports, which is made by the first start and
-            ends with the context; or a ``rankspawn.Template`` that names its modules, and that the caller closes.
+        method: "spawn": a process is born bound, like a ``rankspawn.Popen``, before its interpreter starts.
+            "forkserver": a process binds itself right after the fork, before it reads what to run, so before the
+            program's main module and any thread of its own. Modules that the server has preloaded (by default from
+            Python 3.14 on: the main module) have their memory where the server ran, and have counted the server's CPUs.
+            "warm": as "spawn", but a template that has imported ``preload`` forks the process, as a child of this
+            process in a session of its own. If it cannot be forked, it is executed, and a RuntimeWarning says why.
+        bindings: A binding for each place, as ``rankspawn.place`` returns them. None in it gives a process the binding
+            of its parent (with "forkserver": of the server). A process takes the place that has the fewest living
+            processes of this context; of several such places, the one that was taken longest ago. So the i-th process
+            has the i-th binding, whether or not others have ended; a process that replaces an ended worker has that
+            worker's binding; and a restarted group gets the same places. Or a function that takes the process, before
+            its start, and returns its binding or None. Empty: rankspawn starts the processes and binds none.
+        die_with_parent: As for ``rankspawn.Popen``; not with "forkserver".
+        preload: With "warm": the names of the modules that the template imports. The first start makes the template,
+            and it ends with the context. Or a ``rankspawn.Template`` that names its modules, which the caller closes.
 
     Returns:
-        The context. A process of it has an attribute ``binding_report``, a BindingReport, once it has started. Its
-        ``start()`` raises BindingError, and leaves nothing, when the system refuses a binding that is ``required``. The
-        server process of a Manager is not one of them: it takes no place and is not bound.
+        The context. A started process has an attribute ``binding_report``, a BindingReport. Its ``start()`` raises
+        BindingError, and leaves no process behind, if the system refuses a binding that is ``required``. The server
+        process of a Manager takes no place and is not bound.
 
     Raises:
-        ValueError: There is no such method here; ``die_with_parent`` is given with "forkserver", whose processes are
-            children of the server; ``preload`` without "warm"; or a template does not name its modules.
-        TypeError: A binding is no Binding.
-        ImportError: This Python's multiprocessing is not one that this rankspawn knows.
+        ValueError: There is no such method on this system; or ``die_with_parent`` is given with "forkserver", whose
+            processes are children of the server; or ``preload`` without "warm"; or a template does not name its
+            modules.
+        TypeError: A binding is neither a Binding nor None.
+        ImportError: This rankspawn does not know this Python's multiprocessing.
     """
     if method not in _CONTEXTS or os.name != "posix":
         raise ValueError(f"method: expected 'spawn', 'forkserver' or 'warm' (on POSIX systems), got {method!r}")
@@ -92,7 +92,7 @@ def get_context(
 
 
 class Context(context.BaseContext):
-    """What the contexts of both start methods have; made by get_context()."""
+    """What the contexts of all start methods have in common. get_context() makes them."""
 
     _name: str
     _stock_name: str
@@ -108,7 +108,7 @@ class Context(context.BaseContext):
         self._taken = [0] * (0 if callable(bindings) else len(bindings))
         """By place: the number of the start that took it last."""
         self._places: weakref.WeakKeyDictionary[Popen, tuple[int, int]] = weakref.WeakKeyDictionary()
-        """The place of a process, and the number that ``_taken`` had for it before."""
+        """The place of a process, and the number that ``_taken`` had for this place before."""
         self._lock = threading.Lock()
         # A class, because programs derive from it. It has the stock name, which is in the name of each process.
         self.Process = type(stock.Process.__name__, (_BoundProcess, stock.Process), {"_rankspawn_context": self})
@@ -124,7 +124,7 @@ class Context(context.BaseContext):
         return remade, (self._name, self._bindings)
 
     def _place(self, popen: Popen, process: BaseProcess) -> Binding | None:
-        """The binding for ``process``, whose place is taken from now on until ``popen`` has a return code."""
+        """The binding for ``process``. It takes the place until ``popen`` has a return code."""
         if callable(self._bindings):
             return _checked(self._bindings(process))
         if not self._bindings:
@@ -138,7 +138,7 @@ class Context(context.BaseContext):
         return self._bindings[place]
 
     def _leave(self, popen: Popen) -> None:
-        """Give back the place of ``popen``, which has not been started."""
+        """Give back the place of ``popen``, whose process was not started."""
         with self._lock:
             if popen in self._places:
                 place, self._taken[place] = self._places.pop(popen)
@@ -175,13 +175,13 @@ class WarmContext(Context):
         self._template = template
 
     def template(self) -> Template:
-        """What the processes are forked from; one of its own ends with this context, or with this process."""
+        """The Template that processes are forked from. The context's own one ends with it, or with this process."""
         from .._warm.template import Template
 
         with self._lock:
             if self._template is None:
                 self._template = Template(("multiprocessing.spawn", *self._preload))
-                # Behind multiprocessing's own, which have waited for the processes.
+                # After multiprocessing's own finalizers, which have waited for the processes.
                 util.Finalize(self, self._template.close, exitpriority=-1)
             return self._template
 
@@ -201,7 +201,7 @@ class _BoundProcess:
 
     @property
     def binding_report(self) -> BindingReport | None:
-        """What was asked, what was refused and, read on demand, what the process has; None before start()."""
+        """What was asked, what was refused and, read on demand, the process's binding; None before start()."""
         popen = self._popen
         return None if popen is None else BindingReport(popen.binding, popen.refused, popen.pid, popen.late)
 

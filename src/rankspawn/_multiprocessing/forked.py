@@ -1,4 +1,4 @@
-"""What a process of multiprocessing's fork server does first: it binds itself.
+"""Binds a process of multiprocessing's fork server: this is what the process does first.
 
 The server's fork reads two pickles from its pipe: the preparation data, by which it finds the program's main module,
 and then what it is to run. It reads the first before it does anything else, and unpickling it calls ``_bind`` here.
@@ -55,7 +55,7 @@ class _Call:
 
 
 def binding(data: dict[str, Any], *arguments: Any) -> object:
-    """Preparation ``data``, pickled so that the process which reads them is bound; ``arguments`` as of ``_bind``."""
+    """Pickle preparation ``data`` so that the process that reads it binds itself; ``arguments`` as for ``_bind``."""
     # This module is imported for it, and the server of an older Python does not know the launcher's sys.path. Calls are
     # made in the order in which they stand, and the second answer is what the process gets.
     path = _Call(spawn.prepare, {"sys_path": data["sys_path"]})
@@ -70,7 +70,7 @@ def _bind(
     report: which of the descriptors that came with the request the report is written to.
     mode, nodes: a memory policy, encoded for the engine; -1 where there is none.
 
-    The launcher ends the process, and sends it nothing to run, when a binding was required and is refused.
+    If a required binding is refused, the launcher ends the process, and sends it nothing to run.
     """
     affinity = 0 if cpus is None else _set_affinity(cpus)
     memory = 0 if mode == -1 else _set_mempolicy(mode, nodes)

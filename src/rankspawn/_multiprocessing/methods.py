@@ -1,7 +1,7 @@
-"""How the processes of a context are started: multiprocessing's two ways, each with a binding.
+"""Starts the processes of a context in multiprocessing's two ways, each with a binding.
 
-Both classes override ``_launch`` of the standard library's, which is the whole of a start, and nothing that follows it:
-polling, waiting and the child's side are the standard library's own.
+Both classes override only the standard library's ``_launch``, which does the whole start. Polling, waiting and the
+child's side are the standard library's own.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from . import forked
 if EXTENSION_ERROR is None:
     from .. import _spawn
 
-# What the two launches call or override, and the parameters it has in 3.10 to 3.15. They are private: a new Python that
-# changes one must fail here, with a name, and not in a process that is half started.
+# What the two launches call or override, with its parameters in 3.10 to 3.15. These are private: a new Python that
+# changes one must fail here, with its name, and not in a process that is half started.
 _SEAMS = {
     "popen_fork.Popen.__init__": "self process_obj",
     "popen_fork.Popen._send_signal": "self sig",
@@ -75,15 +75,15 @@ _check_seams()
 
 
 class _Child(Popen):
-    """A process that multiprocessing waits for: this object only starts it."""
+    """A process that multiprocessing waits for. This object only starts it."""
 
     def __del__(self, *_: Any, **__: Any) -> None:
-        # subprocess would warn of a process that still runs, and wait for it later.
+        # subprocess would warn about a process that still runs, and wait for it later.
         pass
 
 
 class _Rank(RankProcess):
-    """As _Child, and forked from a template where that can be."""
+    """As _Child, but forked from a template if possible."""
 
     def __del__(self, *_: Any, **__: Any) -> None:
         pass
@@ -97,7 +97,7 @@ _PROGRAM = (
 
 
 class _BoundPopen(popen_fork.Popen):
-    """What both methods share: a place in the context, and signals that reach this process or none."""
+    """What the methods share: a place in the context, and signals that reach this very process or no process."""
 
     returncode: int | None = None
     refused: tuple[RefusedStep, ...] = ()
@@ -221,7 +221,7 @@ class ForkServerPopen(_BoundPopen, popen_forkserver.Popen):
 
 
 class WarmPopen(_BoundPopen):
-    """A fork of a template, which is this process's child all the same."""
+    """A fork of a template. It is this process's child all the same."""
 
     DupFd = popen_forkserver._DupFd
 
@@ -231,7 +231,7 @@ class WarmPopen(_BoundPopen):
         super().__init__(context, process_obj)
 
     def duplicate_for_child(self, fd: int) -> int:
-        """The place of ``fd`` among those that the process is sent."""
+        """The index of ``fd`` among the descriptors that the process gets."""
         self._fds.append(fd)
         return len(self._fds) - 1
 
@@ -244,7 +244,7 @@ class WarmPopen(_BoundPopen):
                 process = self._started(theirs)
             self.pid, self._pidfd, self.refused = process.pid, process._pidfd, process._refused
             self.late = process.binding_report.late
-            kept = ours.dup().detach()  # the process notices the end of this one by it
+            kept = ours.dup().detach()  # the process sees by it when this one ends
             self.sentinel = kept if self._pidfd is None else self._pidfd.fd
             self.finalizer = util.Finalize(self, _close, (kept,))
             try:
@@ -284,7 +284,7 @@ def _close(*fds: int) -> None:
 
 
 def _open_pidfd(pid: int) -> Any:
-    """A pidfd of the process that has this number now; None where there is none."""
+    """A pidfd of the process that has this number now; None if there is none."""
     if EXTENSION_ERROR is not None or not hasattr(os, "pidfd_open"):
         return None
     try:

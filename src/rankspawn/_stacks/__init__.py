@@ -1,4 +1,4 @@
-"""What processes do now: their stacks, taken from outside, without a signal to them.
+"""What processes do now: takes their stacks from outside, and sends them no signal.
 
 facts      a process, its threads and their frames         kernel     what /proc says of processes and threads
 unwinder   Python frames, by the standard library          spy        Python frames, by py-spy

@@ -46,10 +46,10 @@ class Process(Frozen):
 
     Attributes:
         pid: Its number.
-        rank: The RANK that it belongs to; None where it belongs to none.
+        rank: The RANK that it belongs to; None if it belongs to none.
         command: Its command line, or its name in brackets where it has none.
-        threads: The first thread, then the others; None of them where the process has ended.
-        by: What has read the Python frames: "py-spy", or "Python 3.14"; "" where nothing has.
+        threads: The first thread, then the others; empty if the process has ended.
+        by: What read the Python frames: "py-spy", or "Python 3.14"; "" if nothing did.
         problem: Why there are no Python frames although it runs Python, or "".
     """
 

@@ -32,7 +32,7 @@ def fold(processes: Iterable[Process]) -> str:
         by_rank.setdefault(process.rank, []).append(process)
     places: dict[str, list[int]] = {}
     for rank, its in by_rank.items():
-        # A wrapper waits for what it has started, which says more.
+        # A wrapper waits for its child, and the child's stack says more.
         telling = next((process for process in its if process.has_frames), None) or next(
             (process for process in its if process.threads[0].call not in ("wait4", "waitid")), its[0]
         )
@@ -65,7 +65,7 @@ def is_library(frame: Frame) -> bool:
 
 
 def where_in_kernel(thread: Thread) -> str:
-    """What the kernel says of a thread: "sleeping in read (pipe_read)"."""
+    """What the kernel says about a thread: "sleeping in read (pipe_read)"."""
     state = _STATES.get(thread.state, f"in state {thread.state}")
     if thread.call:
         return f"{state} in {thread.call}" + (f" ({thread.wchan})" if thread.wchan else "")

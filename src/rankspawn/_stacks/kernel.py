@@ -1,4 +1,4 @@
-"""What the kernel says of a process, whatever language it is written in: proc(5), and nothing of it stops a process."""
+"""What the kernel says about a process in any language, by proc(5). No look stops the process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._procfs import read_stat
 from .facts import Thread
 
 MOST_THREADS = 64
-"""Of how many threads of a process the kernel is asked; torch and BLAS make hundreds that all sleep."""
+"""The most threads of a process to ask the kernel about; torch and BLAS make hundreds that all sleep."""
 
 _MOST_BYTES = 1 << 16
 
@@ -38,10 +38,10 @@ _PYTHON = re.compile(r"/(?:lib)?python3\.(\d+)(?:t|d|td)?(?:\.so[.\d]*)?(?: \(de
 
 
 def processes_below(roots: Iterable[int], proc: str = "/proc") -> dict[int, list[int]]:
-    """The processes of each root: itself, and those that it and they have started or that are in its session.
+    """The processes of each root: the root, its descendants, and the members of its session.
 
     Args:
-        roots: Pids; one that has ended has an empty list, or the processes that it has left in its session.
+        roots: Pids; a root that has ended gets an empty list, or the processes that it left in its session.
         proc: Where procfs is mounted.
     """
     found: dict[int, list[int]] = {root: [] for root in roots}
@@ -62,7 +62,7 @@ def processes_below(roots: Iterable[int], proc: str = "/proc") -> dict[int, list
             line.append(one)
             one = parents[one][0]
             if one in line:
-                break  # numbers were given out again while they were read
+                break  # pids were reused while they were read
         whose = owner.get(one) or owner.get(parents[pid][1])
         if whose is not None:
             owner.update(dict.fromkeys(line, whose))
@@ -75,11 +75,11 @@ def processes_below(roots: Iterable[int], proc: str = "/proc") -> dict[int, list
 
 
 def threads_of(pid: int, *, all_details: bool, proc: str = "/proc") -> tuple[Thread, ...]:
-    """The threads of a process, the first one first; none where it has ended.
+    """The threads of a process, the first one first; empty if the process has ended.
 
     Args:
         pid: The process.
-        all_details: Whether to ask where each thread sleeps, and not the first one alone.
+        all_details: Whether to ask where each thread sleeps, or only where the first one does.
         proc: Where procfs is mounted.
     """
     try:
@@ -105,7 +105,7 @@ def threads_of(pid: int, *, all_details: bool, proc: str = "/proc") -> tuple[Thr
 
 
 def state_of(pid: int, proc: str = "/proc") -> str:
-    """The letter of a process's state; "" where it has gone."""
+    """The letter of a process's state; "" if it has gone."""
     try:
         return read_stat(f"{proc}/{pid}").state
     except OSError:
@@ -113,7 +113,7 @@ def state_of(pid: int, proc: str = "/proc") -> str:
 
 
 def parent_of(pid: int, proc: str = "/proc") -> int:
-    """The parent of a process; 0 where it has gone."""
+    """The parent of a process; 0 if it has gone."""
     try:
         return read_stat(f"{proc}/{pid}").parent
     except OSError:
@@ -121,19 +121,19 @@ def parent_of(pid: int, proc: str = "/proc") -> int:
 
 
 def command_of(pid: int, proc: str = "/proc") -> str:
-    """The command line of a process; its name in brackets where it has none."""
+    """The command line of a process; its name in brackets if it has none."""
     words = read(f"{proc}/{pid}/cmdline").rstrip("\0").replace("\0", " ")
     return words or f"[{read(f'{proc}/{pid}/comm').strip() or pid}]"
 
 
 def environment_of(pid: int, proc: str = "/proc") -> Mapping[str, str]:
-    """The variables that a process was started with; none where they may not be read."""
+    """The variables that a process was started with; empty if this user may not read them."""
     pairs = (pair.partition("=") for pair in read(f"{proc}/{pid}/environ", 1 << 20).split("\0"))
     return {name: value for name, _, value in pairs if name}
 
 
 def python_of(pid: int, proc: str = "/proc") -> int | None:
-    """The minor version of the Python 3 that a process runs; None where it runs none, or has ended.
+    """The minor version of the Python 3 that a process runs; None if it runs none, or has ended.
 
     Raises:
         PermissionError: This process may not look into that one.
@@ -178,10 +178,10 @@ def read(path: str, most: int = _MOST_BYTES) -> str:
 
 
 def call_of(folder: str) -> tuple[str, tuple[int, ...]]:
-    """The system call that a thread is in, and its arguments; "" where it is in none, or this user may not ask.
+    """The system call that a thread is in, and its arguments; "" if it is in none, or if this user may not ask.
 
     Args:
-        folder: Of the thread in procfs.
+        folder: The thread's folder in procfs.
     """
     number, *words = read(f"{folder}/syscall").split() or [""]
     if not number.isdecimal():  # "running", "-1" outside of a call, or nothing, where we may not ask

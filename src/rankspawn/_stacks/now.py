@@ -24,19 +24,19 @@ class RankNow(Frozen):
         rank: Its RANK.
         pid: Its process.
         state: The letter of proc(5).
-        asked: The CPUs that it was to be bound to, "0-3"; None where they are not known, or none were asked for.
+        asked: The CPUs that its launch asked for, "0-3"; None if these are not known, or if none were asked for.
         cpus: The CPUs that its first thread may use now.
         strays: How many of its threads may use CPUs that were not asked for.
         threads: How many it has.
         cpu: Seconds of CPU time that it has used.
-        delay: Seconds that its first thread was ready to run and waited for a CPU.
+        delay: Seconds for which its first thread was ready to run but waited for a CPU.
         rss: Resident bytes.
         age: Seconds since it was started.
-        stdout: The file that it writes to; None where that is no file.
+        stdout: The file that its stdout goes to; None if it goes to no file.
         stderr: As stdout.
-        gpu: Bytes of GPU memory that it uses; None where nothing tells it.
-        off_node: Bytes of its memory on nodes none of whose CPUs its first thread may use; None where that was not
-            asked, or may not be read.
+        gpu: Bytes of GPU memory that it uses; None if that is not known.
+        off_node: Bytes of its memory on nodes whose CPUs its first thread may not use; None if that was not asked, or
+            if this user may not read it.
     """
 
     rank: int
@@ -61,10 +61,10 @@ class JobNow(Frozen):
 
     Attributes:
         job: Its id (TORCHELASTIC_RUN_ID), or "".
-        launcher: The process that has started the ranks.
+        launcher: The process that started the ranks.
         command: The launcher's command line.
         world: WORLD_SIZE, or "".
-        ranks: By RANK.
+        ranks: Its ranks, in the order of RANK.
     """
 
     job: str
@@ -81,12 +81,12 @@ def jobs_now(
     proc: str = "/proc",
     nodes: str = "/sys/devices/system/node",
 ) -> list[JobNow]:
-    """The jobs whose ranks this user may look at, by launcher, whoever has started them.
+    """The jobs whose ranks this user may look at, by launcher, whatever launcher that is.
 
     Args:
-        asked: The CPUs that ranks were to be bound to, by pid, where that is known.
-        pages: Whether to count the pages of each rank by their nodes. The kernel walks through all that a rank has
-            mapped, which takes a tenth of a second for some gigabytes.
+        asked: The CPUs that the launches asked for, by pid of the rank, if known.
+        pages: Whether to count the pages of each rank by node. The kernel walks through all mappings of the rank, which
+            takes a tenth of a second for some gigabytes.
         proc: Where procfs is mounted.
         nodes: The folder of the NUMA nodes in sysfs.
     """
@@ -145,7 +145,7 @@ def _rank(
 
 
 def _cpus_of_nodes(folder: str) -> dict[int, frozenset[int]]:
-    """The CPUs of each NUMA node; none where the system has no nodes."""
+    """The CPUs of each NUMA node; empty if the system has no nodes."""
     try:
         names = os.listdir(folder)
     except OSError:
@@ -192,7 +192,7 @@ def _file(link: str) -> str | None:
 
 
 def age_of(path: str) -> float | None:
-    """Seconds since a file was written to; None where it is not there."""
+    """Seconds since a file was written to; None if there is no such file."""
     try:
         return max(0.0, time.time() - os.stat(path).st_mtime)
     except OSError:
@@ -200,7 +200,7 @@ def age_of(path: str) -> float | None:
 
 
 def _gpu_memory() -> dict[int, int]:
-    """Bytes of GPU memory by process, by NVML (``pip install "rankspawn[nvidia]"``); nothing where it is not here."""
+    """Bytes of GPU memory by process, from NVML (``pip install "rankspawn[nvidia]"``); empty without NVML."""
     try:
         import pynvml  # type: ignore[import-not-found, unused-ignore]
     except ImportError:

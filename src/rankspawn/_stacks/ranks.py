@@ -1,4 +1,4 @@
-"""Which processes are ranks: by the variables that torchrun's ranks have, whoever has started them."""
+"""Which processes are ranks: those with the variables that torchrun sets for its ranks, whatever started them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def ranks_below(pid: int, proc: str = "/proc") -> dict[int, int | None]:
     """The ranks that a launcher has started: RANK by pid.
 
     Args:
-        pid: A launcher, or any other process, which is the only one found where none below it is a rank.
+        pid: A launcher, or any other process: if no process below it is a rank, it is the only one found.
         proc: Where procfs is mounted.
     """
     found = _ranks_among(processes_below([pid], proc)[pid], proc)
@@ -20,7 +20,7 @@ def ranks_below(pid: int, proc: str = "/proc") -> dict[int, int | None]:
 
 
 def ranks_of_job(run_id: str, proc: str = "/proc") -> dict[int, int | None]:
-    """The ranks of a job on this machine, by their TORCHELASTIC_RUN_ID: RANK by pid; none where it has none."""
+    """The ranks of a job on this machine, by their TORCHELASTIC_RUN_ID: RANK by pid; empty if there are none."""
     return {**_ranks_among(_pids(proc), proc, run_id)}
 
 
@@ -34,7 +34,7 @@ def _pids(proc: str) -> list[int]:
 
 
 def _ranks_among(pids: Iterable[int], proc: str, run_id: str | None = None) -> dict[int, int]:
-    """Those that have a RANK that they have not inherited from a rank."""
+    """The processes with a RANK that they did not inherit from a rank."""
     told: dict[int, Mapping[str, str]] = {}
 
     def identity(pid: int) -> tuple[str | None, str | None, str | None]:

@@ -1,4 +1,4 @@
-"""Python frames by py-spy (``pip install "rankspawn[stacks]"``): one process of it for each that is looked at.
+"""Python frames by py-spy (``pip install "rankspawn[stacks]"``), with one py-spy process for each process to look at.
 
 py-spy knows every Python from 2.7 on. It can stop a process by ptrace(2) for the milliseconds of its look, so that the
 stacks of threads that run are consistent.
@@ -28,12 +28,12 @@ INSTALL = 'pip install "rankspawn[stacks]" installs py-spy, which reads the Pyth
 
 
 class Dump(Frozen):
-    """What py-spy has found in one process.
+    """What py-spy found in one process.
 
     Attributes:
-        frames: By the number of the thread, the innermost call first.
+        frames: The calls of each thread, by its number; the innermost call first.
         refused: Whether this process may not look into that one.
-        problem: Why there is nothing, or "".
+        problem: Why there are no frames, or "".
     """
 
     frames: dict[int, tuple[Frame, ...]]
@@ -50,13 +50,13 @@ def find() -> str | None:
 def dump_all(program: str, processes: Sequence[Process], until: float) -> Iterator[tuple[int, Dump]]:
     """Look at processes, a few at a time.
 
-    A process whose first thread sleeps is not stopped: its stack does not change. One that cannot be stopped, because
-    a thread is in uninterruptible sleep or a debugger holds it, is looked at as it is.
+    py-spy does not stop a process whose first thread sleeps, because its stack does not change, nor a process that
+    cannot be stopped, because a thread is in uninterruptible sleep or a debugger holds it.
 
     Args:
         program: py-spy's path.
-        processes: As the kernel has described them, the most important first.
-        until: When to give up, in seconds of time.monotonic(). What is not done by then is left out.
+        processes: The processes, with what the kernel says about them, the most important first.
+        until: When to give up, in seconds of time.monotonic(). Looks that are not done by then are left out.
     """
     waiting = [(process, _may_run_on(process)) for process in reversed(processes)]
     at_once = max(4, 2 * (os.cpu_count() or 1))
@@ -84,7 +84,7 @@ class _Look:
     Args:
         program: py-spy's path.
         process: The process.
-        runs_on: Whether it runs on meanwhile; else it is stopped for the look.
+        runs_on: Whether the process keeps running during the look; False stops it.
     """
 
     def __init__(self, program: str, process: Process, runs_on: bool) -> None:
@@ -104,13 +104,13 @@ class _Look:
             raise
 
     def result(self) -> Dump:
-        """What it has found; it has ended."""
+        """What it found, once it has ended."""
         with self._output:
             self._output.seek(0)
             return _read(self._output.read().decode(errors="replace"), self.popen.returncode)
 
     def give_up(self) -> None:
-        """End it. The process that it looked at runs on."""
+        """End it. The process that it looked at keeps running."""
         self.popen.kill()
         self.popen.wait()
         self._output.close()
@@ -140,7 +140,7 @@ def _wait_for_one(running: Sequence[_Look], until: float) -> None:
 
 
 def _new_file() -> IO[bytes]:
-    """A file without a name, so that py-spy never waits for us to read."""
+    """A file without a name for py-spy's output, so that py-spy never waits for a reader."""
     if hasattr(os, "memfd_create"):
         return open(os.memfd_create("py-spy"), "w+b")
     import tempfile

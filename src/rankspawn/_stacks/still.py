@@ -1,4 +1,4 @@
-"""What stands still: what processes use and write, who waits for a person, and two looks that are alike."""
+"""Which ranks stand still: what processes use and write, which wait for a person, and whether two looks are alike."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _MOST_DESCRIPTORS = 1024
 
 
 def used(pids: Iterable[int], proc: str = "/proc") -> tuple[float, int]:
-    """What processes have used so far, and the children that they have waited for.
+    """What processes, and the children that they waited for, have used so far.
 
     Args:
-        pids: The processes; one that has gone has used nothing.
+        pids: The processes; one that has ended counts as 0.
         proc: Where procfs is mounted.
 
     Returns:
-        Seconds of CPU time, and the bytes that they have written to whatever file.
+        Seconds of CPU time, and the bytes that they have written to any file.
     """
     seconds, written = 0.0, 0
     for pid in pids:
@@ -41,7 +41,7 @@ def used(pids: Iterable[int], proc: str = "/proc") -> tuple[float, int]:
 
 
 def attended(pid: int, proc: str = "/proc") -> str:
-    """What makes a process wait for a person, in words: it is stopped, traced, or reads from a terminal; else ""."""
+    """Why a process waits for a person, as text: it is stopped, traced, or reads from a terminal; else ""."""
     tracer = re.search(r"^TracerPid:\t(\d+)$", read(f"{proc}/{pid}/status"), re.MULTILINE)
     if tracer is not None and tracer[1] != "0":
         return f"process {tracer[1]} traces it"
@@ -67,7 +67,7 @@ def at_a_debugger(found: Stacks) -> bool:
 
 
 def unmoved(first: Stacks, second: Stacks) -> frozenset[int]:
-    """The ranks that are in both looks where they were: each of their processes, by its first thread."""
+    """The ranks of which every process is at the same place in both looks, by its first thread."""
     before, after = _by_rank(first), _by_rank(second)
     return frozenset(
         rank
@@ -108,7 +108,7 @@ def _awaited(pid: int, tid: int, proc: str) -> Iterable[int]:
 
 
 def _memory(pid: int, address: int, count: int, proc: str) -> bytes:
-    """Bytes of a process's memory; none where it may not be read, or there are not so many."""
+    """Bytes of a process's memory; empty if this user may not read them, or if there are fewer."""
     if not address or count <= 0:
         return b""
     try:

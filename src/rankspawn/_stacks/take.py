@@ -15,18 +15,18 @@ from .spy import INSTALL, dump_all, find
 from .unwinder import can_read, frames_of
 
 SECONDS = 2.0
-"""How long a look may take."""
+"""How many seconds a look may take."""
 
 
 @public
 class Stacks:
-    """A look at the processes of a job. ``str()`` of it is all that was seen, as text.
+    """A look at the processes of a job. ``str(look)`` is all that was seen, as text.
 
     Attributes:
         taken_at: When, in seconds since the epoch.
-        because: Why the look was taken.
+        because: The reason for the look, as text.
         seconds: How long it took.
-        processes: What was seen; of each rank the rank's own process first, and then those that it started.
+        processes: What was seen; for each rank its own process first, and then those that it started.
         notes: What could not be seen, why, and what to do; each once.
     """
 
@@ -54,15 +54,15 @@ class Stacks:
 
 
 def take(ranks: Mapping[int, int | None], because: str, seconds: float = SECONDS, proc: str = "/proc") -> Stacks:
-    """Look at processes and at all that they have started. None gets a signal.
+    """Look at processes and at all that they have started. No process gets a signal.
 
-    The kernel is asked of all of them first. Then Python frames are read: by the standard library where this
-    interpreter can, else by py-spy, of the ranks' own processes before those that they have started.
+    The look first asks the kernel about all of them. Then it reads Python frames, with the standard library if this
+    interpreter can, else with py-spy; the ranks' own processes come before those that they have started.
 
     Args:
         ranks: The RANK that each process belongs to, or None, by pid.
-        because: Why, in words, for those who read it.
-        seconds: How long it may take. What was not looked at by then has what the kernel says alone.
+        because: The reason for the look; it is part of the text.
+        seconds: How long it may take. Processes that come too late have only what the kernel says.
         proc: Where procfs is mounted.
     """
     began, taken_at = time.monotonic(), time.time()
@@ -97,7 +97,7 @@ def can_look(proc: str = "/proc") -> bool:
 
 
 def add_to(path: str | os.PathLike[str], found: Stacks) -> None:
-    """Add the text of a look to a file. Where that fails (a full disk), the look's notes say so."""
+    """Add the text of a look to a file. If that fails (a full disk), the look's notes say why."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
         with open(fd, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -109,7 +109,7 @@ def add_to(path: str | os.PathLike[str], found: Stacks) -> None:
 def _add_frames(
     seen: dict[int, Process], order: list[int], pythons: Mapping[int, int], until: float
 ) -> tuple[str, bool]:
-    """Read the Python frames of these processes into ``seen``; why some have none, and whether the kernel refused."""
+    """Read these processes' Python frames into ``seen``. Returns why some have none, and if the kernel refused."""
     refused = False
     others = []
     for pid in order:

@@ -1,8 +1,8 @@
 """Python frames of another process, by the standard library of Python 3.14 and 3.15.
 
 ``_remote_debugging`` is what ``python -m asyncio pstree`` and ``python -m profiling.sampling dump`` are built on. It
-reads the other process's memory (process_vm_readv(2)) and does not stop it. Where Yama lets a process look at its own
-descendants only, this way works for the launcher, and a program that it starts (py-spy) is refused. The other
+reads the other process's memory (process_vm_readv(2)) and does not stop it. If Yama lets a process look only at its own
+descendants, this works for the launcher, while a program that it starts (py-spy) is refused. The other
 process must run the same minor version.
 """
 

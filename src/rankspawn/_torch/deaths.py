@@ -1,4 +1,4 @@
-"""What an agent knows of a rank that died of a signal, put into the text that torch prints of it (2.14 and newer)."""
+"""Puts what an agent knows of a rank that died of a signal into torch's text about it (torch 2.14 and newer)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def note(failure: Any, what: str) -> None:
 
 
 def forget() -> None:
-    """Forget all: other ranks are started."""
+    """Forget all, because new ranks start."""
     _known.clear()
 
 

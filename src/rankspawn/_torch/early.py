@@ -1,7 +1,7 @@
 """torchrun --warm: the template begins to import while this process imports torch for its own parser.
 
-What is needed for that is looked for in the arguments before the parser can read them. A wrong guess costs an import:
-where a rank turns out to be another than the template was made for, the rank gets another one.
+The code here searches the arguments before the parser can read them. A wrong guess costs one import: a rank that does
+not fit this template gets another one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FLAGS = {
 
 @contextmanager
 def early_template(arguments: Sequence[str]) -> Iterator[Template | None]:
-    """Make the template that --warm or --preload ask for, which has begun to import; None where neither is given."""
+    """Make the template that --warm or --preload asks for, and begin its imports; None if neither is given."""
     options, script = _split(arguments)
     preload = options.get("--preload")
     if "--warm" not in options and preload is None:
@@ -36,7 +36,7 @@ def early_template(arguments: Sequence[str]) -> Iterator[Template | None]:
     try:
         names = None if preload is None else module_names(preload)
     except ValueError:
-        yield None  # the parser will say it
+        yield None  # the parser reports it
         return
     if names is None and "--run-path" in options and script:  # a function runs the script
         from .._warm.find import find
@@ -54,7 +54,7 @@ def early_template(arguments: Sequence[str]) -> Iterator[Template | None]:
 
 
 def respelt(arguments: Sequence[str]) -> list[str]:
-    """Respell ``--warm MODULES`` as ``--warm --preload=MODULES``, because --warm may stand alone."""
+    """Rewrite ``--warm MODULES`` as ``--warm --preload=MODULES``, because --warm may stand alone."""
     place = len(arguments) - len(_split(arguments)[1])
     for number, word in enumerate(arguments[:place]):
         if word == "--warm" and number + 1 < len(arguments):
@@ -84,7 +84,7 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _environment(options: dict[str, str]) -> dict[str, str]:
-    """What the agent will add to its environment that imports may read."""
+    """The variables that the agent will add to its environment and that imports may read."""
     env = dict(os.environ)
     if options.get("--nproc-per-node", "1") != "1":
         env.setdefault("OMP_NUM_THREADS", "1")

@@ -1,4 +1,4 @@
-"""torch elastic's own classes, with their ranks started and watched by ours. Importing this module imports torch."""
+"""torch elastic's classes, with rankspawn starting and watching their ranks. Importing this module imports torch."""
 
 from __future__ import annotations
 
@@ -48,23 +48,23 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _SIBLINGS_SECONDS = 0.1
-"""Once a rank has failed, how long the others have to end by themselves. The same cause often breaks all ranks, and a
-rank that the agent ends is reported with the agent's signal instead of its own error. torch leaves them the rest of
-its interval, which is as long by default, and may be nothing."""
+"""Seconds that the others have to end by themselves after a failure. The same cause often breaks all ranks, and a
+rank that the agent ends is reported with the agent's signal instead of its own error. torch gives them the rest of
+its interval, which is as long by default, but may be 0."""
 _NO_PAUSE = 1e-9  # seconds; torch requires more than 0
 _DIE_WITH_AGENT = sys.platform == "linux" and bool(mechanisms())
 
 TORCHS_HANDLER = handlers.get_subprocess_handler
-"""torch's own, whatever stands in its place where torch looks it up."""
+"""torch's own function, even if another one replaces it where torch looks it up."""
 
 default_numa_options: NumaOptions | None = None
-"""For launches that name none themselves; rankspawn.torchrun.install() sets it."""
+"""The default for launches without NumaOptions of their own; rankspawn.torchrun.install() sets it."""
 extras = Extras()
-"""What is done beside; rankspawn.torchrun.install() sets it."""
+"""What rankspawn does beyond torch; rankspawn.torchrun.install() sets it."""
 
 
 def _numa_options(launched: NumaOptions | None) -> NumaOptions | None:
-    """The options of the launch, or the default. torch's own have no memory policy and get the default's."""
+    """The options of the launch, or the default. torch's own options get the memory policy of the default."""
     if launched is None or default_numa_options is None:
         return launched or default_numa_options
     if hasattr(launched, "memory_policy"):
@@ -79,7 +79,7 @@ class Worker(SubprocessHandler):
     _die_with_parent = _DIE_WITH_AGENT
     proc: Popen
     sent: set[int]
-    """The signals that the agent has sent to it while it ran."""
+    """The signals that the agent sent while the rank ran."""
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         self.sent = set()
@@ -111,12 +111,12 @@ def get_subprocess_handler(
     local_rank_id: int,
     numa_options: NumaOptions | None = None,
 ) -> Worker:
-    """Start a rank, with torch's signature: for other people's contexts that derive from torch's."""
+    """Start a rank, with torch's signature, for other code's contexts that derive from torch's."""
     return Worker(entrypoint, args, env, stdout, stderr, local_rank_id, _numa_options(numa_options))
 
 
 class _Waiting:
-    """What ours add to both of torch's contexts: to wait for ranks, sleep until they end."""
+    """What both contexts add to torch's: a wait for ranks sleeps until they end."""
 
     nprocs: int
     entrypoint: Any
@@ -125,7 +125,7 @@ class _Waiting:
     _poll: Any
     _numa_options: NumaOptions | None = None  # torch before 2.9 has none
     grace = 30
-    """Seconds from the death signal to SIGKILL where close() is given none, as when a rank has failed."""
+    """Seconds from the death signal to SIGKILL if close() gets no timeout, as when a rank has failed."""
 
     def _bindings(self) -> list[Binding | None]:
         options = _numa_options(self._numa_options)
@@ -148,7 +148,7 @@ class _Waiting:
 
 
 class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[misc]
-    """torch's, but its ranks are started by one call, all or none."""
+    """torch's context, but one call starts all its ranks, or none."""
 
     subprocess_handlers: dict[int, SubprocessHandler]
     _watch: Watch | None = None
@@ -158,7 +158,7 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
 
     def _start(self) -> None:
         if self.subprocess_handlers:
-            super()._start()  # which raises
+            super()._start()  # this raises
         deaths.forget()
         self._deaths = Deaths(time.monotonic_ns())
         start = contexts.get_subprocess_handler
@@ -195,9 +195,9 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
         self._watch = Watch(ranks)
 
     def _start_through(self, start: Callable[..., Any]) -> None:
-        """Start the ranks by a function that somebody has put in the place of torch's, and bind them all the same.
+        """Start the ranks with a function that other code put in the place of torch's, and bind them all the same.
 
-        What a thread starts inherits its mask and policy, so a thread made for a rank is bound first.
+        A process inherits mask and policy of the thread that starts it, so a thread is made and bound for each rank.
         """
         known = {"numa_options": None} if "numa_options" in signature(TORCHS_HANDLER).parameters else {}
         started: dict[int, Any] = {}
@@ -229,14 +229,14 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
         end = time.monotonic() + seconds
         failed = False
         watch = self._watch
-        if watch is None and self.subprocess_handlers:  # started by somebody else's function: nothing tells their end
+        if watch is None and self.subprocess_handlers:  # other code's function started them: no pidfd shows their end
             time.sleep(seconds)
         while watch is not None and watch.running and (left := end - time.monotonic()) > 0:
             if any(watch.returncodes[number] for number in watch.look(left)) and not failed:
                 failed, end = True, time.monotonic() + _SIBLINGS_SECONDS
 
     def _look_at_others(self) -> None:
-        """Log what the ranks do that still run, before they are ended because others have failed."""
+        """Log what the running ranks do, before they are ended because others have failed."""
         from .._stacks.take import add_to, take
 
         alive = {
@@ -247,14 +247,14 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
         if alive:
             failed = format_ids(int(self.envs[number]["RANK"]) for number in self._failures)
             found = take(alive, f"rank {failed} has failed")
-            # The error files lie in the folders of the ranks, whatever is logged.
+            # The error files lie in the folders of the ranks, whether or not the ranks have logs.
             add_to(Path(self.error_files[0]).parent.with_name("stacks.txt"), found)
             _log.error("rank %s has failed; what the others did then: %s", failed, found.folded)
             for note in found.notes:
                 _log.error("%s", note)
 
     def _poll(self) -> Any:
-        # torch reaps those that have ended, and the kernel forgets what it knows of them.
+        # torch reaps the ended ranks, and the kernel then forgets why they ended.
         ours = {number: handler for number, handler in self.subprocess_handlers.items() if isinstance(handler, Worker)}
         alive = {number: handler for number, handler in ours.items() if handler.proc.returncode is None}
         codes = dict(zip(alive, returncodes([handler.proc for handler in alive.values()]), strict=True))
@@ -279,7 +279,7 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
                     handler.close(death_sig)
         super()._close(death_sig, timeout)
         if self._guard is not None:
-            # torch has reaped the ranks, so that the guard alone knows which sessions are still theirs.
+            # torch has reaped the ranks, so only the guard knows which sessions are still theirs.
             self._guard.end_what_is_left()
             self._guard = None
         if self._resources is not None:
@@ -293,7 +293,7 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
 
 
 class MultiprocessContext(_Waiting, contexts.MultiprocessContext):  # type: ignore[misc]
-    """torch's, but its processes are bound before they import what they run."""
+    """torch's context, but its processes are bound before they import what they run."""
 
     start_method: str
 
@@ -303,7 +303,7 @@ class MultiprocessContext(_Waiting, contexts.MultiprocessContext):  # type: igno
             return
         method, bindings = self.start_method, self._bindings()
         template = extras.template_of_functions(method, self.nprocs)
-        self._numa_options = None  # torch's own binding is inside the process, after its imports, and wants numactl
+        self._numa_options = None  # torch itself binds in the process, after its imports, and needs numactl
         if method == "fork":
             self._bind_after_fork(bindings)
             super()._start()
@@ -350,7 +350,7 @@ class MultiprocessContext(_Waiting, contexts.MultiprocessContext):  # type: igno
         self.args = {number: (number, *args) for number, args in self.args.items()}
 
     def rest(self, seconds: float) -> None:
-        """As for programs; but a function's end is the value that it returns, and torch reports one failure at most."""
+        """As for programs, but a function ends with its return value, and torch reports one failure at most."""
         if os.name != "posix":
             return time.sleep(seconds)
         end = time.monotonic() + seconds
@@ -364,10 +364,10 @@ class MultiprocessContext(_Waiting, contexts.MultiprocessContext):  # type: igno
 
 
 class LocalElasticAgent(agents.LocalElasticAgent):  # type: ignore[misc]
-    """torch's, but the pause between two looks at the ranks is cut short when they have ended.
+    """torch's agent, but the pause between two looks at the ranks ends when they have ended.
 
-    torch's loop sleeps for the interval of its spec and calls ``_monitor_workers``, which agents define for themselves:
-    the pause is taken from the loop and made there.
+    torch's loop sleeps for the interval of its spec and calls ``_monitor_workers``, which each agent defines: the pause
+    moves from the loop to that method.
     """
 
     def __init__(self, spec: Any, *args: Any, **kwargs: Any) -> None:
@@ -394,6 +394,6 @@ class LocalElasticAgent(agents.LocalElasticAgent):  # type: ignore[misc]
             super()._stop_workers(worker_group)
 
     def _monitor_workers(self, worker_group: Any) -> Any:
-        rest = getattr(self._pcontext, "rest", time.sleep)  # contexts of others have none
+        rest = getattr(self._pcontext, "rest", time.sleep)  # other code's contexts have none
         rest(self._pause)
         return super()._monitor_workers(worker_group)

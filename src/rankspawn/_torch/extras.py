@@ -20,12 +20,12 @@ class Extras(Frozen):
 
     Attributes:
         guard: Whether a guard ends what programs leave behind; None: where one can run.
-        cgroup: A delegated cgroup v2, in which one is made for the programs; "auto" finds it; None for none.
-        devices: The accelerators in local-rank order, as --devices names them; None: those that are visible.
+        cgroup: A delegated cgroup v2, in which a new cgroup for the programs is made; "auto" finds it; None for none.
+        devices: The accelerators in local-rank order, as --devices names them; None: the visible ones.
         reserve_cores: Cores of the machine left free.
-        template: What ranks are forked from, instead of executed; None for none.
-        stacks: Whether it is looked at what programs do before they are ended because others have failed.
-        record: What is recorded for a report; None for nothing.
+        template: The Template that ranks are forked from instead of executed; None for none.
+        stacks: Whether to take the stacks of programs before they are ended because others have failed.
+        record: The record for a report; None for no report.
     """
 
     guard: bool | None = None
@@ -38,7 +38,7 @@ class Extras(Frozen):
 
     @property
     def place(self) -> bool:
-        """Whether these say where ranks go, so that a rank's place is not that of its visible device alone."""
+        """Whether these options decide where ranks go, beyond the visible device of each rank."""
         return self.devices is not None or self.reserve_cores > 0
 
     def template_of_functions(self, method: str, nprocs: int) -> Template | None:
@@ -68,10 +68,10 @@ class Extras(Frozen):
 
         Args:
             nprocs: How many.
-            options: How; torch's own have no memory policy.
+            options: How to place them; torch's own options have no memory policy.
 
         Raises:
-            PlacementError: A rank cannot be placed, and falling back was not asked for.
+            PlacementError: A rank cannot be placed, and no fallback was asked for.
         """
         from .._place.devices import parse_devices
         from .._place.plan import plan

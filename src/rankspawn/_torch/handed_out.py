@@ -13,17 +13,17 @@ _held: dict[int, socket.socket] = {}
 
 
 def get_free_port() -> int:
-    """Find a port for the ranks' rank 0, and hold it as long as this thread's agent runs, or until it wants another."""
+    """Find a port for rank 0, and hold it as long as this thread's agent runs, or until the agent wants another."""
     held = hold_port()
     port = int(held.getsockname()[1])
     release_port()
     _held[threading.get_ident()] = held
-    if sys.platform != "linux":  # where a port that is held cannot be listened on
+    if sys.platform != "linux":  # other systems cannot listen on a held port
         release_port()
     return port
 
 
 def release_port() -> None:
-    """Give the port of this thread's agent back, if it has one."""
+    """Release the port of this thread's agent, if it has one."""
     if held := _held.pop(threading.get_ident(), None):
         held.close()

@@ -1,4 +1,4 @@
-"""``SubprocessHandler``: torch.distributed.elastic's handler of one rank, over our Popen. torch is never imported."""
+"""``SubprocessHandler``: torch.distributed.elastic's handler of one rank, over our Popen. It never imports torch."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ class SubprocessHandler:
 
     Args:
         entrypoint: The program.
-        args: Its arguments, each made text by ``str()``.
+        args: Its arguments, each converted by ``str()``.
         env: Variables added to ``os.environ`` for the rank.
-        stdout: The path of a log file, created or truncated; None or "" inherits.
-        stderr: As ``stdout``. One path for both is opened once.
+        stdout: The path of a log file, which is created or truncated; None or "" inherits this process's stdout.
+        stderr: As ``stdout``. If both have the same path, the file is opened once.
         local_rank_id: The rank on this machine; with ``numa_options`` also the index of its device.
-        numa_options: How to bind it: ours, torch's, or None.
+        numa_options: How to bind it: rankspawn's or torch's NumaOptions, or None.
 
     Attributes:
         proc: The process, a Popen unless a subclass starts another.
         local_rank_id: The rank on this machine.
 
     Raises:
-        PlacementError: ``numa_options`` cannot be followed on this machine, and falling back was not asked for.
-        BindingError: The system refuses the binding, and falling back was not asked for.
-        OSError: And all else that Popen raises, when it does.
+        PlacementError: This machine cannot satisfy ``numa_options``, and no fallback was asked for.
+        BindingError: The system refuses the binding, and no fallback was asked for.
+        OSError: The start fails, as for Popen, which may raise other errors, too.
     """
 
     proc: subprocess.Popen[Any]
@@ -90,13 +90,13 @@ class SubprocessHandler:
             self._close_logs()
             raise
         if isinstance(self.proc, Popen):
-            # The system may have refused the same step to the thread that started it.
+            # The system may have refused the same step for the thread that started the rank.
             refused = tuple(dict.fromkeys((*refused, *self.proc.binding_report.refused)))
         warn_of_refused(local_rank_id, refused)
 
     @property
     def _stdout(self) -> IO[str] | None:
-        """The log file, as torch has it: for subclasses that start the rank themselves. Ours lets the rank open it."""
+        """The log file, as torch opens it, for subclasses that start the rank themselves. Else the rank opens it."""
         return self._log_file(self._log_paths[0])
 
     @property
@@ -119,11 +119,11 @@ class SubprocessHandler:
     def _start(
         self, command: tuple[str, ...], env: dict[str, str]
     ) -> tuple[subprocess.Popen[Any], tuple[RefusedStep, ...]]:
-        """The process, and the refused steps of the thread that was bound to start it."""
+        """Start the process. Returns it, and the refused steps of the thread that was bound to start it."""
         if type(self)._popen is SubprocessHandler._popen or self._binding is None:
             return self._popen(command, env), ()
-        # A subclass starts the process in its own way. A thread made for it is bound first: what a thread starts
-        # inherits its mask and policy, and the caller's own stay untouched.
+        # A subclass starts the process in its own way. So a new thread is bound and starts it: the process inherits
+        # mask and policy of that thread, and those of the caller stay untouched.
         if hasattr(os, "sched_setaffinity"):
             from .._start.without import in_thread
 
@@ -168,7 +168,7 @@ class SubprocessHandler:
             elif isinstance(self.proc, Popen) and self.proc._leads_group:
                 self.proc.send_signal_group(sig)
             elif self.proc.returncode is None:
-                # Started by a subclass: not waited for, so the number is still its own.
+                # A subclass started it, and it was not waited for, so the number is still its own.
                 os.killpg(self.proc.pid, sig)
         except ProcessLookupError:
             pass
@@ -189,7 +189,7 @@ def get_subprocess_handler(
     """Start a rank. The signature is torch's.
 
     Args:
-        entrypoint: As of SubprocessHandler, like all others.
+        entrypoint: The program.
         args: The program's arguments.
         env: Variables added to ``os.environ``.
         stdout: The path of a log file, or "".
@@ -198,10 +198,10 @@ def get_subprocess_handler(
         numa_options: How to bind it, or None.
 
     Returns:
-        The SubprocessHandler of the rank, which runs.
+        The SubprocessHandler of the running rank.
 
     Raises:
-        PlacementError: As of SubprocessHandler, like all else that it raises.
+        PlacementError: As for SubprocessHandler, whose other errors it raises, too.
     """
     return SubprocessHandler(
         entrypoint=entrypoint,
@@ -254,7 +254,8 @@ def _plan(
 ) -> tuple[Binding, tuple[str, ...]]:
     """One rank's binding and the warning about it, cached by everything that they depend on.
 
-    The machine itself is read once for each inherited mask: reading it again for each rank takes longer than its start.
+    The machine itself is read once for each inherited mask, because reading it for each rank takes longer than its
+    start.
     """
     from .._place.plan import plan
     from .._place.topology import Topology

@@ -1,6 +1,6 @@
 """``NumaOptions``, a real dataclass, as torch's is: torch calls ``dataclasses.asdict`` on it.
 
-In a module of its own, so that only its users import ``dataclasses``.
+It has a module of its own, so that only its users import ``dataclasses``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class NumaOptions:
     """How ranks are placed: torch's ``NumaOptions`` and a memory policy.
 
     Attributes:
-        affinity_mode: How CPUs follow from the rank's device.
-        should_fall_back_if_binding_fails: Start the rank unbound, with a warning, where it cannot be bound.
-        memory_policy: A mode, applied over the nodes of the rank's own CPUs, or a whole MemoryPolicy for every rank
-            alike; None leaves memory to the kernel's default, which is local to the CPU that touches first.
+        affinity_mode: How to choose a rank's CPUs from its device.
+        should_fall_back_if_binding_fails: Start the rank unbound, with a warning, if it cannot be bound.
+        memory_policy: A mode, applied to the nodes of the rank's own CPUs, or one MemoryPolicy for every rank. None
+            keeps the kernel's default: the node of the CPU that first touches a page.
 
     Raises:
         TypeError: An argument has the wrong type.

@@ -1,4 +1,4 @@
-"""The torch functions that ours rely on, and whether the installed torch has them as expected."""
+"""The torch functions that rankspawn relies on, and whether the installed torch has them as expected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SERVER = "torch.distributed.elastic.agent.server"
 
 
 class Seam(NamedTuple):
-    """A torch function that ours rely on.
+    """A torch function that rankspawn relies on.
 
     takes: its parameters; "[one]" may be missing, and "..." stands for any others.
     names: what its code looks up. Replacing or overriding a name has an effect only while the code looks it up.
@@ -27,7 +27,7 @@ class Seam(NamedTuple):
     names: tuple[str, ...] = ()
 
     def difference(self) -> str | None:
-        """What differs in the installed torch, in words."""
+        """What differs in the installed torch, as text."""
         try:
             found = attrgetter(self.function)(import_module(self.module))
         except (ImportError, AttributeError) as error:
@@ -43,7 +43,7 @@ class Seam(NamedTuple):
 
 
 SEAMS = (
-    # torch's own: what stands in its place in .api may be somebody else's.
+    # torch's own: other code may have replaced it in .api.
     Seam(
         f"{MULTIPROCESSING}.subprocess_handler",
         "get_subprocess_handler",

@@ -93,8 +93,8 @@ class Template:
             The ranks that are left.
 
         Raises:
-            OSError: As ``launch``, for a rank that cannot be started either way. The ranks that were started before
-                run.
+            OSError: As ``launch``, for a rank that cannot be started either way. Ranks
+                that were started keep running.
             RuntimeError: A rank could not be forked, and ``required`` is true.
         """
         if self._closed:
