@@ -193,6 +193,13 @@ spawn_set_subreaper(bool on)
     return was != 0;
 }
 
+bool
+spawn_is_subreaper(void)
+{
+    int is = 0;
+    return prctl(PR_GET_CHILD_SUBREAPER, &is, 0, 0, 0) == 0 && is != 0;
+}
+
 int
 spawn_die_with_parent(void)
 {
@@ -233,6 +240,12 @@ spawn_set_subreaper(bool on)
 {
     (void)on;
     return -ENOSYS;
+}
+
+bool
+spawn_is_subreaper(void)
+{
+    return false;
 }
 
 int

@@ -176,6 +176,7 @@ void spawn_unblock_signals(void);
 
 /* Make this process a subreaper or not (PR_SET_CHILD_SUBREAPER). Returns what it was, or a negative errno. */
 int spawn_set_subreaper(bool on);
+bool spawn_is_subreaper(void);
 
 /* SIGKILL for this process when the thread that is its parent ends. Returns 0 or an errno. */
 int spawn_die_with_parent(void);

@@ -747,6 +747,39 @@ def test_a_forked_copy_that_ends_as_python_ends() -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("3 (None, None) True\n", "", 0)
 
 
+# A rank of a group that a daemon thread waits for, which leaves a child in its session, and one in a group of its own.
+IN_A_DAEMON_THREAD = """
+import sys, threading, time
+from rankspawn import launch
+family = (
+    "import os, time\\nif os.fork() == 0: os.setpgid(0, 0)\\nelse: os.fork()\\n"
+    "os.write(1, b'%d\\\\n' % os.getpid()); os.close(1); os.close(2); time.sleep(1000)"
+)
+def wait():
+    with launch([sys.executable, "-I", "-S", "-c", family], 2, guard=sys.argv[1] == "True") as group:
+        group.wait()
+threading.Thread(target=wait, daemon=True).start()
+print(sys.stdin.readline(), end="")
+if sys.argv[2] == "raises": raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize("guard", [False, True])
+@pytest.mark.parametrize("end", ["returns", "raises"])
+def test_a_daemon_thread_that_waits_when_the_interpreter_ends_leaves_nothing(guard: bool, end: str) -> None:
+    command = [sys.executable, "-c", IN_A_DAEMON_THREAD, str(guard), end]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdin is not None and program.stdout is not None
+        family = [int(program.stdout.readline()) for _ in range(6)]
+        _, complaint = program.communicate("end\n", PATIENCE)
+        left = [pid for pid in family if not has_ended(pid)]
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    assert (left, program.returncode) == ([], 3 if end == "raises" else 0), complaint
+
+
 # ---- asyncio ---------------------------------------------------------------------------------------------------------
 
 if uvloop is not None:

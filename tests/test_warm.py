@@ -16,8 +16,8 @@ import pytest
 
 from rankspawn import Binding, MemoryPolicy, RankGroup, Template, launch
 from rankspawn._place import glance
+from rankspawn._procfs import children
 from rankspawn._start.engine import EXTENSION_ERROR
-from rankspawn._warm.adoption import children
 from tests.support.processes import PATIENCE, eventually, has_ended, new_cgroup
 from tests.support.sysfs_tree import Machine, write
 

@@ -19,9 +19,10 @@ import pytest
 
 from rankspawn import Template, launch
 from rankspawn._output.logs import rank_files
+from rankspawn._procfs import children
 from rankspawn._start.engine import EXTENSION_ERROR
 from rankspawn._warm import stem as of_stem
-from rankspawn._warm.adoption import adopting, children
+from rankspawn._warm.adoption import adopting
 from tests.support.processes import PATIENCE, eventually
 from tests.support.state import NOBODY, in_child
 

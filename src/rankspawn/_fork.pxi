@@ -22,6 +22,7 @@ cdef extern from "spawn.h" nogil:
     int spawn_adopt(spawn_result *)
     void spawn_unblock_signals()
     int spawn_set_subreaper(bint on)
+    bint spawn_is_subreaper()
     int spawn_die_with_parent()
     int spawn_show_command(char **argv, char **envp)
     int spawn_collapse_pages(size_t address, size_t length)
@@ -115,6 +116,11 @@ def set_subreaper(bint on):
     if was < 0:
         raise OSError(-was, f"PR_SET_CHILD_SUBREAPER: {strerror(-was).decode()}")
     return was != 0
+
+
+def is_subreaper():
+    """Whether this process is one (PR_GET_CHILD_SUBREAPER of prctl(2)); False where the system has none."""
+    return spawn_is_subreaper() != 0
 
 
 def die_with_parent():

@@ -6,6 +6,7 @@ take; the line NSpid has both (Linux 4.1).
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import sys
@@ -86,8 +87,34 @@ def pids(proc: str = "/proc") -> Iterable[int] | None:
     shown = [name for name in reversed(os.listdir(proc)) if name.isdecimal()]
     if at == 1:
         return map(int, shown)
-    inner = (line(f"{proc}/{name}/status", "NSpid:").split() for name in shown)
-    return [int(numbers[at - 1]) for numbers in inner if len(numbers) >= at]
+    return [int(numbers[at - 1]) for numbers in (_numbers(name, proc) for name in shown) if len(numbers) >= at]
+
+
+def children(proc: str = "/proc") -> set[int]:
+    """The children of all threads of this process, those included that have ended and have not been waited for.
+
+    Raises:
+        OSError: No procfs shows this process.
+    """
+    at = depth(proc)
+    if at == 0:
+        raise FileNotFoundError(errno.ENOENT, "no procfs shows this process", proc)
+    own = os.readlink(f"{proc}/self")
+    tasks = f"{proc}/{own}/task"
+    if os.path.exists(f"{tasks}/{own}/children"):
+        shown = [number for task in os.listdir(tasks) for number in line(f"{tasks}/{task}/children").split()]
+    else:  # the kernel has no CONFIG_PROC_CHILDREN
+        shown = [
+            name for name in os.listdir(proc) if name.isdecimal() and line(f"{proc}/{name}/status", "PPid:") == own
+        ]
+    if at == 1:
+        return {*map(int, shown)}
+    return {int(numbers[at - 1]) for numbers in (_numbers(name, proc) for name in shown) if len(numbers) >= at}
+
+
+def _numbers(name: str, proc: str) -> list[str]:
+    """The numbers of a process in each PID namespace, from that of the procfs inwards."""
+    return line(f"{proc}/{name}/status", "NSpid:").split()
 
 
 def depth(proc: str = "/proc") -> int:

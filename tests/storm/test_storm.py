@@ -54,7 +54,7 @@ SURVIVOR = """
 import os, random, select, sys, time, warnings
 from contextlib import suppress
 from rankspawn import Template, launch
-from rankspawn._warm.adoption import children
+from rankspawn._procfs import children
 warnings.simplefilter("ignore")
 os.write(1, b".")
 warm = cold = 0

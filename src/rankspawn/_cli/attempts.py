@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from .._end.orphans import Orphans
 from .._group.launch import launch
 from .._ids import format_ids
 from .._output.logs import RankFiles, rank_files
@@ -112,7 +113,9 @@ def _run_attempt(
                     say(line)
                 reports.write_first(group)
                 stragglers = Stragglers(group, job.first_rank, settings.wait, stacks=settings.stacks)
-                supervision = Supervision(group, job, signals, progress, stragglers)
+                theirs = template.children if template is not None else set
+                orphans = Orphans(lambda: group.children() | theirs())
+                supervision = Supervision(group, job, signals, progress, stragglers, orphans)
                 supervision.run()
         finally:
             reports.add(group)
@@ -189,6 +192,7 @@ class Supervision:
         signals: The signals that this process receives.
         progress: Shows which ranks still run.
         stragglers: Notices ranks that still run long after another ended with status 0.
+        orphans: Reaps the processes that this process has adopted.
 
     Attributes:
         group: The ranks.
@@ -198,13 +202,20 @@ class Supervision:
     """
 
     def __init__(
-        self, group: RankGroup, job: Job, signals: Signals, progress: Progress, stragglers: Stragglers
+        self,
+        group: RankGroup,
+        job: Job,
+        signals: Signals,
+        progress: Progress,
+        stragglers: Stragglers,
+        orphans: Orphans,
     ) -> None:
         self.group = group
         self.asked: int | None = None
         self.interrupted = False
         self.seconds = 0.0
-        self._job, self._signals, self._progress, self._stragglers = job, signals, progress, stragglers
+        self._job, self._signals, self._progress = job, signals, progress
+        self._stragglers, self._orphans = stragglers, orphans
         self._told_at: float | None = None
         self._failed = self._killing = False
         self._said = 0
@@ -220,9 +231,10 @@ class Supervision:
         running = True
         while running:
             try:
-                due = [self._progress.state(self.group), self._stragglers.left()]
+                due = [self._progress.state(self.group), self._stragglers.left(), self._orphans.left()]
                 before = self.group.running
                 running = self.group.advance(min((one for one in due if one is not None), default=None))
+                self._orphans.reap()
                 if self.group.stopping and self._told_at is None:
                     self._told_at = time.monotonic()
                 if self.group.killing and not self._killing:

@@ -7,7 +7,7 @@ processes  who started whom, by psutil                      guard      when the 
 delegated  a cgroup that this user may divide               deferral   what signal handlers do not interrupt
 way        C or Python for the work on many                 without    that work in Python
 reaped     processes left by ranks that other code has reaped
-deaths     why a rank has died, by the kernel's facts
+deaths     why a rank has died, by the kernel's facts       orphans    adopted by the first process of a container
 
 It imports only _start, and the engine for its folder, where the guard's program (csrc/guard) lies.
 """

@@ -82,6 +82,11 @@ class Ending:
         """The directory of the group's own cgroup; None where it has none."""
         return None if self._cgroup is None else self._cgroup.path
 
+    @property
+    def guard_pid(self) -> int | None:
+        """The process that guards the group; None where there is none."""
+        return None if self._guard is None else self._guard.process.pid
+
     def ask(self, sig: int, grace: float | None) -> None:
         """Ask the ranks to end.
 

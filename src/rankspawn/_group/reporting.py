@@ -110,6 +110,14 @@ class Reporting:
         """The process ids, in rank order; each is its rank's own until the group is closed."""
         return tuple(rank.pid for rank in self.ranks)
 
+    def children(self) -> set[int]:
+        """The children of this process that the group waits for by itself: the ranks, and the guard if there is one.
+
+        A program that runs as the first process of a container, and reaps orphans there, leaves these to the group.
+        """
+        guard = self._ending.guard_pid
+        return {*self.pids(), *(() if guard is None else (guard,))}
+
     def failures(self) -> list[Failure]:
         """The ranks that have failed, with what is known of each; the first to fail comes first."""
         if self.first_failure is None:

@@ -12,11 +12,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import _spawn
-from .._procfs import read_stat
+from .._procfs import children, read_stat
 
 if TYPE_CHECKING:
     from .._start.popen import Popen
@@ -73,15 +72,6 @@ def _end_both(parent: Popen, before: set[int]) -> None:
         with suppress(ProcessLookupError, ChildProcessError):
             if os.getsid(pid) == parent.pid:
                 os.waitpid(pid, 0)
-
-
-def children(tasks: str = "/proc/self/task") -> set[int]:
-    """The children of all threads of this process; none where the kernel does not list them."""
-    found: set[int] = set()
-    for task in Path(tasks).iterdir():
-        with suppress(OSError):  # the thread has ended, or the kernel has no CONFIG_PROC_CHILDREN
-            found.update(map(int, (task / "children").read_text().split()))
-    return found
 
 
 def _birth(pid: int, proc: str = "/proc") -> float:

@@ -299,6 +299,12 @@ class Template:
         """Describe each process and what it has done, as plain data, the oldest first, as in a group's report."""
         return [stem.report() for _, stem in self._stems]
 
+    def children(self) -> set[int]:
+        """The children of this process that the template waits for by itself: its own processes and their guard."""
+        guard = () if self._guard is None else (self._guard.process.pid,)
+        stems = [stem for _, stem in self._stems if stem.works or stem.importer is not None]
+        return {*(stem.pid for stem in stems), *guard}
+
     def _say(self, line: str) -> None:
         if line not in self._said:
             self._said.add(line)
