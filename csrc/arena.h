@@ -13,7 +13,7 @@ struct arena {
 /* Take `size` bytes, aligned as a pointer is. Returns NULL when there is no memory. */
 void *arena_take(struct arena *arena, size_t size);
 
-/* Free all that was taken. */
+/* Free all memory of the arena. */
 void arena_free(struct arena *arena);
 
 #endif

@@ -17,8 +17,8 @@
  *     undumpable, and gives a less privileged process access to it: clone.c starts requests with ids without CLONE_VM.
  *  6. With CLONE_FILES the descriptor table is the parent's until close_range(CLOSE_RANGE_UNSHARE) has made a copy of
  *     what is kept: before that the child opens, duplicates and closes nothing.
- *  7. A change of ids clears the death signal: it is set after the ids. The parent may have died before it was set, and
- *     it would then never fire: getppid is called after that.
+ *  7. A change of ids clears the death signal, so the child sets it after the ids. If the parent died before that, the
+ *     signal would never fire, so the child calls getppid afterwards.
  *  8. The stack is small and has no guard page: no recursion, no large frame (-Wframe-larger-than).
  */
 #ifndef _GNU_SOURCE
@@ -64,7 +64,7 @@ fail(const struct child_start *start, enum spawn_step step)
     _exit(127);
 }
 
-/* A step of the binding was refused: the start fails where the binding is required, else errno is recorded. */
+/* A step of the binding was refused. If the binding is required, the start fails; else errno is recorded. */
 static void
 refused(const struct child_start *start, enum spawn_step step, int *error)
 {
@@ -102,7 +102,7 @@ tell_guard(const struct child_start *start)
     if (guard >= 0) {
         struct {
             long seconds, nanoseconds;
-        } now = {0, 0}; /* struct timespec as this system call takes it: libc's may be wider */
+        } now = {0, 0}; /* struct timespec as this system call reads it; libc's may be wider */
         syscall(SYS_clock_gettime, CLOCK_BOOTTIME, &now);
         struct spawn_registration own = {
             .written_ns = (int64_t)now.seconds * 1000000000 + now.nanoseconds,
@@ -153,7 +153,7 @@ bind_to(const struct child_start *start)
         }
     }
     if (request->mem_mode >= 0) {
-        /* The kernel takes one bit less than it is told (get_nodes in mm/mempolicy.c). */
+        /* The kernel reads one bit less than the given number (get_nodes in mm/mempolicy.c). */
         unsigned long maxnode = request->node_mask ? request->node_mask_bits + 1 : 0;
         long failed = set_mempolicy(request->mem_mode, request->node_mask, maxnode);
         if (!failed && request->node_mask &&
@@ -167,7 +167,7 @@ bind_to(const struct child_start *start)
     }
 }
 
-/* Close what /proc/self/fd lists in lowest..highest. Where it cannot be read, close every number that could be open. */
+/* Close what /proc/self/fd lists in lowest..highest. If it cannot be read, close every number that could be open. */
 static void
 close_listed(unsigned int lowest, unsigned int highest)
 {
@@ -238,14 +238,14 @@ close_others(const struct child_start *start)
     close_span(from, start->shares_fds ? (unsigned int)start->highest_kept : ~0U);
 }
 
-/* In the shared table the child's pidfd has a number that was free: to the caller, that descriptor is closed. */
+/* In the shared table the child's pidfd has a number that was free. For the caller, that descriptor is closed. */
 static bool
 is_own_pidfd(const struct child_start *start, int fd)
 {
     return start->shares_fds && fd >= 0 && fd == *start->pidfd;
 }
 
-/* Make a descriptor one that the program inherits. */
+/* Have the program inherit a descriptor. */
 static int
 keep_over_exec(int fd)
 {

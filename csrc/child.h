@@ -14,10 +14,10 @@ struct child_start {
     bool handlers_are_clear; /* clone3 has set every handler to the default action */
     bool shares_fds;         /* the descriptor table is still the parent's (CLONE_FILES) */
     int highest_kept;        /* the highest descriptor that the child needs */
-    int keep_below;          /* of a forked child (fork.c): descriptors below this are its program's, and stay open */
+    int keep_below;          /* for a forked child (fork.c): descriptors below this number stay open for its program */
 };
 
-/* What a rank does before its program runs. It returns when all is done; a step that fails ends the process. */
+/* Do what a rank does before its program runs. Returns when all steps are done; a failed step ends the process. */
 void child_steps(const struct child_start *start);
 
 /* All that the child does until the program runs. It never returns; clone(2) requires the type. */

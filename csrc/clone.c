@@ -1,7 +1,7 @@
 /* Linux's mechanism: clone3(2), or else clone(2), of a child that runs in the parent's memory (child.c).
  *
- * Signals are blocked while there is a child. What the kernel refuses of a clone is left out, and the clone is tried
- * again: a refused clone has had no side effect. A child that failed is reaped.
+ * Signals are blocked while there is a child. If the kernel refuses a part of a clone, that part is left out, and there
+ * is another try: a refused clone has had no side effect. A child that failed is reaped.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -37,12 +37,12 @@
  * child's stack lies on the caller's, which may be small. */
 enum { CHILD_STACK_BYTES = 16 * 1024 };
 
-/* What is asked of the next clone. What the kernel refuses is not asked again. */
+/* What the next clone asks for. It does not ask again for what the kernel refused. */
 struct attempt {
     struct child_start start;
     bool shares_memory;
     bool wants_pidfd;
-    bool uses_clone3; /* which clears the handlers and places the child in its cgroup */
+    bool uses_clone3; /* clone3 clears the handlers and places the child in its cgroup */
 };
 
 /* Make the child. Returns its pid, or -1 with errno. The child's stack may lie in this function's frame, because the
@@ -78,8 +78,8 @@ clone_once(struct attempt *attempt, int *pidfd)
     return clone(child_main, stack + sizeof stack, (int)flags | SIGCHLD, &attempt->start, pidfd, NULL, NULL);
 }
 
-/* Go on without clone3: the child clears its handlers and joins its cgroup itself. Returns false, with errno, when the
- * cgroup's file cannot be opened for that. */
+/* Continue without clone3: the child clears its handlers and joins its cgroup itself. Returns false, with errno, if
+ * the cgroup's file cannot be opened for that. */
 static bool
 leave_clone3(struct attempt *attempt)
 {
@@ -93,8 +93,8 @@ leave_clone3(struct attempt *attempt)
     return cgroup < 0 || attempt->start.cgroup_procs >= 0;
 }
 
-/* The kernel refused to clone, with errno. Returns STEP_NONE when another attempt is to be made, else the step that the
- * start has failed at, with errno. */
+/* The kernel refused to clone, with errno. Returns STEP_NONE if there is to be another attempt; else the step at which
+ * the start failed, with errno. */
 static enum spawn_step
 after_refusal(struct attempt *attempt, struct spawn_result *result)
 {

@@ -5,7 +5,7 @@
  * the pool's threads have.
  *
  * A thread binds itself to the CPUs of a rank before it makes it, and prefers ranks whose CPUs it is on. A child that
- * is made elsewhere moves to its CPUs in mid-start, and wakes its parent across CPUs: that takes half as long again.
+ * is made elsewhere moves to its CPUs in mid-start and wakes its parent across CPUs, which takes half as long again.
  *
  * PR_SET_PDEATHSIG fires when the *thread* that made the child ends, not the process. A child with a death signal is
  * therefore made by the main thread, which ends with the process, or by a keeper: a thread of the crew that stays,
@@ -41,11 +41,11 @@ struct shift {
     unsigned long callers_cpus[MOST_CPUS / (sizeof(unsigned long) * CHAR_BIT)];
     size_t callers_cpus_bytes;
     unsigned int workers;
-    place_t _Atomic places[MOST_WORKERS]; /* where each worker is, or is about to go */
+    place_t _Atomic places[MOST_WORKERS]; /* the place where each worker is, or is about to go */
     atomic_bool failed;
     pthread_mutex_t lock; /* for the next two; a semaphore would do, but macOS has only named ones */
     pthread_cond_t done;  /* signalled by the last keeper when it has made its ranks and is done with the shift */
-    unsigned int keepers; /* those that may still make ranks */
+    unsigned int keepers; /* keepers that may still make ranks */
 };
 
 /* A thread of the crew. It frees this itself, because a keeper outlives the call. */
@@ -54,7 +54,7 @@ struct worker {
     unsigned int number;
     bool keeps;
     size_t count;
-    pid_t children[]; /* `count` of them: those that a keeper has made */
+    pid_t children[]; /* `count` of them: the children that a keeper has made */
 };
 
 /* Take a rank for the calling thread. Returns false when another thread has it. */
@@ -66,7 +66,7 @@ claim(struct spawn_crew *crew, size_t rank)
            atomic_compare_exchange_strong(&crew->outcomes[rank], &expected, SPAWN_UNDER_WAY);
 }
 
-/* The rank to go to: of those that no thread has taken, the first whose place has the fewest threads. */
+/* The next rank: of those that no thread has taken, the first whose place has the fewest threads. */
 static size_t
 least_crowded(struct shift *shift)
 {
@@ -89,7 +89,7 @@ least_crowded(struct shift *shift)
     return best;
 }
 
-/* Claim the next rank for a worker whose last was `rank`. Returns crew->count when there is none left. */
+/* Claim the next rank for a worker whose last one was `rank`. Returns crew->count if none is left. */
 static size_t
 take(const struct worker *worker, size_t rank)
 {
@@ -115,7 +115,7 @@ static void
 go_to(const struct shift *shift, const struct spawn_request *request)
 {
 #ifdef __linux__
-    /* When the kernel refuses, the child will report that. This thread goes back to the caller's CPUs, so that the
+    /* If the kernel refuses, the child will report that. This thread goes back to the caller's CPUs, so that the
      * child is not made on the CPUs of the rank before it. */
     if (!request->cpu_mask || syscall(SYS_sched_setaffinity, 0, request->cpu_mask_bytes, request->cpu_mask) < 0) {
         syscall(SYS_sched_setaffinity, 0, shift->callers_cpus_bytes, shift->callers_cpus);
@@ -235,7 +235,7 @@ not_for_workers(void)
     return signals;
 }
 
-/* Make the crew's threads, as many as can be had, and wait until they have started the ranks. Returns how many there
+/* Make as many of the crew's threads as possible, and wait until they have started the ranks. Returns how many there
  * were; *error says why there were no more. */
 static unsigned int
 work_together(struct shift *shift, bool keeps, int *error)
@@ -274,7 +274,7 @@ on_main_thread(void)
 #endif
 }
 
-/* No thread could be made, and the caller's may not do the work: the first rank that is not started fails. */
+/* No thread could be made, and the caller's thread may not do the work, so the first unstarted rank fails. */
 static void
 fail_without_threads(struct spawn_crew *crew, int error)
 {

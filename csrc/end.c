@@ -1,7 +1,7 @@
 /* The ends of ranks; see end.h. members.c has their sessions.
  *
- * A number may be another process's as soon as somebody has reaped the rank. So a rank is waited for and signalled by its
- * pidfd where the kernel can do that (Linux 5.4, for groups 6.9), and else only while a look shows that it is unreaped.
+ * A number may be another process's as soon as other code has reaped the rank. So these functions wait for and signal a
+ * rank by its pidfd if the kernel can (Linux 5.4, for groups 6.9), and else only while a look shows it as unreaped.
  */
 #ifdef __linux__
 #ifndef _GNU_SOURCE
@@ -80,7 +80,7 @@ end_collect(struct end_rank *ranks, size_t count)
     }
 }
 
-/* Returns 0, ESRCH where no process can be meant, or EPERM. */
+/* Returns 0, ESRCH if there is no process to signal, or EPERM. */
 static int
 signal_group(struct end_rank *rank, int sig)
 {

@@ -1,5 +1,5 @@
-/* The end of many ranks at once: how they ended, their groups signalled, their sessions searched. Linux only; elsewhere
- * Python does it (src/rankspawn/_end/without.py), and says there what everything means. */
+/* The end of many ranks at once: see how they ended, signal their groups, search their sessions. Linux only; elsewhere
+ * Python does it (src/rankspawn/_end/without.py), where every function is explained. */
 #ifndef RANKSPAWN_END_H
 #define RANKSPAWN_END_H
 
@@ -14,7 +14,7 @@ enum end_state {
     END_REAPED, /* by other code: its status is lost, and its number may be another process's */
 };
 
-/* What wait4(2) tells as struct rusage: the kernel counts in longs on every machine. */
+/* What wait4(2) returns as struct rusage. The kernel counts in longs on every machine. */
 enum { END_USAGE_FIELDS = 18 };
 
 struct end_rank {
@@ -30,7 +30,8 @@ struct end_member {
     pid_t pid, session;
 };
 
-/* Sessions whose numbers are still theirs, and who lives in them. The caller owns the two sets, in ascending order. */
+/* Sessions whose numbers are still their own, and their living members. The caller owns the two sets, in ascending
+ * order. */
 struct end_sessions {
     const pid_t *numbers, *zombies; /* zombies: known to have ended, skipped */
     size_t count, zombie_count;
@@ -42,7 +43,7 @@ struct end_sessions {
 /* See how each rank has ended, without reaping it. */
 void end_look(struct end_rank *ranks, size_t count);
 
-/* Wait until all ranks have ended that have a pidfd, so many nanoseconds at most; a signal ends the wait. */
+/* Wait until all ranks that have a pidfd have ended, at most so many nanoseconds; a signal ends the wait. */
 void end_wait(const struct end_rank *ranks, size_t count, int64_t pause);
 
 /* Reap each rank that has ended, and get what it used. */
@@ -51,16 +52,16 @@ void end_collect(struct end_rank *ranks, size_t count);
 /* Send these signals to the process group of each rank: by its pidfd, or by its number while that is its own. */
 void end_signal(struct end_rank *ranks, size_t count, const int *signals, size_t signal_count);
 
-/* SIGKILL to the process groups of these sessions' leaders. */
+/* Send SIGKILL to the process groups of these sessions' leaders. */
 void end_kill_groups(const struct end_sessions *sessions);
 
-/* Find the members that live; SIGKILL to each, too, if asked to. */
+/* Find the living members, and send SIGKILL to each if asked to. */
 void end_search(struct end_sessions *sessions, bool kills);
 
-/* SIGKILL to those that were found, and wait for their end, so many nanoseconds at most. */
+/* Send SIGKILL to the members found, and wait for their end, at most so many nanoseconds. */
 void end_kill_found(const struct end_sessions *sessions, int64_t pause);
 
-/* Signal the members but the leaders; those in the leaders' process groups only if asked to. */
+/* Signal all members except the leaders; those in the leaders' process groups only if asked to. */
 void end_signal_members(struct end_sessions *sessions, const int *signals, size_t count, bool groups);
 
 #ifndef __linux__

@@ -1,4 +1,4 @@
-/* A copy of the caller's environment, where a variable is in it, and a variable that is a number. */
+/* Copies the caller's environment, finds a variable in it, and writes a variable that is a number. */
 #ifndef RANKSPAWN_ENVIRON_H
 #define RANKSPAWN_ENVIRON_H
 

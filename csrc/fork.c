@@ -2,13 +2,13 @@
  *
  * The template is a child of the launcher that has imported what its ranks need. It has one thread, and came from a
  * fork(3) of libc's, so that what libraries do at a fork has been done. It makes each rank by a system call of its own,
- * with CLONE_PARENT: the rank's parent is the launcher, as of a rank that is executed. libc's fork cannot do that. What
- * libc's fork does for a process with one thread is therefore done here: the kernel writes the child's thread id where
+ * with CLONE_PARENT: the rank's parent is the launcher, as for an executed rank. libc's fork cannot do that, so this
+ * file does what libc's fork does for a process with one thread: the kernel writes the child's thread id where
  * libc keeps it, and the list of robust mutexes is registered again. No lock can be held by another thread.
  *
  * The rank takes the steps of child.c in its own copy of the memory. Its result lies in memory that the launcher has
- * mapped, too. The kernel writes the rank's pid there before the rank runs: also when the template is killed in the
- * middle, the launcher knows every rank that there is.
+ * mapped, too. The kernel writes the rank's pid there before the rank runs. So the launcher knows every rank, even if
+ * the template is killed in the middle.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -48,7 +48,7 @@
 #define SYS_pidfd_open 434
 #endif
 
-/* What libc's fork takes from its own thread descriptor, as the kernel knows it. */
+/* What libc's fork takes from its own thread descriptor, asked from the kernel. */
 struct libc_thread {
     int *tid;
     void *robust_list;

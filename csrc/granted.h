@@ -1,6 +1,6 @@
-/* What the kernel granted of a binding. It leaves out without a word what the cpuset does not allow, what is offline and,
- * of nodes, what has no memory: sched_setaffinity(2), set_mempolicy(2). These look at the calling thread. A look that the
- * system refuses says that all was granted, as before it. */
+/* What the kernel granted of a binding. It silently leaves out CPUs and nodes that the cpuset does not allow or that
+ * are offline, and nodes without memory: sched_setaffinity(2), set_mempolicy(2). These functions look at the calling
+ * thread. If the system refuses the look, all counts as granted. */
 #ifndef RANKSPAWN_GRANTED_H
 #define RANKSPAWN_GRANTED_H
 
@@ -17,7 +17,7 @@
 
 enum { MOST_CPUS = 8192, MOST_NODES = 1024, BITS_OF_WORD = sizeof(unsigned long) * CHAR_BIT }; /* no kernel has more */
 
-/* Whether `asked` has a bit that `granted` has not; words of `asked` from `granted_words` on are not granted. */
+/* Whether `asked` has a bit that `granted` lacks; words of `asked` from `granted_words` on are not granted. */
 static inline bool
 lacks_some(const unsigned long *granted, size_t granted_words, const unsigned long *asked, size_t asked_words)
 {
@@ -41,7 +41,7 @@ static inline bool
 nodes_are_granted_in_part(const unsigned long *asked, size_t asked_words)
 {
     unsigned long now[MOST_NODES / BITS_OF_WORD];
-    /* The kernel takes one bit less than it is told. */
+    /* The kernel reads one bit less than the given number. */
     return syscall(SYS_get_mempolicy, NULL, now, MOST_NODES + 1UL, NULL, 0UL) == 0 &&
            lacks_some(now, sizeof now / sizeof *now, asked, asked_words);
 }

@@ -1,4 +1,4 @@
-/* The members of ranks' sessions: found, signalled and killed; see end.h and search/search.c.
+/* Finds, signals and kills the members of ranks' sessions; see end.h and search/search.c.
  *
  * A session's number is taken for as long as its leader has not been reaped, or another member exists. The caller
  * ensures that the numbers are still those of the ranks' sessions.
@@ -129,7 +129,7 @@ end_kill_found(const struct end_sessions *sessions, int64_t pause)
 /* ---- signalled ----------------------------------------------------------------------------------------------------*/
 
 struct teller {
-    struct end_sessions *sessions; /* whose members found are those that have been told */
+    struct end_sessions *sessions; /* its members found are those that were already signalled */
     const int *signals;
     size_t count;
     bool groups;

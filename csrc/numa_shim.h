@@ -1,4 +1,4 @@
-/* libnuma where its headers were found at build time, else the same two calls, made here. No behaviour differs. */
+/* libnuma if the build found its headers; else the same two system calls, made here. The behaviour is the same. */
 #ifndef RANKSPAWN_NUMA_SHIM_H
 #define RANKSPAWN_NUMA_SHIM_H
 

@@ -1,7 +1,7 @@
 /* The portable mechanism: libc's posix_spawn.
  *
- * It declines, before it does anything, a request that posix_spawn cannot express, and one whose errors could not be
- * reported as subprocess reports them, because posix_spawn returns one errno and does not say which step gave it. Only
+ * Before it does anything, it declines a request that posix_spawn cannot express. It also declines one whose errors it
+ * could not report as subprocess does, because posix_spawn returns one errno and does not say which step failed. Only
  * ISO C and POSIX are used, and two extensions where libc has them.
  */
 #ifndef _GNU_SOURCE

@@ -1,4 +1,4 @@
-/* What does not depend on the mechanism: which one a start takes, and what callers need beside a start. */
+/* What does not depend on the mechanism: chooses the mechanism of a start, and helps callers beside a start. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -70,7 +70,7 @@ int
 spawn_set_mempolicy(int mode, const unsigned long *nodes, unsigned long bits)
 {
 #if defined(RANKSPAWN_HAVE_LIBNUMA) || defined(SYS_set_mempolicy)
-    /* The kernel takes one bit less than it is told, as in child.c. */
+    /* The kernel reads one bit less than the given number, as in child.c. */
     if (set_mempolicy(mode, nodes, nodes ? bits + 1 : 0) < 0) {
         return errno;
     }

@@ -5,11 +5,11 @@
  *
  * Each of these files uses only files below it:
  *
- *   end.c        the ends of many ranks (end.h; Linux)
+ *   end.c        how many ranks ended; reaps and signals them (end.h; Linux)
  *   members.c    what is left in their sessions, by search/, which the guard's program shares
- *   crew.c       spawn() and spawn_many(): the threads that start ranks, and those that death signals are tied to
+ *   crew.c       spawn() and spawn_many(): the threads that start ranks, and the keepers that death signals need
  *   spawn.c      which mechanism a start takes; masks, the caller's memory policy, signals by pidfd
- *   fork.c       a warm start: ranks forked from a template, and adopted by the launcher
+ *   fork.c       a warm start: forks ranks from a template, as children of the launcher
  *   title.c      the command that ps(1) shows of a forked rank
  *   clone.c      Linux's mechanism
  *   clone3.c     its system call
@@ -18,7 +18,7 @@
  *   arena.c      memory for requests
  *   environ.c    a copy of the caller's environment
  *   granted.h    what the kernel granted of a binding
- *   numa_shim.h  libnuma, or the two calls of it that are needed
+ *   numa_shim.h  libnuma, or the two system calls that are needed of it
  */
 #ifndef RANKSPAWN_SPAWN_H
 #define RANKSPAWN_SPAWN_H
@@ -60,7 +60,7 @@ enum spawn_mechanism { SPAWN_CLONE = 1, SPAWN_POSIX = 2 };
 /* What spawn() and its mechanisms return. */
 enum spawn_outcome {
     SPAWN_STARTED = 0,
-    SPAWN_FAILED = 1,    /* result.step and result.error say where and why; nothing is left of the child */
+    SPAWN_FAILED = 1,    /* result.step and result.error say where and why; no child is left */
     SPAWN_DECLINED = 2,  /* the mechanism cannot express the request; nothing was done */
     SPAWN_NOT_TRIED = 3, /* a rank of a crew that no thread has taken */
     SPAWN_UNDER_WAY = 4  /* a rank of a crew that a thread is starting */
@@ -106,15 +106,15 @@ struct spawn_request {
     int mem_mode;                   /* MPOL_*; -1: unchanged */
     const unsigned long *node_mask; /* NULL for modes without nodes */
     unsigned long node_mask_bits;
-    bool binding_required; /* false: a refused affinity or policy is recorded, and the child goes on */
+    bool binding_required; /* false: a refused affinity or policy is recorded, and the child continues */
 
     int death_signal; /* 0: none */
     int cgroup_fd;    /* a directory of a cgroup v2; -1: none */
     int guard_fd;     /* a pipe that the child writes a spawn_registration to once it leads its session; -1: none */
 };
 
-/* What a guard reads. A process that has this pid and was started later is another one. Pid 0: the launcher has
- * started its last rank, all have ended, and what they have left is to be ended. */
+/* What a guard reads. A process that has this pid and was started later is another one. Pid 0 asks the guard to end
+ * what the ranks left behind: the launcher has started its last rank, and all have ended. */
 struct spawn_registration {
     int64_t written_ns; /* CLOCK_BOOTTIME */
     int32_t pid;
@@ -130,7 +130,7 @@ struct spawn_result {
     int affinity_error;  /* errno of a refused sched_setaffinity(2) that was optional; 0: done, or not asked for;
                           * ERANGE: only some of the CPUs were granted (granted.h) */
     int mempolicy_error; /* the same of set_mempolicy(2) */
-    int64_t executed_ns; /* CLOCK_MONOTONIC, just after the program had been executed */
+    int64_t executed_ns; /* CLOCK_MONOTONIC just after the execve of the program */
 };
 
 /* Start a process by one mechanism. Returns an enum spawn_outcome. */
@@ -147,14 +147,14 @@ int spawn_by_posix(const struct spawn_request *request, struct spawn_result *res
 struct spawn_crew {
     const struct spawn_request *requests; /* those for the same CPUs should have the same pointer as cpu_mask */
     struct spawn_result *results;
-    atomic_int *outcomes; /* enum spawn_outcome; a rank that is SPAWN_STARTED or SPAWN_FAILED already is left alone */
+    atomic_int *outcomes; /* enum spawn_outcome; a rank that is already SPAWN_STARTED or SPAWN_FAILED is skipped */
     size_t count;
     unsigned int workers; /* threads that start ranks; at least 1 */
     enum spawn_mechanism mechanism;
     atomic_size_t started; /* how many ranks are started so far; other threads may read it during the call */
 };
 
-/* Start the ranks of a crew. After the first failure no other start is begun; outcomes[] says what became of each. */
+/* Start the ranks of a crew. After the first failure no other start begins; outcomes[] says what became of each. */
 void spawn_many(struct spawn_crew *crew);
 
 /* crew->started, for callers that cannot read an atomic, as Cython cannot. */
@@ -162,13 +162,13 @@ size_t spawn_many_started(struct spawn_crew *crew);
 
 /* Fork a rank from this process, a template with one thread (fork.c). `result` lies in memory that is shared with the
  * launcher. The child takes the steps of `request`, keeps the descriptors below `keep_below`, and returns 0, with its
- * signals blocked. Here the child's pid is returned, or -1 where none was made: result->step and error say why.
+ * signals blocked. The template gets the child's pid, or -1 if there is no child: result->step and error say why.
  *
  * With `sibling` the rank becomes a child of this process's own parent. */
 pid_t spawn_fork(const struct spawn_request *request, struct spawn_result *result, int keep_below, bool sibling);
 
-/* The launcher's half: make `result`, a copy of what spawn_fork() left, one like spawn()'s. A rank that failed is
- * reaped. Returns an enum spawn_outcome; SPAWN_NOT_TRIED where the template has not come to this rank. */
+/* The launcher's half: turn `result`, a copy of what spawn_fork() left, into one like spawn()'s. Reaps a rank that
+ * failed. Returns an enum spawn_outcome; SPAWN_NOT_TRIED if the template did not try this rank. */
 int spawn_adopt(struct spawn_result *result);
 
 /* Set an empty signal mask for the calling thread, libc's own two signals included. */
@@ -178,7 +178,7 @@ void spawn_unblock_signals(void);
 int spawn_set_subreaper(bool on);
 bool spawn_is_subreaper(void);
 
-/* SIGKILL for this process when the thread that is its parent ends. Returns 0 or an errno. */
+/* Have the kernel send SIGKILL to this process when its parent thread ends. Returns 0 or an errno. */
 int spawn_die_with_parent(void);
 
 /* Have ps(1) and /proc/PID show this command and environment of the calling process (PR_SET_MM_MAP). Returns 0 or an
@@ -188,15 +188,15 @@ int spawn_show_command(char *const *argv, char *const *envp);
 /* Have the kernel back a part of this process's memory with huge pages (MADV_COLLAPSE). Returns 0 or an errno. */
 int spawn_collapse_pages(size_t address, size_t length);
 
-/* Try with a child whether clone(CLONE_VM | CLONE_VFORK) shares memory and suspends the caller (QEMU's user mode and
- * WSL1 make it a fork). Returns 1 or 0, or a negative errno when no child could be made. */
+/* Test with a child whether clone(CLONE_VM | CLONE_VFORK) shares memory and suspends the caller (QEMU's user mode and
+ * WSL1 make it a fork). Returns 1 or 0, or a negative errno if no child could be made. */
 int spawn_clone_is_honoured(void);
 
 /* Signal the process behind `pidfd`, or, with `group`, the process group that it leads or led (Linux 6.9).
- * Returns 0 or an errno; EINVAL where the kernel does not know the flag, ENOSYS where there are no pidfds. */
+ * Returns 0 or an errno; EINVAL if the kernel does not know the flag, ENOSYS if it has no pidfds. */
 int spawn_pidfd_signal(int pidfd, int sig, bool group);
 
-/* The signals that this process ignores and that a rank shall not: all but SIGHUP, which nohup(1) ignores for the whole
+/* The signals that this process ignores but a rank must not: all except SIGHUP, which nohup(1) ignores for the whole
  * job on purpose. Bit N-1 is signal N. */
 uint64_t spawn_ignored_signals(void);
 
@@ -204,7 +204,7 @@ uint64_t spawn_ignored_signals(void);
 void spawn_mask_set(unsigned long *mask, unsigned long bits, unsigned int id);
 
 /* set_mempolicy(2) for the calling thread; `nodes` is a mask of `bits` bits, or NULL for a mode without nodes. Returns
- * 0 or an errno; ENOSYS where the system has no memory policies, ERANGE where only some of the nodes were granted. */
+ * 0 or an errno; ENOSYS if the system has no memory policies, ERANGE if only some of the nodes were granted. */
 int spawn_set_mempolicy(int mode, const unsigned long *nodes, unsigned long bits);
 
 /* Whether this build is linked with libnuma, or makes its two calls itself (numa_shim.h). */

@@ -1,7 +1,7 @@
 /* What ps(1), py-spy and /proc/PID/cmdline and environ show of a forked rank: its own command, not its template's.
  *
- * The kernel shows what lies between four addresses of the process, which prctl(PR_SET_MM, PR_SET_MM_MAP) sets: with the
- * other boundaries of its memory, which stay as they are, and without a capability (prctl(2), Linux 3.18).
+ * The kernel shows what lies between four addresses of the process, which prctl(PR_SET_MM, PR_SET_MM_MAP) sets: with
+ * the other boundaries of its memory, which stay as they are, and without a capability (prctl(2), Linux 3.18).
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -22,7 +22,7 @@
 
 enum { STAT_BYTES = 2048, FIELDS = 64 };
 
-/* The fields of /proc/self/stat by their numbers in proc_pid_stat(5). Returns false where they cannot be read. */
+/* Read the fields of /proc/self/stat, by their numbers in proc_pid_stat(5). Returns false if they cannot be read. */
 static bool
 read_stat(unsigned long long fields[FIELDS])
 {

@@ -2,8 +2,8 @@
  *
  * A process that can write to the temporary folder could replace one of its names by a symbolic link or another folder
  * at any moment. So each folder is opened by its name in the one above it, no link is followed and no mount entered
- * (open_inside), and what is removed is named by that descriptor. The cgroup's own files cannot be removed: rmdir of the
- * folder ends them.
+ * (open_inside), and what is removed is named by that descriptor. The cgroup's own files cannot be removed one by one:
+ * rmdir of the folder removes them.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -47,8 +47,8 @@ remove_one(void *context, const char *name)
     return true;
 }
 
-/* Remove what is in a folder. Some file systems skip names while others are removed, so it is read again until nothing
- * was removed. */
+/* Remove what is in a folder. Some file systems skip names while others are removed, so this reads it again until it
+ * has nothing left to remove. */
 static bool
 empty(int folder, int depth)
 {
@@ -140,7 +140,7 @@ kill_below(void *context, const char *name)
     return true;
 }
 
-/* Where there is no cgroup.kill (Linux 5.14): freeze it first, so that no process forks and no pid is reused. */
+/* Without cgroup.kill (Linux 5.14): freeze it first, so that no process forks and no pid is reused. */
 static void
 kill_each(int cgroup)
 {

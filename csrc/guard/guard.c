@@ -20,9 +20,10 @@
 #include <time.h>
 
 enum {
-    /* Ranks come and go by dozens: after an event the guard sleeps this long, and takes together what has come. */
+    /* Ranks start and end by dozens: after an event the guard sleeps this long, and then handles all that has come at
+     * once. */
     REST_MS = 10,
-    BLIND_MS = 100, /* between two looks where the kernel has no pidfd to wait for */
+    BLIND_MS = 100, /* between two looks if the kernel has no pidfds to wait for */
     ROUND_MS = 1000,
     EVENTS_AT_ONCE = 64,
     RANKS_AT_ONCE = 256,
@@ -44,7 +45,7 @@ struct guard {
     struct sessions sessions;
 };
 
-/* Take what has been registered. */
+/* Read the new registrations. */
 static void
 take_registrations(struct guard *guard)
 {
@@ -109,7 +110,7 @@ until_launcher_dies_or_tells(struct guard *guard)
         }
         take_events(guard);
         if (guard->is_told_to_end) {
-            /* All have registered before, and a forked copy of the launcher may hold the pipe for ever. */
+            /* All ranks have registered before, and a forked copy of the launcher may hold the pipe for ever. */
             if (guard->pipe >= 0) {
                 close_fd(guard->pipe);
                 guard->pipe = -1;
@@ -127,7 +128,7 @@ end_all(struct guard *guard)
     int64_t until = now(CLOCK_MONOTONIC) + guard->patience, left;
     int cgroup = *guard->cgroup_path ? (int)open_at(AT_FDCWD, guard->cgroup_path, O_RDONLY | O_DIRECTORY) : -1;
     bool nobody, kills_cgroup = cgroup >= 0;
-    if (*guard->note_path && !guard->is_told_to_end) { /* a launcher that lives removes its note itself */
+    if (*guard->note_path && !guard->is_told_to_end) { /* a living launcher removes its note itself */
         unlink_at(AT_FDCWD, guard->note_path, 0);
     }
     take_events(guard);
@@ -176,7 +177,7 @@ guard_main(int argc, char *const *argv)
         write_to(2, by_hand, sizeof by_hand - 1);
         return 2;
     }
-    /* Slurm sends what is meant for a job to all its processes: the notice before the time limit, too. */
+    /* Slurm sends a job's signals to all its processes, also the notice before the time limit. */
     static const int for_others[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM, SIGXCPU};
     for (unsigned i = 0; i < sizeof for_others / sizeof *for_others; ++i) {
         ignore_signal(for_others[i]);

@@ -4,12 +4,12 @@
  *
  *  1. Those of every look at all processes: see search/search.c.
  *  2. A session's number is taken for as long as the session has a member, zombies included (free_pid in the kernel's
- *     kernel/pid.c). Afterwards it can become the number of a stranger's session. So each session has a witness, a pidfd
- *     of a member that lives. The first is the leader. When a witness ends, another member takes its place; where there
+ *     kernel/pid.c). Afterwards it can become the number of a stranger's session. So each session has a witness, a
+ *     pidfd of a living member. The first is the leader. When a witness ends, another member takes its place; if there
  *     is none, the session is forgotten. Between the two are milliseconds.
- *  3. In those milliseconds, or before the guard is up, while somebody has stopped it, or for 100 ms where the kernel has
- *     no pidfd_open, a number can come again: then the process of that number, which leads the stranger's session, is
- *     younger than the registration of ours. A rank's own leader never is.
+ *  3. A number can be reused in those milliseconds, before the guard is up, while it is stopped, or for 100 ms if the
+ *     kernel has no pidfd_open. Then the process of that number, which leads the stranger's session, is younger than
+ *     the registration of ours. A rank's own leader never is.
  *  4. A member that cannot be killed (another user's, or in uninterruptible sleep) stays until it ends: the caller
  *     says how long to try.
  */
@@ -26,7 +26,7 @@ enum { FIRST_PAUSE = 1 * NANOSECONDS_IN_MS, LONGEST_PAUSE = 100 * NANOSECONDS_IN
 
 /* ---- the table ----------------------------------------------------------------------------------------------------*/
 
-/* Where the session of this number is, or would be. */
+/* The index in the table where the session of this number is, or would be. */
 static size_t
 place_of(const struct sessions *sessions, pid_t number)
 {
@@ -64,7 +64,7 @@ has_ended(int pidfd)
     return wait_for(pidfd, POLLIN, 0);
 }
 
-/* Forget the sessions without a member in the last look, and those whose number a stranger's session has. */
+/* Forget the sessions without a member in the last look, and those whose number belongs to a stranger's session. */
 static void
 forget(struct sessions *sessions)
 {
@@ -171,7 +171,7 @@ bool
 sessions_add(struct sessions *sessions, pid_t number, int64_t registered)
 {
     if (number <= 1 || find(sessions, number)) {
-        return true; /* 0 and 1 are no rank's: to kill(2) they mean this process's own group, and everybody */
+        return true; /* no rank has 0 or 1: to kill(2) they mean this process's own group, and every process */
     }
     if (!make_room((void **)&sessions->all, &sessions->room, sessions->count, sizeof *sessions->all)) {
         return false;
@@ -234,7 +234,7 @@ kill_at_once(struct sessions *sessions)
     }
 }
 
-/* Wait for the ends of the witnesses, for `pause` nanoseconds at most. */
+/* Wait for the ends of the witnesses, at most `pause` nanoseconds. */
 static void
 wait_for_ends(struct sessions *sessions, int64_t pause)
 {

@@ -1,6 +1,6 @@
 /* System calls, with the C library or without; see kernel.h.
  *
- * Without it, this file is all that there is below guard.c. The hazards:
+ * Without it, guard.c has nothing but this file below it. The hazards:
  *
  *  1. The program is not relocated (it is position-independent, and has no dynamic linker): no initialised pointers in
  *     static memory. The linker refuses those that it could not write in read-only memory (-z text); tests/wheel looks.

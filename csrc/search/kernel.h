@@ -1,6 +1,6 @@
-/* The system calls of the search and of the guard's program, and the little that these need of a C library.
+/* The system calls of the search and of the guard's program, and the few functions that they need of a C library.
  *
- * The program is linked with no C library where kernel.c knows the machine's system call (x86-64, AArch64). So it starts
+ * The program is linked without a C library if kernel.c knows the machine's system call (x86-64, AArch64). So it starts
  * without a dynamic linker, in a tenth of a millisecond, and maps some 40 KiB. RANKSPAWN_FREESTANDING builds it so;
  * without that macro it is built with the C library: for the engine, on other machines, and for the sanitizers.
  *
@@ -67,7 +67,7 @@ enum { NANOSECONDS_IN_MS = 1000000 };
 /* CLOCK_MONOTONIC or CLOCK_BOOTTIME, in nanoseconds. */
 int64_t now(int clock);
 
-/* Wait for one descriptor, for so many nanoseconds at most; 0 looks only. fd -1: wait for the time to pass. Returns
+/* Wait for one descriptor, at most so many nanoseconds; 0 only looks. fd -1: wait for the time to pass. Returns
  * whether any of the events, POLLHUP or POLLERR has come. */
 bool wait_for(int fd, short events, int64_t nanoseconds);
 
@@ -79,10 +79,10 @@ long epoll_next(int epoll, struct epoll_event *events, int count, int millisecon
 
 /* ---- memory and text ----------------------------------------------------------------------------------------------*/
 
-/* Make room for one more element in an array. Returns false, and changes nothing, where there is no memory. */
+/* Make room for one more element in an array. Returns false, and changes nothing, if there is no memory. */
 bool make_room(void **array, size_t *room, size_t count, size_t element_bytes);
 
-/* The decimal number that `text` begins with, and where it ends. No digit: 0, and *end is text. */
+/* Read the decimal number at the start of `text`; *end is where it ends. Without a digit: 0, and *end is `text`. */
 int64_t number_in(const char *text, const char **end);
 
 /* Write a number in decimal, and a 0. Returns where the 0 is. */
@@ -91,7 +91,7 @@ char *put_number(char *text, int64_t number);
 /* Copy a text with its 0. Returns where the 0 is. */
 char *put_text(char *to, const char *from);
 
-/* What follows `name` in the first line that begins with it, or NULL. */
+/* The text after `name` in the first line that begins with it, or NULL. */
 const char *after_line_start(const char *text, const char *name);
 
 #endif

@@ -51,8 +51,8 @@ stat_field(const struct process *process, int field, char text[STAT_ROOM])
     return at ? at + 1 : NULL;
 }
 
-/* How many numbers the line NSpid has: one for each PID namespace, from that of the procfs inwards. *number becomes the
- * one at `wanted`, counted from 1, where there is one. */
+/* Count the numbers in the line NSpid: one for each PID namespace, from that of the procfs inwards. *number becomes the
+ * one at index `wanted`, counted from 1, if there is one. */
 static int
 numbers_in(const char *status, int wanted, pid_t *number)
 {
@@ -78,7 +78,7 @@ add(struct processes *processes, pid_t pid, pid_t shown)
 
 struct listing {
     struct processes *processes;
-    int depth; /* of the own number in the line NSpid */
+    int depth; /* the index of the own number in the line NSpid */
 };
 
 static bool
@@ -103,14 +103,14 @@ list_one(void *context, const char *name)
     return true;
 }
 
-/* Find out what /proc is. Returns at which place in the line NSpid a process's own number is, counted from 1. */
+/* Find out what /proc is. Returns the index, from 1, of a process's own number in the line NSpid. */
 static int
 recognize(struct processes *processes)
 {
     char status[STATUS_ROOM];
     pid_t shown = 0;
     int depth = 0;
-    /* Where /proc is another namespace's, /proc/self has our number there; an unrelated one shows no self. */
+    /* If /proc is an outer namespace's, /proc/self has our number there; an unrelated one has no /proc/self. */
     long got = read_file(AT_FDCWD, "/proc/self/status", status, sizeof status);
     if (got == -EMFILE || got == -ENFILE) {
         processes->procfs = PROCFS_SHUT;
@@ -168,7 +168,7 @@ process_numbered(enum procfs procfs, pid_t pid)
     return process;
 }
 
-/* What the kernel has said, or where a security module has refused it, what the field says. */
+/* The kernel's answer or, if a security module refused it, the value of the field. */
 static long
 or_field(long said, const struct process *process, int number)
 {
@@ -200,7 +200,7 @@ process_has_ended(const struct process *process)
     if (*state != 'Z' && *state != 'X') {
         return false;
     }
-    /* Where only the first thread has ended, the kernel calls the whole process a zombie. */
+    /* If only the first thread has ended, the kernel calls the whole process a zombie. */
     const char *threads = stat_field(process, STAT_THREADS, text);
     return threads && number_in(threads, &threads) <= 1;
 }

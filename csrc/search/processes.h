@@ -29,8 +29,8 @@ void processes_begin(struct processes *processes);
 /* List the processes that there are, in the order in which /proc shows them.
  *
  * A procfs of an outer PID namespace (unshare --pid without --mount-proc) shows other numbers; the line NSpid of
- * /proc/N/status has the own one beside them (Linux 4.1). That number may be one of a process
- * in a sibling namespace, so the user of it asks the kernel for its session. Where no procfs shows this process itself, or none can be read,
+ * /proc/N/status has the own one beside them (Linux 4.1). That number may be one of a process in a sibling namespace,
+ * so the user of it asks the kernel for its session. Where no procfs shows this process itself, or none can be read,
  * every number that a process can have is listed. */
 void processes_list(struct processes *processes);
 
@@ -38,15 +38,15 @@ void processes_list(struct processes *processes);
  * in the line Pid of /proc/self/fdinfo/N (Linux 5.3). */
 struct process process_numbered(enum procfs procfs, pid_t pid);
 
-/* The session and the process group of a process; -ESRCH: it has ended. A security module may refuse getsid(2) and getpgid(2):
- * /proc says it, too. */
+/* The session and the process group of a process; -ESRCH: it has ended. A security module may refuse getsid(2) and
+ * getpgid(2): /proc says it, too. */
 long process_session(const struct process *process);
 long process_group(const struct process *process);
 
 /* Whether all of its threads have ended, by /proc; or whether it has been reaped. */
 bool process_has_ended(const struct process *process);
 
-/* When it was started, in clock ticks since the machine was; -1 where that cannot be read. */
+/* When it was started, in clock ticks since the machine started; -1 if that cannot be read. */
 int64_t process_start(const struct process *process);
 
 /* A moment of CLOCK_BOOTTIME, in nanoseconds, in the same units. */

@@ -2,12 +2,12 @@
  *
  * The hazards, and what solves each:
  *
- *  1. A session cannot be signalled as a process group can. So its members are looked for among all processes and
- *     signalled one by one, again and again, until a look finds none.
+ *  1. A session cannot be signalled as a process group can. So a search looks for its members among all processes and
+ *     signals them one by one, again and again, until a look finds none.
  *  2. A look that finds no member proves nothing if a process ended during it, because that process may have forked
  *     after the list was made. Then there is another look.
- *  3. A number of a process can come again between a look at it and a signal to it: the signal goes to a pidfd, whose
- *     session is looked at when it is open. Linux before 5.3 has no pidfd_open.
+ *  3. A pid can be reused between a look at the process and a signal to it. So the signal goes to a pidfd, and the
+ *     session is looked at once the pidfd is open. Linux before 5.3 has no pidfd_open.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -60,7 +60,7 @@ search_listed(struct search *search, search_question *wants, search_question *me
             note_ended(search, process->pid);
         }
     }
-    /* What this look has noted takes the place of what the one before had. */
+    /* The notes of this look replace those of the one before. */
     for (size_t i = before; i < search->ended_count; i++) {
         search->ended[i - before] = search->ended[i];
     }
@@ -72,7 +72,7 @@ void
 member_signal(const struct process *process, int pidfd, int sig)
 {
     long said = pidfd < 0 ? -ENOSYS : signal_by(pidfd, sig);
-    /* Another error: a seccomp profile refuses the call; or it is another user's, and kill(2) fails, too. */
+    /* Another error: a seccomp profile refuses the call; or the process is another user's, and kill(2) fails, too. */
     if (said < 0 && said != -ESRCH) {
         signal_to(process->pid, sig);
     }
