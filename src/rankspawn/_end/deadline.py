@@ -6,7 +6,7 @@ import time
 
 
 def until(timeout: float | None) -> float | None:
-    """The end of a timeout, in seconds of time.monotonic(); None is never, here and in the three below."""
+    """The end of a timeout, in seconds of time.monotonic(); None is never, here and in the three functions below."""
     return None if timeout is None else time.monotonic() + timeout
 
 

@@ -29,7 +29,7 @@ _FIRST_PID_NAMESPACE = "pid:[4026531836]"
 _CORE = ("SIGQUIT", "SIGILL", "SIGABRT", "SIGFPE", "SIGSEGV", "SIGBUS", "SIGSYS", "SIGTRAP", "SIGXCPU", "SIGXFSZ")
 
 _SLACK_NS = 2_000_000_000  # between the clock of the kernel's log and CLOCK_MONOTONIC
-_ENOUGH = 0.8  # of a limit: the CPU time in /proc lags behind the one that the kernel has compared
+_ENOUGH = 0.8  # share of a limit: the CPU time in /proc lags behind the time that the kernel compares
 _MOST_LOG = 1 << 23
 
 _KILLED = re.compile(r"out of memory: Killed process (\d+) .*?anon-rss:(\d+)kB(?:.*?shmem-rss:(\d+)kB)?", re.IGNORECASE)
@@ -46,7 +46,7 @@ class Deaths:
         cgroup: The directory of the cgroup v2 that they were born in; None for this process's own.
         proc: Where procfs is mounted.
         log: The kernel's log.
-        counts: Whether no rank has ended yet, and what is counted now says what was counted before.
+        counts: Whether no rank has ended yet, so that the present counts are those from before any death.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Deaths:
         return f"out of memory: the kernel has killed it{used}" + (f", because {cause}" if cause else "")
 
     def _size_of(self, path: str) -> str:
-        """The limit of a cgroup that the log names by its path below the mount."""
+        """The limit of a cgroup, which the log names by its path below the mount."""
         folder = next((one for one in self._counters if path != "/" and one.endswith(path)), "")
         limit = _limit_of(folder) if folder else None
         return "" if limit is None else f" of {_bytes(limit)}"
@@ -229,7 +229,7 @@ def _limit(pid: int, sig: int, proc: str) -> str:
 
 
 def _cpu_time_used(pid: int, limit: int, option: str, proc: str) -> str:
-    """That a process has used its CPU time; "" where it has not, so that somebody else sent the signal."""
+    """That a process has used its CPU time; "" where it has not, so that another process sent the signal."""
     try:
         used = read_stat(f"{proc}/{pid}").cpu_seconds
     except OSError:
@@ -240,7 +240,7 @@ def _cpu_time_used(pid: int, limit: int, option: str, proc: str) -> str:
 
 
 def _limits(pid: int, name: str) -> tuple[int | None, int | None]:
-    """The soft and the hard limit of a process (prlimit(2)); None where there is none, or it cannot be asked for."""
+    """The soft and the hard limit of a process (prlimit(2)); None if there is no limit, or if it cannot be read."""
     try:
         import resource
 

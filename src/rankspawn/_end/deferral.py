@@ -1,4 +1,4 @@
-"""A part of a program that signal handlers in Python do not interrupt. It imports nothing of ours."""
+"""Protects a part of a program from signal handlers in Python. It imports nothing of ours."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Guard:
         self.process = process
         self.fd = fd
         self._launcher = os.getpid()
-        self._was_told = False  # to end what is left
+        self._was_told = False  # whether end_what_is_left() was called
 
     @staticmethod
     def why_not() -> str:

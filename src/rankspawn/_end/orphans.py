@@ -1,11 +1,12 @@
 """Orphans that this process has adopted: as the first process of a container, or as a subreaper (prctl(2)).
 
-The kernel gives a process whose parent has ended to the first process of the PID namespace, or to a subreaper on the
-way there. One that ends stays a zombie until its new parent waits for it, and holds its number. This is for commands,
-whose children are all known: a program that uses the library may have children of its own, which it waits for itself.
+If a process's parent ends, the kernel gives the process to the first process of the PID namespace, or to a subreaper on
+the way there. When such an orphan ends, it stays a zombie, and keeps its number, until its new parent waits for it.
+Only commands use this, because they know all their children. A program that uses the library may have other children,
+for which it waits itself.
 
-Each orphan is waited for by its number. Whoever waits for any child, as tini and dumb-init do, would take the statuses
-of ranks, too; and waitid(2) of any child, with WNOWAIT, does not get past the first rank that has ended and is kept.
+reap() waits for each orphan by its number. A wait for any child, as in tini and dumb-init, would also take the statuses
+of ranks. waitid(2) of any child, with WNOWAIT, does not get past the first rank that has ended and is kept.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Set
 
 LOOK_SECONDS = 1.0
-"""How often adopted processes are looked at: nothing but SIGCHLD says that one has ended."""
+"""Seconds between two looks at adopted processes, because only SIGCHLD would say that one has ended."""
 
 
 class Orphans:
-    """The adopted children of this process, which are reaped when they have ended. It starts no thread.
+    """Reaps the adopted children of this process when they have ended. It starts no thread.
 
     Args:
-        own: Says which children have an owner, who waits for them. No child is started while reap() runs.
+        own: A function that returns the children for which other code waits. No child is started while reap() runs.
     """
 
     def __init__(self, own: Callable[[], Set[int]]) -> None:
@@ -38,7 +39,7 @@ class Orphans:
         self._next = time.monotonic() if adopts() else None
 
     def left(self) -> float | None:
-        """In how many seconds reap() has something to do; None where this process adopts nobody."""
+        """Seconds until reap() has something to do; None if this process adopts no orphans."""
         return None if self._next is None else max(0.0, self._next - time.monotonic())
 
     def reap(self) -> None:

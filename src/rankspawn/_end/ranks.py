@@ -45,8 +45,8 @@ def signal_ranks(ranks: Sequence[Popen], *signals: int, to: SignalTo = "session"
     descendants, also when the rank has ended.
 
     Args:
-        ranks: The ranks, none of which has been reaped by the group. One that somebody else has reaped is signalled
-            only where the kernel can tell whose its number is.
+        ranks: The ranks, none of which has been reaped by the group. A rank that other code has reaped is
+            signalled only if the kernel knows whose its number is.
         *signals: What each process gets, in this order.
         to: Which processes of each rank.
         told: Which of them to skip, because they already had the signals.

@@ -50,7 +50,7 @@ def is_reaped(rank: Popen) -> bool:
 
 
 def unreaped(ranks: Iterable[Popen]) -> list[Popen]:
-    """The ranks whose numbers are still their own: they run, or are zombies that nobody has waited for."""
+    """The ranks whose numbers are still their own: they run, or are zombies that no code has reaped."""
     own = [rank for rank in ranks if not is_reaped(rank)]
     if not hasattr(os, "waitid"):
         return own

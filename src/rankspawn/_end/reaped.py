@@ -8,8 +8,8 @@ known to be the rank's by two things:
  -  The environment that the process was executed with has the mark of the ranks' launch: a variable that no stranger
     has with that value.
 
-A warm rank's forked children and what was executed without the variable (``env -i``) cannot be told from strangers
-like this. The guard knows them, because it has watched the session since the rank began.
+A warm rank's forked children, and processes that were executed without the variable (``env -i``), cannot be told from
+strangers like this. The guard knows them, because it has watched the session since the rank began.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TYPE_CHECKING = False  # typing's own costs more than this module
 if TYPE_CHECKING:
     from collections.abc import Sequence, Set
 
-_PAUSE = 0.02  # seconds between two looks, while what was killed ends
+_PAUSE = 0.02  # seconds between two looks, while the killed processes end
 
 
 def members_by_mark(numbers: Set[int], mark: str) -> tuple[dict[int, int], dict[int, int]]:

@@ -1,8 +1,8 @@
 """Finds the members of a session, and kills all of them.
 
-A rank is started with setsid(2): it leads a session, whose number is the rank's own, and what it starts is in that
-session until it calls setsid itself. A session cannot be signalled as a process group can, so its members are
-found and signalled one by one, pass after pass, until a pass finds none.
+A rank is started with setsid(2): it leads a session, whose number is the rank's own. The processes that it starts
+are in that session until they call setsid themselves. A session cannot be signalled as a process group can, so its
+members are found and signalled one by one, pass after pass, until a pass finds none.
 
 Two things make that sound:
 
@@ -91,7 +91,7 @@ def signal_members(sessions: Set[int], signals: Sequence[int], *, groups: bool =
     Args:
         sessions: The numbers of the sessions, which are the leaders' own; as for members().
         signals: What each gets, in this order.
-        groups: Also those in the leaders' process groups, but for the leaders.
+        groups: Whether to signal those in the leaders' process groups, too, except the leaders.
     """
     if sessions:
         _way.way.signal_members(sessions, signals, groups)

@@ -61,7 +61,7 @@ class Watch:
         # as a whole when the last rank has ended: taking each out is a good part of the time in which many end.
         self._pidfds: dict[int, int] = {}
         self._ends: Any = None
-        # Where there is no eventfd there is no pidfd either, and nobody sleeps for long.
+        # Where there is no eventfd there is no pidfd either, so no sleep is long.
         self._bell = -1
         if hasattr(os, "eventfd"):
             try:
@@ -146,7 +146,7 @@ class Watch:
             if bell >= 0:
                 os.close(bell)
         for woken in self._sleepers.copy():
-            # Before its number is another file's. The sleepers wake, and see that nobody is left.
+            # Before its number is another file's. The sleepers wake, and see that no rank is left.
             woken.get_loop().remove_reader(self._selector.fileno())
         self._wake_sleepers()
         self._polled.update(self.running)

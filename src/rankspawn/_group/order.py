@@ -102,7 +102,7 @@ class Order(Frozen):
 
         Args:
             job: What they know of the job.
-            called_ns: CLOCK_MONOTONIC when it was asked for.
+            called_ns: CLOCK_MONOTONIC when the attempt was ordered.
             resources: Gets what must be closed when the ranks have ended, also if the start fails.
             ranks: An empty list, as for start_ranks(): at every moment it has the processes that must not be lost.
 

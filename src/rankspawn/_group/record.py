@@ -53,7 +53,7 @@ def write_attempts(
 
 
 class Record:
-    """The record of a job whose ranks others start and reap.
+    """The record of a job whose ranks other code starts and reaps.
 
     Args:
         report: The file for the report; None for none.

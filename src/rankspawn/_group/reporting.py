@@ -144,8 +144,8 @@ class Reporting:
     def _look_for_deaths(self, timeout: float | None, cgroup: str | None) -> list[int]:
         """See which ranks have ended, and why, while the kernel still knows it.
 
-        What is counted before any rank dies is read when the ranks have lived a moment, so that it costs short jobs
-        nothing; until then no look is longer than that.
+        The kernel's counters are read before any rank dies, but not before the ranks have lived a moment, so that short
+        jobs do not pay for it. Until then no look takes longer than that moment.
         """
         if self._deaths is None and self._watch.running and not sys.is_finalizing():
             young = _MOMENT - (time.monotonic_ns() - self._called_ns) / 1e9

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .order import Started
 
     class Group(Protocol):
-        """What a restart needs of a RankGroup."""
+        """The part of a RankGroup that a restart needs."""
 
         job: Job
         stop_asked: tuple[int, float | None] | None

@@ -48,7 +48,7 @@ def start_ranks(
         shared: The variables that all have beside ``env``.
         numbered: Variables whose value is a number that grows with the rank, as RANK's does: name -> the first rank's.
         bindings: By rank.
-        streams: By rank, stdin, stdout and stderr as Popen takes them, but for PIPE.
+        streams: By rank, stdin, stdout and stderr as Popen takes them, except PIPE.
         cwd: The directory that they start in.
         die_with_parent: As for Popen.
         cgroup: A descriptor of a cgroup v2's directory.

@@ -27,7 +27,7 @@ REPORT = struct.Struct("ii")
 
 
 def run() -> NoReturn:
-    """Be a process of a context "warm": what it is to run, and what it is given, comes by the socket at stdin."""
+    """Be a process of a context "warm": the socket at stdin brings what to run, and its descriptors."""
     import socket
     import sys
     from multiprocessing import reduction, resource_tracker

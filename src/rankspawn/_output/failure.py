@@ -16,7 +16,7 @@ from .recorded import RecordedError, read_error_file
 from .words import place_in, why_by_words
 
 _MOST_LINES = 20
-_WIDEST = 300  # characters of a line that are printed
+_WIDEST = 300  # the most characters to print of a line
 _MOST_CAUSES = 8  # of the other ranks, a line each
 
 if TYPE_CHECKING:

@@ -47,7 +47,7 @@ class BindingFacts(TypedDict):
         required: Whether a refused binding would have failed the launch.
         effective: The binding that the kernel had for the rank when the launcher last looked. If the rank had ended
             before the first look: the binding that it was born with. None if neither is known.
-        refused: The refused steps of a binding that is not required.
+        refused: The steps that the system refused of a binding that is not required.
     """
 
     asked: Placement | None

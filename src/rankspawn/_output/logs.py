@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOCTTY", 0)
-"""For files that others make: with O_NONBLOCK, open(2) of a FIFO does not wait for its other end."""
+"""For files of other programs: with O_NONBLOCK, open(2) of a FIFO does not wait for its other end."""
 
 # Control sequences (ECMA-48): colours and cursor moves, titles and links, and the short ones.
 _SEQUENCES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])")
@@ -94,7 +94,7 @@ def _dated_folder(parent: str, name: str) -> str:
     base = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for count in range(1, 10_000):
         made = base if count == 1 else f"{base}-{count}"
-        with suppress(FileExistsError):  # of a job that began in the same second, perhaps on another machine
+        with suppress(FileExistsError):  # a job that began in the same second has it, perhaps on another machine
             os.mkdir(os.path.join(parent, made), 0o700)
             break
     else:

@@ -160,7 +160,7 @@ def why_refused(proc: str = "/proc") -> str:
 
 
 def read(path: str, most: int = _MOST_BYTES) -> str:
-    """The text of a file of procfs; "" where it cannot be read."""
+    """The text of a file of procfs; "" if it cannot be read."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -13,7 +13,7 @@ from .facts import Process, Thread
 from .kernel import call_of, read, threads_of
 from .take import Stacks
 
-# The modules of debuggers in which a program waits for what somebody types, be it at a terminal or at a socket.
+# The modules of debuggers in which a program waits for a person to type, at a terminal or at a socket.
 _DEBUGGERS = re.compile(r"/(?:pdb|bdb)\.py$|/(?:debugpy|pydevd|_pydevd_bundle|ipdb|pudb|IPython)/")
 _TERMINAL = re.compile(r"/dev/(?:pts/\d|tty|console)")
 _MOST_DESCRIPTORS = 1024

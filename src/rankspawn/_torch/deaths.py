@@ -9,7 +9,7 @@ from torch.distributed.elastic.multiprocessing.errors import handlers
 _TORCHS_ERROR_HANDLER = handlers.get_error_handler
 
 _known: dict[str, str] = {}
-"""What is known of ranks that died of a signal, by its message, or by its error file."""
+"""What is known of ranks that died of a signal, by their message or their error file."""
 
 
 def note(failure: Any, what: str) -> None:
@@ -27,7 +27,7 @@ def forget() -> None:
 
 
 def get_error_handler() -> Any:
-    """torch's, whose hook for the text of a death by signal has been filled."""
+    """torch's error handler, whose text about a death by signal now has what is known of the rank."""
     handler = _TORCHS_ERROR_HANDLER()
     torchs = getattr(handler, "maybe_enrich_signal_failure_message", None)
     if torchs is not None:

@@ -11,7 +11,7 @@ from .._frozen import Frozen
 _INTERPRETER = re.compile(r"python(?:[23](?:\.\d+)?t?)?$")
 _WITH_VALUE = "WX"  # options whose value may be the next word
 _ALONE = "bBdEIOPqsSuv"
-# Interactive mode, the first line skipped, and what only prints something and ends.
+# Interactive mode, skipping the first line, and options that only print something.
 _REFUSED = re.compile(r"[ihVx?]")
 
 

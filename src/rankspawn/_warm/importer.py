@@ -24,7 +24,7 @@ from .. import _spawn
 from .wire import receive, send
 
 _TRIAL_SECONDS = 20.0
-_HUGE = 2 << 20  # bytes of a huge page, or a multiple of it; the kernel refuses what is less
+_HUGE = 2 << 20  # bytes of a huge page, or a multiple of it; the kernel refuses less
 
 
 def run() -> NoReturn:

@@ -73,7 +73,7 @@ class Template:
         self.lasts = lasts
         self._stems: list[tuple[Any, Stem]] = []
         self._begun: list[tuple[Any, Stem]] = []
-        """Those of them that nobody has waited for."""
+        """The templates whose imports no launch has waited for."""
         self._inherited: dict[str, str] = {}
         self._guard: Guard | None = None
         self._said: set[str] = set()
