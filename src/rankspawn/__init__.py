@@ -1,6 +1,6 @@
 """rankspawn starts the ranks of a job, each born bound to its CPUs and memory."""
 
-# Type checkers know this name. It is not imported from typing, because that import would cost more than all else here.
+# Type checkers know this name. It is not imported from typing, because that import would cost more than all the rest.
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
@@ -81,14 +81,14 @@ _MODULES = {
     "launch": "_group.launch",
     "place": "_place.plan",
 }
-"""Where each public name is."""
+"""The module of each public name."""
 
 if not TYPE_CHECKING:  # A type checker that saw __getattr__ would accept any name.
 
     def __getattr__(name):
-        # A name is imported when it is first used (PEP 562): a program that only starts processes needs no reader of
-        # topologies, and the commands that look at a machine need nothing that starts a process.
-        if name == "__version__":  # of the installed package; the number itself is in pyproject.toml
+        # A name is imported at its first use (PEP 562), because a program that only starts processes needs no reader of
+        # topologies, and a command that looks at a machine starts no process.
+        if name == "__version__":  # the installed package's; the number itself is in pyproject.toml
             from importlib.metadata import version
 
             return version(__name__)

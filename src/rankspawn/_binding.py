@@ -1,4 +1,4 @@
-"""What a rank is bound to: plain frozen data, checked when it is made. Nothing here touches the machine."""
+"""A rank's binding as plain frozen data, which is checked when it is made. Nothing here touches the machine."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ MEMORY_MODES: tuple[MemoryMode, ...] = (
 )
 _MODES_WITHOUT_NODES = ("default", "local")
 
-# No kernel is built for more (the largest NR_CPUS is 8192, MAX_NUMNODES is 1024). A larger id is a mistake, and is
-# refused before a mask of gigabytes is made for it.
+# No kernel supports more (the largest NR_CPUS is 8192, MAX_NUMNODES is 1024). A larger id is a mistake. It is refused,
+# because a mask for it could take gigabytes.
 _MAX_CPU = 1 << 16
 _MAX_NODE = 1 << 12
 
@@ -53,7 +53,7 @@ def _checked_ids(what: str, ids: Iterable[int], limit: int) -> frozenset[int]:
 
 @public
 class AffinityMode(str, Enum):
-    """How the CPUs of a rank follow from its device. Names and meanings are those of torch.numa.binding."""
+    """How the CPUs of a rank follow from its device, with the names and meanings of torch.numa.binding."""
 
     NODE = "node"
     """All CPUs of the NUMA node that the device is on."""
@@ -62,10 +62,10 @@ class AffinityMode(str, Enum):
     """All CPUs of that node's socket."""
 
     EXCLUSIVE = "exclusive"
-    """Cores of that node that no other rank has: equal shares, of which the first are one core larger if need be."""
+    """Cores of that node for this rank alone: equal shares; the first ranks get one core more if some are left over."""
 
     CORE_COMPLEX = "core-complex"
-    """The CPUs of one last-level cache of that node; each rank has its own cache while there are enough."""
+    """The CPUs of one last-level cache of that node; each rank gets its own cache if there are enough."""
 
 
 @public
@@ -104,13 +104,13 @@ class MemoryPolicy(Frozen):
 
 @public
 class Binding(Frozen):
-    """The CPUs and the memory policy that a process is born with.
+    """The CPUs and the memory policy that a process has from birth.
 
     Args:
         cpus: Logical CPU ids, as in sched_setaffinity(2); at least one. None leaves the inherited mask alone.
         memory: The memory policy; None leaves the inherited policy alone.
-        required: True makes a refused step fail the start with BindingError. False starts the process anyway, and the
-            report names what was refused.
+        required: If True, a refused step fails the start with BindingError. If False, the process starts anyway, and
+            its report names the refused steps.
 
     Raises:
         ValueError: ``cpus`` is empty, or an id is out of range.

@@ -1,4 +1,4 @@
-"""Where the cgroups of this process are mounted (cgroups(7); proc(5), mountinfo). It reads, and changes nothing."""
+"""Finds where the cgroups of this process are mounted (cgroups(7); proc(5), mountinfo). It changes nothing."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Hierarchy(Frozen):
     """A hierarchy of cgroups that is mounted and has this process in it.
 
     Attributes:
-        controllers: Those of version 1, among the options of its mount; empty for version 2.
+        controllers: The options of a version 1 mount, which name its controllers; empty for version 2.
         point: Where it is mounted.
-        inside: The path of the process's cgroup below that; None for one that is seen from another namespace, where it
-            is not below what is mounted.
+        inside: The path of the process's cgroup below that. None if it is not below the mounted cgroup, as when another
+            cgroup namespace has mounted it.
     """
 
     controllers: tuple[str, ...]
@@ -26,11 +26,11 @@ class Hierarchy(Frozen):
     inside: str | None
 
     def has(self, controller: str) -> bool:
-        """Whether files of this controller may be there: in version 2, or in the version 1 that has it."""
+        """Whether it may have files of this controller: in version 2, or in the version 1 hierarchy with it."""
         return not self.controllers or controller in self.controllers
 
     def upwards(self) -> Iterator[str]:
-        """The directory of the cgroup, and those above it up to the mount point, which alone is seen of one outside."""
+        """The cgroup's directory and those above it, up to the mount point; only the latter if ``inside`` is None."""
         parts = list(filter(None, (self.inside or "").split("/")))
         for count in range(len(parts), -1, -1):
             yield "/".join([self.point.rstrip("/"), *parts[:count]])
@@ -41,7 +41,7 @@ def own_hierarchies(proc: str = "/proc", mounts: Iterable[Hierarchy] | None = No
 
     Args:
         proc: Where procfs is mounted.
-        mounts: What mounted_hierarchies() has returned before; None has it read.
+        mounts: What mounted_hierarchies() returned before; None reads it now.
 
     Raises:
         OSError: procfs cannot be read.
@@ -57,7 +57,7 @@ def own_hierarchies(proc: str = "/proc", mounts: Iterable[Hierarchy] | None = No
 
 
 def mounted_hierarchies(proc: str = "/proc") -> tuple[Hierarchy, ...]:
-    """Find all that are mounted. ``inside`` is the cgroup that is mounted there, as a container sees its own.
+    """Find all mounted hierarchies. ``inside`` is the cgroup that is mounted there; a container sees only its own.
 
     Raises:
         OSError: procfs cannot be read.

@@ -1,7 +1,7 @@
-"""``Frozen``, the base of this package's plain data: a frozen dataclass in little.
+"""``Frozen``, the base class of this package's plain data: a small frozen dataclass.
 
-Neither this module nor anything else that ``rankspawn plan`` needs imports ``dataclasses`` or ``typing``: these two,
-with inspect, ast and dis behind them, and the classes that they make, take longer than all the rest of a plan.
+Nothing that ``rankspawn plan`` needs imports ``dataclasses`` or ``typing``, because the two, with inspect, ast and dis
+behind them, and the classes that they make, take longer than all the rest of a plan.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 else:
 
     def dataclass_transform(**_):
-        # For type checkers only (PEP 681): they see the fields, and an __init__ that takes them, as in a dataclass.
+        # Only for type checkers (PEP 681), which see the fields, and an __init__ that takes them, as in a dataclass.
         return lambda cls: cls
 
 
 @dataclass_transform(frozen_default=True)
 class Frozen:
-    """Data that is made once and never changed; compared, hashed, shown, matched, copied and pickled by its fields.
+    """Data that never changes. It is compared, hashed, shown, matched, copied and pickled by its fields.
 
-    The fields are the annotations of the class, in their order, with their defaults. A subclass that checks them has an
-    ``__init__`` of its own, which passes them on to this one. What else is put into an object's ``__dict__`` is not
-    compared, copied or pickled.
+    The fields are the annotations of the class, in their order, with their defaults. A subclass that checks its fields
+    has its own ``__init__``, which passes them to this one. Other entries in an object's ``__dict__`` are not compared,
+    copied or pickled.
     """
 
     __match_args__: ClassVar[tuple[str, ...]] = ()
@@ -49,7 +49,7 @@ class Frozen:
         return tuple([self.__dict__[name] for name in self.__match_args__])
 
     def replace(self, **changes: Any) -> Self:
-        """Return a copy with ``changes`` to its fields, checked again; ``copy.replace`` of Python 3.13 calls it."""
+        """Return a checked copy with ``changes`` to its fields. Python 3.13's ``copy.replace`` calls it."""
         return type(self)(**{**dict(zip(self.__match_args__, self._values(), strict=True)), **changes})
 
     __replace__ = replace

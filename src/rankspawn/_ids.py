@@ -12,7 +12,7 @@ _RUN = re.compile(r"\s*([0-9]{1,6})(?:-([0-9]{1,6}))?\s*")
 
 
 def format_ids(ids: Iterable[int]) -> str:
-    """Write ids as the kernel lists them: ``{0, 1, 2, 5}`` gives "0-2,5"; no ids give ""."""
+    """Write ids in the kernel's list format: ``{0, 1, 2, 5}`` gives "0-2,5"; no ids give ""."""
     runs: list[list[int]] = []
     for one in sorted(ids):
         if runs and one == runs[-1][1] + 1:

@@ -1,7 +1,7 @@
-"""What the kernel tells of other processes: which there are, in which session and group, whether they have ended.
+"""What the kernel says about other processes: which exist, in which session and group, and whether they have ended.
 
-A procfs of an outer PID namespace (``unshare --pid`` without ``--mount-proc``) shows other numbers than system calls
-take; the line NSpid has both (Linux 4.1).
+The procfs of an outer PID namespace (``unshare --pid`` without ``--mount-proc``) shows other numbers than system calls
+accept. The line NSpid has both (Linux 4.1).
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from contextlib import suppress
 
 from ._frozen import Frozen
 
-TYPE_CHECKING = False  # typing's own costs more than this module
+TYPE_CHECKING = False  # importing typing's would take longer than this module
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
 class Stat(Frozen):
-    """What a procfs says of a process, or of a thread, in one line (proc_pid_stat(5)).
+    """The line of a procfs about a process or a thread (proc_pid_stat(5)).
 
     Attributes:
-        name: Of its program, cut to 15 bytes, or as it has named itself.
+        name: The name of its program, cut to 15 bytes, or the name that it gave itself.
         state: The letter of its state.
-        parent: The process that has started it, or has adopted it.
+        parent: The process that started or adopted it.
         group: Its process group.
         session: Its session.
         cpu_seconds: The CPU time that it has used.
-        waited_seconds: That of the processes that it has started and waited for, and theirs.
-        threads: How many the process has.
-        started: When it was started, in clock ticks since the machine was.
-        ending: Whether it is on its way out (PF_EXITING of include/linux/sched.h), perhaps without its memory already.
+        waited_seconds: The CPU time of the children that it has reaped, and of those that these have reaped.
+        threads: How many threads the process has.
+        started: When it was started, in clock ticks since the machine started.
+        ending: Whether it is ending (PF_EXITING of include/linux/sched.h); its memory may be gone already.
     """
 
     name: str
@@ -52,14 +52,14 @@ def read_stat(folder: str) -> Stat:
     """Read the line about a process, or a thread.
 
     Args:
-        folder: Where a procfs shows it: ``/proc/PID``, or ``/proc/PID/task/TID``.
+        folder: Its folder in a procfs: ``/proc/PID``, or ``/proc/PID/task/TID``.
 
     Raises:
-        OSError: It has been reaped, or cannot be read.
+        OSError: It has been reaped, or the line cannot be read.
     """
     with open(f"{folder}/stat", "rb", buffering=0) as file:
         before, _, after = file.readall().decode(errors="backslashreplace").rpartition(")")
-    # The manual page counts from 1, and the state, which follows the name, is the third. A name may have brackets.
+    # The manual page counts fields from 1. The state follows the name as the third. A name may contain brackets.
     state, parent, group, session, *others = after.split()
     flags, user, system, theirs, theirs_too, threads, started = (
         int(others[at - 7]) for at in (9, 14, 15, 16, 17, 20, 22)
@@ -73,9 +73,10 @@ def read_stat(folder: str) -> Stat:
 
 
 def pids(proc: str = "/proc") -> Iterable[int] | None:
-    """All processes, the youngest first, which are listed last; None where no procfs shows this process itself.
+    """All processes, the youngest first; None if no procfs shows this process itself.
 
-    The youngest first, because a process that forks and ends again and again is met in time then.
+    The youngest come first, because that is how a search catches a process that forks and ends again and again. A
+    procfs lists them last.
     """
     if not sys.platform.startswith("linux"):
         import psutil
@@ -118,14 +119,14 @@ def _numbers(name: str, proc: str) -> list[str]:
 
 
 def depth(proc: str = "/proc") -> int:
-    """At which place of the line NSpid our own numbers stand, from 1; 0 where ``proc`` does not show this process."""
+    """The place, from 1, of this namespace's numbers in the line NSpid; 0 if ``proc`` does not show this process."""
     status = f"{proc}/self/status"
     own = line(status, "NSpid:").split() or line(status, "Pid:").split()
     return len(own) if own and own[-1] == str(os.getpid()) else 0
 
 
 def folder(pid: int, proc: str = "/proc") -> str:
-    """Where ``proc`` shows a process; a path that is not there where it does not, or where that cannot be told."""
+    """The folder of a process in ``proc``; a path that does not exist if there is none or it cannot be found."""
     at = depth(proc)
     if at == 1:
         return f"{proc}/{pid}"
@@ -134,17 +135,17 @@ def folder(pid: int, proc: str = "/proc") -> str:
     if pidfd < 0:
         return nowhere
     try:
-        # The kernel gives the number that the procfs has, in which this file is.
+        # In this file the kernel writes the process's number as this procfs shows it.
         return f"{proc}/{line(f'{proc}/self/fdinfo/{pidfd}', 'Pid:') or -1}"
     finally:
         os.close(pidfd)
 
 
 def session(pid: int, proc: str = "/proc") -> int:
-    """The session of a process. A security module may refuse getsid(2): /proc says it, too.
+    """The session of a process, from getsid(2), or from /proc if a security module refuses that call.
 
     Raises:
-        OSError: It has ended, or nothing tells.
+        OSError: The process has ended, or both are refused.
     """
     try:
         return os.getsid(pid)
@@ -153,7 +154,7 @@ def session(pid: int, proc: str = "/proc") -> int:
 
 
 def group(pid: int, proc: str = "/proc") -> int:
-    """The process group of a process, as session()."""
+    """The process group of a process, found as in session()."""
     try:
         return os.getpgid(pid)
     except PermissionError:
@@ -174,11 +175,11 @@ def has_ended(pid: int, proc: str = "/proc") -> bool:
         finally:
             os.close(pidfd)
     try:
-        # Where only the first thread has ended, the kernel calls the whole process a zombie.
+        # If only the first thread has ended, the kernel already calls the whole process a zombie.
         stat = read_stat(folder(pid, proc))
         return stat.state in "ZX" and stat.threads <= 1
     except OSError:
-        return is_gone(pid)  # a file that is not there says nothing where there is no procfs
+        return is_gone(pid)  # without a procfs, a missing file says nothing
 
 
 def is_gone(pid: int) -> bool:
@@ -193,14 +194,14 @@ def is_gone(pid: int) -> bool:
 
 
 def line(path: str, start: str = "") -> str:
-    """What follows ``start`` in the file; "" where there is nothing."""
+    """The rest of the first line that begins with ``start``; "" if there is none."""
     with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         return next((line[len(start) :].strip() for line in file if line.startswith(start)), "")
     return ""
 
 
 def open_pidfd(pid: int) -> int:
-    """A pidfd of a process; -1 where there is none."""
+    """A pidfd of a process; -1 if there is none."""
     try:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):
@@ -208,7 +209,7 @@ def open_pidfd(pid: int) -> int:
 
 
 def wait(pidfd: int, seconds: float) -> bool:
-    """Wait for a process to end; whether it has."""
+    """Wait up to ``seconds`` for a process to end; return whether it has."""
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
     return bool(poller.poll(max(0.0, seconds) * 1000))

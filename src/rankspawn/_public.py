@@ -1,4 +1,4 @@
-"""Gives public classes and functions the address that users import them from: in tracebacks, pickles and docs."""
+"""Gives public classes and functions the module that users import them from, for tracebacks, pickles and docs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""torchrun with its ranks started by rankspawn: ``python -m rankspawn.torchrun`` takes every argument of torchrun.
+"""torchrun, but rankspawn starts its ranks: ``python -m rankspawn.torchrun`` takes every argument of torchrun.
 
 The agent, the rendezvous, the error files and the restarts are torch's own (torch.distributed.elastic, 2.4 and newer).
-In a program that launches by itself (``elastic_launch``, ``LaunchConfig``), ``install()`` does the same.
+``install()`` does the same in a program that launches by itself (``elastic_launch``, ``LaunchConfig``).
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _REPLACED = (
 )
 """Where torch looks up the names that ``_torch.elastic`` replaces."""
 _REPLACED_IF_THERE = ("torch.distributed.elastic.rendezvous.api", "get_free_port")
-"""In torch 2.4 and newer, and no seam: where it is missing, no port is held."""
+"""In torch 2.4 and newer. It is no seam: if it is missing, no port is held."""
 
 _torchs: dict[tuple[str, str], Any] = {}
-"""What was there before; empty when nothing is installed."""
+"""torch's own objects, which install() has replaced; empty if nothing is installed."""
 
 
 def install(
@@ -55,29 +55,30 @@ def install(
 ) -> None:
     """From now on, torch elastic in this process starts and watches its ranks through rankspawn, until uninstall().
 
-    Where somebody else has replaced torch's ``get_subprocess_handler``, before or after, as NVIDIA's ft_launcher does
-    for its logs, ranks that are programs are started through that function, bound all the same; they do not die with
-    this process, and have no guard.
+    Other code may replace torch's ``get_subprocess_handler``, before or after, as NVIDIA's ft_launcher does for its
+    logs. Then ranks that are programs start through that function. They are bound all the same, but they do not die
+    with this process, and have no guard.
 
     Args:
-        numa_options: How ranks are bound that are launched without options of their own (``LaunchConfig.numa_options``,
-            torch's or ours); the memory policy also for ranks whose options are torch's, which have none. Installing
-            again only replaces these.
-        guard: Whether a guard ends what ranks that are programs leave behind in their sessions, when they have ended
-            and when this process is killed; None: where a guard can run.
-        cgroup: A delegated cgroup v2, in which one is made for the ranks of each attempt that are programs; it ends all
-            in it when they have ended. "auto" finds a delegated cgroup. With it there is a guard.
-        devices: For ranks that are bound: the accelerators in local-rank order, as ``--devices`` of ``rankspawn run``;
-            None for those that are visible.
-        reserve_cores: For ranks that are bound: cores of the machine that are left free.
-        template: What ranks are forked from: a warm start. The caller closes it. Ranks that are functions are forked
-            from it where it names its modules and their start method is spawn; a RuntimeWarning says why else.
-        stacks: Log what the other ranks do, of those that are programs, before they are ended because one has failed
-            (two seconds at most), in one line; all of it is in ``stacks.txt`` beside the ranks' folders of logs.
+        numa_options: The binding of ranks without options of their own (``LaunchConfig.numa_options``, torch's or
+            ours). Its memory policy also applies to ranks with torch's options, which have none. Installing again only
+            replaces these settings.
+        guard: Whether a guard ends the processes that ranks (programs) leave in their sessions, both when the ranks
+            have ended and when this process is killed. None: if a guard can run.
+        cgroup: A delegated cgroup v2; "auto" finds one. Each attempt makes a cgroup in it for the ranks that are
+            programs. When these have ended, everything left in it is ended. It implies a guard.
+        devices: For bound ranks: the accelerators in local-rank order, as ``--devices`` of ``rankspawn run``; None for
+            the visible ones.
+        reserve_cores: For bound ranks: how many cores of the machine to leave free.
+        template: The template from which ranks are forked (a warm start). The caller closes it. Ranks that are
+            functions are forked from it if it names its modules and their start method is spawn. If they cannot be, a
+            RuntimeWarning says why.
+        stacks: When a rank has failed, log in one line what the other ranks (programs) do, before they are ended. This
+            takes two seconds at most. All stacks are in ``stacks.txt`` beside the ranks' log folders.
 
     Raises:
-        ModuleNotFoundError: There is no torch.
-        ImportError: In this torch one of SEAMS is not as expected. Nothing has been changed.
+        ModuleNotFoundError: torch is not installed.
+        ImportError: In this torch, one of SEAMS is not as expected. Nothing was changed.
     """
     if not _torchs:
         differences = [difference for seam in SEAMS if (difference := seam.difference())]
@@ -97,7 +98,7 @@ def install(
         present = getattr(place, name)
         if present is elastic.TORCHS_HANDLER or (name != "get_subprocess_handler" and (module, name) not in _torchs):
             _torchs[module, name] = present
-        if present is _torchs.get((module, name)):  # else it is ours, or somebody else's, which ours go through
+        if present is _torchs.get((module, name)):  # else it is ours already, or other code's, through which ours goes
             setattr(place, name, getattr(elastic, name))
 
 
@@ -107,11 +108,11 @@ def _replaced() -> tuple[tuple[str, str], ...]:
 
 
 def uninstall() -> None:
-    """Give torch its own back; running ranks are left alone. Does nothing when nothing is installed."""
+    """Restore torch's own functions. Running ranks keep running. Does nothing if nothing is installed."""
     elastic = sys.modules.get("rankspawn._torch.elastic")
     for (module, name), torchs in _torchs.items():
         place = import_module(module)
-        if getattr(place, name) is getattr(elastic, name):  # else somebody has replaced it since, and keeps it
+        if getattr(place, name) is getattr(elastic, name):  # else other code has replaced it since, and keeps its own
             setattr(place, name, torchs)
     _torchs.clear()
 
@@ -127,16 +128,16 @@ def installed(
     template: Template | None = None,
     stacks: bool = False,
 ) -> Iterator[None]:
-    """Install for the length of a ``with`` block, for all threads of the process; afterwards all is as before.
+    """Install while a ``with`` block runs, for all threads of the process. Afterwards everything is as before.
 
     Args:
-        numa_options: As of install(), as all the others.
+        numa_options: As for install(), like all other arguments.
         guard: Whether there is a guard.
         cgroup: The delegated cgroup.
         devices: The accelerators.
         reserve_cores: Cores left free.
-        template: What programs are forked from.
-        stacks: Whether it is looked at what programs do.
+        template: The template from which ranks are forked.
+        stacks: Whether to log what the other ranks do when one has failed.
     """
     inside = bool(_torchs)
     elastic: Any = import_module("rankspawn._torch.elastic") if inside else None
@@ -159,14 +160,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m rankspaw
     """Do what torchrun's command does.
 
     Args:
-        arguments: Those of torchrun; None is those of this process.
-        prog: What messages call the command.
+        arguments: torchrun's arguments; None takes those of this process.
+        prog: The command's name in messages.
 
     Returns:
-        0 as exit status; or 1, with a message, where there is no torch or the workers cannot be bound as asked.
+        The exit status: 0; or 1, with a message, if torch is not installed or the workers cannot be bound as asked.
 
     Raises:
-        Exception: What torchrun's command raises, too: ChildFailedError, SignalException.
+        Exception: Whatever torchrun's command raises, such as ChildFailedError and SignalException.
     """
     arguments = respelt(sys.argv[1:] if arguments is None else arguments)
     with early_template(arguments) as template:
@@ -186,10 +187,10 @@ def _with_template(arguments: Sequence[str], prog: str, template: Template | Non
     _add_options(parser)
     options = parser.parse_args(arguments)
     if template is not None and not (options.warm or options.preload):
-        template = None  # it was an argument of the script's
+        template = None  # --warm was an argument of the script
     numa_options = None
     if options.numa_binding:
-        # torch gets the option as well: without one it initializes CUDA in this process, to see whether to bind.
+        # torch gets the option, too, because without it torch initializes CUDA in this process to decide about binding.
         numa_options = NumaOptions(AffinityMode(options.numa_binding), memory_policy=options.memory_policy)
     else:
         for option in ("memory_policy", "devices", "reserve_cores"):
@@ -217,7 +218,7 @@ def _with_template(arguments: Sequence[str], prog: str, template: Template | Non
 
 
 class _OfRunAlone(Action):
-    """An option that ``rankspawn run`` has, and torch's agent leaves no place for."""
+    """An option of ``rankspawn run`` that torch's agent leaves no place for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
         parser.error(f"{given[-1]}: only torch's agent ends and restarts workers; use `rankspawn run` for this option")
@@ -233,7 +234,7 @@ def _modules(text: str) -> tuple[str, ...]:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that ``rankspawn torchrun`` has beside torchrun's."""
+    """Add the options that ``rankspawn torchrun`` has in addition to torchrun's."""
     from argparse import BooleanOptionalAction
 
     if "--numa-binding" not in parser._option_string_actions:  # torch before 2.9
@@ -282,7 +283,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def _recorded(report: str | None, timeline: str | None, prog: str) -> Iterator[None]:
-    """Record what is started while the block runs, and write the files at its end. One that cannot be is said."""
+    """Record the starts while the block runs, and write the files at its end. If that fails, print a line."""
     if not (report or timeline):
         yield
         return
@@ -300,10 +301,10 @@ def _recorded(report: str | None, timeline: str | None, prog: str) -> Iterator[N
 
 
 def _import_run() -> Any:
-    """torch.distributed.run, imported for good.
+    """Import torch.distributed.run without the garbage collector.
 
-    The objects of torch's import live until this process ends. Searching them for garbage takes a tenth of the import,
-    and most of the time of the interpreter's shutdown.
+    The objects of torch's import live until this process ends. To search them for garbage would take a tenth of the
+    import, and most of the interpreter's shutdown.
     """
     gc.disable()
     try:

@@ -5,11 +5,11 @@ allowed    what the affinity and the cpuset leave          devices    which acce
 visible    what the variables of CUDA and others leave     usable     the cores that ranks may be given
 modes      the CPUs of a rank: node, socket, ...           memory     the memory policy of a rank
 plan       a Binding for each rank: place(), plan()        auto       the default: each rank to its node, or unbound
-lists      ranks placed by hand                            glance     whether a machine has one node, at once
+lists      ranks placed by hand                            glance     quickly: whether a machine has one node
 openmp     the threads that fit in a mask                  quota      the CPU time that cgroups leave
 drawing    the plan as a picture                           textmap    the plan as text, for a terminal
-colours    the ranks' colours in it
-surroundings   what a picture shows besides: cache sizes, network adapters
+colours    the ranks' colours in pictures
+surroundings   what only pictures show: cache sizes, network adapters
 
-It starts nothing and knows no process: it imports neither subprocess nor any other room.
+It starts no process and knows none, so it imports neither subprocess nor any other room.
 """

@@ -1,4 +1,4 @@
-"""Which CPUs and nodes a process may use: its affinity and its cpuset, also in a captured tree."""
+"""The CPUs and nodes that a process may use, by its affinity and its cpuset, also in a captured tree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SELF = "proc/self"
 
 
 def allowed(tree: Tree, online: frozenset[int], nodes: frozenset[int]) -> tuple[frozenset[int], frozenset[int]]:
-    """Find what the process may use: the affinity of this thread, or what a captured tree says of its process.
+    """Find what the process may use: the affinity of this thread; in a captured tree, that of the captured process.
 
     Args:
         tree: The machine.
@@ -55,7 +55,7 @@ def _status_ids(tree: Tree, status: str, name: str) -> frozenset[int] | None:
 def _cpuset(tree: Tree) -> tuple[frozenset[int] | None, frozenset[int] | None]:
     """Find the CPUs and nodes of the captured process's cpuset; cgroup v1 under any of its names, else v2.
 
-    A group without a file of its own (v2 without the controller) has those of its nearest ancestor (cgroups(7)).
+    A group without a file of its own (v2 without the controller) inherits from its nearest ancestor (cgroups(7)).
     """
     for mount, prefix, path in _cpuset_mounts(tree):
         while True:
@@ -71,7 +71,7 @@ def _cpuset(tree: Tree) -> tuple[frozenset[int] | None, frozenset[int] | None]:
 
 
 def _cpuset_mounts(tree: Tree) -> Iterator[tuple[str, str, str]]:
-    """Yield where a cpuset may be, v1 first: mount point, prefix of its files ("cpuset." or none), and group."""
+    """Yield the places of a possible cpuset, v1 first: mount point, prefix of the files ("cpuset." or ""), group."""
     groups = [line.split(":", 2) for line in (tree.text(f"{_SELF}/cgroup") or "").splitlines()]
     paths = {name: line[2] for line in groups if len(line) == 3 for name in line[1].split(",")}
     mounts = [line.split() for line in (tree.text("proc/mounts") or tree.text(f"{_SELF}/mounts") or "").splitlines()]

@@ -1,4 +1,4 @@
-"""The default of all commands and of ``launch``: each rank is bound to its node where that leaves no node idle."""
+"""The default of all commands and of ``launch``: bind each rank to its node if that leaves no node idle."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ def plan_auto(
 ) -> tuple[Placed, ...]:
     """Bind each rank to its node if several nodes have usable CPUs and each of these gets ranks; else bind none.
 
-    So the default neither leaves half of a machine idle because all GPUs are on one node, nor takes CPUs away from a
-    single rank.
-    The bindings are optional: a refusal fails no start. Ranks that are left unbound still keep to ``reserve_cores`` and
-    ``threads_per_core`` where these are given, and get a memory policy over all nodes that they may use.
+    So the default does not leave half of a machine idle because all GPUs are on one node, and does not take CPUs away
+    from a single rank. The bindings are optional: a refusal does not fail the start. Unbound ranks still respect
+    ``reserve_cores`` and ``threads_per_core``, and a memory policy for them covers all nodes that they may use.
 
     The arguments are those of ``place``.
 
@@ -71,7 +70,7 @@ def plan_auto(
 
 
 def unbound(topology: Topology, nprocs: int) -> tuple[Placed, ...]:
-    """Leave all ranks where they are born; OMP_NUM_THREADS is each rank's share of the cores."""
+    """Bind no rank. OMP_NUM_THREADS is each rank's share of the cores."""
     if nprocs < 1:
         raise PlacementError(f"nprocs: expected a positive integer, got {nprocs}")
     threads = threads_of_ranks(topology, topology.allowed_cpus, [None] * nprocs)
@@ -79,7 +78,7 @@ def unbound(topology: Topology, nprocs: int) -> tuple[Placed, ...]:
 
 
 def idle_note(topology: Topology, ranks: Sequence[Placed]) -> str:
-    """Say which allowed cores no rank may use: "64 cores unused: nodes 2-3, 6-7"; "" where each is used."""
+    """Say which allowed cores no rank may use: "64 cores unused: nodes 2-3, 6-7"; "" if each has a rank."""
     used = frozenset().union(*(topology.allowed_cpus if r.binding.cpus is None else r.binding.cpus for r in ranks))
     idle = [core.cpus for core in topology.cores if used.isdisjoint(core.cpus)]
     idle = [core for core in idle if not topology.allowed_cpus.isdisjoint(core)]

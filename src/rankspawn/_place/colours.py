@@ -1,4 +1,4 @@
-"""The colours of ranks, and the style of a drawing in light and in dark.
+"""The colours of ranks, and the style of a drawing in light and dark mode.
 
 The eight colours are Okabe and Ito's, which people with every common kind of colour blindness can tell apart. Each
 further round of eight is lighter, then darker. A rank's number is always written beside its colour.
@@ -34,7 +34,7 @@ text { font: 11px system-ui, sans-serif; fill: #1d2733 }
 
 
 def colour(rank: int) -> str:
-    """Choose a rank's colour, in hexadecimal digits because not every program that draws SVG knows CSS's names."""
+    """Choose a rank's colour, in hexadecimal because not every program that draws SVG knows CSS's colour names."""
     return "#" + "".join(f"{part:02x}" for part in _parts(rank))
 
 

@@ -2,8 +2,8 @@
 
 NVIDIA: NVML through nvidia-ml-py where that is installed, else the driver's files in proc/driver/nvidia/gpus
 (NVIDIA driver README, "The /proc interface"). AMD: the KFD topology (the kernel's uapi/linux/kfd_sysfs.h). Intel: DRM
-render nodes of the drivers i915 and xe. A display adapter of a management controller has none of these drivers, and
-so is never taken for an accelerator. ``visible`` finds which of them are visible, and in which order.
+render nodes of the drivers i915 and xe. The display adapter of a management controller has none of these drivers, so it
+is never taken for an accelerator. ``visible`` finds which accelerators are visible, and in which order.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def find_devices(
 
 
 def find_visible(topology: Topology, environ: Mapping[str, str] | None = None, tree: Tree | None = None) -> Visible:
-    """Find the visible accelerators, and what there is to say of the variables that hide others.
+    """Find the visible accelerators, with notes about the variables that hide others.
 
     Args:
         topology: The machine.
         environ: The variables that choose devices. None is this process's environment for the running machine, and an
             empty one for a captured tree.
-        tree: What is read; the topology's root if left out.
+        tree: The files to read; None for the topology's root.
 
     Raises:
         DeviceError: A variable cannot be understood, or NVML fails.
@@ -64,9 +64,9 @@ def find_visible(topology: Topology, environ: Mapping[str, str] | None = None, t
 
 
 def hiding_notes(environ: Mapping[str, str], root: str = "/") -> tuple[str, ...]:
-    """Say what variables hide by a mistake, or that they hide all accelerators, where nothing else is to be known.
+    """Say what variables hide by mistake, or that they hide all accelerators, for a caller that needs nothing else.
 
-    NVML is not asked, which would take longer than a whole launch: what only NVML knows is not said.
+    It does not ask NVML, which would take longer than a whole launch, so it does not say what only NVML knows.
     """
     try:
         return _visible(Tree(root), environ, False).notes
@@ -87,7 +87,7 @@ def _visible(tree: Tree, environ: Mapping[str, str], live: bool) -> Visible:
 
 
 def read_device_files(tree: Tree) -> None:
-    """Read the files that describe devices, so that a capture of ``tree`` has them also where NVML was asked."""
+    """Read the files that describe devices, so that a capture of ``tree`` contains them even if NVML answered."""
     for find in (_nvidia, _amd, _intel):
         find(tree, False)
 
@@ -105,10 +105,10 @@ def parse_devices(text: str) -> tuple[str, ...]:
 
 
 def as_devices(topology: Topology, given: Sequence[str | Device]) -> tuple[Device, ...]:
-    """Look addresses up, in any spelling, below the topology's root; Device objects stay as they are.
+    """Look up addresses, in any spelling, below the topology's root. Device objects stay as they are.
 
     Raises:
-        DeviceError: A text is no address, or there is no device at it.
+        DeviceError: A text is not an address, or no device has that address.
     """
     tree = Tree(topology.root)
     return tuple(one if isinstance(one, Device) else _pci_device(tree, _address(one, "device ")) for one in given)
@@ -117,12 +117,11 @@ def as_devices(topology: Topology, given: Sequence[str | Device]) -> tuple[Devic
 def locate(topology: Topology, device: Device) -> tuple[int | None, tuple[str, ...]]:
     """Find the NUMA node that a device belongs to.
 
-    numa_node of sysfs counts, as in torch. It is compared with the device's CPUs by local_cpulist and by NVML: these
-    decide where it is -1 and they lie on one node, and a note says where they disagree. On a machine where one node has
-    all CPUs, -1 means that node.
+    numa_node of sysfs decides, as in torch. If it is -1, the device's CPUs by local_cpulist or NVML decide, provided
+    that they lie on one node. A note says if these sources disagree. If one node has all CPUs, -1 means that node.
 
     Returns:
-        The node's id, None where it is not known; and notes.
+        The node's id, None if unknown; and notes.
     """
     notes = list(device.notes)
     names = {"local_cpulist": _node_of(topology, device.local_cpus), "NVML": _node_of(topology, device.driver_cpus)}
@@ -151,7 +150,7 @@ def locate(topology: Topology, device: Device) -> tuple[int | None, tuple[str, .
 
 
 def _node_of(topology: Topology, cpus: frozenset[int]) -> int | None:
-    """Return the one node that these CPUs lie on; None where they lie on several nodes or on none."""
+    """Return the one node that has these CPUs; None if they lie on several nodes or on none."""
     nodes = [node.id for node in topology.nodes if not node.cpus.isdisjoint(cpus)] if cpus else []
     return nodes[0] if len(nodes) == 1 else None
 
@@ -164,7 +163,7 @@ def _address(text: str, what: str) -> str:
 
 
 def _pci_device(tree: Tree, address: str, **known: Any) -> Device:
-    """Read the device at an address as sysfs writes it. Raises DeviceError where there is none."""
+    """Read the device at an address in sysfs's spelling. Raises DeviceError if there is none."""
     folder = f"{_PCI}/{address}"
     node = tree.number(f"{folder}/numa_node")
     local = tree.first_ids(folder, ("local_cpulist", "local_cpus"))
@@ -178,8 +177,8 @@ def _pci_device(tree: Tree, address: str, **known: Any) -> Device:
 def _nvidia(tree: Tree, live: bool) -> list[Device]:
     """Find all NVIDIA GPUs, by PCI address.
 
-    A captured tree without the driver's proc files shows them in the driver's sysfs folder. On the running machine a
-    container without those files has no GPU, whatever sysfs shows.
+    If a captured tree lacks the driver's proc files, its GPUs are those in the driver's sysfs folder. On the running
+    machine, a container without those files has no GPU, whatever sysfs shows.
     """
     found = _nvml(tree) if live else None
     if found is None:
@@ -196,7 +195,7 @@ def _nvidia(tree: Tree, live: bool) -> list[Device]:
 
 
 def _nvml(tree: Tree) -> list[Device] | None:
-    """Ask NVML, which makes no CUDA context; None where it is not installed or does not answer (no driver)."""
+    """Ask NVML, which makes no CUDA context; None if it is not installed or does not answer (no driver)."""
     try:
         import pynvml
     except ImportError:
@@ -247,9 +246,9 @@ def _str(text: str | bytes) -> str:
 
 
 def _amd(tree: Tree, live: bool) -> list[Device]:
-    """Find the GPUs of the KFD topology, in its order, which is ROCr's. A node with SIMDs is a GPU, others are CPUs.
+    """Find the GPUs of the KFD topology, in its order, which is ROCr's. A node with SIMDs is a GPU, any other a CPU.
 
-    location_id is bus, device and function. The partitions of one card differ in the function; a partition that PCI
+    location_id is bus, device and function. The partitions of one card differ in the function. A partition that PCI
     does not know is looked up at function 0.
     """
     found = []

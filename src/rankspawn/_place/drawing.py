@@ -1,6 +1,6 @@
-"""A machine drawn as SVG: sockets, nodes, last-level caches, cores, devices, and the ranks that a plan puts there.
+"""Draws a machine as SVG: sockets, nodes, last-level caches, cores, devices, and the ranks of a plan.
 
-Boxes are laid out from the inside out: each knows its size, and puts its children in rows of a given length.
+Boxes are laid out from the inside out. Each box knows its size, and puts its children in rows of a given length.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class _Box:
     """A titled rectangle.
 
     Attributes:
-        kind: Its CSS class; "core", "device", "adapter" and "chip" have a way of their own to be drawn.
+        kind: Its CSS class; "core", "device", "adapter" and "chip" are drawn in their own way.
         title: The line at its top; "" for none.
         children: The boxes in it.
         columns: How many children are in a row.
         cpus: The hardware threads of a core.
-        ranks: The ranks that follow a device; the one of a chip.
-        hint: What is shown when the mouse is over it.
+        ranks: The ranks that follow a device, or the one rank of a chip.
+        hint: The text that appears when the mouse is over it.
     """
 
     kind: str
@@ -103,7 +103,7 @@ class _Artist(Canvas):
             y += max(child.size()[1] for child in row) + box.gap()
 
     def core(self, box: _Box, x: float, y: float) -> None:
-        """Draw a core: a cell for each of its CPUs, in the colour of the one rank that has it."""
+        """Draw a core: a cell for each of its CPUs, in the colour of the CPU's only rank."""
         for number, cpu in enumerate(box.cpus):
             top = y + number * _CELL_H
             users = self.users.get(cpu, [])
@@ -157,10 +157,10 @@ def drawing(
 
     Args:
         topology: The machine.
-        devices: Its accelerators; those whose node is unknown are drawn beside the nodes.
-        ranks: The ranks, which a legend names; empty to draw the machine alone.
+        devices: Its accelerators. One whose node is unknown is drawn beside the nodes.
+        ranks: The ranks, with a legend; empty to draw the machine alone.
         title: The first line of the drawing; "" for none.
-        distances: Whether the distances between the NUMA nodes are drawn, as the firmware's SLIT has them.
+        distances: Whether to draw the distances between the NUMA nodes, from the firmware's SLIT.
 
     Returns:
         The SVG text.
@@ -201,7 +201,7 @@ def _adapter(adapter: Adapter) -> _Box:
 def _legend(
     artist: _Artist, topology: Topology, ranks: Sequence[Placed], width: float, y: float
 ) -> tuple[float, float]:
-    """Say what each rank has, and what the frames mean."""
+    """Draw the legend: what each rank has, and what the frames mean."""
     for index, rank in enumerate(ranks):
         artist.chip(index, _PAD, y)
         text = f"rank {index}: {rank.binding}" + (f", follows {rank.device.address}" if rank.device else "")
@@ -225,7 +225,7 @@ def _legend(
 
 
 def _distances(artist: _Artist, topology: Topology, width: float, y: float) -> tuple[float, float]:
-    """Draw the table of the distances from each node (a row) to each (a column)."""
+    """Draw the table of distances from each node (row) to each node (column)."""
     nodes = topology.nodes
     artist.text(_PAD, y + 10, "distance between nodes (10 is the node itself)")
     step = 34.0
@@ -243,7 +243,7 @@ class _Machine:
 
     Args:
         topology: The machine.
-        tree: Where its files are.
+        tree: Its files.
         devices: The boxes of its devices, by their node.
         users: The ranks that have each CPU.
     """
@@ -311,7 +311,7 @@ class _Machine:
         return _Box("plain", "", boxes, 8 if lone else _columns(len(boxes)))
 
     def cache_title(self, cache: Cache | None, columns: int) -> str:
-        """Name a cache, with its size where the cores below it leave the room."""
+        """Name a cache, with its size if the cores below it leave room for that."""
         if cache is None:
             return ""
         size = cache_size(self.tree, cache)
@@ -326,6 +326,6 @@ def _core_boxes(topology: Topology, cpus: frozenset[int]) -> Iterable[_Box]:
 
 
 def _columns(count: int) -> int:
-    """Choose how many boxes are in a row: near a square and without a gap in the last row, where there is such."""
+    """Choose how many boxes a row has: close to a square and, if possible, without a gap in the last row."""
     side = max(1, ceil(sqrt(count)))
     return next((columns for columns in range(side, 2 * side) if count % columns == 0), side)

@@ -1,4 +1,4 @@
-"""What a launch must know of a machine with one node, read in microseconds and without a Topology."""
+"""What a launch must know about a machine with one node, read in microseconds without a Topology."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def has_one_node(root: str = "/") -> bool:
         try:
             return len(parse_ids(_text(root + path))) < 2
         except ValueError:
-            return False  # Topology.read() says what is wrong with it
+            return False  # Topology.read() will say what is wrong
         except OSError:
             continue
     return True
 
 
 def homes(cpus_of_ranks: Sequence[Set[int] | None], root: str = "/") -> list[int | None]:
-    """Find the node that each rank's CPUs are on; None for CPUs of several nodes, or of no known one, and for None."""
+    """Find the node of each rank's CPUs; None if they are None, or on several nodes, or on no known node."""
     nodes: dict[int, frozenset[int]] = {}
     if not has_one_node(root):
         try:
@@ -57,29 +57,29 @@ def unbound_threads(nprocs: int) -> int:
     cpus = frozenset(os.sched_getaffinity(0))
     try:
         cores = core_count(cpus)
-    except PlacementError:  # the kernel does not say the cores, or no descriptor is free
+    except PlacementError:  # the kernel does not show the cores, or no descriptor is free
         cores = len(cpus)
     threads = max(1, cores // nprocs)
-    # No quota makes one thread fewer, and to look for one takes as long as a rank does.
+    # A quota could not make one thread fewer, and looking for one takes as long as starting a rank.
     quota = cpu_quota() if threads > 1 else None
     return threads if quota is None else min(threads, quota.share(nprocs))
 
 
 def sets_threads(value: str | bytes | None) -> bool:
-    """Whether OpenMP takes a value of OMP_NUM_THREADS: a positive number, or a list of them, one for each level."""
+    """Whether OpenMP accepts a value of OMP_NUM_THREADS: a positive number, or a list with one for each level."""
     words = os.fsdecode(value or "").split(",")
     return all(word.strip().isascii() and word.strip().isdecimal() and int(word) > 0 for word in words)
 
 
 def threads_note(value: str | bytes | None) -> str:
-    """Say that a value of OMP_NUM_THREADS sets nothing; "" where it does, or there is none."""
+    """Say that OpenMP ignores a value of OMP_NUM_THREADS; "" if it does not, or there is no value."""
     if value is None or sets_threads(value):
         return ""
     return f"OMP_NUM_THREADS={os.fsdecode(value)!r} is not a number of threads: ignoring it"
 
 
 def hidden_devices(environ: Mapping[str, str], root: str = "/") -> tuple[str, ...]:
-    """Say what the variables hide that choose accelerators, for who looks at no device; see ``hiding_notes``."""
+    """Say which accelerators the variables hide, for a caller that looks at no device; see ``hiding_notes``."""
     from .visible import VARIABLES
 
     if not any(name in environ for name in VARIABLES):
@@ -91,7 +91,7 @@ def hidden_devices(environ: Mapping[str, str], root: str = "/") -> tuple[str, ..
 
 @cache
 def core_count(cpus: frozenset[int], root: str = "/") -> int:
-    """Count the physical cores that ``cpus`` are on.
+    """Count the physical cores of ``cpus``.
 
     Raises:
         TopologyError: The kernel's files cannot be read.

@@ -30,14 +30,14 @@ def plan_lists(
     Args:
         topology: The machine.
         nprocs: How many ranks there are.
-        cpus: ``--cpus``: a list for each rank, with colons between them ("0-3:4-7"), or one list for all.
+        cpus: ``--cpus``: a list for each rank, separated by colons ("0-3:4-7"), or one list for all.
         mems: ``--mems``: nodes in the same form.
-        memory_policy: The mode that is applied over the nodes of ``mems``.
+        memory_policy: The mode of the policy over the nodes of ``mems``.
         allowed_cpus: The CPUs that ranks may use, instead of the topology's own.
         required: Whether a refused binding fails the start.
 
     Raises:
-        PlacementError: A list is malformed, there are too few or too many, or an id may not be used.
+        PlacementError: A list is malformed, the number of lists is wrong, or ranks may not use an id.
     """
     usable = topology.allowed_cpus if allowed_cpus is None else frozenset(allowed_cpus) & topology.cpus
     cpu_lists = _lists("--cpus", cpus, nprocs, usable)
@@ -55,7 +55,7 @@ def plan_lists(
 
 
 def _lists(flag: str, text: str | None, nprocs: int, usable: frozenset[int]) -> list[frozenset[int] | None]:
-    """Read the lists of an option, one for each rank; None for each where the option was not given."""
+    """Read the lists of an option, one for each rank; None for each rank if the user did not give the option."""
     if text is None:
         return [None] * nprocs
     parts = text.split(":")

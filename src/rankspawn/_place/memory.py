@@ -29,13 +29,13 @@ def policy_of_rank(
         machine: What ranks may use.
         memory: A mode, applied over the nodes of the rank's CPUs, or over its home if it has no CPUs of its own; or a
             whole policy; None for no policy.
-        home: The rank's node; it gets a note of what was assumed or given up.
-        cpus: The rank's CPUs; None if it is left unbound.
+        home: The rank's node. This function adds notes about what it assumed or gave up.
+        cpus: The rank's CPUs; None if the rank stays unbound.
         devices: The accelerators of the machine.
-        required: Whether a policy that cannot be had is an error.
+        required: Whether an impossible policy is an error.
 
     Raises:
-        PlacementError: The mode is unknown, or the policy cannot be had and ``required`` is true.
+        PlacementError: The mode is unknown, or the policy is impossible and ``required`` is true.
     """
     topology = machine.topology
     if memory is None:
@@ -66,9 +66,9 @@ def policy_of_rank(
 def _memory_nodes(
     topology: Topology, near: list[Node], home: Home, devices: Iterable[Device]
 ) -> tuple[frozenset[int], str]:
-    """Find those of ``near`` that have memory and are allowed, or else the nearest node that does; or the problem.
+    """Find the nodes of ``near`` that are allowed and have memory, else the nearest such node; or the problem.
 
-    The memory of an accelerator can be a node of its own, without CPUs (as on a GH200). No rank is sent there.
+    An accelerator's memory can be a node of its own, without CPUs (as on a GH200). No rank gets such a node.
     """
     if not near:
         return frozenset(), "the rank's node is unknown"

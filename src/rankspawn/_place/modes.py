@@ -1,4 +1,4 @@
-"""The CPUs of one rank by the four modes of torch.numa.binding; each function says the rule that it keeps."""
+"""The CPUs of one rank by the four modes of torch.numa.binding. Each function states its rule."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def cpus_of_rank(
     Args:
         machine: What ranks may use.
         mode: How CPUs follow from the rank's node.
-        homes: The node of each rank; the rank's own gets notes, and the problem where it has no CPUs.
+        homes: The node of each rank. The rank's own gets notes, and the problem if it has no CPUs.
         index: The rank.
         required: Whether a rank that cannot be placed is an error.
 
     Returns:
-        The CPUs; None where there are none and the rank may be left unbound.
+        The CPUs; None if there are none and the rank may stay unbound.
 
     Raises:
         PlacementError: The rank cannot be placed, and ``required`` is true.
@@ -57,8 +57,8 @@ def _node_cpus(machine: Machine, id: int) -> str:
 def _socket(machine: Machine, home: int) -> frozenset[int]:
     """Find all usable CPUs of the home's socket; a node belongs to the socket of its lowest usable CPU, as in torch.
 
-    torch looks at every possible node, and raises where one has no CPU that is allowed. Such nodes are skipped here;
-    the home itself may be one of them.
+    torch looks at every possible node, and raises if one has no allowed CPU. Here such nodes are skipped, even if the
+    home is one of them.
     """
 
     def socket_of(node: int) -> int | None:
@@ -73,8 +73,8 @@ def _socket(machine: Machine, home: int) -> frozenset[int]:
 def _exclusive(machine: Machine, home: Home, position: int, count: int) -> frozenset[int]:
     """Find the share of one of ``count`` ranks: whole cores in order; the first ranks get one more, as in torch.
 
-    torch raises where there are fewer cores than ranks. Here the ranks share single hardware threads then, with a note.
-    Where these are too few, too, or one thread per core was asked for, the rank has no CPUs and a problem.
+    With fewer cores than ranks, torch raises. Here the ranks then divide the hardware threads, with a note. If there
+    are too few of these as well, or ``threads_per_core`` was given, the rank has no CPUs and a problem.
     """
     assert home.node is not None
     units = machine.cores[home.node]
@@ -96,8 +96,8 @@ def _exclusive(machine: Machine, home: Home, position: int, count: int) -> froze
 def _core_complex(machine: Machine, home: Home, position: int, count: int) -> frozenset[int]:
     """Find the usable CPUs of one last-level cache of the node, as in torch.
 
-    Caches with the most CPUs come first, then those with the lowest CPU. Ranks beyond the number of caches begin again
-    at the first cache.
+    Caches with more CPUs come first, and among equals those with lower CPUs. If there are more ranks than caches, the
+    ranks begin again at the first cache.
     """
     assert home.node is not None
     cpus = machine.on(home.node)

@@ -1,4 +1,4 @@
-"""OMP_NUM_THREADS of a rank, and the OpenMP variables that would undo its CPU mask or say nothing."""
+"""OMP_NUM_THREADS of a rank, and the OpenMP variables that would undo its CPU mask or have no effect."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .topology import Topology
 
 
 def omp_num_threads(topology: Topology, masks: Sequence[Iterable[int]]) -> tuple[int, ...]:
-    """Compute OMP_NUM_THREADS for each mask: its physical cores, where a core of k masks counts 1/k; at least 1."""
+    """Compute OMP_NUM_THREADS for each mask: its physical cores. A core in k masks counts 1/k. At least 1."""
     core_of = {cpu: number for number, core in enumerate(topology.cores) for cpu in core.cpus}
     cores = [{core_of[cpu] for cpu in mask if cpu in core_of} for mask in masks]
     users: dict[int, int] = {}
@@ -24,10 +24,10 @@ def omp_num_threads(topology: Topology, masks: Sequence[Iterable[int]]) -> tuple
 def threads_of_ranks(
     topology: Topology, allowed: frozenset[int], masks: Iterable[frozenset[int] | None], sharing: int | None = None
 ) -> tuple[int, ...]:
-    """Compute OMP_NUM_THREADS of each rank; one without a mask of its own (None) may use all ``allowed`` CPUs.
+    """Compute OMP_NUM_THREADS of each rank. A rank without a mask of its own (None) may use all ``allowed`` CPUs.
 
-    A CPU quota is shared by all ranks, ``sharing`` of them where there are more than masks: more threads than a rank's
-    share would only be throttled.
+    All ranks share a CPU quota. ``sharing`` is their number if there are more ranks than masks. A rank gets no more
+    threads than its share of the quota, because the kernel would only throttle them.
     """
     threads = omp_num_threads(topology, [allowed if mask is None else mask for mask in masks])
     quota = cpu_quota(topology.root)
@@ -35,7 +35,7 @@ def threads_of_ranks(
 
 
 def quota_note(cpus: int, root: str = "/") -> str:
-    """Say that a quota leaves less CPU time than ``cpus`` CPUs have; "" where none does."""
+    """Say that a quota leaves less CPU time than ``cpus`` CPUs have; "" if none does."""
     quota = cpu_quota(root)
     if quota is None or quota.cpus >= cpus:
         return ""
@@ -43,10 +43,10 @@ def quota_note(cpus: int, root: str = "/") -> str:
 
 
 def openmp_warnings(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Name the variables that make an OpenMP runtime shrink the mask of each rank, and a number that is none.
+    """Warn of variables that make an OpenMP runtime shrink each rank's mask, and of a bad OMP_NUM_THREADS.
 
     libgomp and libomp bind the main thread to its first place as soon as the library is imported (OpenMP 5.2, 2.6 and
-    21.7; libgomp's manual, "Environment Variables"; Intel's KMP_AFFINITY): threads made later inherit one CPU.
+    21.7; libgomp's manual, "Environment Variables"; Intel's KMP_AFFINITY). Later threads then inherit that one CPU.
     """
     unset = threads_note(environ.get("OMP_NUM_THREADS"))
     said = []

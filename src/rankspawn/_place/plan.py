@@ -1,8 +1,9 @@
-"""Which CPUs and which memory for which rank: topology, devices, mode and ranks in, one Binding a rank out.
+"""Decides the CPUs and the memory of each rank: topology, devices, mode and ranks in, a Binding for each rank out.
 
 With torch's inputs (``gpu_index``, all visible GPUs) the four modes give the CPU sets of torch.numa.binding wherever
-torch gives any. Beyond torch there are splits over the ranks that are launched, machines without accelerators, reserved
-cores, threads per core, memory, and an answer or a clear error where torch raises, or gives ranks the same CPUs.
+torch gives any. Beyond torch, this module splits CPUs over the launched ranks, and handles machines without
+accelerators, reserved cores, threads per core, and memory. Where torch raises, or gives ranks the same CPUs, it
+gives an answer or a clear error.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class Placed(Frozen):
 
     Attributes:
         binding: Its CPUs and memory policy.
-        device: The accelerator that it follows; None without.
-        node: The NUMA node that it was put on; None where that is not known.
-        omp_threads: OMP_NUM_THREADS for it, see ``omp_num_threads``.
+        device: The accelerator that it follows; None if it follows none.
+        node: Its NUMA node; None if unknown.
+        omp_threads: Its OMP_NUM_THREADS, see ``omp_num_threads``.
         notes: What was assumed or given up, in words.
     """
 
@@ -58,34 +59,34 @@ def place(
     memory_policy: MemoryMode | MemoryPolicy | None = None,
     required: bool = True,
 ) -> tuple[Binding, ...]:
-    """Find where each rank goes. Only the devices are looked up, if they are not given; nothing is changed.
+    """Decide where each rank goes. This changes nothing, and looks up only the devices, unless you give them.
 
-    What was assumed or given up is said as RuntimeWarnings.
+    A RuntimeWarning says what was assumed or given up.
 
     Args:
         topology: The machine.
         numa: How CPUs follow from a rank's device: one of torch's four modes.
-        nprocs: How many ranks are launched; as many as devices if left out. Rank i follows device i, or i modulo the
-            number of devices. Splits are made over these ranks, not over devices that no rank follows.
-        gpu_index: As torch counts: the one rank that follows the visible device of this index, with splits over all
-            devices; the answer has one element. Where ``nprocs`` ranks share fewer devices, or there are none (torch
-            raises), it is rank ``gpu_index`` of these; without devices and ``nprocs``, of one rank for each node with
-            usable CPUs.
+        nprocs: How many ranks are launched; None for one rank for each device. Rank i follows device i, or i modulo the
+            number of devices. CPUs are split over these ranks, not over devices that no rank follows.
+        gpu_index: As in torch: place only the rank that follows the visible device of this index, with CPUs split over
+            all devices. The answer has one element. If ``nprocs`` ranks share fewer devices, or there are no devices
+            (torch raises), it is rank ``gpu_index`` of these ranks. Without devices and ``nprocs``, there is one rank
+            for each node with usable CPUs.
         devices: PCI addresses or Device objects in local-rank order; empty for none. None looks for the devices of the
-            topology's root, with this process's environment where the root is "/", and with an empty one elsewhere.
+            topology's root, with this process's environment if the root is "/", and with an empty one otherwise.
             Without devices, ranks go in blocks over the nodes, in proportion to the nodes' usable cores.
-        allowed_cpus: CPUs that ranks may use, instead of the topology's own. CPUs that are not online are left out.
-        reserve_cores: How many physical cores of the machine no rank gets; taken from all nodes, lowest first.
+        allowed_cpus: CPUs that ranks may use, instead of the topology's own. CPUs that are not online are ignored.
+        reserve_cores: How many physical cores of the machine no rank gets. They come from all nodes, lowest first.
         threads_per_core: How many hardware threads of each core are used, the lowest first; None for all.
-        memory_policy: A mode, applied over the nodes of each rank's CPUs, or one policy for every rank. None leaves the
-            inherited policy, by which a page comes from the node of the CPU that touches it first.
-        required: False leaves a rank that cannot be placed unbound, with a note; CPUs and memory separately.
+        memory_policy: A mode, which applies to the nodes of each rank's CPUs, or one policy for every rank. None keeps
+            the inherited policy. By default a page then comes from the node of the CPU that touches it first.
+        required: If False, a rank that cannot be placed stays unbound, with a warning; CPUs and memory separately.
 
     Returns:
         A Binding for each rank, by local rank.
 
     Raises:
-        PlacementError: No placement can be made. The message has the option or file, and its value.
+        PlacementError: No placement is possible. The message names the option or file, and its value.
     """
     if not isinstance(topology, Topology):
         raise TypeError(f"topology: expected a Topology, got {topology!r}; Topology.read() is this machine's")
@@ -110,7 +111,7 @@ def plan(
     memory_policy: MemoryMode | MemoryPolicy | None = None,
     required: bool = True,
 ) -> tuple[Placed, ...]:
-    """Do what ``place`` does, with what else there is to say of each rank. It gives notes instead of warnings."""
+    """Do what ``place`` does, but return all about each rank, and notes instead of warnings."""
     mode = _mode(numa)
     machine = usable_machine(topology, allowed_cpus, reserve_cores, threads_per_core)
     placed = _placed(machine, mode, nprocs, gpu_index, devices, memory_policy, required)
@@ -130,7 +131,7 @@ def _placed(
     memory_policy: MemoryMode | MemoryPolicy | None,
     required: bool,
 ) -> list[tuple[Home, Binding]]:
-    """Find the home, with its notes, and the binding of each rank that is asked for."""
+    """Find the home, with its notes, and the binding of each requested rank."""
     seen = find_visible(machine.topology) if devices is None else Visible(as_devices(machine.topology, devices))
     homes, chosen = homes_of_ranks(machine, seen.devices, nprocs, gpu_index)
     homes[chosen[0]].notes += seen.notes
@@ -156,7 +157,7 @@ def _mode(mode: AffinityMode | str) -> AffinityMode:
 def homes_of_ranks(
     machine: Machine, devices: tuple[Device, ...], nprocs: int | None, gpu_index: int | None
 ) -> tuple[list[Home], range | tuple[int]]:
-    """Find the node of each rank over which splits are made, and the indices of the ranks that are asked for.
+    """Find the node of each rank that takes part in splits, and the indices of the requested ranks.
 
     Raises:
         PlacementError: A number is out of range, or is missing.
@@ -188,7 +189,7 @@ def homes_of_ranks(
 def _dealt(machine: Machine, count: int) -> list[Home]:
     """Place ranks in blocks over the nodes: rank i goes to the node of core i*cores/ranks.
 
-    No node gets more ranks than cores while there are enough cores; otherwise hardware threads are counted instead.
+    If there are enough cores, no node gets more ranks than cores. Otherwise hardware threads count instead of cores.
     """
     spots = [node for node, cores in machine.cores.items() for _ in cores]
     if count > len(spots):
@@ -197,7 +198,7 @@ def _dealt(machine: Machine, count: int) -> list[Home]:
 
 
 def _home(machine: Machine, device: Device) -> Home:
-    """Find the node with CPUs that a device belongs to. torch takes numa_node, and node 0 for -1."""
+    """Find the node with CPUs that a device belongs to. torch takes numa_node, and node 0 if that is -1."""
     node, notes = locate(machine.topology, device)
     home = Home(node, list(notes), device)
     if node is None:

@@ -1,4 +1,4 @@
-"""The CPU time that cgroups leave to this process: the quotas of its own cgroup and of those above it."""
+"""The CPU time that cgroups leave to this process: the quotas of its own cgroup and of all cgroups above it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Quota(Frozen):
     """A limit of CPU time, which all processes of a cgroup share.
 
     Attributes:
-        cpus: How many CPUs' time it gives: 1.5 is 150 ms in 100 ms.
-        path: The file that has it.
+        cpus: The time of how many CPUs it allows: 1.5 is 150 ms in each 100 ms.
+        path: The file that contains it.
     """
 
     cpus: float
@@ -29,10 +29,10 @@ class Quota(Frozen):
 
 
 def cpu_quota(root: str = "/") -> Quota | None:
-    """Find the least quota of the cgroups that this process is in; None where there is none.
+    """Find the smallest quota of the cgroups that this process is in; None if there is none.
 
     In version 2 it is ``cpu.max``, in version 1 ``cpu.cfs_quota_us`` and ``cpu.cfs_period_us`` (cgroups(7); the
-    kernel's "CPU Controller" and "CFS Bandwidth Control"). A quota above counts for all that is below.
+    kernel's "CPU Controller" and "CFS Bandwidth Control"). A quota also limits all cgroups below it.
 
     Args:
         root: The folder that has the machine's proc/ in it.
@@ -51,7 +51,7 @@ def cpu_quota(root: str = "/") -> Quota | None:
     return min(found, key=lambda quota: quota.cpus, default=None)
 
 
-_mounts = cache(mounted_hierarchies)  # a job asks several times
+_mounts = cache(mounted_hierarchies)  # one job calls it several times
 
 
 def _quota(folder: str, name: str) -> Quota | None:
@@ -60,7 +60,7 @@ def _quota(folder: str, name: str) -> Quota | None:
         if name != "cpu.max":
             words += _text(f"{folder}/cpu.cfs_period_us").split()
         quota, period = map(int, words)
-    except (OSError, ValueError):  # no such file in the topmost cgroup; "max" is no limit
+    except (OSError, ValueError):  # the topmost cgroup has no such file; "max" means no limit
         return None
     return Quota(quota / period, f"{folder}/{name}") if quota > 0 and period > 0 else None
 

@@ -1,6 +1,6 @@
-"""What a drawing shows beside the topology: sizes of caches, and network adapters with RDMA.
+"""What a drawing shows in addition to the topology: sizes of caches, and network adapters with RDMA.
 
-Neither decides where a rank goes, so nothing but a drawing reads these files.
+Neither decides where a rank goes, so only a drawing reads these files.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Adapter(Frozen):
 
     Attributes:
         name: The kernel's name of the RDMA device: "mlx5_0".
-        link: "InfiniBand", or "Ethernet" for RoCE; "" where its first port does not say it.
-        node: The id of its NUMA node; None where the kernel does not say it.
+        link: "InfiniBand", or "Ethernet" for RoCE; "" if its first port does not say it.
+        node: The id of its NUMA node; None if the kernel does not say it.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Adapter(Frozen):
 
 
 def cache_size(tree: Tree, cache: Cache) -> str:
-    """Say how large a last-level cache is: "32 MiB"; "" where the kernel does not say it.
+    """Say how large a last-level cache is: "32 MiB"; "" if the kernel does not say it.
 
     Documentation/ABI/testing/sysfs-devices-system-cpu: ``size`` is in KiB, followed by a K.
     """

@@ -1,4 +1,4 @@
-"""Files below a sysfs root: read once each, as text, number, list or mask, with errors that name the file."""
+"""Reads files below a sysfs root, each once, as text, number, list or mask. Errors name the file."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from .._binding import PlacementError
 from .._ids import parse_ids, parse_mask
 from .._public import public
 
-_PAIR = re.compile(r"[0-9]{1,6}(?:,[0-9]{1,6})?")  # a core's threads, in most machines
+_PAIR = re.compile(r"[0-9]{1,6}(?:,[0-9]{1,6})?")  # the hardware threads of a core, on most machines
 
 
 @public
 class TopologyError(PlacementError):
-    """A file below the sysfs root cannot be read, or does not say what it should."""
+    """A file below the sysfs root cannot be read, or has unexpected content."""
 
 
 class Tree:
@@ -35,7 +35,7 @@ class Tree:
         self._prefix = self.root.rstrip("/") + "/"
 
     def text(self, path: str) -> str | None:
-        """Read a file, once; without blanks and NUL bytes at its ends. None where there is no such file.
+        """Read a file, once, and strip blanks and NUL bytes from both ends. None if there is no such file.
 
         Raises:
             TopologyError: The file cannot be read.
@@ -51,7 +51,7 @@ class Tree:
             raise TopologyError(f"cannot open {self._prefix}{path}: {error.strerror}") from error
         try:
             data = os.read(fd, 65536)
-            # A short read of a file of sysfs is the whole file; only long files of proc come in pieces.
+            # A short read of a sysfs file is the whole file. Only long files of proc come in pieces.
             while len(data) >= 4096 and (more := os.read(fd, 65536)):
                 data += more
         except OSError as error:
@@ -62,24 +62,24 @@ class Tree:
         return text
 
     def ids(self, path: str) -> frozenset[int] | None:
-        """Read a list such as "0-3,8"; None where there is no such file."""
+        """Read a list such as "0-3,8"; None if there is no such file."""
         text = self.text(path)
         return None if text is None else self._parsed(path, text, mask=False)
 
     def first_ids(self, folder: str, names: tuple[str, ...], of: int | None = None) -> frozenset[int] | None:
-        """Read the first of several files that there is: a list if its name ends in "list", else a mask.
+        """Read the first existing file of several: as a list if its name ends in "list", else as a mask.
 
         Args:
             folder: The folder of the files.
             names: The files' names, in the order in which they are tried.
-            of: An id that must be in the file, as a CPU is among its own siblings. A file without it is skipped for the
-                next name, because lists and masks disagree in some trees made by hand.
+            of: An id that must be in the file, as a CPU is among its own siblings. A file without it is skipped,
+                because lists and masks disagree in some trees made by hand.
 
         Returns:
-            The ids; None where there is no such file.
+            The ids; None if none of the files exists.
 
         Raises:
-            TopologyError: Every file that there is lacks ``of``, or is malformed.
+            TopologyError: Every existing file lacks ``of``, or is malformed.
         """
         wrong = ""
         for name in names:
@@ -94,7 +94,7 @@ class Tree:
         return None
 
     def number(self, path: str) -> int | None:
-        """Read the integer in a file; None where there is no such file."""
+        """Read the integer in a file; None if there is no such file."""
         text = self.text(path)
         if text is None:
             return None
@@ -104,7 +104,7 @@ class Tree:
             raise TopologyError(f"{self._prefix}{path}: expected a number, got {text[:60]!r}") from None
 
     def names(self, path: str) -> list[str]:
-        """List a folder, sorted; empty where there is no such folder."""
+        """List a folder, sorted; empty if there is no such folder."""
         try:
             names = self.listed[path] = sorted(os.listdir(self._prefix + path))
             return names
@@ -116,7 +116,7 @@ class Tree:
     def _parsed(self, path: str, text: str, *, mask: bool) -> frozenset[int]:
         try:
             if not mask and _PAIR.fullmatch(text):
-                return frozenset(map(int, text.split(",")))  # The commonest by far, in a third of the time.
+                return frozenset(map(int, text.split(",")))  # By far the most common list, in a third of the time.
             return parse_mask(text) if mask else parse_ids(text)
         except ValueError:
             what = "a mask like ff,00000003" if mask else "a list like 0-3,8"

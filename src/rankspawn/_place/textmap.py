@@ -1,4 +1,4 @@
-"""The plan as text, for a terminal: a character for each core, a line for each last-level cache."""
+"""Draws the plan as text for a terminal: a character for each core, a line for each last-level cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .sysfs import Tree
 from .topology import Cache, Core, Node, Topology
 from .visible import Device
 
-# The ranks' numbers as one character each.
+# A character for each rank's number.
 _DIGITS = string.digits + string.ascii_lowercase + string.ascii_uppercase
 _MANY, _NOBODY, _BANNED, _BEYOND = "*", ".", "-", "#"
 
@@ -24,7 +24,7 @@ def text_map(topology: Topology, devices: Sequence[Device], ranks: Sequence[Plac
     Args:
         topology: The machine.
         devices: Its accelerators.
-        ranks: The ranks; empty for the machine alone.
+        ranks: The ranks; empty to draw the machine alone.
 
     Returns:
         The lines, with a legend at the end.

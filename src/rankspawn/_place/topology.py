@@ -1,9 +1,8 @@
-"""A sysfs root read into a frozen ``Topology``: nodes, sockets, dies, cores, caches, and what may be used.
+"""Reads a sysfs root into a frozen ``Topology``: nodes, sockets, dies, cores, caches, and what may be used.
 
 The kernel's Documentation/ABI/stable/sysfs-devices-node, Documentation/ABI/stable/sysfs-devices-system-cpu and
-Documentation/admin-guide/cputopology.rst say what each file means. Trees captured from older kernels have masks where
-today's have lists, and some tools leave a NUL byte at the end of each file: both can be read. Nothing here knows of
-ranks.
+Documentation/admin-guide/cputopology.rst say what each file means. Trees from older kernels have masks instead of
+lists, and some tools leave a NUL byte at the end of each file. Both can be read. Nothing here knows about ranks.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ _PACKAGE = (
 _DIE = ("topology/die_cpus_list", "topology/die_cpus")
 
 _FULL_CAPACITY = 1024  # SCHED_CAPACITY_SCALE: cpu_capacity of the fastest CPU
-_BIG = 0.9  # cores of one kind differ a little by their top clock (997 to 1024 on a GB10), kinds by far more
+_BIG = 0.9  # cores of one kind differ a little in their top clock (997 to 1024 on a GB10), kinds differ far more
 
 
 class Node(Frozen):
@@ -69,7 +68,7 @@ class Node(Frozen):
     distances: tuple[tuple[int, int], ...] = ()
 
     def distance(self, other: int) -> int:
-        """Return the SLIT distance to a node (10 to itself); 255, "unreachable", where the file does not say it."""
+        """Return the SLIT distance to a node (10 to itself); 255, "unreachable", if the file does not say it."""
         return dict(self.distances).get(other, 10 if other == self.id else 255)
 
 
@@ -133,10 +132,10 @@ class Topology(Frozen):
         allowed_nodes: NUMA nodes whose memory that process may use.
         nodes: The NUMA nodes.
         sockets: The physical packages.
-        dies: The dies; empty where the kernel does not say them.
+        dies: The dies; empty if the kernel does not show them.
         cores: The physical cores.
         caches: The last-level caches.
-        notes: What had to be assumed, in words.
+        notes: What rankspawn had to assume, in words.
         files: How many files were opened, each once.
     """
 
@@ -165,10 +164,10 @@ class Topology(Frozen):
         Args:
             bindings: The ranks, as ``place`` gives them; none to draw the machine alone.
             devices: Its accelerators, as for ``place``; None looks for them.
-            distances: Whether the distances between the NUMA nodes are drawn.
+            distances: Whether to draw the distances between the NUMA nodes.
 
         Returns:
-            The text of an SVG file. A notebook shows it as a picture, and the Topology itself, too.
+            The text of an SVG file. A notebook shows this text, and the Topology itself, as a picture.
         """
         from .drawing import draw
 
@@ -211,7 +210,7 @@ class Topology(Frozen):
         )
 
     def node(self, id: int) -> Node | None:
-        """Return the node with this id; None where the machine has none."""
+        """Return the node with this id; None if the machine has none."""
         return next((node for node in self.nodes if node.id == id), None)
 
     def nodes_with_cpus(self) -> tuple[Node, ...]:
@@ -220,7 +219,7 @@ class Topology(Frozen):
 
 
 def nearest(node: Node, others: Iterable[Node]) -> int:
-    """Return the id of the one of ``others`` with the least distance to ``node``; the lowest id among equals."""
+    """Return the id of the node in ``others`` nearest to ``node``; among equals, the lowest id."""
     return min(others, key=lambda other: (node.distance(other.id), other.id)).id
 
 
@@ -287,7 +286,7 @@ def _memory(tree: Tree, path: str) -> int:
 def _covered(
     online: frozenset[int], group_of: Callable[[int], frozenset[int] | None]
 ) -> Iterator[tuple[int, frozenset[int]]]:
-    """Yield disjoint groups that cover ``online``, each behind its lowest CPU; only that CPU's file is read.
+    """Yield pairs of a lowest CPU and its group; the groups cover ``online``. Only that CPU's file is read.
 
     A CPU without a file is a group of its own.
     """
@@ -327,7 +326,7 @@ def _sockets(tree: Tree, online: frozenset[int], notes: list[str]) -> tuple[Sock
 
 
 def _dies(tree: Tree, online: frozenset[int]) -> tuple[Die, ...]:
-    """Read the dies; none where the kernel does not say them (before 5.3, and on some architectures)."""
+    """Read the dies; none if the kernel does not show them (before 5.3, and on some architectures)."""
     first = tree.first_ids(f"{_CPU}/cpu{min(online)}", _DIE, min(online))
     if first is None:
         return ()
@@ -344,13 +343,13 @@ def _cores(tree: Tree, online: frozenset[int]) -> tuple[Core, ...]:
 
 
 def _present(tree: Tree, folder: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Sort ``names``: those that this kernel has come first, so that the absent ones are not tried for every CPU."""
+    """Put the ``names`` that this kernel has first, so that absent files are not tried for every CPU."""
     here = set(tree.names(f"{folder}/topology"))
     return tuple(sorted(names, key=lambda name: name.rpartition("/")[2] not in here))
 
 
 def _kinds(tree: Tree, online: frozenset[int], firsts: list[int]) -> dict[int, str]:
-    """Find the kind of each core, by its lowest CPU; empty where all are alike.
+    """Find the kind of each core, by its lowest CPU; empty if all are alike.
 
     Intel's hybrids name the kinds in the PMU folders cpu_core and cpu_atom; others give capacities. The kernel scales
     capacities so that the fastest CPU has 1024. If the first and the last CPU have 1024, all are of one kind, and the
@@ -371,8 +370,8 @@ def _kinds(tree: Tree, online: frozenset[int], firsts: list[int]) -> dict[int, s
 def _caches(tree: Tree, online: frozenset[int]) -> tuple[Cache, ...]:
     """Read the caches of the highest level that each CPU has, without instruction caches.
 
-    The kernel numbers a CPU's caches from the core outwards. All are read for the first CPU. For another CPU they are
-    read from the outside, up to the first one that has the first CPU's level.
+    The kernel numbers a CPU's caches from the core outwards. For the first CPU, all are read. For each other CPU, they
+    are read from the outside, until one has the first CPU's level.
     """
     levels: dict[int, int] = {}
     deepest = 0

@@ -1,4 +1,4 @@
-"""What a plan may use of a machine: the cores of each node that are allowed, not reserved, and online."""
+"""The part of a machine that a plan may use: the cores of each node that are allowed, not reserved, and online."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Home:
     """The node of a rank while it is planned.
 
     Attributes:
-        node: The node's id; None where it is not known.
-        notes: What was assumed or given up, in words; it grows.
-        device: The accelerator that the rank follows; None without.
-        problem: Why the rank cannot be placed; "" where it can.
+        node: The node's id; None if unknown.
+        notes: What was assumed or given up, in words. Planning adds to it.
+        device: The accelerator that the rank follows; None if it follows none.
+        problem: Why the rank cannot be placed; "" if it can.
     """
 
     def __init__(self, node: int | None, notes: list[str], device: Device | None = None) -> None:
@@ -52,11 +52,11 @@ class Machine:
         for core in topology.cores:
             threads: Sequence[int] = core.cpus
             node = node_of.get(threads[0], -1)
-            if node >= 0 and usable[node].issuperset(threads):  # Nearly always, and quick.
+            if node >= 0 and usable[node].issuperset(threads):  # Nearly always true, and quick.
                 cores[node].append(core.cpus[:threads_per_core])
                 continue
             threads = [cpu for cpu in threads if cpu in node_of]
-            for node in sorted({node_of[cpu] for cpu in threads}):  # More than one in trees made by hand.
+            for node in sorted({node_of[cpu] for cpu in threads}):  # More than one only in trees made by hand.
                 cores[node].append(tuple([cpu for cpu in threads if node_of[cpu] == node][:threads_per_core]))
         self.cores = {id: cores[id] for id in sorted(cores) if cores[id]}
         if not self.cores:
@@ -64,7 +64,7 @@ class Machine:
             raise PlacementError(f"no CPU is left: allowed are {format_ids(allowed) or 'none'}, in nodes are {nodes}")
 
     def reserve(self, count: int) -> None:
-        """Keep ``count`` cores of the machine free of ranks: each time the lowest of the node with the most left."""
+        """Keep ``count`` cores free of ranks: each time the lowest core of the node with the most cores left."""
         total = sum(map(len, self.cores.values()))
         if not 0 <= count < total:
             raise PlacementError(f"--reserve-cores {count}: must be from 0 to {total - 1}, with {total} usable cores")

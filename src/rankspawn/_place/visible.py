@@ -1,9 +1,8 @@
-"""Which accelerators a rank would see, and in which order: the environment variables of the three vendors.
+"""Which accelerators a rank would see, and in which order, by the environment variables of the three vendors.
 
-Each vendor's function takes all devices of the machine, in the order in which the driver counts them, and returns those
-that stay visible, in the order in which the runtime counts them. A list is read as the runtime reads it, mistakes too,
-and a note says what a mistake hides. NVIDIA_VISIBLE_DEVICES is not read: it tells a container's runtime which devices
-to put into the container, and those that are there already are what is found.
+Each vendor's function takes all devices of the machine, in the driver's order. It returns those that stay visible, in
+the runtime's order. It reads a list as the runtime does, even with mistakes, and a note says what a mistake hides.
+NVIDIA_VISIBLE_DEVICES is not read, because a container's runtime has already used it to put devices into the container.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ VARIABLES = (
     "ZE_FLAT_DEVICE_HIERARCHY",
     "ONEAPI_DEVICE_SELECTOR",
 )
-"""Every variable that is read here."""
+"""Every variable that this module reads."""
 
 
 class DeviceError(PlacementError):
-    """A device that is not there, or an environment variable or option that cannot be understood."""
+    """A device does not exist, or an environment variable or option cannot be understood."""
 
 
 class Device(Frozen):
@@ -35,14 +34,14 @@ class Device(Frozen):
 
     Attributes:
         address: Its PCI address, as sysfs writes it ("0000:3b:00.0").
-        node: numa_node of sysfs; -1 where the firmware does not say it.
-        local_cpus: local_cpulist of sysfs; empty where unknown.
-        driver_cpus: The same by NVML; empty where unknown.
-        vendor: "nvidia", "amd" or "intel"; "" where unknown.
-        name: The model; "" where unknown.
-        uuid: "" where unknown.
+        node: numa_node of sysfs; -1 if the firmware does not say it.
+        local_cpus: local_cpulist of sysfs; empty if unknown.
+        driver_cpus: The same by NVML; empty if unknown.
+        vendor: "nvidia", "amd" or "intel"; "" if unknown.
+        name: The model; "" if unknown.
+        uuid: The vendor's UUID; "" if unknown.
         partitions: The UUIDs of its MIG instances, or the numbers of its tiles.
-        notes: What had to be assumed of it, in words.
+        notes: What rankspawn had to assume about it, in words.
     """
 
     address: str
@@ -61,7 +60,7 @@ class Visible(Frozen):
 
     Attributes:
         devices: In the order in which the vendor's runtime counts them.
-        notes: What a list hides by a mistake, and that all devices of the machine are hidden, in words.
+        notes: What a list hides by mistake, or that all devices are hidden, in words.
     """
 
     devices: tuple[Device, ...]
@@ -71,14 +70,14 @@ class Visible(Frozen):
 def nvidia_visible(found: Sequence[Device], environ: Mapping[str, str]) -> Visible:
     """List NVIDIA GPUs as CUDA counts them (CUDA C++ Programming Guide, "CUDA Environment Variables").
 
-    CUDA_VISIBLE_DEVICES holds ordinals, or UUIDs ("GPU-...") or unique beginnings of them, or MIG instances; the first
-    word says which, and the list ends before the first word that names no device, so that "NoDevFiles" (Slurm's word)
-    and -1 (the usual one) hide all. Of a number the digits at its beginning count, as for strtoul(3).
-    ``found`` is in PCI order. Without CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA puts the fastest first. Among GPUs of one model
-    that is the same order; among several models only CUDA knows it, and the devices get a note.
+    CUDA_VISIBLE_DEVICES contains ordinals, or UUIDs ("GPU-...") or unique beginnings of them, or MIG instances. The
+    first word says which. The list ends before the first word that names no device, so "NoDevFiles" (Slurm's word) and
+    -1 (the usual one) hide all. Of a number only the digits at its beginning count, as for strtoul(3).
+    ``found`` is in PCI order. Without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA puts the fastest first. For GPUs of one model
+    that is the same order. For several models only CUDA knows the order, and the devices get a note.
 
     Raises:
-        DeviceError: A device is there twice, for which CUDA shows no device and no message; or a UUID cannot be found.
+        DeviceError: The list names a device twice (CUDA would silently show no device), or a UUID cannot be found.
     """
     listed = environ.get("CUDA_VISIBLE_DEVICES")
     models = sorted({device.name for device in found})
@@ -138,7 +137,7 @@ def rocm_visible(found: Sequence[Device], environ: Mapping[str, str]) -> Visible
 
 
 def _rocm_listed(name: str, listed: str, words: Sequence[str], among: Sequence[Device], *, once: bool) -> Visible:
-    """Find what a list of ordinals and UUIDs leaves, and what there is to say of it."""
+    """Find the devices that a list of ordinals and UUIDs leaves, with notes about it."""
     chosen: list[int] = []
     ended = None
     for word in words:
@@ -157,11 +156,11 @@ def _rocm_listed(name: str, listed: str, words: Sequence[str], among: Sequence[D
 
 
 def intel_visible(found: Sequence[Device], environ: Mapping[str, str]) -> Visible:
-    """List Intel GPUs as Level Zero counts them, and SYCL behind it (their "Environment Variables").
+    """List Intel GPUs as Level Zero, and SYCL on top of it, count them (their "Environment Variables").
 
     With ZE_FLAT_DEVICE_HIERARCHY FLAT (the default) or COMBINED each tile counts as a device; with COMPOSITE a whole
-    card does, and "0.1" in the mask is its tile 1. ZE_AFFINITY_MASK filters, it does not permute. Among what it leaves
-    ONEAPI_DEVICE_SELECTOR chooses, by terms like "level_zero:0,1" and "!level_zero:0".
+    card does, and "0.1" in the mask is its tile 1. ZE_AFFINITY_MASK filters, and does not permute. From what it leaves,
+    ONEAPI_DEVICE_SELECTOR chooses by terms like "level_zero:0,1" and "!level_zero:0".
 
     Raises:
         DeviceError: A variable cannot be understood.
@@ -194,7 +193,7 @@ def _selected(selector: str, count: int) -> set[int]:
     """Read ONEAPI_DEVICE_SELECTOR: the numbers of the Level Zero GPUs that it accepts and does not discard.
 
     A term is BACKEND:DEVICE,...; a device is "*", "gpu", a number, or one of these with its parts ("0.1", "*.*").
-    Where all terms discard ("!level_zero:0"), all others are accepted.
+    If all terms discard ("!level_zero:0"), all other devices are accepted.
     """
     accepted, discarded, all = set(), set(), set(range(count))
     discards_only = True
@@ -224,19 +223,19 @@ def _selected(selector: str, count: int) -> set[int]:
 def _noted(
     variable: str, text: str, words: Sequence[str], ended: str | None, found: Sequence[Device], chosen: Sequence[Device]
 ) -> Visible:
-    """Say what a variable hides by a mistake, or that it hides everything.
+    """Say what a variable hides by mistake, or that it hides everything.
 
     Args:
         variable: Its name.
         text: Its value.
-        words: The words of its list; none of what is no list.
-        ended: The word before which the list ended; None where it was read to its end.
-        found: What there is.
-        chosen: What it leaves.
+        words: The words of its list; empty if the value is no list.
+        ended: The word before which the list ended; None if all words count.
+        found: All devices.
+        chosen: The devices that it leaves.
     """
     note = ""
     cut = next((word for word in words[: len(chosen)] if _digits(word) not in ("", word)), "")
-    # A comma at the end, and -1, say nothing that anybody could have meant otherwise.
+    # A comma at the end, and -1, are no mistakes: nobody could have meant anything else.
     if chosen and ended is not None and not ended.startswith("-") and (ended or any(words[len(chosen) + 1 :])):
         note = (
             f"{variable}={text!r}: {ended!r} is no device here, and the list ends before it: {_count(chosen)} visible"
@@ -281,7 +280,7 @@ def _by_prefix(variable: str, found: Sequence[Device], word: str) -> Device | No
     if len(matches) > 1:
         raise DeviceError(f"{variable}: {word!r} is the beginning of {len(matches)} UUIDs; give more of it")
     if not matches and found and not any(set(device.uuid) - set("GPU-?") for device in found):
-        # The driver's proc files hold question marks until the GPU has been used once.
+        # The driver's proc files show question marks until a process has used the GPU.
         raise DeviceError(
             f"{variable}: {word!r} cannot be looked up, because the driver shows no UUIDs: install nvidia-ml-py,"
             " or name the GPUs with --devices"
