@@ -87,11 +87,11 @@ def launch(
         required: False starts a rank unbound if it cannot be placed (a RuntimeWarning says so) or bound (the rank's
             ``binding_report`` says so). "auto" never requires a binding.
         bindings: Instead of ``numa``, the binding of each rank, by local rank. OMP_NUM_THREADS is not touched.
-        env: What all ranks inherit; this process's environment if left out. The job's own variables
-            replace those of ``env``. If you set one of them in ``env`` to another value, launch raises ValueError,
-            because it belongs in ``job``. A value that ``env`` copied from this process's environment is replaced.
+        env: What all ranks inherit; this process's environment if left out. The job's own variables replace those of
+            ``env``. If you set one of them in ``env`` to another value, launch raises ValueError, because it belongs in
+            ``job``. A value that ``env`` copied from this process's environment is replaced.
         rank_env: The variables of each rank, by local rank. They win over all others.
-        cwd: The directory that they start in.
+        cwd: The directory that the ranks start in; this process's if left out.
         job: The whole job, for the ranks' variables; this machine alone, with a free port, if left out. As long as the
             group lives, it holds the port on the machine of rank 0: only processes that set SO_REUSEADDR, as torch's
             TCPStore does, can bind it.
@@ -127,7 +127,7 @@ def launch(
         handle_signals: Until the group is closed, SIGTERM and SIGHUP end the ranks with their grace, and then this
             process, by that signal, if their action was the default. Needs the main thread. Without it the signals end
             this process at once, and the ranks are killed with it. The default is False, because a program's signals
-            are its own: it then dies without running its ``finally`` blocks, as without rankspawn, but seconds later.
+            are its own. True does not run the program's ``finally`` blocks: it dies as without rankspawn, but later.
         stacks: Look at the stacks of ranks that did not fail before the group ends them: when another rank has failed,
             when a TimeoutError leaves the ``with`` block, and before SIGKILL. ``RankGroup.dump`` says how; ``stacks``
             of the group, the report and the text of a failure have the result. The default is False, because a look
