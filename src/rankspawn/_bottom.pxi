@@ -1,4 +1,4 @@
-# The interpreter runs another command, with no frame below it; included by _spawn.pyx. _warm/rank.py says why.
+# Makes the interpreter run another command with no frame below it. _spawn.pyx includes it; _warm/rank.py says why.
 
 from cpython.ref cimport Py_INCREF
 from libc.stdlib cimport exit, malloc
@@ -29,7 +29,7 @@ cdef extern from "signal.h":
 cdef extern from *:
     """
     #include <dlfcn.h>
-    /* From Python 3.13 on the interpreter notes that its main program runs, and Py_RunMain refuses a second one. */
+    /* Since Python 3.13 the interpreter notes that its main program runs, and Py_RunMain refuses a second one. */
     static void
     forget_main_program(PyInterpreterState *interpreter)
     {
@@ -42,7 +42,7 @@ cdef extern from *:
     """
     void forget_main_program(PyInterpreterState *)
 
-# What Py_InitializeFromConfig() computes anew, from less than it had the first time.
+# Py_InitializeFromConfig() would compute these anew, from less than it had the first time.
 _KEPT = (
     "path", "executable", "_base_executable", "prefix", "exec_prefix", "base_prefix", "base_exec_prefix", "platlibdir",
     "pycache_prefix", "_stdlib_dir",
@@ -52,29 +52,29 @@ _KEPT = (
 cdef class MainAtTheBottom:
     """An excepthook that runs a command of the interpreter, and ends the process as the interpreter does.
 
-    The interpreter calls its excepthook when the last frame has gone. It may run no Python code before that has begun:
-    what is called here is C.
+    The interpreter calls its excepthook when the last frame is gone. No Python code may run until the command has
+    begun, so everything called here is C.
     """
 
     cdef list argv
     cdef object hook
 
     def __init__(self, argv, hook):
-        """hook: what sys.excepthook is for the program."""
+        """hook: the sys.excepthook of the program."""
         self.argv = [bytes(word) for word in argv]
         self.hook = hook
 
     def __call__(self, kind, error, trace):
-        Py_INCREF(self)  # for good: the interpreter borrows its hook from sys
+        Py_INCREF(self)  # never released, because the interpreter borrows its hook from sys
         _sys.excepthook = self.hook
         _clear(error, trace)
-        if kind is KeyboardInterrupt:  # instead of the exception of ours: it is for the program
+        if kind is KeyboardInterrupt:  # it came instead of our exception, and is for the program
             c_raise(SIGINT)
         _run_main(self.argv)
 
 
 cdef _clear(error, trace):
-    """Let go of what the frames held that the exception has passed: the caller's C frames keep these until the end."""
+    """Release what the exception's frames hold, because the caller's C frames would keep them until the end."""
     error.__traceback__ = None
     while trace is not None:
         trace.tb_frame.clear()
@@ -98,7 +98,7 @@ cdef _run_main(list argv):
     PyConfig_InitPythonConfig(&config)
     status = PyConfig_SetBytesArgv(&config, len(argv), words)
     if not PyStatus_Exception(status):
-        # Of an interpreter that runs, this changes only what it was told: its arguments and flags.
+        # In a running interpreter, this changes only its arguments and flags.
         status = Py_InitializeFromConfig(&config)
     if PyStatus_Exception(status):
         Py_ExitStatusException(status)

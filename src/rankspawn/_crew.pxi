@@ -6,16 +6,16 @@ cdef struct _number:
 
 
 cdef class Crew:
-    """Ranks that one call starts by several threads: add() each, then run(); any thread may call started().
+    """Ranks that one call starts by several threads: add() each, then run(). Any thread may call started().
 
-    They begin with fresh signals, as spawn() has it.
+    They begin with fresh signals (see spawn()).
 
     Args:
         count: how many ranks add() will be called for, at most.
         env: the environment that they inherit, a mapping, or None for the caller's.
-        shared: what they have beside it, a mapping of text; it replaces inherited variables of the same names.
-        numbered: variables whose value is a number that grows with the rank, which replace others: name -> the first
-            rank's.
+        shared: further variables, a mapping of text. They replace inherited variables of the same names.
+        numbered: variables whose value is a number that grows with the rank: name -> the first rank's number. They
+            replace other variables.
         cwd, new_session, death_signal, cgroup_fd, guard_fd: as spawn() takes them; -1 for no cgroup or no guard.
     """
 
@@ -23,12 +23,12 @@ cdef class Crew:
     cdef spawn_request common
     cdef spawn_request *requests
     cdef spawn_crew crew
-    cdef char **envp  # what all share: `variables` of them
+    cdef char **envp  # the shared environment, with `variables` entries
     cdef size_t room, variables, numbers_count
     cdef _number *numbers
     cdef dict places, masks
     cdef list owners
-    cdef object argv, executables  # those that were encoded last
+    cdef object argv, executables  # the ones encoded last
 
     def __cinit__(
         self, size_t count, env, shared, numbered, cwd, bint new_session, int death_signal, int cgroup_fd, int guard_fd
@@ -48,7 +48,7 @@ cdef class Crew:
         self.common.guard_fd = guard_fd
 
     cdef int share(self, shared, numbered) except -1:
-        """Put what all ranks have beside the inherited variables over these, and keep places for the numbers."""
+        """Merge the shared variables into the inherited ones, and reserve places for the numbered ones."""
         cdef list pairs = list(shared.items()), counted = list(numbered.items())
         cdef size_t room = self.variables + len(pairs) + len(counted)
         cdef const char *name_data
@@ -70,7 +70,7 @@ cdef class Crew:
         return 0
 
     cdef size_t settle(self, object name, char *pair) except? 0:
-        """Give all ranks ``pair``, in the place of the variable of its name, or behind all; its place."""
+        """Add ``pair`` for all ranks, or replace the variable of its name. Return its place."""
         cdef Py_ssize_t place = environment_index(self.envp, self.variables, pair)
         if place < 0:
             place = self.variables
@@ -83,14 +83,14 @@ cdef class Crew:
         self, owner, argv, executables, env, streams, bytes cpu_mask, int mem_mode, bytes node_mask,
         bint binding_required,
     ):
-        """Add the next rank. The arguments are those of spawn(), but for ``env``.
+        """Add the next rank. The arguments are those of spawn(), except ``env``.
 
         Args:
             env: the rank's own variables, a mapping of text. They replace shared variables of the same names.
 
         Raises:
-            IndexError: ``count`` ranks have been added.
-            TypeError, ValueError: an argument cannot be passed on.
+            IndexError: there are ``count`` ranks already.
+            TypeError, ValueError: an argument cannot be encoded.
         """
         cdef size_t rank = self.crew.count
         cdef spawn_request *request = &self.requests[rank]
@@ -139,16 +139,16 @@ cdef class Crew:
         return taken
 
     def run(self, spawn_mechanism mechanism, str name, unsigned int workers):
-        """Start the ranks that are not started yet. Each started process is given to its owner, as by spawn().
+        """Start the ranks that have not started yet, and give each process to its owner, as spawn() does.
 
         Args:
             mechanism: CLONE or POSIX_SPAWN.
-            name: the mechanism's; the attribute ``mechanism`` of each started owner.
+            name: the mechanism's name, for the attribute ``mechanism`` of each started owner.
             workers: how many threads start ranks; the calling thread may be one of them.
 
         Returns:
-            (rank, what spawn() returns) of each that was tried and is not ALL_DONE, in the order of ranks. After the
-            first failure no other start is begun.
+            (rank, what spawn() returns) for each tried rank whose result is not ALL_DONE, in the order of ranks. After
+            the first failure no other start begins.
         """
         cdef size_t rank
         self.crew.mechanism = mechanism
@@ -169,5 +169,5 @@ cdef class Crew:
         return said
 
     def started(self):
-        """How many ranks are started so far. Any thread may ask during run()."""
+        """How many ranks have started so far. Any thread may call this during run()."""
         return spawn_many_started(&self.crew)

@@ -1,11 +1,11 @@
-# Marshals the ends of ranks to csrc/end.h and back; _spawn.pyx includes it. Linux only, as is HAS_ENDS. What each
-# function does, and for which arguments, stands in src/rankspawn/_end/without.py, which has them all in Python.
+# Marshals the ends of ranks to csrc/end.h and back. _spawn.pyx includes it, on Linux only (HAS_ENDS).
+# src/rankspawn/_end/without.py has all these functions in Python, and documents them.
 
 HAS_ENDS = bool(RANKSPAWN_HAS_ENDS)
 
 
 cdef class _Ends:
-    """The ranks as C takes them. It keeps their pidfds open, which other threads may let go of meanwhile."""
+    """The ranks in C's form. It keeps their pidfds open, even if other threads release them meanwhile."""
 
     cdef _Arena arena
     cdef end_rank *all
@@ -75,7 +75,7 @@ def signal_groups(ranks, signals):
 
 
 cdef class _Sessions:
-    """Sessions, and who lives in them, as C takes and gives them."""
+    """Sessions and their processes in C's form."""
 
     cdef _Arena arena
     cdef end_sessions all

@@ -1,4 +1,4 @@
-# A warm start, included by _spawn.pyx: what csrc/fork.c and csrc/title.c do, for Python.
+# A warm start: csrc/fork.c and csrc/title.c, for Python. _spawn.pyx includes it.
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdio cimport fflush
@@ -38,16 +38,16 @@ def fork_crew(Crew crew, memory, int done, int keep_below, int umask, bint sibli
     """Fork the ranks of a crew from this process, which must have one thread. It returns here and in each rank.
 
     Args:
-        crew: the ranks, none of which has been started.
-        memory: a writable buffer that is shared with the launcher, of RESULT_BYTES zeros for each rank.
+        crew: the ranks, none of which has started.
+        memory: a writable buffer, shared with the launcher, of RESULT_BYTES zeros for each rank.
         done: a pipe that each rank holds open until it has taken all its steps.
-        keep_below: the rank closes all descriptors from this number on, and after stderr no other.
+        keep_below: descriptors below this number stay open in the rank. It closes all others, except stdin to stderr.
         umask: the ranks' umask.
-        siblings: the ranks become children of this process's parent, and no children of this process.
+        siblings: make the ranks children of this process's parent, not of this process.
 
     Returns:
-        In a rank its number in the crew, after PyOS_AfterFork_Child(), and with an empty signal mask; ps(1) shows the
-        rank's command. In this process -1: each rank's result says what became of it.
+        In a rank, its number in the crew, after PyOS_AfterFork_Child() and with an empty signal mask; ps(1) shows the
+        rank's command. In this process, -1. Each rank's result says whether its start worked.
     """
     cdef Py_buffer view
     cdef spawn_result *results
@@ -81,7 +81,7 @@ def fork_crew(Crew crew, memory, int done, int keep_below, int umask, bint sibli
 
 
 def adopt(owner, memory, size_t rank):
-    """Give a forked rank to its owner, in the launcher, after the rank has closed ``done``. A failed one is reaped.
+    """In the launcher, give a forked rank to its owner after the rank has closed ``done``. Reap a failed rank.
 
     Args:
         owner: as for spawn().
@@ -89,7 +89,7 @@ def adopt(owner, memory, size_t rank):
         rank: its number in the crew.
 
     Returns:
-        None where the template has not come to this rank; else what spawn() returns.
+        None if the template did not fork this rank; else what spawn() returns.
     """
     cdef Py_buffer view
     cdef spawn_result result
@@ -110,7 +110,7 @@ def set_subreaper(bint on):
     """Make this process a subreaper or not (PR_SET_CHILD_SUBREAPER of prctl(2)). Returns whether it was one.
 
     Raises:
-        OSError: the system has none.
+        OSError: the system has no subreapers.
     """
     cdef int was = spawn_set_subreaper(on)
     if was < 0:
@@ -119,12 +119,12 @@ def set_subreaper(bint on):
 
 
 def is_subreaper():
-    """Whether this process is one (PR_GET_CHILD_SUBREAPER of prctl(2)); False where the system has none."""
+    """Whether this process is a subreaper (PR_GET_CHILD_SUBREAPER of prctl(2)); False if the system has none."""
     return spawn_is_subreaper() != 0
 
 
 def die_with_parent():
-    """SIGKILL for this process when the thread that is its parent now ends (PR_SET_PDEATHSIG). Returns 0 or an errno.
+    """Have SIGKILL sent to this process when its parent thread ends (PR_SET_PDEATHSIG). Returns 0 or an errno.
 
     The parent may have ended before: compare os.getppid() afterwards.
     """
@@ -132,9 +132,9 @@ def die_with_parent():
 
 
 def own_environment():
-    """This process's environment as C has it, which a start without an environment of its own inherits: name -> value.
+    """This process's environment in C: name -> value. A start without an environment of its own inherits it.
 
-    os.environ may have other variables: a library can set some, as readline does with LINES and COLUMNS.
+    os.environ may differ, because a library can set variables, as readline does with LINES and COLUMNS.
     """
     cdef size_t count
     cdef size_t place
@@ -159,20 +159,20 @@ def collapse_pages(size_t address, size_t length):
     return error
 
 
-# What the importer asks of C. ctypes would do it, too, but ranks would have that module, which their programs have not
-# imported, and a descriptor of libffi's own file, which a newer libffi opens for its trampolines and keeps.
+# The importer's calls of C. It cannot use ctypes, because ranks would then have a module that their programs have not
+# imported, and a descriptor of the file that a newer libffi opens for its trampolines and keeps.
 
 
 def flush_streams_of_c():
-    """Write what is in the buffers of C's streams (fflush(NULL))."""
+    """Flush the buffers of C's streams (fflush(NULL))."""
     fflush(NULL)
 
 
 def end_openmp(const char *path):
-    """End the threads of an OpenMP library that is loaded (omp_pause_resource_all of OpenMP 5.0, omp_pause_hard).
+    """End the threads of a loaded OpenMP library (omp_pause_resource_all of OpenMP 5.0, omp_pause_hard).
 
     Returns:
-        Whether it has ended them; None where it has no such function, or is not loaded.
+        Whether it has ended them; None if no library with such a function is loaded.
     """
     cdef int (*pause)(int) noexcept nogil
     cdef int code

@@ -1,4 +1,4 @@
-"""The types of _spawn.pyx, whose docstrings say what everything does."""
+"""The types of _spawn.pyx. Its docstrings describe everything."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any

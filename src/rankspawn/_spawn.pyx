@@ -1,8 +1,8 @@
 # cython: language_level=3, freethreading_compatible=True, boundscheck=False, wraparound=False
 """Marshals starts from Python to csrc/spawn.h and back. No policy, no module state.
 
-Everything is converted before the call. The call is made without the GIL, because execve(2) of a program on a slow
-file system must not stop the caller's other threads (cpython#104372).
+It converts everything before the call. The call runs without the GIL, because execve(2) of a program on a slow file
+system must not stop the caller's other threads (cpython#104372).
 """
 
 from libc.limits cimport CHAR_BIT, INT_MAX
@@ -17,7 +17,7 @@ CLONE = SPAWN_CLONE
 POSIX_SPAWN = SPAWN_POSIX
 HAVE_LIBNUMA = bool(spawn_has_libnuma())
 
-# What error messages call the steps of enum spawn_step.
+# The names of the steps of enum spawn_step in error messages.
 STEP_NAMES = (
     "", "pthread_create", "clone", "cgroup.procs", "setsid", "setpgid", "guard", "sched_setaffinity", "set_mempolicy",
     "chdir", "close_range", "pass_fds", "stdin", "stdout", "stderr", "setgroups", "setregid", "setreuid", "prctl",
@@ -26,12 +26,12 @@ STEP_NAMES = (
 if len(STEP_NAMES) != STEP_COUNT:
     raise ImportError("STEP_NAMES does not match enum spawn_step: rebuild rankspawn")
 
-# What spawn() and Crew.run() say of a start of which no step was refused.
+# What spawn() and Crew.run() return for a start without a refused step.
 ALL_DONE = (0, 0, 0, 0)
 
 
 cdef object _encoded(object part, const char **data, size_t *size):
-    """The bytes of text, bytes or a path; they live as long as the object returned does."""
+    """The bytes of text, bytes or a path. They live as long as the returned object."""
     # ASCII text is its own file system encoding. Everything else goes through os.fsencode's converter, which raises
     # TypeError for a wrong type and ValueError for a NUL byte.
     cdef void *converted = NULL
@@ -43,7 +43,7 @@ cdef object _encoded(object part, const char **data, size_t *size):
         return part
     PyUnicode_FSConverter(part, &converted)
     encoded = <object>converted
-    Py_DECREF(encoded)  # the converter's reference, which Cython does not know of
+    Py_DECREF(encoded)  # the converter's reference, which Cython does not count
     data[0] = <const char *><char *>encoded
     size[0] = len(<bytes>encoded)
     return encoded
@@ -53,7 +53,7 @@ cdef class _Arena:
     """The memory that requests point to."""
 
     cdef arena memory
-    cdef char **callers  # the caller's environment, a block of its own
+    cdef char **callers  # the caller's environment, in a separate block
 
     def __dealloc__(self):
         arena_free(&self.memory)
@@ -76,7 +76,7 @@ cdef class _Arena:
 
     cdef char **texts(self, parts) except NULL:
         cdef size_t count = 0
-        cdef tuple fixed = tuple(parts)  # a list may change while its parts are encoded
+        cdef tuple fixed = tuple(parts)  # a copy, because a list may change while its parts are encoded
         taken = <char **>self.take((len(fixed) + 1) * sizeof(char *))
         for part in fixed:
             taken[count] = self.text(part)
@@ -136,7 +136,7 @@ cdef class _Arena:
 
 
 cdef class Pidfd:
-    """A process file descriptor (pidfd_open(2)). It is closed with its last reference, not while a thread waits on it.
+    """A process file descriptor (pidfd_open(2)). It is closed with its last reference, so never while a thread waits.
 
     Args:
         fd: the descriptor, which this object owns from now on.
@@ -161,13 +161,13 @@ cdef class Pidfd:
             group: signal the process group that the process leads or led (PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9).
 
         Returns:
-            0 or an errno: EINVAL where the kernel does not know the flag, ENOSYS where there are no pidfds.
+            0 or an errno: EINVAL if the kernel does not know the flag, ENOSYS if it has no pidfds.
         """
         return spawn_pidfd_signal(self.fd, sig, group)
 
 
 def clone_is_honoured():
-    """Try with a child, which ends at once, whether clone(CLONE_VM | CLONE_VFORK) does here what clone(2) says.
+    """Check, with a child that ends at once, whether clone(CLONE_VM | CLONE_VFORK) works here as clone(2) says.
 
     Raises:
         OSError: no child could be made.
@@ -181,7 +181,7 @@ def clone_is_honoured():
 
 
 def pack_ids(ids):
-    """The bit mask of ``ids``, numbers of CPUs or nodes, as the kernel takes it: unsigned longs, the lowest first."""
+    """The bit mask of ``ids`` (CPUs or nodes) in the kernel's form: unsigned longs, the lowest first."""
     cdef unsigned long bits = sizeof(unsigned long) * CHAR_BIT
     cdef unsigned long words = max(ids, default=0) // bits + 1
     packed = bytearray(words * sizeof(unsigned long))
@@ -199,7 +199,7 @@ def set_mempolicy(int mode, bytes node_mask):
         node_mask: of pack_ids(); None for a mode without nodes.
 
     Returns:
-        0 or an errno: ENOSYS where the system has no memory policies.
+        0 or an errno: ENOSYS if the system has no memory policies.
     """
     if node_mask is None:
         return spawn_set_mempolicy(mode, NULL, 0)
@@ -239,7 +239,7 @@ cdef int _check_pass_fds(tuple fds) except -1:
 cdef int _set_common(
     _Arena arena, spawn_request *request, cwd, bint new_session, int death_signal, int cgroup_fd, bint fresh_signals
 ) except -1:
-    """Set what the ranks of a crew share. What only a single start can ask for is set as not asked for."""
+    """Set what the ranks of a crew share, and switch off what only a single start can have."""
     request.cwd = NULL if cwd is None else arena.text(cwd)
     request.new_session = new_session
     request.death_signal = death_signal
@@ -280,7 +280,7 @@ cdef int _set_ids(_Arena arena, spawn_request *request, gid, groups, uid) except
 cdef int _set_own(
     _Arena arena, spawn_request *request, streams, bytes cpu_mask, int mem_mode, bytes node_mask, bint binding_required
 ) except -1:
-    """Set what each rank has of its own beside its command and environment. The caller must keep the masks alive."""
+    """Set what each rank has of its own, except command and environment. The caller must keep the masks alive."""
     cdef int i
     for i in range(3):
         _set_stream(arena, &request.streams[i], streams[i])
@@ -322,8 +322,8 @@ def spawn(
 
     Args:
         owner: has the attributes pid, _pidfd (a Pidfd or None), _executed_ns (of CLOCK_MONOTONIC) and _child_created,
-            which are set here when the process was started. A signal handler that raises, such as Ctrl-C's, runs as
-            soon as this call returns, and must find an owner to clean up.
+            which this function sets when the process was started. A signal handler that raises, such as Ctrl-C's, runs
+            as soon as this call returns, and must find an owner to clean up.
         argv, executables: iterables of what os.fsencode() takes; executables are tried in order.
         env: a mapping of what os.fsencode() takes, or None for the caller's environment.
         cwd: what os.fsencode() takes, or None for the caller's.
@@ -332,17 +332,16 @@ def spawn(
         pass_fds: descriptors in ascending order.
         process_group, umask: -1 leaves them unchanged; so does None for gid, groups, uid, cpu_mask and node_mask.
         cpu_mask, node_mask: of pack_ids().
-        fresh_signals: start with an empty signal mask, and with the default action of all signals but an ignored
-            SIGHUP.
+        fresh_signals: start with an empty signal mask, and with default actions except for an ignored SIGHUP.
         mechanism: CLONE or POSIX_SPAWN.
 
     Returns:
-        None when the mechanism cannot express the request. Else (step, errno of the step, errno of a refused affinity,
-        errno of a refused memory policy), where step is an index of STEP_NAMES, and 0 when the program was executed.
+        None if the mechanism cannot express the request. Else (step, errno of the step, errno of a refused affinity,
+        errno of a refused memory policy), where step is an index of STEP_NAMES, and 0 if the program was executed.
         ALL_DONE itself stands for four zeros.
 
     Raises:
-        TypeError, ValueError: an argument cannot be passed on; as subprocess raises them.
+        TypeError, ValueError: an argument cannot be encoded; as subprocess raises them.
     """
     cdef spawn_request request
     cdef spawn_result result
