@@ -147,7 +147,7 @@ test-torch: $(TORCH_VENV)/.built ## our handler beside torch's, and the DDP exam
 	$(TORCH_VENV)/bin/rankspawn run --nproc-per-node 2 --numa-binding node examples/ddp_digits.py
 
 # make looks for a GPU before it installs anything: torch alone is gigabytes, and without a GPU nothing can be tested.
-test-gpu: ## devices beside torch.cuda and nvidia-smi, where there is an NVIDIA GPU (installs torch into .venv-torch)
+test-gpu: ## devices beside torch.cuda and nvidia-smi, and warm ranks, where there is an NVIDIA GPU (installs torch into .venv-torch)
 	@if nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then $(MAKE) --no-print-directory test-gpu-here; \
 	else echo "make: no NVIDIA GPU here (nvidia-smi -L lists none): nothing was tested"; fi
 

@@ -9,7 +9,6 @@ what a process holds open.
 
 from __future__ import annotations
 
-import csv
 import functools
 import importlib.util
 import json
@@ -22,47 +21,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from rankspawn._ids import parse_ids
-from rankspawn._place.devices import parse_devices
+from tests.support.gpus import TIMEOUT, VARIABLES, compute_pids, mig_instances, smi, smi_gpus
 
-TIMEOUT = 300.0  # torch's first start on a machine reads gigabytes
-VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 PROC = Path("/proc/driver/nvidia/gpus")
-
-
-class Gpu(NamedTuple):
-    """A GPU as nvidia-smi lists it, which CUDA_VISIBLE_DEVICES does not change."""
-
-    number: int
-    address: str
-    uuid: str
-    name: str
-
-
-def smi(*arguments: str) -> str:
-    """What nvidia-smi prints; "" where there is no nvidia-smi, or it finds no driver."""
-    try:
-        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    except FileNotFoundError:
-        return ""
-    return done.stdout if done.returncode == 0 else ""
-
-
-def smi_gpus() -> tuple[Gpu, ...]:
-    rows = csv.reader(smi("--query-gpu=index,pci.bus_id,uuid,name", "--format=csv,noheader").splitlines())
-    cells = ([cell.strip() for cell in row] for row in rows if len(row) == 4)
-    return tuple(Gpu(int(number), parse_devices(bus)[0], uuid, name) for number, bus, uuid, name in cells)
-
 
 GPUS = smi_gpus()
 if not GPUS:
     pytest.skip("nvidia-smi lists no NVIDIA GPU: nothing is tested here", allow_module_level=True)
-# Where GPUs are divided into instances, CUDA counts instances, and a process has at most one.
-MIG = tuple(re.findall(r"UUID: (MIG-[^)\s]+)", smi("-L")))
+MIG = mig_instances()
 
 # ---- what is asked, each in a process of its own --------------------------------------------------------------------
 
@@ -312,11 +283,6 @@ def test_the_devices_that_torch_counts(name: str, order: str | None, source: str
 
 
 # ---- no CUDA context ------------------------------------------------------------------------------------------------
-
-
-def compute_pids() -> set[int]:
-    words = smi("--query-compute-apps=pid", "--format=csv,noheader").split()
-    return {int(word) for word in words if word.isdecimal()}
 
 
 def test_no_cuda_context_in_the_launcher(source: str) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -201,3 +202,22 @@ def test_the_example_trains_warm(tmp_path: Path) -> None:
     (attempt,) = json.loads(report.read_text())["attempts"]
     assert {rank["mechanism"] for rank in attempt["ranks"]} == {"warm"}
     assert "torch._dynamo" in attempt["templates"][0]["modules"]
+
+
+@pytest.mark.parametrize(
+    ("source", "how"),
+    [("torch.set_num_threads(4)", "clone"), ("torch.ones(2_000_000).sum()", "warm")],
+    ids=["XNNPACK's", "OpenMP's"],
+)
+def test_pools_of_threads(source: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """set_num_threads makes XNNPACK's pool, whose end a forked rank would wait for, when it ends, for ever."""
+    (tmp_path / "pools.py").write_text(f"import torch\n{source}\ntorch.ones(300, 300) @ torch.ones(300, 300)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    with warnings.catch_warnings(record=True) as said, Template(["numpy", "pools"]) as template:
+        warnings.simplefilter("always")
+        command = [sys.executable, "-c", "import torch; torch.ones(2_000_000).sum()"]
+        with launch(command, 2, warm=template) as group:
+            assert group.wait(60) == (0, 0)
+            assert {rank.mechanism for rank in group.ranks} == {how}
+    assert [("started a native thread" in str(one.message)) for one in said] == [True] * (how == "clone")

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -134,6 +135,8 @@ def _refusal(proc: str, descriptors: set[tuple[int, str]], threads: set[int]) ->
     if alive := [one for one in threading.enumerate() if one is not threading.main_thread()]:
         return f"an import has started the Python thread {alive[0].name!r}, which no forked rank would have"
     stay = _unsafe_threads(proc, threads)
+    if stay and any(map(_OPENBLAS.search, _mapped(proc))):
+        _fork_once()
     until = time.monotonic() + _THREAD_ENDS
     while stay and time.monotonic() < until:
         time.sleep(0.001)
@@ -151,17 +154,23 @@ def _monitoring() -> bool:
 
 
 def _unsafe_threads(proc: str, before: set[int]) -> list[str]:
-    """The names of new native threads, except those that are known to survive a fork.
+    """The names of new native threads, except those that are known to survive a fork."""
+    own = _threads(proc)
+    return [name for tid, name in own.items() if tid not in before and name not in _FORK_SAFE_THREADS]
+
+
+def _fork_once() -> None:
+    """Fork a process that ends at once.
 
     OpenBLAS ends its pool before a fork (pthread_atfork) and makes a new one when it needs it. Its threads have the
-    name of the process.
+    name of the process, as most libraries' have: those that are left after a fork are not OpenBLAS's.
     """
-    own = _threads(proc)
-    names = [name for tid, name in own.items() if tid not in before and name not in _FORK_SAFE_THREADS]
-    if any(map(_OPENBLAS.search, _mapped(proc))):
-        main = own.get(os.getpid())
-        names = [name for name in names if name != main]
-    return names
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of the threads
+        pid = os.fork()
+    if not pid:
+        os._exit(0)
+    os.waitpid(pid, 0)
 
 
 def _has_children() -> bool:
