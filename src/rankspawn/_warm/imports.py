@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from os import _exit
 from typing import Any
 
 from .. import _spawn
@@ -169,7 +170,7 @@ def _fork_once() -> None:
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of the threads
         pid = os.fork()
     if not pid:
-        os._exit(0)
+        _exit(0)
     os.waitpid(pid, 0)
 
 
