@@ -631,6 +631,7 @@ LINES = {
     "group signal": r"free of races|only until",
     "cgroup at birth": r"yes, tried in /|no",
     "guard": r"yes",
+    "sessions": r"the processes of",
     "CPU affinity": r"yes, tried with|refused|not on this system",
     **{f"memory {mode}": r"yes, tried with|refused|unknown" for mode in MEMORY_MODES},
     "NUMA nodes": r"\d+ \(CPUs [\d,-]+\)|unknown",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import resource
 import signal
@@ -20,6 +21,7 @@ from rankspawn._end import without
 from rankspawn._end.sessions import describe_stuck, kill_members, members
 from rankspawn._start.engine import EXTENSION_ERROR
 from tests.support.processes import PATIENCE, eventually, frozen_by_v1, has_ended, state
+from tests.support.seccomp import GETSID, refuse_getsid
 from tests.support.state import NOBODY, become, fork, in_child
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sessions as Linux has them")
@@ -444,3 +446,74 @@ def test_in_a_new_pid_namespace_with_the_old_procfs() -> None:
         return in_child(inner)
 
     assert in_child(outer) == (True, True)
+
+
+# ---- getsid(2) is refused -------------------------------------------------------------------------------------------
+
+# A rank leaves a child in a process group of its own; the launcher says its number, and what it was warned of.
+GROUP_WITHOUT_GETSID = """
+import os, sys, warnings
+from tests.support.seccomp import refuse_getsid
+refuse_getsid(int(sys.argv[1]))
+from rankspawn import launch
+from rankspawn._cli.main import main
+leave = (
+    "import os, time\\nif os.fork() == 0:\\n    os.setpgid(0, 0); os.write(1, b'%d\\\\n' % os.getpid())\\n"
+    "    os.close(1); os.close(2)\\ntime.sleep(100)"
+)
+reading, writing = os.pipe()
+stdout = os.dup(1)
+os.dup2(writing, 1)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    with launch([sys.executable, "-I", "-S", "-c", leave], 1):
+        left = int(os.read(reading, 100))
+os.dup2(stdout, 1)
+try:
+    os.kill(left, 9)
+    print("left")
+except ProcessLookupError:
+    print("ended")
+print(*(str(one.message) for one in caught), flush=True)
+main(["doctor"])
+"""
+
+
+needs_getsid = pytest.mark.skipif(
+    os.uname().machine not in GETSID, reason="the number of getsid on this machine's processor is not known here"
+)
+
+
+@needs_getsid
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS])
+def test_where_getsid_is_refused_proc_says_the_session(error: int, session: Callable[[str], Session]) -> None:
+    family = session(FAMILY)
+    told = set(family.hear(5))
+    outside = {pid for pid in told if os.getsid(pid) != family.sid}
+
+    def end() -> tuple[set[int], dict[int, int]]:
+        refuse_getsid(error)
+        return set(members({family.sid})), kill_members({family.sid}, PATIENCE)
+
+    assert in_child(end) == (told - outside, {})
+    assert all(map(has_ended, told - outside)) and not any(map(has_ended, outside))
+
+
+@needs_root
+@needs_getsid
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS])
+def test_where_nothing_tells_about_sessions_it_is_said(error: int, way: str) -> None:
+    inside = 'mount -t tmpfs tmpfs /proc && exec "$@"'
+    command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", inside, "sh", sys.executable, "-c"]
+    done = subprocess.run(
+        [*command, GROUP_WITHOUT_GETSID, str(error)],
+        env={**os.environ, **({"RANKSPAWN_MECHANISM": "subprocess"} if way == "python" else {})},
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    if done.stderr.startswith(("unshare:", "mount:")):
+        pytest.skip(done.stderr)
+    left, warning, *doctor = done.stdout.splitlines() or [done.stderr]
+    assert left == "left", done
+    assert "may run on, because their sessions cannot be searched: getsid" in warning
+    (line,) = (line for line in doctor if line.startswith("sessions "))
+    assert "no: getsid" in line

@@ -146,6 +146,9 @@ processes_list(struct processes *processes)
         return;
     }
     processes->procfs = is_there ? PROCFS_SHUT : processes->procfs;
+    if (session_of(own_pid()) < 0) {
+        return; /* a seccomp profile refuses getsid(2): nothing says which numbers are processes' */
+    }
     for (pid_t pid = 1; pid < MOST_PIDS; pid++) {
         if (session_of(pid) != -ESRCH) {
             add(processes, pid, 0);
@@ -173,7 +176,7 @@ static long
 or_field(long said, const struct process *process, int number)
 {
     char text[STAT_ROOM];
-    const char *field = said == -EPERM || said == -EACCES ? stat_field(process, number, text) : NULL;
+    const char *field = said < 0 && said != -ESRCH ? stat_field(process, number, text) : NULL;
     return field ? (long)number_in(field, &field) : said;
 }
 

@@ -149,7 +149,9 @@ def session(pid: int, proc: str = "/proc") -> int:
     """
     try:
         return os.getsid(pid)
-    except PermissionError:
+    except ProcessLookupError:
+        raise
+    except OSError:
         return read_stat(folder(pid, proc)).session
 
 
@@ -157,7 +159,9 @@ def group(pid: int, proc: str = "/proc") -> int:
     """The process group of a process, found as in session()."""
     try:
         return os.getpgid(pid)
-    except PermissionError:
+    except ProcessLookupError:
+        raise
+    except OSError:
         return read_stat(folder(pid, proc)).group
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .._binding import MEMORY_MODES, Binding, MemoryPolicy, PlacementError
 from .._end.delegated import own_cgroup
 from .._end.guard import Guard
+from .._end.sessions import why_blind
 from .._ids import format_ids
 from .._place.quota import cpu_quota
 from .._place.topology import Topology
@@ -37,6 +38,7 @@ def report(*, as_json: bool = False) -> int:
         "group signal": _group_signal(),
         "cgroup at birth": _cgroup(),
         "guard": _guard(),
+        "sessions": _sessions(),
         "CPU affinity": affinity,
         **{f"memory {mode}": _memory(mode) for mode in MEMORY_MODES},
         **_machine(),
@@ -106,6 +108,15 @@ def _guard() -> str:
     if not os.path.exists("/proc/self/stat"):
         return "yes; without /proc it tries every process id to find the ranks' processes, which takes a second"
     return "yes"
+
+
+def _sessions() -> str:
+    if not hasattr(os, "getsid"):
+        return "not on this system"
+    why = why_blind(os.getpid())
+    if why:
+        return f"no: {why}; only --cgroup ends what ranks start in process groups of their own"
+    return "the processes of a rank's session can be found"
 
 
 def _affinity() -> str:

@@ -16,10 +16,11 @@ Two things make that sound:
 from __future__ import annotations
 
 import os
+import sys
 import time
 from contextlib import suppress
 
-from .._procfs import folder, line, read_stat
+from .._procfs import depth, folder, line, read_stat, session
 from . import way as _way
 
 TYPE_CHECKING = False  # typing's own costs more than this module
@@ -106,6 +107,29 @@ def signal_one(pid: int, session: int, signals: Sequence[int]) -> None:
     from .without import signal_one as signal_by_pidfd
 
     signal_by_pidfd(pid, session, signals)
+
+
+def why_blind(leader: int, proc: str = "/proc") -> str:
+    """Why the members of a session cannot be found on this system; "" where they can be.
+
+    Args:
+        leader: The session's leader, which has not been reaped.
+        proc: Where procfs is mounted.
+    """
+    if not hasattr(os, "getsid"):
+        return ""
+    try:
+        os.getsid(leader)
+    except ProcessLookupError:
+        return ""
+    except OSError as error:
+        try:
+            session(leader, proc)
+        except OSError:
+            return f"getsid: {error.strerror}, and {proc} does not say either which session a process belongs to"
+    if _way.way.__name__.endswith("without") and sys.platform == "linux" and depth(proc) == 0:
+        return f"{proc} does not list the processes of this PID namespace, and without its engine rankspawn needs that"
+    return ""
 
 
 def ignores(pid: int, sig: int, proc: str = "/proc") -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .._end.deadline import left, passed, sooner, until
 from .._end.ranks import KILL_SECONDS, SIGKILL, SignalTo, kill_sessions, living, name_stuck, signal_ranks
 from .._end.reap import is_reaped, reap
-from .._end.sessions import describe_left, ignores, signal_one
+from .._end.sessions import describe_left, ignores, signal_one, why_blind
 from .._end.watch import POLL_SECONDS
 
 if TYPE_CHECKING:
@@ -213,6 +213,7 @@ class Ending:
             look(left(end))
         # A second at least is for the sessions: a rank that does not end must not keep the others' children alive.
         numbered, codes = dict(enumerate(self._ranks)), self._watch.returncodes
+        blind = next((why_blind(rank.pid) for rank in self._ranks if not is_reaped(rank)), "")
         stuck = kill_sessions(numbered, codes, 1.0 + (left(end) or 0), self._living)
         stuck.update(self._kill_left_by_reaped(1.0 + (left(end) or 0)))
         if self._cgroup is not None:
@@ -221,6 +222,13 @@ class Ending:
                 stuck.update(dict.fromkeys(self._cgroup.pids(), "the cgroup"))
         self.collected.update(reap(numbered, codes))
         look(0)
+        if blind and self._cgroup is None:
+            warnings.warn(
+                "processes that the ranks started in process groups of their own may run on, because their sessions"
+                f" cannot be searched: {blind}; --cgroup, cgroup= ends them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return {**stuck, **self.stuck()}
 
     @property
