@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m rankspaw
         prog: The command's name in messages.
 
     Returns:
-        The exit status: 0; or 1, with a message, if torch is not installed or the workers cannot be bound as asked.
+        The exit status, 0. It is 1, after a message, if torch is not installed or the workers cannot be bound as asked.
 
     Raises:
         Exception: Whatever torchrun's command raises, such as ChildFailedError and SignalException.

@@ -180,7 +180,7 @@ class Reporting:
             because: The reason for the look, in words; it is part of the text.
 
         Returns:
-            The look: ``str()`` of it is the whole text, and ``folded`` is one line. ``stacks`` and ``report()`` keep
+            The look. ``str()`` of it is the whole text, and ``folded`` is one line. ``stacks`` and ``report()`` keep
             it.
         """
         return self._take_stacks(because, seconds=seconds)
