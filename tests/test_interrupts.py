@@ -191,6 +191,37 @@ def test_many_interrupts_one_millisecond_apart(folder: Path) -> None:
         assert not [name for name in os.listdir(folder) if name.startswith("rankspawn")]
 
 
+def test_a_handler_that_looks_at_any_instruction_of_the_first_wait_loses_no_rank() -> None:
+    """Both looks register the ranks' pidfds."""
+    at, came = 0, True
+    while came:
+        came, left = False, at
+
+        def trace(frame: FrameType, event: str, arg: Any) -> Any:
+            nonlocal came, left
+            if not frame.f_code.co_filename.endswith("/_end/watch.py"):
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode" and not came:
+                left -= 1
+                if left < 0:
+                    came = True
+                    group.poll()
+            return trace
+
+        with launch(["sleep", "1000"], 2, guard=False, keep_going=True) as group:
+            sys.settrace(trace)
+            try:
+                group._watch._register()
+            finally:
+                sys.settrace(None)
+            for rank in group.ranks:
+                rank.kill()
+            assert group.wait(PATIENCE) == (-signal.SIGKILL, -signal.SIGKILL), f"at instruction {at}"
+        at += 1
+    assert at > 20
+
+
 def test_handlers_run_when_the_block_is_over() -> None:
     came: list[tuple[int, bool]] = []
     inside = True

@@ -57,8 +57,9 @@ class Watch:
         self._looks = 0
         self._looking, self._ringing = threading.RLock(), threading.RLock()
         self._selector = selectors.DefaultSelector()
-        # Their pidfds: number by descriptor, and the epoll that has them, made when a rank must be waited for. It goes
-        # as a whole when the last rank has ended: taking each out is a good part of the time in which many end.
+        # Their pidfds: number by descriptor, and the epoll that has them. It goes as a whole when the last rank has
+        # ended: taking each out is a good part of the time in which many end. It is made here, because two threads, or
+        # a look and a signal handler's look, would each make one at the first wait.
         self._pidfds: dict[int, int] = {}
         self._ends: Any = None
         # Where there is no eventfd there is no pidfd either, so no sleep is long.
@@ -66,10 +67,12 @@ class Watch:
         if hasattr(os, "eventfd"):
             try:
                 self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                self._ends = select.epoll()
             except BaseException:
                 self._selector.close()
                 raise
             self._selector.register(self._bell, selectors.EVENT_READ)
+            self._selector.register(self._ends, selectors.EVENT_READ, _RANKS)
 
     def add(self, descriptor: int) -> None:
         """Have ``look`` return, too, when ``descriptor`` is readable."""
@@ -224,21 +227,17 @@ class Watch:
             if (pidfd := rank.pidfd) is None:
                 self._polled.add(number)
                 continue
+            if (ends := self._ends) is None:
+                break  # a signal handler or another thread has seen the last end meanwhile, or has closed this watch
+            self._pidfds[pidfd] = number  # first: another thread may see the end at once
             try:
-                ends = self._ends
-                if ends is None:
-                    ends = select.epoll()
-                    self._selector.register(ends, selectors.EVENT_READ, _RANKS)
-                    self._ends = ends
                 ends.register(pidfd, select.EPOLLIN)
             except FileExistsError:
-                pass  # it is: an exception ended the first try behind it
+                pass  # it is: an exception ended the first try behind it, or another thread registers them, too
             except ValueError:
                 break  # a signal handler has seen the last end meanwhile, or has closed this watch
-            except OSError:  # there is no descriptor left, or too many files are watched
+            except OSError:  # fs.epoll.max_user_watches is reached
                 self._polled.add(number)
-                continue
-            self._pidfds[pidfd] = number
         self._new.clear()
 
     def _note_ends(self) -> None:
