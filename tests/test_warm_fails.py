@@ -88,6 +88,18 @@ def test_a_template_that_cannot_be(module: Path, does: str, why: str) -> None:
         assert why in (told["refused"] or "")
 
 
+@pytest.mark.parametrize("handler", ["signal.SIG_IGN", "lambda *_: os.waitpid(-1, os.WNOHANG)"])
+def test_an_import_may_ignore_the_ends_of_children(module: Path, handler: str) -> None:
+    module.write_text(f"import os, signal; signal.signal(signal.SIGCHLD, {handler})")
+    program = "import signal, sys; sys.exit(signal.getsignal(signal.SIGCHLD) in (None, signal.SIG_DFL))"
+    with (
+        Template(["preloaded"], required=True, timeout=PATIENCE) as template,
+        launch([*PYTHON, program], 2, warm=template) as group,
+    ):
+        assert group.wait(PATIENCE) == (0, 0)
+        assert {rank.mechanism for rank in group.ranks} == {"warm"}
+
+
 def test_required_is_an_error(module: Path) -> None:
     module.write_text("import socket; kept = socket.socket()")
     with Template(["preloaded"], required=True) as template:

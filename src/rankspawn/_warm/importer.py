@@ -129,6 +129,9 @@ def _why_not(adopted: dict[str, Any], above: int) -> str | None:
         return f"{threads} threads run after the fork"
     crew = _spawn.Crew(1, {}, {}, {}, None, True, signal.SIGKILL, -1, -1)
     crew.add(None, ("trial",), ("",), {}, (-1, -1, -1), None, -1, None, False)
+    handler = signal.getsignal(signal.SIGCHLD)
+    if handler is not None:  # None: a library's, which cannot be set again
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # one that ignores it, or reaps, would take the trial's end
     results = mmap.mmap(-1, _spawn.RESULT_BYTES)
     reading, done = os.pipe()
     if _spawn.fork_crew(crew, results, done, above, 0o077, siblings=False) >= 0:
@@ -141,7 +144,10 @@ def _why_not(adopted: dict[str, Any], above: int) -> str | None:
     results.close()
     if step or not trial.pid:
         return f"a trial rank could not be forked: {_spawn.STEP_NAMES[step]}: {os.strerror(code)}"
-    return _end_of(trial)
+    why = _end_of(trial)
+    if handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
+    return why
 
 
 def _end_of(trial: Any) -> str | None:

@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from os import _exit
 from typing import Any
 
@@ -171,7 +172,8 @@ def _fork_once() -> None:
         pid = os.fork()
     if not pid:
         _exit(0)
-    os.waitpid(pid, 0)
+    with suppress(ChildProcessError):  # the imports ignore SIGCHLD, so nothing is left of it
+        os.waitpid(pid, 0)
 
 
 def _has_children() -> bool:
