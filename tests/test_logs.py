@@ -16,7 +16,7 @@ from rankspawn import Job, Popen, launch
 from rankspawn._output.logs import LogFolder, last_lines, printable, rank_files
 from tests.support.launchers import LAUNCHER, after, completed, environment_here, in_ranks
 from tests.support.processes import eventually
-from tests.support.state import fork
+from tests.support.state import NOBODY, fork, in_child
 
 
 def test_the_layout_is_torchruns(tmp_path: Path) -> None:
@@ -44,6 +44,21 @@ def test_a_file_that_is_called_latest_stays(tmp_path: Path) -> None:
     with LogFolder(str(tmp_path), name="train") as folder:
         assert os.path.isdir(folder.path)
     assert (tmp_path / "latest").read_text() == "mine"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="makes another user's link")
+def test_another_users_link_in_a_sticky_folder_stays_and_nothing_else_does(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    (tmp_path / "latest").symlink_to("theirs")
+
+    def begin() -> None:
+        os.chdir(tmp_path)
+        os.setuid(NOBODY)
+        assert os.path.isdir(LogFolder(".", name="train").path)
+
+    in_child(begin)
+    assert os.readlink(tmp_path / "latest") == "theirs"
+    assert [path.name.split("-")[0] for path in sorted(tmp_path.iterdir())] == ["latest", "train"]
 
 
 def test_folders_of_jobs_that_begin_together_are_their_own(tmp_path: Path) -> None:

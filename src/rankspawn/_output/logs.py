@@ -101,10 +101,15 @@ def _dated_folder(parent: str, name: str) -> str:
         raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), os.path.join(parent, base))
     latest = os.path.join(parent, "latest")
     if not os.path.lexists(latest) or os.path.islink(latest):
-        with suppress(OSError):  # a file system without links: the launcher says where the files are, too
-            new = os.path.join(parent, f".{made}")
+        new = os.path.join(parent, f".{made}")
+        # A file system without links, or another user's link in a sticky folder: the launcher says where the files are,
+        # too.
+        with suppress(OSError):
             os.symlink(made, new)
-            os.replace(new, latest)  # atomic: a reader finds the old link or the new one
+            try:
+                os.replace(new, latest)  # atomic: a reader finds the old link or the new one
+            except OSError:
+                os.unlink(new)
     return os.path.join(parent, made)
 
 
