@@ -29,7 +29,8 @@ print(os.environ["MASTER_ADDR"], seen, flush=True)
 # Both have written by now: the launcher ends the other rank as soon as one has failed.
 dist.barrier()
 dist.destroy_process_group()
-sys.exit(os.environ["TORCHELASTIC_RESTART_COUNT"] == "0")
+# Not sys.exit: torch's gloo threads may still let go of tensors, and abort where the interpreter is ending.
+os._exit(os.environ["TORCHELASTIC_RESTART_COUNT"] == "0")
 """
 
 
