@@ -158,7 +158,7 @@ def test_wrong_arguments_are_named() -> None:
         ({"numa": "node", "nprocs": 0}, "nprocs: expected a positive integer, got 0"),
         ({"numa": "node", "gpu_index": -1}, "gpu_index: expected a non-negative integer, got -1"),
         ({"numa": "node", "gpu_index": 2, "devices": on(0, 0)}, "gpu_index 2: only 2 devices are visible"),
-        ({"numa": "node"}, "nprocs is needed: there are no devices to count"),
+        ({"numa": "node"}, "there are no accelerators to count: give the number of ranks"),
         (
             {"numa": "node", "nprocs": 1, "memory_policy": "strict"},
             "memory policy: expected one of default, local, bind",

@@ -59,6 +59,11 @@ def test_the_table_of_a_machine(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ]
 
 
+def test_one_of_a_kind_is_not_plural(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("topology", "--sysfs", write(tmp_path, Machine(sockets=1, cores=2, threads=1))) == 0
+    assert capsys.readouterr().out.startswith("2 CPUs, 2 cores, 1 socket, 1 node\n")
+
+
 def test_the_table_of_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, Machine(sockets=2, cores=2, threads=2, gpus=(Gpu(0), Gpu(-1, local="2-3,6-7"))))
     words = ("plan", "--sysfs", tmp_path, "--numa-binding", "exclusive", "--memory-policy", "preferred")

@@ -336,7 +336,7 @@ def _(folder: Path) -> str:
     return raised(lambda: place(topology, "node", gpu_index=1))
 
 
-@provokes("nprocs is needed: there are no devices to count")
+@provokes("there are no accelerators to count: give the number of ranks (--nproc-per-node, nprocs)")
 def _(folder: Path) -> str:
     return plan(folder, Machine())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from .._ids import format_ids
 from .._place.sysfs import Tree
@@ -236,8 +236,9 @@ def _print_map(topology: Topology, devices: Sequence[Device], ranks: Sequence[Pl
 def _print_topology(topology: Topology, devices: Sequence[Device], out: IO[str]) -> None:
     kinds = [core.kind for core in topology.cores]
     hybrid = ", ".join(f"{kinds.count(kind)} of {kind}" for kind in sorted(set(kinds)) if kind)
-    cores = f"{len(kinds)} cores" + (f" ({hybrid})" if hybrid else "")
-    print(f"{len(topology.cpus)} CPUs, {cores}, {len(topology.sockets)} sockets, {len(topology.nodes)} nodes", file=out)
+    cores = _count(kinds, "core") + (f" ({hybrid})" if hybrid else "")
+    sockets, nodes = _count(topology.sockets, "socket"), _count(topology.nodes, "node")
+    print(f"{_count(topology.cpus, 'CPU')}, {cores}, {sockets}, {nodes}", file=out)
     print(f"allowed: CPUs {format_ids(topology.allowed_cpus)}, nodes {format_ids(topology.allowed_nodes)}", file=out)
     if topology.offline:
         print(f"offline: CPUs {format_ids(topology.offline)}", file=out)
@@ -290,6 +291,10 @@ def _print_plan(topology: Topology, ranks: Sequence[Placed], notes: Sequence[str
         )
     _table(("rank", "device", "node", "CPUs", "cores", "memory", "OMP_NUM_THREADS"), rows, out)
     _notes((*topology.notes, *notes), out)
+
+
+def _count(things: Collection[object], word: str) -> str:
+    return f"{len(things)} {word}{'' if len(things) == 1 else 's'}"
 
 
 def _notes(notes: Sequence[str], out: IO[str]) -> None:

@@ -50,7 +50,8 @@ def only_torchrun(parser: argparse.ArgumentParser, what: str) -> NoReturn:
 def add_torchrun_options(run: argparse.ArgumentParser) -> None:
     """Add the options of torchrun that ``rankspawn run`` ignores or refuses."""
     group = run.add_argument_group(
-        "options of torchrun that are ignored", "There is no elastic agent and no rendezvous."
+        "options of torchrun that are ignored",
+        f"{', '.join(NEEDLESS[:-1])} and {NEEDLESS[-1]}, because there is no elastic agent and no rendezvous.",
     )
     add = group.add_argument
     add("--monitor-interval", "--monitor_interval", type=float, metavar="SECONDS", help=argparse.SUPPRESS)
