@@ -172,7 +172,8 @@ def measure(bench: Bench, ranks: int, turns: int, many: int) -> None:
         show(f"{many} ranks of it, each / {ranks} ranks, each", of_many / many / (again / ranks), "", 1.0)
         restarted, as_cold = bench.restart(ranks, template), bench.restart(ranks, False)
         show("a rank dies: all are ready again after", restarted, "s", 0.25)
-        show("  executed / that", as_cold / restarted, "")
+        show("  all are executed again after", as_cold, "s")
+        show("  that / forked", as_cold / restarted, "")
         for what, body in (("imports", ""), ("one step", STEP)):
             of_cold, of_warm = bench.memory(ranks, False, body), bench.memory(ranks, template, body)
             show(f"memory after {what}: executed", of_cold, "MiB")

@@ -65,7 +65,7 @@ def _bench(row: str, which: int) -> Cell:
 # A title, the unit of what is shown, by what the table's number is divided, and a bar for each line.
 _PANELS: tuple[tuple[str, str, float, dict[str, Cell]], ...] = (
     (
-        "8 Python ranks that do nothing (busy machine)", "s", 1,
+        "8 Python ranks that do nothing", "s", 1,
         {
             "rankspawn run": ("torchrun.md", "rankspawn run", 2, 0),
             "torchrun": ("torchrun.md", "torchrun", 2, 0),
