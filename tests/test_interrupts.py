@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dis import opname
 from pathlib import Path
 from types import FrameType
@@ -94,10 +94,14 @@ def interrupted(work: Callable[[], object], at: int) -> bool:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    return tmp_path
+    # The hundreds of collections of a test need not look at all objects of the tests before it.
+    gc.collect()
+    gc.freeze()
+    yield tmp_path
+    gc.unfreeze()
 
 
 # Until the end has taken the handlers, an interrupt finds a group that is open: of the first instructions.
