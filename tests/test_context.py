@@ -851,7 +851,7 @@ def test_die_with_parent(tmp_path: Path) -> None:
 
 def test_what_is_no_context() -> None:
     for method in ("fork", "", "thread"):
-        with pytest.raises(ValueError, match="there are 'spawn', 'forkserver' and 'warm'"):
+        with pytest.raises(ValueError, match="expected 'spawn', 'forkserver' or 'warm'"):
             get_context(method)
     with pytest.raises(ValueError, match="the server is the parent"):
         get_context("forkserver", die_with_parent=True)

@@ -8,12 +8,14 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, overload
 
+# Not when a rank fails: no descriptor may be left then to read the module.
+from .._end.deaths import Deaths
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from .._binding import Binding
     from .._canvas import Svg
-    from .._end.deaths import Deaths
     from .._end.watch import Watch
     from .._output.failure import Failure
     from .._output.form import GroupReport, TemplateReport
@@ -164,8 +166,6 @@ class Reporting:
         return ended
 
     def _new_deaths(self, cgroup: str | None, *, counts: bool = True) -> Deaths:
-        from .._end.deaths import Deaths
-
         return Deaths(self._called_ns, cgroup, counts=counts)
 
     def dump(self, seconds: float = 2.0, *, because: str = "asked for") -> Stacks:
