@@ -22,6 +22,12 @@ def format_ids(ids: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
+def name_ranks(ranks: Iterable[int]) -> str:
+    """Write ranks in words: ``{3}`` gives "rank 3", ``{0, 1, 2}`` gives "ranks 0-2"; no ranks give ""."""
+    ids = format_ids(ranks)
+    return ids and ("rank " if ids.isdecimal() else "ranks ") + ids
+
+
 def parse_ids(text: str) -> frozenset[int]:
     """Read a kernel list such as "0-2,5"; blank text gives no ids. Raises ValueError, with the text, for other text."""
     ids: set[int] = set()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .._end.orphans import Orphans
 from .._group.launch import launch
-from .._ids import format_ids
+from .._ids import name_ranks
 from .._output.logs import RankFiles, rank_files
 from .._output.noted import noted
 from .._place.glance import sets_threads
@@ -251,8 +251,7 @@ class Supervision:
         self._progress.clear()
 
     def _named(self, ranks: Sequence[int]) -> str:
-        word = "ranks " if len(ranks) > 1 else "rank " if ranks else ""
-        return word + format_ids([self._job.first_rank + rank for rank in ranks])
+        return name_ranks(self._job.first_rank + rank for rank in ranks)
 
     def _act(self, came: bytes) -> None:
         """Carry out these signals."""

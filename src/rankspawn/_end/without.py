@@ -5,7 +5,6 @@ A "rank" here is a Popen that leads a session of its own.
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import time
@@ -13,6 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from .. import _procfs
+from .._start.ending import wait_status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -69,25 +69,10 @@ def collect(ranks: Sequence[Popen]) -> list[tuple[int | None, tuple[Any, ...]]]:
 
 
 def _see(rank: Popen, options: int) -> int | None:
-    options |= os.WEXITED | os.WNOHANG
-    pidfd = rank._pidfd  # the object: another thread may let go of it, and its descriptor would be closed
-    ended = None
     try:
-        try:
-            if pidfd is None or not hasattr(os, "P_PIDFD"):
-                raise OSError(errno.EINVAL, "")
-            ended = os.waitid(os.P_PIDFD, pidfd.fd, options)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # before Linux 5.4
-                raise
-            ended = os.waitid(os.P_PID, rank.pid, options)
+        return wait_status(rank.pid, rank._pidfd, options | os.WNOHANG)
     except ChildProcessError:
         return -1
-    if ended is None:
-        return None
-    if ended.si_code == os.CLD_EXITED:
-        return (ended.si_status & 0xFF) << 8
-    return ended.si_status | (0x80 if ended.si_code == os.CLD_DUMPED else 0)
 
 
 def signal_groups(ranks: Iterable[Popen], signals: Sequence[int]) -> list[int]:

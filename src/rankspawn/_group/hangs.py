@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from .._end.deadline import passed, sooner
 from .._frozen import Frozen
-from .._ids import format_ids
+from .._ids import name_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -126,14 +126,14 @@ class HangWatch:
         now = time.monotonic()
         since, self._looked_at, self.due = now - self._looked_at, now, now + self._pause
         first, self._first = self._first, None
-        if self._has_moved(running, since):
+        pids = self._unmoved_processes(running, since)
+        if pids is None:
             self._quiet, self._told = 0.0, False
             return None
         # If this process itself did not run, because it was suspended for example, the ranks may not have run either.
         self._quiet += min(since, 2 * self._pause)
         if self._quiet < self._seconds or self._told:
             return None
-        pids = [pid for below in self._below(running).values() for pid in below]
         if any(can_run(pid, self._proc) for pid in pids):
             return None
         if any(attended(pid, self._proc) for pid in pids):
@@ -154,8 +154,11 @@ class HangWatch:
         self._told = True
         return self._quiet, first, second
 
-    def _has_moved(self, running: Mapping[int, int], since: float) -> bool:
-        """Whether a rank has written or computed since the last look: the cheapest question first."""
+    def _unmoved_processes(self, running: Mapping[int, int], since: float) -> list[int] | None:
+        """All processes of the ranks if none has written or computed since the last look; else None.
+
+        The cheapest question comes first.
+        """
         from .._stacks.still import used
 
         most = max(1.5 * self._tick, _LITTLE * since)
@@ -165,11 +168,12 @@ class HangWatch:
         self._sizes, self._own = sizes, own
         if moved:
             self._all = {}
-            return True
-        everything = {number: used(pids, self._proc) for number, pids in self._below(running).items()}
+            return None
+        below = self._below(running)
+        everything = {number: used(pids, self._proc) for number, pids in below.items()}
         moved = self._is_busy(self._all, everything, most)
         self._all = everything
-        return moved
+        return None if moved else [pid for pids in below.values() for pid in pids]
 
     def _is_busy(
         self, before: Mapping[int, tuple[float, int]], now: Mapping[int, tuple[float, int]], most: float
@@ -263,11 +267,11 @@ class Hangs:
         from .._stacks.still import unmoved
 
         still = unmoved(first, second)
-        well = format_ids(self.job.first_rank + one for one, code in self._watch.returncodes.copy().items() if not code)
+        well = name_ranks(self.job.first_rank + one for one, code in self._watch.returncodes.copy().items() if not code)
         second.because = (
             f"hang: for {seconds:.0f} s no rank has written a line or used CPU time"
-            + (f", {_ranks(well)} ended with status 0" if well else "")
-            + f", {_ranks(format_ids(still))} stood still"
+            + (f", {well} ended with status 0" if well else "")
+            + f", {name_ranks(still)} stood still"
         )
         for look in (first, second):
             self._keep(look)
@@ -281,7 +285,3 @@ class Hangs:
                 self.stop()  # so that no restart follows
             else:
                 self._ending.ask(signal.SIGTERM, None)
-
-
-def _ranks(ids: str) -> str:
-    return f"rank {ids}" if ids.isdecimal() else f"ranks {ids}"

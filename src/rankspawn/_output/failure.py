@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from .._frozen import Frozen
-from .._ids import format_ids
+from .._ids import format_ids, name_ranks
 from .._public import public
 from .logs import last_lines, printable
 from .recorded import RecordedError, read_error_file
@@ -312,12 +312,9 @@ def _ends_of(others: Iterable[Failure]) -> list[str]:
             causes.setdefault(cause, []).append(other.rank)
         else:
             ended.setdefault(how, []).append(other.rank)
-    told = [
-        f"  rank{'s' if len(ranks) > 1 else ''} {format_ids(ranks)}: {cause}"
-        for cause, ranks in list(causes.items())[:_MOST_CAUSES]
-    ]
+    told = [f"  {name_ranks(ranks)}: {cause}" for cause, ranks in list(causes.items())[:_MOST_CAUSES]]
     if more := [rank for ranks in list(causes.values())[_MOST_CAUSES:] for rank in ranks]:
-        told.append(f"  rank{'s' if len(more) > 1 else ''} {format_ids(more)}: other causes")
+        told.append(f"  {name_ranks(more)}: other causes")
     if ended:
         told.append("  others: " + "; ".join(f"{format_ids(ranks)} {how}" for how, ranks in ended.items()))
     return told

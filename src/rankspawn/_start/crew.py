@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from .arguments import candidates, command_and_program
-from .ending import _P_PIDFD, Stock
+from .ending import Stock, wait_status
 from .engine import EXTENSION_ERROR, masks, mechanisms
 from .popen import Popen
 
@@ -87,23 +86,13 @@ class RankProcess(Popen):
 
         def _note_end(self, options: int) -> int | None:
             """If it has ended, set its returncode, and return waitpid(2)'s status. Its group alone reaps it."""
-            options |= os.WEXITED | os.WNOWAIT
-            pidfd = self._pidfd
             try:
-                try:
-                    if pidfd is None:
-                        raise OSError(errno.EINVAL, "")
-                    ended = os.waitid(_P_PIDFD, pidfd.fd, options)
-                except OSError as error:
-                    if error.errno != errno.EINVAL:  # before Linux 5.4
-                        raise
-                    ended = os.waitid(os.P_PID, self.pid, options)
+                status = wait_status(self.pid, self._pidfd, options | os.WNOWAIT)
             except ChildProcessError:
                 self._is_kept = False  # it has been reaped, by its group or by other code
                 return None
-            if ended is None:
+            if status is None:
                 return None
-            status = (ended.si_status & 0xFF) << 8 if ended.si_code == os.CLD_EXITED else int(ended.si_status)
             self._handle_exitstatus(status)
             return status
 

@@ -15,6 +15,8 @@ from .outcome import RefusedStep
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
 
+    from .._spawn import Pidfd
+
     # The type that the streams of a Popen give; bytes by default, as in the standard class.
     AnyStr = TypeVar("AnyStr", str, bytes, default=bytes)
 else:
@@ -26,6 +28,36 @@ Stock = subprocess.Popen
 _P_PIDFD = getattr(os, "P_PIDFD", 3)
 _LOOK = os.WEXITED | os.WNOHANG | os.WNOWAIT if os.name == "posix" else 0
 _PATIENCE = 1.0  # seconds; a thread that polls needs a few microseconds
+
+
+def wait_status(pid: int, pidfd: Pidfd | None, options: int) -> int | None:
+    """waitid(2) for the end of a child: by its pidfd, or by its number without one and before Linux 5.4.
+
+    Args:
+        pid: The child's number.
+        pidfd: The object, because another thread may let go of it, and its descriptor would be closed.
+        options: Flags of waitid(2) besides WEXITED.
+
+    Returns:
+        The status as from waitpid(2); None if the child runs.
+
+    Raises:
+        ChildProcessError: It has been reaped.
+    """
+    options |= os.WEXITED
+    try:
+        if pidfd is None:
+            raise OSError(errno.EINVAL, "")
+        ended = os.waitid(_P_PIDFD, pidfd.fd, options)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # before Linux 5.4
+            raise
+        ended = os.waitid(os.P_PID, pid, options)
+    if ended is None:
+        return None
+    if ended.si_code == os.CLD_EXITED:
+        return (ended.si_status & 0xFF) << 8
+    return int(ended.si_status) | (0x80 if ended.si_code == os.CLD_DUMPED else 0)
 
 
 class Started(subprocess.Popen[AnyStr]):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
-from .._ids import format_ids
+from .._ids import name_ranks
 from .._public import public
 from .._start.engine import mechanisms, why_no_engine
 from .inherited import closed_streams, difference, inherited
@@ -334,4 +334,4 @@ def _name_ranks(reasons: Mapping[int, str]) -> list[str]:
     by_reason: dict[str, list[int]] = {}
     for number, why in sorted(reasons.items()):
         by_reason.setdefault(why, []).append(number)
-    return [f"rank{'s' * (len(some) > 1)} {format_ids(some)} started cold: {why}" for why, some in by_reason.items()]
+    return [f"{name_ranks(some)} started cold: {why}" for why, some in by_reason.items()]
