@@ -82,13 +82,8 @@ request_of(const struct job *job, size_t rank)
         .close_fds = true,
         .restore_signals = true,
         .new_session = true,
-        .process_group = -1,
-        .umask = -1,
-        .groups_count = -1,
-        .mem_mode = -1,
+        SPAWN_NOTHING_SPECIAL,
         .binding_required = true,
-        .cgroup_fd = -1,
-        .guard_fd = -1,
     };
     for (int i = 0; i < 3; i++) {
         request.streams[i].fd = STREAM_INHERIT;

@@ -113,6 +113,10 @@ struct spawn_request {
     int guard_fd;     /* a pipe that the child writes a spawn_registration to once it leads its session; -1: none */
 };
 
+/* For the initializer of a struct spawn_request: the fields that are not zero in a request for nothing special. */
+#define SPAWN_NOTHING_SPECIAL                                                                                          \
+    .process_group = -1, .umask = -1, .groups_count = -1, .mem_mode = -1, .cgroup_fd = -1, .guard_fd = -1
+
 /* What a guard reads. A process that has this pid and was started later is another one. Pid 0 asks the guard to end
  * what the ranks left behind: the launcher has started its last rank, and all have ended. */
 struct spawn_registration {

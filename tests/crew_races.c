@@ -49,13 +49,8 @@ fill(struct spawn_request *request, size_t rank, int kind)
         .envp = environ,
         .close_fds = true,
         .new_session = true,
-        .process_group = -1,
-        .umask = -1,
-        .groups_count = -1,
-        .mem_mode = -1,
+        SPAWN_NOTHING_SPECIAL,
         .death_signal = kind & 1 ? SIGKILL : 0,
-        .cgroup_fd = -1,
-        .guard_fd = -1,
     };
     for (int i = 0; i < 3; i++) {
         request->streams[i].fd = request->parent_ends[i] = -1;

@@ -117,13 +117,8 @@ prepare(struct start *start, const char *word)
         .executables = start->executables,
         .argv = start->argv,
         .envp = environ,
-        .process_group = -1,
-        .umask = -1,
-        .groups_count = -1,
-        .mem_mode = -1,
+        SPAWN_NOTHING_SPECIAL,
         .binding_required = true,
-        .cgroup_fd = -1,
-        .guard_fd = -1,
     };
     for (int i = 0; i < 3; i++) {
         start->request.streams[i].fd = start->request.parent_ends[i] = STREAM_INHERIT;
