@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("torch.distributed", reason="torch is not installed")
 
-STORE = """
+STORE = r"""
 import os, socket, sys
 import torch.distributed as dist
 port = int(os.environ["MASTER_PORT"])
@@ -25,7 +25,8 @@ if os.environ["RANK"] == "0":
 dist.init_process_group("gloo")
 seen = [None] * dist.get_world_size()
 dist.all_gather_object(seen, dist.get_rank())
-print(os.environ["MASTER_ADDR"], seen, flush=True)
+# One write: `python -u` would write each word of a print by itself, between those of the other rank.
+os.write(1, f"{os.environ['MASTER_ADDR']} {seen}\n".encode())
 # Both have written by now: the launcher ends the other rank as soon as one has failed.
 dist.barrier()
 dist.destroy_process_group()
