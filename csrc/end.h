@@ -33,7 +33,7 @@ struct end_member {
 /* Sessions whose numbers are still their own, and their living members. The caller owns the two sets, in ascending
  * order. */
 struct end_sessions {
-    const pid_t *numbers, *zombies; /* zombies: known to have ended, skipped */
+    const pid_t *numbers, *zombies; /* zombies: leaders that have ended */
     size_t count, zombie_count;
     struct end_member *found;
     size_t found_count, found_room;
@@ -58,6 +58,10 @@ void end_kill_groups(const struct end_sessions *sessions);
 /* Find the living members, and send SIGKILL to each if asked to. */
 void end_search(struct end_sessions *sessions, bool kills);
 
+/* Whether these sessions certainly have no living member. It is harmless if other code has reaped a leader meanwhile,
+ * because nothing is signalled. */
+bool end_are_empty(struct end_sessions *sessions);
+
 /* Send SIGKILL to the members found, and wait for their end, at most so many nanoseconds. */
 void end_kill_found(const struct end_sessions *sessions, int64_t pause);
 
@@ -72,6 +76,7 @@ void end_signal_members(struct end_sessions *sessions, const int *signals, size_
 #define end_signal(ranks, count, signals, signal_count) ((void)(ranks), (void)(signals), (void)(signal_count))
 #define end_kill_groups(sessions) ((void)(sessions))
 #define end_search(sessions, kills) ((void)(sessions), (void)(kills))
+#define end_are_empty(sessions) ((void)(sessions), false)
 #define end_kill_found(sessions, pause) ((void)(sessions), (void)(pause))
 #define end_signal_members(sessions, signals, count, groups) ((void)(sessions), (void)(signals))
 #endif

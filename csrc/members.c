@@ -57,8 +57,8 @@ static bool
 wants(void *context, const struct process *process, long session)
 {
     const struct end_sessions *sessions = ((const struct looker *)context)->sessions;
-    return is_in(sessions->numbers, sessions->count, session) &&
-           !is_in(sessions->zombies, sessions->zombie_count, process->pid);
+    bool is_zombie = process->pid == session && is_in(sessions->zombies, sessions->zombie_count, process->pid);
+    return is_in(sessions->numbers, sessions->count, session) && !is_zombie;
 }
 
 static bool
@@ -76,8 +76,9 @@ meet(void *context, const struct process *process, long session)
     return lives;
 }
 
-void
-end_search(struct end_sessions *sessions, bool kills)
+/* Returns whether it is certain that no member was missed. */
+static bool
+find_all(struct end_sessions *sessions, bool kills)
 {
     struct search search = {.ended = NULL};
     struct looker looker = {sessions, kills};
@@ -85,10 +86,23 @@ end_search(struct end_sessions *sessions, bool kills)
     int looks = 0;
     do {
         sessions->found_count = 0;
-        processes_list(&search.processes);
+        processes_list(&search.processes, (struct pids){sessions->zombies, sessions->zombie_count});
         is_undecided = search_listed(&search, wants, meet, &looker) && sessions->found_count == 0;
     } while (is_undecided && ++looks < most_looks(&search));
     let_go(&search);
+    return !is_undecided && !search.is_blind && search.processes.is_whole && search.processes.procfs < PROCFS_NONE;
+}
+
+void
+end_search(struct end_sessions *sessions, bool kills)
+{
+    find_all(sessions, kills);
+}
+
+bool
+end_are_empty(struct end_sessions *sessions)
+{
+    return find_all(sessions, false) && sessions->found_count == 0 && !sessions->lacks_memory;
 }
 
 /* ---- killed -------------------------------------------------------------------------------------------------------*/
@@ -183,7 +197,7 @@ end_signal_members(struct end_sessions *sessions, const int *signals, size_t cou
     sessions->found_count = 0;
     do {
         told = sessions->found_count;
-        processes_list(&search.processes);
+        processes_list(&search.processes, (struct pids){sessions->numbers, sessions->count});
         search_listed(&search, is_to_be_told, tell, &teller);
     } while (stops && sessions->found_count > told && !sessions->lacks_memory);
     let_go(&search);

@@ -55,7 +55,7 @@ empty(int folder, int depth)
     struct removal removal = {folder, depth, true};
     for (int i = 0; i < MOST_ROUNDS && removal.removed_one; i++) {
         removal.removed_one = false;
-        rewind_fd(folder);
+        seek_to(folder, 0);
         while (next_names(folder, remove_one, &removal) > 0) {
         }
     }
@@ -97,7 +97,7 @@ wait_for_event(int cgroup, const char *name, char value, int64_t until)
         return true; /* it was removed */
     }
     for (;;) {
-        rewind_fd((int)fd);
+        seek_to((int)fd, 0);
         long length = read_from((int)fd, text, sizeof text - 1);
         text[length > 0 ? length : 0] = 0;
         const char *told = after_line_start(text, name);
@@ -131,7 +131,7 @@ kill_below(void *context, const char *name)
             at += *at == '\n';
         }
     }
-    rewind_fd(below);
+    seek_to(below, 0);
     while (*name && next_names(below, kill_below, &below) > 0) {
     }
     if (*name) {
@@ -149,7 +149,7 @@ kill_each(int cgroup)
     }
     for (int i = 0; i < MOST_ROUNDS; i++) {
         kill_below(&cgroup, "");
-        rewind_fd(cgroup);
+        seek_to(cgroup, 0);
         while (next_names(cgroup, kill_below, &cgroup) > 0) {
         }
         if (wait_for_event(cgroup, "populated ", '0',

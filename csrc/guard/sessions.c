@@ -138,7 +138,7 @@ static bool
 look(struct sessions *sessions, bool kills)
 {
     struct looker looker = {sessions, kills};
-    processes_list(&sessions->search.processes);
+    processes_list(&sessions->search.processes, (struct pids){NULL, 0});
     mark_strangers(sessions);
     return search_listed(&sessions->search, wants, meet_one, &looker);
 }

@@ -295,9 +295,9 @@ close_fd(int fd)
 }
 
 long
-rewind_fd(int fd)
+seek_to(int fd, int64_t offset)
 {
-    return call(SYS_lseek, fd, 0, SEEK_SET, 0, 0, 0);
+    return call(SYS_lseek, fd, (long)offset, SEEK_SET, 0, 0, 0);
 }
 
 long
@@ -346,17 +346,16 @@ open_inside(int folder, const char *name)
 }
 
 long
+read_entries(int folder, void *entries, size_t room)
+{
+    return call(SYS_getdents64, folder, (long)entries, (long)room, 0, 0, 0);
+}
+
+long
 next_names(int folder, bool (*each)(void *context, const char *name), void *context)
 {
-    struct entry {
-        uint64_t inode;
-        int64_t offset;
-        unsigned short length;
-        unsigned char type;
-        char name[];
-    };
     _Alignas(8) char entries[4096];
-    long bytes = call(SYS_getdents64, folder, (long)entries, sizeof entries, 0, 0, 0);
+    long bytes = read_entries(folder, entries, sizeof entries);
     for (long at = 0; at < bytes;) {
         const struct entry *entry = (const struct entry *)(const void *)(entries + at);
         const char *name = entry->name;

@@ -39,7 +39,7 @@ long open_at(int folder, const char *path, int flags); /* O_CLOEXEC is added */
 long read_from(int fd, void *bytes, size_t count);
 long write_to(int fd, const void *bytes, size_t count);
 void close_fd(int fd);
-long rewind_fd(int fd);
+long seek_to(int fd, int64_t offset);
 long unlink_at(int folder, const char *name, int flags);
 long set_nonblocking(int fd);
 
@@ -52,6 +52,18 @@ bool identify(int folder, const char *path, struct identity *found);
 
 /* Open a folder in a folder: neither through a symbolic link nor on another mount, which takes /proc. */
 long open_inside(int folder, const char *name);
+
+/* A name in a folder, as getdents64(2) gives it. next: seek_to() it, and the name after this one is read. */
+struct entry {
+    uint64_t inode;
+    int64_t next;
+    unsigned short length; /* in bytes, to the entry after this one */
+    unsigned char type;
+    char name[];
+};
+
+/* The next entries of a folder, as many as there is room for; 8-aligned. Returns their bytes: 0 at the end. */
+long read_entries(int folder, void *entries, size_t room);
 
 /* The next names in a folder. Call `each` for every name but . and .., until it returns false. Returns what
  * getdents64(2) returned: 0 at the end. */

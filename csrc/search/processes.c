@@ -21,6 +21,10 @@ enum {
     PATH_ROOM = 64,
     STAT_ROOM = 1024,
     STATUS_ROOM = 4096,
+    FEW_ENTRIES_ROOM = 256, /* what is read beyond the first known number is read in vain */
+    CLOSE = 16,             /* so many numbers are asked for, rather than read /proc again behind a known one */
+    CROWD = 8,              /* so many known numbers are worth it */
+    UNKNOWN_OFFSET = -1,
 };
 
 static long
@@ -73,23 +77,25 @@ add(struct processes *processes, pid_t pid, pid_t shown)
 {
     if (make_room((void **)&processes->all, &processes->room, processes->count, sizeof *processes->all)) {
         processes->all[processes->count++] = (struct process){pid, shown};
+    } else {
+        processes->is_whole = false;
     }
 }
 
 struct listing {
     struct processes *processes;
-    int depth; /* the index of the own number in the line NSpid */
+    struct pids known;
+    size_t met;      /* how many of the known numbers the list has come to */
+    int depth;       /* the index of the own number in the line NSpid */
+    int64_t offset;  /* a number's place in /proc is at this distance from the number; UNKNOWN_OFFSET */
+    int64_t skip_to; /* the place where the list goes on; 0: right here */
 };
 
-static bool
-list_one(void *context, const char *name)
+/* List a process that /proc shows. */
+static void
+list_shown(struct listing *listing, pid_t shown)
 {
-    struct listing *listing = context;
-    const char *end;
-    pid_t shown = (pid_t)number_in(name, &end), pid = shown;
-    if (end == name || *end) {
-        return true;
-    }
+    pid_t pid = shown;
     if (listing->depth > 1) {
         char status[STATUS_ROOM];
         pid = 0;
@@ -100,7 +106,81 @@ list_one(void *context, const char *name)
     if (pid > 0) {
         add(listing->processes, pid, listing->depth > 1 ? 0 : shown);
     }
+}
+
+/* The index after the last of the known numbers, from one index on, that lie close together. */
+static size_t
+end_of_crowd(struct pids known, size_t from)
+{
+    size_t end = from + 1;
+    while (end < known.count && known.all[end] - known.all[end - 1] <= CLOSE) {
+        end++;
+    }
+    return end;
+}
+
+/* /proc has come to a number. If known ones that lie close together begin there, list them and what is among them, and
+ * say where /proc goes on behind them. */
+static bool
+lists_crowd(struct listing *listing, pid_t shown)
+{
+    struct pids known = listing->known;
+    while (listing->met < known.count && known.all[listing->met] < shown) {
+        listing->met++;
+    }
+    if (listing->met == known.count || listing->offset == UNKNOWN_OFFSET || listing->depth > 1) {
+        return false;
+    }
+    size_t end = end_of_crowd(known, listing->met);
+    if (known.all[listing->met] != shown || end - listing->met < CROWD) {
+        return false;
+    }
+    pid_t pid = shown;
+    for (size_t i = listing->met; i < end; i++) {
+        for (; pid < known.all[i]; pid++) {
+            if (session_of(pid) != -ESRCH) {
+                add(listing->processes, pid, pid);
+            }
+        }
+        add(listing->processes, pid, pid);
+        pid++;
+    }
+    listing->skip_to = listing->offset + pid;
+    listing->met = end;
     return true;
+}
+
+/* List what an open /proc shows. */
+static void
+list_all(struct listing *listing, int folder)
+{
+    _Alignas(8) char entries[FEW_ENTRIES_ROOM];
+    int64_t before = 0, place = 0; /* the distance that was seen last; the place of the next entry */
+    long bytes;
+    while ((bytes = read_entries(folder, entries, sizeof entries)) > 0) {
+        for (long at = 0; at < bytes && !listing->skip_to;) {
+            const struct entry *entry = (const struct entry *)(const void *)(entries + at);
+            const char *end;
+            pid_t shown = (pid_t)number_in(entry->name, &end);
+            bool is_process = end != entry->name && !*end;
+            if (is_process) {
+                /* The same distance twice in a row is the rule by which the kernel counts places. */
+                listing->offset = place - shown == before ? before : UNKNOWN_OFFSET;
+                before = place - shown;
+            }
+            place = entry->next;
+            at += entry->length;
+            if (is_process && !lists_crowd(listing, shown)) {
+                list_shown(listing, shown);
+            }
+        }
+        if (listing->skip_to) {
+            place = seek_to(folder, listing->skip_to);
+            listing->skip_to = 0;
+            listing->processes->is_whole = listing->processes->is_whole && place >= 0;
+        }
+    }
+    listing->processes->is_whole = listing->processes->is_whole && bytes == 0;
 }
 
 /* Find out what /proc is. Returns the index, from 1, of a process's own number in the line NSpid. */
@@ -133,15 +213,15 @@ processes_begin(struct processes *processes)
 }
 
 void
-processes_list(struct processes *processes)
+processes_list(struct processes *processes, struct pids known)
 {
-    struct listing listing = {processes, recognize(processes)};
+    struct listing listing = {processes, known, 0, recognize(processes), UNKNOWN_OFFSET, 0};
     bool is_there = processes->procfs == PROCFS_OWN || processes->procfs == PROCFS_OUTER;
     long folder = is_there ? open_at(AT_FDCWD, "/proc", O_RDONLY | O_DIRECTORY) : -1;
     processes->count = 0;
+    processes->is_whole = true;
     if (folder >= 0) {
-        while (next_names((int)folder, list_one, &listing) > 0) {
-        }
+        list_all(&listing, (int)folder);
         close_fd((int)folder);
         return;
     }

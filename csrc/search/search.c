@@ -49,10 +49,15 @@ search_listed(struct search *search, search_question *wants, search_question *me
 {
     size_t before = search->ended_count;
     bool was_disturbed = false;
+    search->is_blind = false;
     for (size_t i = search->processes.count; i-- > 0;) {
         const struct process *process = &search->processes.all[i];
         long session = process_session(process);
-        if (session != -ESRCH && (session < 0 || !wants(context, process, session))) {
+        if (session < 0 && session != -ESRCH) {
+            search->is_blind = true;
+            continue;
+        }
+        if (session >= 0 && !wants(context, process, session)) {
             continue;
         }
         if (session == -ESRCH || !meet(context, process, session)) {

@@ -8,6 +8,7 @@ struct search {
     struct processes processes;
     pid_t *ended; /* they had ended at the last look, or did not exist: they cannot fork */
     size_t ended_count, ended_room;
+    bool is_blind; /* at the last look, a process's session could not be found out */
 };
 
 /* The caller's function for a process of that session, with a context of the caller's own. */

@@ -108,6 +108,14 @@ def members(sessions, ended, bint kill):
     return {those.all.found[i].pid: those.all.found[i].session for i in range(those.all.found_count)}
 
 
+def are_empty(sessions, ended):
+    cdef _Sessions those = _Sessions(sessions, ended)
+    cdef bint empty
+    with nogil:
+        empty = end_are_empty(&those.all)
+    return empty
+
+
 def kill_found(found, double pause):
     cdef _Arena arena = _Arena()
     cdef end_sessions all

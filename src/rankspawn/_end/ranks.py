@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from . import way as _way
 from .deadline import left, passed, until
 from .processes import ProcessTree
-from .reap import reap, returncodes, unreaped
+from .reap import is_reaped, reap, returncodes, unreaped
 from .sessions import describe_stuck, kill_members, members, signal_members
 
 if TYPE_CHECKING:
@@ -125,12 +125,17 @@ def kill_sessions(
     Returns:
         The processes that do not end: pid -> the rank that they belong to.
     """
+    last = [rank for number, rank in ranks.items() if number in ended][-_SEARCH_DESCRIPTORS:]
+    for rank in unreaped(last):
+        rank._pidfd = None  # its number is its own until it is reaped
+    if found is None and not any(map(is_reaped, ranks.values())):
+        with suppress(PermissionError):
+            signal_ranks([*ranks.values()], SIGKILL, to="group")
+        if _are_empty(ranks, ended):
+            return {}
     own = {rank.pid for rank in unreaped(ranks.values())}
     numbers = {rank.pid: number for number, rank in ranks.items() if rank.pid in own}
     others = {number: rank for number, rank in ranks.items() if rank.pid not in own}
-    for number in [number for number in numbers.values() if number in ended][:_SEARCH_DESCRIPTORS]:
-        # Its number is its own until it is reaped.
-        ranks[number]._pidfd = None
     if others:
         # Other code has reaped them: other processes may have their numbers, and only the kernel can tell (Linux 6.9).
         reap(others, ended)
@@ -139,6 +144,11 @@ def kill_sessions(
     zombies = {pid for pid, number in numbers.items() if number in ended}
     stuck = kill_members(own, seconds, zombies, found) if own else {}
     return {pid: f"rank {numbers[session]}" for pid, session in stuck.items()}
+
+
+def _are_empty(ranks: Mapping[int, Popen], ended: Mapping[int, int]) -> bool:
+    """Whether nobody lives in the ranks' sessions, as far as that can be known by one search."""
+    return bool(_way.way.are_empty({rank.pid for rank in ranks.values()}, {ranks[number].pid for number in ended}))
 
 
 def end_ranks(ranks: list[Popen]) -> None:

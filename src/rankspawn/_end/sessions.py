@@ -42,7 +42,7 @@ def members(sessions: Set[int], ended: Set[int] = _NOBODY, *, kill: bool = False
 
     Args:
         sessions: Their numbers.
-        ended: Pids known to be zombies, the leaders' for example; they are skipped.
+        ended: Leaders that have been seen to end; they are skipped.
         kill: Send SIGKILL to each as soon as it is found, because it could fork and end before the pass is over.
 
     Where procfs hides processes (hidepid, proc(5)), set-user-ID programs are not found. Where no procfs is mounted, the
