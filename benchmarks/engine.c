@@ -168,10 +168,9 @@ end_all(struct job *job)
             running += job->ends[i].state == END_RUNS;
         }
     } while (running > 0);
-    end_kill_groups(&sessions);
-    end_search(&sessions, true);
-    if (sessions.found_count > 0) {
-        give_up("end_search", EEXIST);
+    end_signal(job->ends, job->ranks, &(const int){SIGKILL}, 1);
+    if (!end_are_empty(&sessions)) {
+        give_up("end_are_empty", EEXIST);
     }
     free(sessions.found);
     end_collect(job->ends, job->ranks);

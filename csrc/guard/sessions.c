@@ -55,6 +55,7 @@ drop_witness(struct session *session)
     if (session->witness >= 0) {
         close_fd(session->witness);
         session->witness = -1;
+        session->leader_ended = true; /* it was the first witness */
     }
 }
 
@@ -80,31 +81,35 @@ forget(struct sessions *sessions)
 
 /* ---- a look -------------------------------------------------------------------------------------------------------*/
 
-/* Mark the sessions without a witness whose number another process has now. */
-static void
-mark_strangers(struct sessions *sessions)
+/* Whether another process has the number of a session now. A witness proves that none has. */
+static bool
+is_strangers(const struct sessions *sessions, struct session *session)
 {
-    for (size_t i = 0; i < sessions->count; i++) {
-        struct session *session = &sessions->all[i];
-        if (session->witness < 0) {
-            const struct process leader = process_numbered(sessions->search.processes.procfs, session->number);
-            session->is_strangers = process_start(&leader) > session->registered;
-        }
+    if (session->witness < 0 && !session->is_checked) {
+        const struct process leader = process_numbered(sessions->search.processes.procfs, session->number);
+        session->is_strangers = process_start(&leader) > session->registered;
+        session->is_checked = true;
     }
+    return session->is_strangers;
 }
 
-/* Look at a member, kill it if asked to, and make it the witness of a session without one. Returns false when it has
- * ended. */
+/* Look at a member, kill it if asked to, and make it the witness of a session without one. A stranger's is left alone.
+ * Returns false when it has ended. */
 static bool
 meet(struct sessions *sessions, struct session *session, const struct process *process, bool kills)
 {
     int pidfd;
-    bool lives = member_lives(process, session->number, kills, &pidfd);
-    session->is_found = session->is_found || lives;
+    bool lives = member_lives(process, session->number, false, &pidfd);
+    bool is_ours = lives && !is_strangers(sessions, session);
+    if (is_ours && kills) {
+        member_signal(process, pidfd, SIGKILL);
+        lives = is_ours = pidfd < 0 ? !process_has_ended(process) : !has_ended(pidfd);
+    }
+    session->is_found = session->is_found || is_ours;
     if (pidfd < 0) {
         return lives;
     }
-    if (lives && session->witness < 0 && epoll_watch(sessions->epoll, pidfd, (uint64_t)session->number) == 0) {
+    if (is_ours && session->witness < 0 && epoll_watch(sessions->epoll, pidfd, (uint64_t)session->number) == 0) {
         session->witness = pidfd;
     } else {
         close_fd(pidfd);
@@ -122,8 +127,8 @@ wants(void *context, const struct process *process, long number)
 {
     const struct looker *looker = context;
     const struct session *session = find(looker->sessions, number);
-    (void)process;
-    return session && !session->is_strangers && (session->witness < 0 || looker->kills);
+    bool is_ended_leader = session && session->leader_ended && process->pid == number;
+    return session && !session->is_strangers && !is_ended_leader && (session->witness < 0 || looker->kills);
 }
 
 static bool
@@ -138,8 +143,13 @@ static bool
 look(struct sessions *sessions, bool kills)
 {
     struct looker looker = {sessions, kills};
-    processes_list(&sessions->search.processes, (struct pids){NULL, 0});
-    mark_strangers(sessions);
+    size_t count = 0;
+    while (count < sessions->count &&
+           make_room((void **)&sessions->numbers, &sessions->numbers_room, count, sizeof *sessions->numbers)) {
+        sessions->numbers[count] = sessions->all[count].number;
+        count++;
+    }
+    processes_list(&sessions->search.processes, (struct pids){sessions->numbers, count});
     return search_listed(&sessions->search, wants, meet_one, &looker);
 }
 
@@ -151,7 +161,7 @@ look_through(struct sessions *sessions, bool kills)
         bool all_found = true;
         for (size_t at = 0; at < sessions->count; at++) {
             struct session *session = &sessions->all[at];
-            session->is_strangers = false;
+            session->is_checked = session->is_strangers = false;
             session->is_found = session->witness >= 0;
         }
         bool was_disturbed = look(sessions, kills);
@@ -182,9 +192,7 @@ sessions_add(struct sessions *sessions, pid_t number, int64_t registered)
     }
     sessions->all[at] = (struct session){.number = number, .witness = -1, .registered = registered};
     const struct process leader = process_numbered(sessions->search.processes.procfs, number);
-    if (process_start(&leader) <= registered) {
-        meet(sessions, &sessions->all[at], &leader, false);
-    }
+    sessions->all[at].leader_ended = !meet(sessions, &sessions->all[at], &leader, false);
     return true;
 }
 

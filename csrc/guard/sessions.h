@@ -8,13 +8,17 @@ struct session {
     pid_t number;
     int witness;        /* a pidfd of a member that had not ended when it was last looked at; -1: none */
     int64_t registered; /* in clock ticks since the machine was started: its leader is not younger */
+    bool leader_ended;  /* its leader is a zombie or was reaped: another process of its number is no member */
     bool is_found;      /* the present look has found a living member */
+    bool is_checked;    /* the present look knows whose the number is */
     bool is_strangers;  /* the number belongs to another session now */
 };
 
 struct sessions {
     struct session *all; /* by ascending number */
     size_t count, room;
+    pid_t *numbers; /* those of `all`, for a look */
+    size_t numbers_room;
     int epoll; /* where witnesses are watched; the event's data is the session's number */
     struct search search;
 };
