@@ -232,7 +232,7 @@ def test_a_launch_that_fails_or_a_launcher_that_is_killed_claims_nothing(tmp_pat
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no file may have a byte: RLIMIT_FSIZE")
 def test_a_job_needs_no_temporary_folder_for_its_launchers_sake() -> None:
-    """tempfile tries each place by writing a file. In a container with a read-only root there may be none at all."""
+    """Each place is tried by writing a file. In a container with a read-only root there may be none at all."""
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))"
     # One write each: print() of an unbuffered interpreter writes its newline apart.
     code = "import os\nos.write(1, b'%d\\n' % ('TORCHELASTIC_ERROR_FILE' in os.environ))\nraise SystemExit(3)\n"
@@ -262,5 +262,7 @@ def test_files_that_shall_be_kept_need_a_place() -> None:
         done = completed(after(limit, in_ranks("print('here')", *words)))
         assert (done.returncode, done.stdout) == (1, "")
         assert re.fullmatch(
-            r"rankspawn: cannot make a folder for log files: No usable temporary .*; pass --log-dir DIR\n", done.stderr
+            r"rankspawn: cannot make a folder for log files: no usable temporary folder among .*/tmp, /var/tmp, .*:"
+            r" File too large; pass --log-dir DIR\n",
+            done.stderr,
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from rankspawn._binding import PlacementError
+from rankspawn._cli.main import main
 from rankspawn._cli.options import CommandError
 from rankspawn._cli.show import _table, add_plan_options, add_topology_options
 from rankspawn._place.colours import colour, shade
@@ -302,3 +303,92 @@ def test_nothing_dear_is_imported_until_it_is_used() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
+
+
+# A line of `run`, and the words of `plan` that mean the same.
+LINES_OF_RUN = {
+    "--nproc-per-node 3 train.py --json --lr 3": "--nproc-per-node 3",
+    "--standalone --nproc_per_node=3 --tee 3 --log-dir logs --max-restarts 2 train.py": "--nproc-per-node 3",
+    "--tee --nproc-per-node 3 train.py": "--nproc-per-node 3",
+    "--nproc-per 3 --no-python -- prog --lr 3": "--nproc-per-node 3",
+    "--numa-binding exclusive --nproc-per-node gpu -m train": "--numa-binding exclusive --nproc-per-node 3",
+    "--nproc-per-node auto train.py": "",
+    "--nproc-per-node cpu train.py": "--nproc-per-node 15",
+    "train.py --nproc-per-node 3": "--nproc-per-node 1",
+    "-t 0:1,1:2 --rdzv-backend c10d --nnodes 2 --node-rank 1 train.py": "--nproc-per-node 1",
+}
+
+
+@pytest.mark.parametrize("line", LINES_OF_RUN)
+def test_plan_takes_a_line_of_run(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(write(tmp_path, TWO_SOCKETS))
+    assert main(["plan", "--sysfs", root, *line.split()]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert main(["plan", "--sysfs", root, *LINES_OF_RUN[line].split()]) == 0
+    assert capsys.readouterr().out == said.out != ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"PET_NPROC_PER_NODE": "3"}, "train.py"),
+        ({"PET_NPROC_PER_NODE": "2", "PET_NUMA_BINDING": "exclusive"}, "--nproc-per-node 3 train.py"),
+        ({"PET_NPROC_PER_NODE": "gpu"}, ""),
+    ],
+)
+def test_plan_reads_the_variables_that_run_reads(
+    variables: dict[str, str],
+    line: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = str(write(tmp_path, TWO_SOCKETS))
+    mode = variables.get("PET_NUMA_BINDING", "auto")
+    assert main(["plan", "--sysfs", root, "--nproc-per-node", "3", "--numa-binding", mode]) == 0
+    expected = capsys.readouterr().out
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["plan", "--sysfs", root, *line.split()]) == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_a_line_of_run_with_a_warm_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("import psutil\n")
+    shown = f"a warm start of {script} preloads psutil\n"
+    for line in (["--warm", script], ["--standalone", "--warm", script]):
+        assert main(["plan", *map(str, line)]) == 0
+        assert capsys.readouterr().out == shown
+    for line in (
+        ["--nproc-per-node", 2, "--warm", "--max-restarts", 1, script, "--lr", 3],
+        ["--nproc-per-node", 2, "--warm", "psutil", script, "--lr", 3],
+        ["--nproc-per-node", 2, "--preload", "psutil", script],
+        ["--warm", script, "--nproc-per-node", 2],
+    ):
+        assert main(["plan", *map(str, line)]) == 0
+        rows = capsys.readouterr().out
+        assert rows.startswith("rank ") and rows.endswith(f"\n\n{shown}")
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("--bogus train.py", "unrecognized arguments: --bogus"),
+        ("--nproc-per-node 0 train.py", "expected a positive integer, auto, cpu, gpu or xpu, got '0'"),
+        ("--warm", "--warm needs SCRIPT"),
+        ("-m", "--module needs --warm, or SCRIPT"),
+        ("--nproc-per-node xpu", "--nproc-per-node xpu: no Intel GPU is visible"),
+        ("--tee 9 train.py", "expected 0 (none), 1 (stdout), 2 (stderr) or 3 (both)"),
+    ],
+)
+def test_a_line_that_run_refuses(line: str, error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = main(["plan", "--sysfs", str(write(tmp_path, TWO_SOCKETS)), *line.split()])
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else -1
+    assert status == 2
+    said = capsys.readouterr()
+    assert error in said.err
+    assert said.out == ""

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 SIGKILL = getattr(signal, "SIGKILL", None)
 _TOO_MANY = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
-_MACRO = re.compile(r"\$(?:local_rank\b|\{local_rank\})")
+_MACRO = r"\$(?:local_rank\b|\{local_rank\})"
 _MOMENT = 0.05
 """Seconds in which a signal that is sent to all processes of a job (Slurm) reaches the launcher behind a rank."""
 
@@ -158,14 +158,14 @@ def _launch(
 
 def _command_of_rank(command: Sequence[str]) -> list[str] | Callable[[int], list[str]]:
     """The command; if an argument contains torchrun's ${local_rank}, a function from the local rank to it."""
-    with_macro = [number for number, word in enumerate(command) if number and _MACRO.search(word)]
+    with_macro = [number for number, word in enumerate(command) if number and re.search(_MACRO, word)]
     if not with_macro:
         return list(command)
 
     def of_rank(rank: int) -> list[str]:
         words = list(command)
         for number in with_macro:
-            words[number] = _MACRO.sub(str(rank), words[number])
+            words[number] = re.sub(_MACRO, str(rank), words[number])
         return words
 
     return of_rank

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from subprocess import PIPE
 from typing import TYPE_CHECKING, Any
 
 from .._binding import MEMORY_MODES, Binding, MemoryPolicy, PlacementError
@@ -14,6 +15,7 @@ from .._end.sessions import why_blind
 from .._ids import format_ids
 from .._place.quota import cpu_quota
 from .._place.topology import Topology
+from .._stacks.take import can_look, take
 from .._start.engine import EXTENSION_ERROR, mechanisms
 from .._start.outcome import BindingError
 from .._start.popen import Popen
@@ -39,6 +41,7 @@ def report(*, as_json: bool = False) -> int:
         "cgroup at birth": _cgroup(),
         "guard": _guard(),
         "sessions": _sessions(),
+        "Python stacks": _stacks(),
         "CPU affinity": affinity,
         **{f"memory {mode}": _memory(mode) for mode in MEMORY_MODES},
         **_machine(),
@@ -117,6 +120,23 @@ def _sessions() -> str:
     if why:
         return f"no: {why}; only --cgroup ends what ranks start in process groups of their own"
     return "the processes of a rank's session can be found"
+
+
+def _stacks() -> str:
+    if not can_look():
+        return "not on this system, or there is no /proc"
+    code = "import sys; print(flush=True); sys.stdin.read()"
+    with Popen([sys.executable, "-S", "-E", "-c", code], stdin=PIPE, stdout=PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        seen = take({child.pid: None}, "rankspawn doctor")
+        child.kill()
+    for process in seen.processes:
+        if any(thread.frames for thread in process.threads):
+            return f"can be read by {'the standard library' if process.by.startswith('Python') else process.by}"
+    reasons = [note.removeprefix("Python stacks could not be read: ") for note in seen.notes]
+    reasons += [process.problem for process in seen.processes if process.problem]
+    return f"no: {'; '.join(reasons)}"
 
 
 def _affinity() -> str:

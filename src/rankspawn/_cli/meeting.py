@@ -14,16 +14,18 @@ if TYPE_CHECKING:
     import argparse
 
     from .._group.job import Job
+    from .._place.topology import Topology
 
 # torch's default ports for several machines: for the static backend, and for a c10d endpoint without a port.
 _STATIC_PORT, _C10D_PORT = 29500, 29400
 
 
-def count_ranks(asked: int | str) -> int:
+def count_ranks(asked: int | str, topology: Topology | None = None) -> int:
     """Count the ranks of --nproc-per-node auto, cpu, gpu and xpu, as torchrun does but without torch.
 
     Args:
         asked: The value of the option.
+        topology: The machine, as for ``plan --sysfs``; None for this one.
 
     Raises:
         CommandError: No device of this kind is visible.
@@ -32,14 +34,14 @@ def count_ranks(asked: int | str) -> int:
     if isinstance(asked, int):
         return asked
     if asked == "cpu":
-        return _cpu_count()
+        return _cpu_count(topology)
     from .._place.devices import find_devices
     from .._place.topology import Topology
 
-    vendors = [device.vendor for device in find_devices(Topology.read())]
+    vendors = [device.vendor for device in find_devices(topology or Topology.read())]
     count = sum(vendor != "intel" for vendor in vendors), vendors.count("intel")
     if asked == "auto":
-        return count[0] or count[1] or _cpu_count()
+        return count[0] or count[1] or _cpu_count(topology)
     found = count[asked == "xpu"]
     if not found:
         kind = "Intel" if asked == "xpu" else "NVIDIA or AMD"
@@ -47,7 +49,9 @@ def count_ranks(asked: int | str) -> int:
     return found
 
 
-def _cpu_count() -> int:
+def _cpu_count(topology: Topology | None) -> int:
+    if topology is not None:
+        return len(topology.allowed_cpus)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -25,6 +25,21 @@ if TYPE_CHECKING:
     from .settings import RunSettings
 
 
+def add_run_line(parser: argparse.ArgumentParser) -> None:
+    """Have another command take the command line of ``run``: accept the options that it does not have, and SCRIPT.
+
+    Their values are for ``run`` alone. The help does not show them.
+    """
+    run = argparse.ArgumentParser(add_help=False)
+    _add_options(run)
+    for action in run._actions:
+        if parser._option_string_actions.keys().isdisjoint(action.option_strings):
+            action.help = argparse.SUPPRESS
+            parser._add_action(action)
+    read_variables(parser, os.environ)
+    parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+
 def add_run_options(run: argparse.ArgumentParser) -> None:
     """Add the options of ``run``.
 
@@ -35,6 +50,14 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         "Starts N ranks of SCRIPT with the variables that torchrun sets (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,"
         " ...). When a rank fails, it ends the others and reports the first failure."
     )
+    _add_options(run)
+    read_variables(run, os.environ)
+    # One list for both, because argparse would remove a double dash right after a SCRIPT argument of its own.
+    run.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ARGS", help="what each rank runs")
+    run.set_defaults(run=_run)
+
+
+def _add_options(run: argparse.ArgumentParser) -> None:
     add = run.add_argument
     add(
         "--nproc-per-node",
@@ -236,10 +259,6 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     add_warm_options(run)
     add_placement_options(run)
     add_torchrun_options(run)
-    read_variables(run, os.environ)
-    # One list for both, because argparse would remove a double dash right after a SCRIPT argument of its own.
-    run.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ARGS", help="what each rank runs")
-    run.set_defaults(run=_run)
 
 
 def _ranks_with_stdin(text: str) -> str | int:

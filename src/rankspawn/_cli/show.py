@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterable, Sequence
 from .._ids import format_ids
 from .._place.sysfs import Tree
 from .._place.topology import Topology
-from .options import AUTO_BINDS, CommandError, PlacementOptions, add_placement_options, placement, positive
+from .options import AUTO_BINDS, CommandError, PlacementOptions, add_placement_options, placement
+from .vocabulary import processes, respelt
 from .warm import describe, found
 
 TYPE_CHECKING = False
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from .._place.plan import Placed
     from .._place.visible import Device
+    from .._warm.find import Found
 
 JSON_VERSION = 1
 """The version of the JSON. It changes when a field is removed or changes its meaning, not when a field is added."""
@@ -41,21 +43,56 @@ def add_topology_options(topology: argparse.ArgumentParser) -> None:
 
 def add_plan_options(plan: argparse.ArgumentParser) -> None:
     """Add the options of ``plan``; ``args.run(args)`` works as for ``topology``."""
-    plan.description = "Shows where `rankspawn run` would put each rank with the same options. It starts nothing."
+    plan.description = (
+        "Shows where `rankspawn run` would put each rank. It takes the same command line and the same PET_ variables,"
+        " and starts nothing. The other options of `run` make no difference here."
+    )
     plan.add_argument(
         "--nproc-per-node",
         "--nproc_per_node",
-        type=positive,
+        type=processes,
         metavar="N",
-        help="how many ranks (default: one for each device)",
+        help="how many ranks, or as many as there are of: auto, cpu, gpu, xpu (default: one for each device; with a"
+        " SCRIPT, 1)",
     )
     plan.add_argument(
-        "--warm", metavar="SCRIPT", help="show which modules a warm start of SCRIPT would import once, and which not"
+        "--warm",
+        nargs="?",
+        const="",
+        metavar="SCRIPT",
+        help="show which modules a warm start of SCRIPT would import once, and which not",
     )
     plan.add_argument("-m", "--module", action="store_true", help="with --warm: SCRIPT is the name of a module")
     add_placement_options(plan)
     _add_common_options(plan)
-    plan.set_defaults(run=_plan)
+    plan.set_defaults(run=_plan, command=[], preload=None)
+
+
+def respelt_for_plan(plan: argparse.ArgumentParser, words: Sequence[str]) -> Sequence[str]:
+    """Have ``plan`` take the whole command line of ``run`` if it is one, and respell it as for ``run``.
+
+    The options of ``run`` are added only then, because importing them takes a third of the command's time.
+    """
+    if not _are_own(plan, words) or any(name.startswith("PET_") for name in os.environ):
+        from .run import add_run_line
+
+        add_run_line(plan)
+        # In a line of `run`, SCRIPT is no value of --warm, and all words after it are its own.
+        return ["--warm=" if word == "--warm" else word for word in respelt(plan, words)]
+    return words
+
+
+def _are_own(plan: argparse.ArgumentParser, words: Sequence[str]) -> bool:
+    """Whether the words are options of ``plan``, not abbreviated, and their values."""
+    rest = iter(words)
+    for word in rest:
+        name, has_value, _ = word.partition("=")
+        option = plan._option_string_actions.get(name)
+        if option is None:
+            return False
+        if not has_value and option.nargs != 0:
+            next(rest, None)
+    return True
 
 
 def _add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -107,15 +144,21 @@ def _plan(args: argparse.Namespace) -> int:
     from .._place.devices import find_devices, is_live
     from .._place.openmp import openmp_warnings, quota_note
 
-    if args.module and args.warm is None:
-        args.parser.error("--module needs --warm")
-    if args.warm is not None and args.nproc_per_node is None and not args.json:
-        print(*describe(found([args.warm], args.module), args.warm), sep="\n")
+    if args.module and args.warm is None and not args.command:
+        args.parser.error("--module needs --warm, or SCRIPT")
+    warm, script = _warm_start(args)
+    if warm is not None and args.nproc_per_node is None and not args.json:
+        print(*describe(warm, script), sep="\n")
         return 0
     _check_folders(args.svg)
     topology = Topology.read(args.sysfs)
     options = PlacementOptions.read(args)
-    ranks = placement(options, topology, args.nproc_per_node)
+    nprocs = 1 if args.nproc_per_node is None and args.command else args.nproc_per_node
+    if isinstance(nprocs, str):
+        from .meeting import count_ranks
+
+        nprocs = count_ranks(nprocs, topology)
+    ranks = placement(options, topology, nprocs)
     live = is_live(topology.root)
     notes = [_auto_note(options, topology, ranks), *(note for rank in ranks for note in rank.notes)]
     notes += openmp_warnings(os.environ) if live else ()
@@ -132,15 +175,31 @@ def _plan(args: argparse.Namespace) -> int:
         _notes((*topology.notes, *notes), sys.stdout)
     elif args.json:
         data = {"version": JSON_VERSION, "ranks": [rank_json(i, rank) for i, rank in enumerate(ranks)], "notes": notes}
-        if args.warm is not None:
-            warm = found([args.warm], args.module)
+        if warm is not None:
             data["warm"] = {"modules": list(warm.modules), "left_out": dict(warm.left_out)}
         print_json(data)
     else:
         _print_plan(topology, ranks, notes, sys.stdout)
-    if args.warm is not None and not args.json:
-        print("", *describe(found([args.warm], args.module), args.warm), sep="\n")
+    if warm is not None and not args.json:
+        print("", *describe(warm, script), sep="\n")
     return 0
+
+
+def _warm_start(args: argparse.Namespace) -> tuple[Found | None, str]:
+    """What a warm start would preload, and for which script; None if the command line asks for none.
+
+    The script is the value of --warm or, in a line of ``run``, SCRIPT.
+    """
+    script = args.warm or next(iter(args.command), "")
+    if args.preload is not None:
+        from .._warm.find import Found
+
+        return Found(args.preload, ()), script
+    if args.warm is None:
+        return None, ""
+    if not script:
+        args.parser.error("--warm needs SCRIPT")
+    return found([script], args.module), script
 
 
 def _auto_note(options: PlacementOptions, topology: Topology, ranks: Sequence[Placed]) -> str:

@@ -6,7 +6,7 @@ import argparse
 import re
 
 from .._frozen import Frozen
-from .progress import say
+from .._output.console import say
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ ELASTIC = "--event-log-handler --logs-specs".split()
 
 BARE = "bare"
 """The value of ``--tee`` without a value: all streams of all ranks, as ``--tee 3`` of torchrun."""
-_STREAMS = re.compile(r"[0-3]|\d+:[0-3](,\d+:[0-3])*")
-_LIKE_STREAMS = re.compile(r"[\d:,]+")  # no script has such a name
+_STREAMS = r"[0-3]|\d+:[0-3](,\d+:[0-3])*"
+_LIKE_STREAMS = r"[\d:,]+"  # no script has such a name
 
 
 class Endpoint(Frozen):
@@ -78,7 +78,7 @@ def read_variables(parser: argparse.ArgumentParser, environ: Mapping[str, str]) 
     the process with status 2.
 
     Args:
-        parser: The parser of ``rankspawn run``, with all its options.
+        parser: A parser with all options of ``rankspawn run``.
         environ: The environment.
     """
     names = [name for name in environ if name.startswith("PET_")]
@@ -133,13 +133,13 @@ def respelt(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
 
             value = next(rest, None)
             if value is not None and are_modules(value):
-                found.append(f"--preload={value}")
+                found[-1:] = [f"--preload={value}", word]
                 continue
             return [*found, *(respelt(parser, [value, *rest]) if value is not None else ())]
         if "=" in word or not _takes_value(parser, word):
             continue
         value = next(rest, None)
-        if word in ("-t", "--tee") and not (value is not None and _LIKE_STREAMS.fullmatch(value)):
+        if word in ("-t", "--tee") and not (value is not None and re.fullmatch(_LIKE_STREAMS, value)):
             found[-1] = f"--tee={BARE}"
             if value is not None:
                 found += respelt(parser, [value, *rest])
@@ -189,7 +189,7 @@ def streams(text: str) -> str | dict[int, int]:
     """
     if text == BARE:
         return BARE
-    if not _STREAMS.fullmatch(text):
+    if not re.fullmatch(_STREAMS, text):
         raise argparse.ArgumentTypeError(
             f"expected 0 (none), 1 (stdout), 2 (stderr) or 3 (both), or these by local rank (0:3,1:2), got {text!r}"
         )

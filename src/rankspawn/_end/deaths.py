@@ -32,10 +32,10 @@ _SLACK_NS = 2_000_000_000  # between the clock of the kernel's log and CLOCK_MON
 _ENOUGH = 0.8  # share of a limit: the CPU time in /proc lags behind the time that the kernel compares
 _MOST_LOG = 1 << 23
 
-_KILLED = re.compile(r"out of memory: Killed process (\d+) .*?anon-rss:(\d+)kB(?:.*?shmem-rss:(\d+)kB)?", re.IGNORECASE)
-_OOM = re.compile(r"oom-kill:constraint=(\w+),.*?(?:oom_memcg=([^,]*),.*?)?pid=(\d+),")
-_XID = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): (\d+), (.*)")
-_XID_PID = re.compile(r"pid='?(\d+)'?")
+_KILLED = r"(?i)out of memory: Killed process (\d+) .*?anon-rss:(\d+)kB(?:.*?shmem-rss:(\d+)kB)?"
+_OOM = r"oom-kill:constraint=(\w+),.*?(?:oom_memcg=([^,]*),.*?)?pid=(\d+),"
+_XID = r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): (\d+), (.*)"
+_XID_PID = r"pid='?(\d+)'?"
 
 
 class Deaths:
@@ -124,10 +124,10 @@ class Deaths:
         """What the log says of an out-of-memory kill of this process."""
         cause = used = ""
         for text in self._texts(by_pid=True):
-            if (found := _OOM.search(text)) and int(found[3]) == pid:
+            if (found := re.search(_OOM, text)) and int(found[3]) == pid:
                 where = found[2]
                 cause = f"cgroup {where} was at its limit{self._size_of(where)}" if where else "the machine was full"
-            elif (found := _KILLED.search(text)) and int(found[1]) == pid:
+            elif (found := re.search(_KILLED, text)) and int(found[1]) == pid:
                 used = f" when it had {_bytes(1024 * (int(found[2]) + int(found[3] or 0)))}"
         if not cause and not used:
             return ""
@@ -151,8 +151,8 @@ class Deaths:
         """The GPU faults that name this process, or no process."""
         told = []
         for text in self._texts(by_pid=False):
-            if found := _XID.search(text):
-                whose = _XID_PID.search(found[3])
+            if found := re.search(_XID, text):
+                whose = re.search(_XID_PID, found[3])
                 if whose is None or int(whose[1]) == pid:
                     told.append(f"GPU {found[1]} has reported Xid {found[2]}: {found[3].strip()}")
         return told[:3]

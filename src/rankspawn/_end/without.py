@@ -115,7 +115,7 @@ def members(sessions: Set[int], ended: Set[int], kill: bool, proc: str = "/proc"
     return found
 
 
-def are_empty(sessions: Set[int], ended: Set[int], proc: str = "/proc") -> bool:
+def are_empty(sessions: Set[int], ended: Set[int]) -> bool:
     """Whether sessions certainly have no living member; False where that cannot be found out.
 
     It is harmless if other code has reaped a leader meanwhile, because nothing is signalled.

@@ -165,7 +165,8 @@ def _effective_by_psutil(pid: int) -> Binding | None:
 
 
 # How the kernel writes a policy (mpol_to_str in mm/mempolicy.c): a name, which may hold a space, then nodes.
-_POLICY = re.compile(r"^[0-9a-f]+ (prefer \(many\)|weighted interleave|[a-z]+)(?:=[a-z|]+)?(?::([0-9,-]+))?(?: |$)")
+# A text, as all patterns here that a usual launch does not need: the first use compiles it, not the import.
+_POLICY = r"^[0-9a-f]+ (prefer \(many\)|weighted interleave|[a-z]+)(?:=[a-z|]+)?(?::([0-9,-]+))?(?: |$)"
 
 
 _POLICY_MODES = {
@@ -193,7 +194,7 @@ def _has_ended(pid: int) -> bool:
 def _policy_of(pid: int) -> MemoryPolicy | None:
     try:
         with open(f"/proc/{pid}/numa_maps", encoding="ascii", errors="replace") as maps:
-            shown = _POLICY.match(maps.readline())
+            shown = re.match(_POLICY, maps.readline())
     except OSError:
         return None
     if shown is None:
