@@ -111,6 +111,16 @@ def living(ranks: Iterable[Popen]) -> dict[int, int] | None:
     return members(pids, pids) if pids else {}
 
 
+def nobody_lives(ranks: Iterable[Popen], ended: Iterable[Popen]) -> bool:
+    """Whether the ranks' sessions certainly have no living member; by one search, and without a look at the ranks.
+
+    Args:
+        ranks: The ranks.
+        ended: Those that have been seen to end.
+    """
+    return bool(_way.way.are_empty({rank.pid for rank in ranks}, {rank.pid for rank in ended}))
+
+
 def kill_sessions(
     ranks: Mapping[int, Popen], ended: Mapping[int, int], seconds: float, found: dict[int, int] | None = None
 ) -> dict[int, str]:
@@ -131,7 +141,7 @@ def kill_sessions(
     if found is None and not any(map(is_reaped, ranks.values())):
         with suppress(PermissionError):
             signal_ranks([*ranks.values()], SIGKILL, to="group")
-        if _are_empty(ranks, ended):
+        if nobody_lives(ranks.values(), [ranks[number] for number in ended]):
             return {}
     own = {rank.pid for rank in unreaped(ranks.values())}
     numbers = {rank.pid: number for number, rank in ranks.items() if rank.pid in own}
@@ -144,11 +154,6 @@ def kill_sessions(
     zombies = {pid for pid, number in numbers.items() if number in ended}
     stuck = kill_members(own, seconds, zombies, found) if own else {}
     return {pid: f"rank {numbers[session]}" for pid, session in stuck.items()}
-
-
-def _are_empty(ranks: Mapping[int, Popen], ended: Mapping[int, int]) -> bool:
-    """Whether nobody lives in the ranks' sessions, as far as that can be known by one search."""
-    return bool(_way.way.are_empty({rank.pid for rank in ranks.values()}, {ranks[number].pid for number in ended}))
 
 
 def end_ranks(ranks: list[Popen]) -> None:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from .._end.deadline import left, passed, sooner, until
-from .._end.ranks import KILL_SECONDS, SIGKILL, SignalTo, kill_sessions, living, name_stuck, signal_ranks
+from .._end.ranks import KILL_SECONDS, SIGKILL, SignalTo, kill_sessions, living, name_stuck, nobody_lives, signal_ranks
 from .._end.reap import is_reaped, reap
 from .._end.sessions import describe_left, ignores, signal_one, why_blind
 from .._end.watch import POLL_SECONDS
@@ -66,6 +66,7 @@ class Ending:
         # Signals that the rest of a rank's session has yet to get, by the rank's number.
         self._rest: dict[int, tuple[int, ...]] = {}
         self._living: dict[int, int] | None = None
+        self._nobody = False  # certainly nobody lives in the ranks' sessions: they stay empty
         self.before_kill: Callable[[], object] | None = None
         self._deaf: set[int] | None = None  # the processes that ignored every signal when it was sent
 
@@ -162,7 +163,8 @@ class Ending:
                 self.kill()
             self._living, self.lingering = None, False
             return
-        self._living = living(self._ranks)
+        self._nobody = nobody_lives(self._ranks, self._ranks)
+        self._living = {} if self._nobody else living(self._ranks)
         self.lingering = bool(self._living) or bool(self._left_by_reaped()[0])
         if self._living and self._deaf and signal.SIGTERM not in self._asked:
             self._terminate_deaf(self._living)
@@ -214,7 +216,8 @@ class Ending:
         # A second at least is for the sessions: a rank that does not end must not keep the others' children alive.
         numbered, codes = dict(enumerate(self._ranks)), self._watch.returncodes
         blind = next((why_blind(rank.pid) for rank in self._ranks if not is_reaped(rank)), "")
-        stuck = kill_sessions(numbered, codes, 1.0 + (left(end) or 0), self._living)
+        seconds = 1.0 + (left(end) or 0)
+        stuck = {} if self._nobody else kill_sessions(numbered, codes, seconds, self._living)
         stuck.update(self._kill_left_by_reaped(1.0 + (left(end) or 0)))
         if self._cgroup is not None:
             self._cgroup.kill()
