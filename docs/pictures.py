@@ -89,11 +89,11 @@ _PANELS: tuple[tuple[str, str, float, dict[str, Cell]], ...] = (
     (
         "64 ranks of a small program", "ms", 1000,
         {
-            "rankspawn.launch()": _bench("launch of 64 bound", 0),
+            "rankspawn.launch()": _bench("torch's SubprocessContext, node", 1),
             "mpiexec.hydra": _bench("mpiexec.hydra, 64", 0),
             "numactl, one by one": _bench("a loop of subprocess.Popen of numactl", 0),
             "torch's handler": _bench("torch's SubprocessContext, node", 0),
-            "rankspawn run": _bench("/ rankspawn run", 1),
+            "rankspawn run": _bench("rankspawn run of 64", 0),
             "srun": _bench("srun, 64", 0),
             "mpirun": _bench("mpirun, 64", 0),
         },
