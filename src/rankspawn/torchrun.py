@@ -209,6 +209,7 @@ def _with_template(arguments: Sequence[str], prog: str, template: Template | Non
             template=template,
             stacks=options.stacks,
         ):
+            _adopt_orphans()
             with _recorded(options.report, options.timeline, prog):
                 run.record(run.run)(options)
     except (PlacementError, BindingError) as error:
@@ -279,6 +280,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--hang-timeout", "--hang_timeout", "--on-hang", "--on_hang", action=_OfRunAlone, help=SUPPRESS)
     add("--report", metavar="FILE.json", help="write times, bindings and exit statuses of each worker")
     add("--timeline", metavar="FILE", help="draw the workers' times (FILE.svg), or trace them for Perfetto (FILE.json)")
+
+
+def _adopt_orphans() -> None:
+    """Have the agent reap orphans, if this process is the first of a container, or a subreaper."""
+    from ._torch import elastic, extras
+
+    elastic.extras = elastic.extras.replace(orphans=extras.new_orphans())
 
 
 @contextmanager

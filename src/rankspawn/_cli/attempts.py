@@ -114,7 +114,7 @@ def _run_attempt(
                 reports.write_first(group)
                 stragglers = Stragglers(group, job.first_rank, settings.wait, stacks=settings.stacks)
                 theirs = template.children if template is not None else set
-                orphans = Orphans(lambda: group.children() | theirs())
+                orphans = Orphans(lambda children: children - group.children() - theirs())
                 supervision = Supervision(group, job, signals, progress, stragglers, orphans)
                 supervision.run()
         finally:

@@ -31,11 +31,12 @@ class Orphans:
     """Reaps the adopted children of this process when they have ended. It starts no thread.
 
     Args:
-        own: A function that returns the children for which other code waits. No child is started while reap() runs.
+        adopted: A function that takes the numbers of all children, and returns those for which no other code waits. No
+            child is started while reap() runs.
     """
 
-    def __init__(self, own: Callable[[], Set[int]]) -> None:
-        self._own = own
+    def __init__(self, adopted: Callable[[Set[int]], Set[int]]) -> None:
+        self._adopted = adopted
         self._next = time.monotonic() if adopts() else None
 
     def left(self) -> float | None:
@@ -48,9 +49,24 @@ class Orphans:
             return
         self._next = time.monotonic() + LOOK_SECONDS
         with suppress(OSError):  # no procfs shows this process
-            for pid in children() - self._own():
+            for pid in self._adopted(children()):
                 with suppress(ChildProcessError):
                     os.waitpid(pid, os.WNOHANG)
+
+
+def of_other_sessions(children: Set[int]) -> set[int]:
+    """The children that are in a session that neither they nor this process lead or share.
+
+    A process that this one has started itself is in the same session, or leads one of its own. So these are orphans,
+    for a command that does not know all its children, because a library starts some. Orphans that called setsid are not
+    among them.
+    """
+    found, own = set(), os.getsid(0)
+    for pid in children:
+        with suppress(OSError):  # it has been reaped; or getsid(2) is refused
+            if os.getsid(pid) not in (own, pid):
+                found.add(pid)
+    return found
 
 
 def adopts() -> bool:

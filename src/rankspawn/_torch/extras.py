@@ -10,6 +10,7 @@ from .handler import warn
 
 if TYPE_CHECKING:
     from .._binding import Binding
+    from .._end.orphans import Orphans
     from .._group.record import Record
     from .._warm.template import Template
     from .numa_options import NumaOptions
@@ -26,6 +27,7 @@ class Extras(Frozen):
         template: The Template that ranks are forked from instead of executed; None for none.
         stacks: Whether to take the stacks of programs before they are ended because others have failed.
         record: The record for a report; None for no report.
+        orphans: Reaps what this process has adopted; None if it leaves that to other code.
     """
 
     guard: bool | None = None
@@ -35,6 +37,17 @@ class Extras(Frozen):
     template: Template | None = None
     stacks: bool = False
     record: Record | None = None
+    orphans: Orphans | None = None
+
+    def next_look(self, seconds: float) -> float:
+        """The shorter of ``seconds`` and the time until reap_orphans() has something to do."""
+        due = None if self.orphans is None else self.orphans.left()
+        return seconds if due is None else min(seconds, due)
+
+    def reap_orphans(self) -> None:
+        """Reap what this process has adopted and what has ended, if it is time to look."""
+        if self.orphans is not None:
+            self.orphans.reap()
 
     @property
     def place(self) -> bool:
@@ -102,3 +115,10 @@ def new_record(report: str | None, timeline: str | None) -> Record:
     from .._group.record import Record
 
     return Record(report, timeline)
+
+
+def new_orphans() -> Orphans:
+    """What reaps the orphans of a command whose torch may have other children, too."""
+    from .._end.orphans import Orphans, of_other_sessions
+
+    return Orphans(of_other_sessions)
