@@ -133,7 +133,7 @@ def respelt(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
 
             value = next(rest, None)
             if value is not None and are_modules(value):
-                found[-1:] = [f"--preload={value}", word]
+                found.append(f"--preload={value}")
                 continue
             return [*found, *(respelt(parser, [value, *rest]) if value is not None else ())]
         if "=" in word or not _takes_value(parser, word):

@@ -135,13 +135,13 @@ def kill_sessions(
     Returns:
         The processes that do not end: pid -> the rank that they belong to.
     """
-    last = [rank for number, rank in ranks.items() if number in ended][-_SEARCH_DESCRIPTORS:]
-    for rank in unreaped(last):
+    zombies = [rank for number, rank in ranks.items() if number in ended]
+    for rank in unreaped(zombies[-_SEARCH_DESCRIPTORS:]):
         rank._pidfd = None  # its number is its own until it is reaped
     if found is None and not any(map(is_reaped, ranks.values())):
         with suppress(PermissionError):
             signal_ranks([*ranks.values()], SIGKILL, to="group")
-        if nobody_lives(ranks.values(), [ranks[number] for number in ended]):
+        if nobody_lives(ranks.values(), zombies):
             return {}
     own = {rank.pid for rank in unreaped(ranks.values())}
     numbers = {rank.pid: number for number, rank in ranks.items() if rank.pid in own}
@@ -151,8 +151,7 @@ def kill_sessions(
         reap(others, ended)
         with suppress(PermissionError):
             signal_ranks([*others.values()], SIGKILL, to="group")
-    zombies = {pid for pid, number in numbers.items() if number in ended}
-    stuck = kill_members(own, seconds, zombies, found) if own else {}
+    stuck = kill_members(own, seconds, own.intersection(rank.pid for rank in zombies), found) if own else {}
     return {pid: f"rank {numbers[session]}" for pid, session in stuck.items()}
 
 
