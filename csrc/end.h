@@ -58,8 +58,8 @@ void end_kill_groups(const struct end_sessions *sessions);
 /* Find the living members, and send SIGKILL to each if asked to. */
 void end_search(struct end_sessions *sessions, bool kills);
 
-/* Whether these sessions certainly have no living member. It is harmless if other code has reaped a leader meanwhile,
- * because nothing is signalled. */
+/* Whether these sessions certainly have no living member, except those that procfs hides from this user (hidepid). It is
+ * harmless if other code has reaped a leader meanwhile, because nothing is signalled. */
 bool end_are_empty(struct end_sessions *sessions);
 
 /* Send SIGKILL to the members found, and wait for their end, at most so many nanoseconds. */

@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 SCRIPT = """
-import json, os, signal, sys
+import json, os, signal, sys, threading, time
 from rankspawn._end import way as _way, without
 if sys.argv[1] == "python":
     _way.way = without
@@ -89,6 +89,37 @@ def case(leaders, *also):
     sessions.end()
     return seen
 
+def signalled_with_threads(leaders):
+    # A leader that lives, and two of whose threads have numbers among those of the others.
+    sessions = Sessions()
+    for number in leaders:
+        sessions.add(number)
+    reader, writer = os.pipe()
+    number = leaders[-1] + 1
+    if fork(number) == 0:
+        os.setsid()
+        signal.signal(signal.SIGUSR1, lambda *_: os.write(writer, b"1"))
+        signal.signal(signal.SIGUSR2, lambda *_: os.write(writer, b"2"))
+        for tid in (leaders[0] + 1, leaders[3] + 1):
+            with open("/proc/sys/kernel/ns_last_pid", "w") as last:
+                last.write(str(tid - 1))
+            thread = threading.Thread(target=time.sleep, args=(1000,), daemon=True)
+            thread.start()
+            assert thread.native_id == tid
+        os.write(writer, b"0")
+        while True:
+            signal.pause()
+    told = os.read(reader, 1)
+    everybody = {*leaders, number}
+    _way.way.signal_members(everybody, [signal.SIGUSR1], True)  # all but the leaders
+    os.kill(number, signal.SIGUSR2)
+    while not told.endswith(b"2"):
+        told += os.read(reader, 1)
+    seen = {"found": sorted(members(everybody, set(leaders)).items()), "are_empty": False, "told": told.decode()}
+    sessions.members.add(number)
+    sessions.end()
+    return seen
+
 def reused_by_a_member(leaders):
     sessions = Sessions()
     for number in leaders:
@@ -127,6 +158,7 @@ json.dump({
     "between two crowds": case([*crowd, *far], (1040, 2000)),
     "in both, and around": case([*crowd, *far], (1040, 1003, 3005, 400, 4000)),
     "in a wide gap": case(range(1000, 3000, 100), (3000, 1550)),
+    "threads in the gaps": signalled_with_threads(crowd),
     "among few": case(range(1000, 1006, 2), (1006, 1003)),
     "a reaped one's number is a member's": reused_by_a_member(crowd),
     "a reaped one's number is a stranger's": reused_by_a_stranger(crowd),
@@ -144,6 +176,7 @@ EXPECTED: dict[str, list[list[int]]] = {
     "between two crowds": [[2000, 1040]],
     "in both, and around": [[400, 1040], [1003, 1040], [3005, 1040], [4000, 1040]],
     "in a wide gap": [[1550, 3000]],
+    "threads in the gaps": [[1039, 1039]],
     "among few": [[1003, 1006]],
     "a reaped one's number is a member's": [[1004, 1039]],
     "a reaped one's number is a stranger's": [],
@@ -163,6 +196,7 @@ def test_members_wherever_their_numbers_lie(way: str) -> None:
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert {name: one["found"] for name, one in seen.items()} == EXPECTED
+    assert seen["threads in the gaps"]["told"] == "02"  # no signal went to a thread, and so to its process
     # Python's search cannot tell that there is certainly nobody.
     certain = {name for name, one in seen.items() if one["are_empty"]}
     assert certain == ({name for name, found in EXPECTED.items() if not found} if way == "engine" else set())

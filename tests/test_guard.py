@@ -633,6 +633,30 @@ def test_system_call_that_the_kernel_refuses(what: str, fault: Callable[[str], P
     assert "(INJECTED)" in log.read_text()
 
 
+def test_leader_that_is_not_the_first_witness(fault: Callable[[str], Path]) -> None:
+    """The leader could not be watched, so its child is: the child's end says nothing about the leader."""
+    log = fault("epoll_ctl:error=ENOSPC:when=3")  # after the pipe and the launcher: the rank, when it registers
+
+    def body(self: Launcher) -> None:
+        self.guard = Guard.start()
+        os.kill(self.guard.process.pid, signal.SIGSTOP)  # it meets the rank when there is a child
+        (rank,) = self.start(1, ["/bin/sh", "-c", "sleep 1000 & wait; while :; do sleep 0.5 & wait; done"])
+        self.tell([self.guard.process.pid, rank.pid])
+
+    with launcher(body) as killed:
+        guard, rank = killed.hear()
+        eventually(lambda: len(killed.ranks) == 2)
+        os.kill(guard, signal.SIGCONT)
+        eventually(lambda: log.exists() and "(INJECTED)" in log.read_text())
+        time.sleep(0.3)
+        (child,) = killed.ranks - {rank}
+        os.kill(child, signal.SIGKILL)
+        eventually(lambda: has_ended(child))
+        killed.kill()
+        eventually(lambda: not killed.ranks)
+        eventually(lambda: has_ended(guard))
+
+
 def test_number_that_becomes_anothers_without_pidfds(fault: Callable[[str], Path]) -> None:
     log = fault("pidfd_open:error=ENOSYS")
 

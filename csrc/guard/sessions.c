@@ -55,7 +55,7 @@ drop_witness(struct session *session)
     if (session->witness >= 0) {
         close_fd(session->witness);
         session->witness = -1;
-        session->leader_ended = true; /* it was the first witness */
+        session->leader_ended = session->leader_ended || session->is_leader;
     }
 }
 
@@ -111,6 +111,7 @@ meet(struct sessions *sessions, struct session *session, const struct process *p
     }
     if (is_ours && session->witness < 0 && epoll_watch(sessions->epoll, pidfd, (uint64_t)session->number) == 0) {
         session->witness = pidfd;
+        session->is_leader = process->pid == session->number;
     } else {
         close_fd(pidfd);
     }

@@ -8,6 +8,7 @@ struct session {
     pid_t number;
     int witness;        /* a pidfd of a member that had not ended when it was last looked at; -1: none */
     int64_t registered; /* in clock ticks since the machine was started: its leader is not younger */
+    bool is_leader;     /* the witness is the leader */
     bool leader_ended;  /* its leader is a zombie or was reaped: another process of its number is no member */
     bool is_found;      /* the present look has found a living member */
     bool is_checked;    /* the present look knows whose the number is */

@@ -221,6 +221,12 @@ session_of(pid_t pid)
     return call(SYS_getsid, pid, 0, 0, 0, 0, 0);
 }
 
+bool
+is_process(pid_t pid)
+{
+    return call(SYS_tgkill, pid, pid, 0, 0, 0, 0) != -ESRCH;
+}
+
 long
 group_of(pid_t pid)
 {

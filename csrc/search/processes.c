@@ -21,7 +21,7 @@ enum {
     PATH_ROOM = 64,
     STAT_ROOM = 1024,
     STATUS_ROOM = 4096,
-    FEW_ENTRIES_ROOM = 256, /* what is read beyond the first known number is read in vain */
+    FEW_ENTRIES_ROOM = 320, /* takes any name; what is read beyond the first known number is read in vain */
     CLOSE = 16,             /* so many numbers are asked for, rather than read /proc again behind a known one */
     CROWD = 8,              /* so many known numbers are worth it */
     UNKNOWN_OFFSET = -1,
@@ -87,8 +87,9 @@ struct listing {
     struct pids known;
     size_t met;      /* how many of the known numbers the list has come to */
     int depth;       /* the index of the own number in the line NSpid */
-    int64_t offset;  /* a number's place in /proc is at this distance from the number; UNKNOWN_OFFSET */
-    int64_t skip_to; /* the place where the list goes on; 0: right here */
+    int folder;      /* /proc */
+    int64_t place;   /* of the next entry in it */
+    int64_t offset;  /* a number's place is at this distance from the number; UNKNOWN_OFFSET */
 };
 
 /* List a process that /proc shows. */
@@ -99,8 +100,11 @@ list_shown(struct listing *listing, pid_t shown)
     if (listing->depth > 1) {
         char status[STATUS_ROOM];
         pid = 0;
-        if (read_of(shown, "/status", status, sizeof status) > 0) {
+        long got = read_of(shown, "/status", status, sizeof status);
+        if (got > 0) {
             numbers_in(status, listing->depth, &pid);
+        } else if (got != -ENOENT && got != -ESRCH) {
+            listing->processes->is_whole = false; /* it may be one of ours */
         }
     }
     if (pid > 0) {
@@ -120,7 +124,7 @@ end_of_crowd(struct pids known, size_t from)
 }
 
 /* /proc has come to a number. If known ones that lie close together begin there, list them and what is among them, and
- * say where /proc goes on behind them. */
+ * go on in /proc behind them. */
 static bool
 lists_crowd(struct listing *listing, pid_t shown)
 {
@@ -135,49 +139,50 @@ lists_crowd(struct listing *listing, pid_t shown)
     if (known.all[listing->met] != shown || end - listing->met < CROWD) {
         return false;
     }
+    listing->place = seek_to(listing->folder, listing->offset + known.all[end - 1] + 1);
+    if (listing->place < 0) {
+        listing->offset = UNKNOWN_OFFSET;
+        return false;
+    }
     pid_t pid = shown;
     for (size_t i = listing->met; i < end; i++) {
         for (; pid < known.all[i]; pid++) {
-            if (session_of(pid) != -ESRCH) {
+            if (session_of(pid) != -ESRCH && is_process(pid)) {
                 add(listing->processes, pid, pid);
             }
         }
         add(listing->processes, pid, pid);
         pid++;
     }
-    listing->skip_to = listing->offset + pid;
     listing->met = end;
     return true;
 }
 
-/* List what an open /proc shows. */
+/* List what /proc shows. */
 static void
-list_all(struct listing *listing, int folder)
+list_all(struct listing *listing)
 {
     _Alignas(8) char entries[FEW_ENTRIES_ROOM];
-    int64_t before = 0, place = 0; /* the distance that was seen last; the place of the next entry */
+    int64_t before = 0; /* the distance that was seen last */
     long bytes;
-    while ((bytes = read_entries(folder, entries, sizeof entries)) > 0) {
-        for (long at = 0; at < bytes && !listing->skip_to;) {
+    while ((bytes = read_entries(listing->folder, entries, sizeof entries)) > 0) {
+        bool skips = false;
+        for (long at = 0; at < bytes && !skips;) {
             const struct entry *entry = (const struct entry *)(const void *)(entries + at);
             const char *end;
             pid_t shown = (pid_t)number_in(entry->name, &end);
             bool is_process = end != entry->name && !*end;
             if (is_process) {
                 /* The same distance twice in a row is the rule by which the kernel counts places. */
-                listing->offset = place - shown == before ? before : UNKNOWN_OFFSET;
-                before = place - shown;
+                listing->offset = listing->place - shown == before ? before : UNKNOWN_OFFSET;
+                before = listing->place - shown;
             }
-            place = entry->next;
+            listing->place = entry->next;
             at += entry->length;
-            if (is_process && !lists_crowd(listing, shown)) {
+            skips = is_process && lists_crowd(listing, shown);
+            if (is_process && !skips) {
                 list_shown(listing, shown);
             }
-        }
-        if (listing->skip_to) {
-            place = seek_to(folder, listing->skip_to);
-            listing->skip_to = 0;
-            listing->processes->is_whole = listing->processes->is_whole && place >= 0;
         }
     }
     listing->processes->is_whole = listing->processes->is_whole && bytes == 0;
@@ -215,13 +220,15 @@ processes_begin(struct processes *processes)
 void
 processes_list(struct processes *processes, struct pids known)
 {
-    struct listing listing = {processes, known, 0, recognize(processes), UNKNOWN_OFFSET, 0};
+    struct listing listing = {
+        .processes = processes, .known = known, .depth = recognize(processes), .offset = UNKNOWN_OFFSET};
     bool is_there = processes->procfs == PROCFS_OWN || processes->procfs == PROCFS_OUTER;
     long folder = is_there ? open_at(AT_FDCWD, "/proc", O_RDONLY | O_DIRECTORY) : -1;
     processes->count = 0;
     processes->is_whole = true;
     if (folder >= 0) {
-        list_all(&listing, (int)folder);
+        listing.folder = (int)folder;
+        list_all(&listing);
         close_fd((int)folder);
         return;
     }
@@ -230,7 +237,7 @@ processes_list(struct processes *processes, struct pids known)
         return; /* a seccomp profile refuses getsid(2): nothing says which numbers are processes' */
     }
     for (pid_t pid = 1; pid < MOST_PIDS; pid++) {
-        if (session_of(pid) != -ESRCH) {
+        if (session_of(pid) != -ESRCH && is_process(pid)) {
             add(processes, pid, 0);
         }
     }

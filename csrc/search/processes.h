@@ -40,10 +40,10 @@ void processes_begin(struct processes *processes);
  * so the user of it asks the kernel for its session. Where no procfs shows this process itself, or none can be read,
  * every number that a process can have is listed.
  *
- * known: processes that exist, as far as the caller knows. They are listed in any case. Where their numbers lie close
- * together, as those of ranks do that were started at once, the kernel is asked for each number in between, and that
- * part of /proc is not read: to show a process for the first time takes /proc some 4 us, and a few more when the
- * process is reaped; to ask for a number takes 0.3 us. */
+ * known: processes that exist, as far as the caller knows, in ascending order. The list does not depend on them. Where
+ * their numbers lie close together, as those of ranks do that were started at once, the kernel is asked for each number
+ * in between, and that part of /proc is not read: to show a process for the first time takes /proc some 4 us, and a few
+ * more when the process is reaped; to ask for a number takes 0.3 us. */
 void processes_list(struct processes *processes, struct pids known);
 
 /* A process by its number. In a procfs of an outer PID namespace, the kernel gives its number there by its pidfd:

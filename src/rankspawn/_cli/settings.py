@@ -106,13 +106,10 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
         args.parser.error(str(error))
     job = read_job(args, nprocs)
     _check_files(script[0], args)
-    if not args.no_python and (left := unmeant(script, args.module and not args.run_path)):
-        say(
-            f"{' and '.join(left)} after SCRIPT: passed to {script[0]}, whose text does not name"
-            f" {'it' if len(left) == 1 else 'them'}; put options of rankspawn run before SCRIPT"
-        )
+    if not args.no_python:
+        say_unmeant(script, args.module and not args.run_path)
     return RunSettings(
-        command=_command(script, args),
+        command=command_of(script, args),
         name=_name(script[0], job, own_id=not args.standalone),
         job=job,
         bindings=bindings,
@@ -137,6 +134,15 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
         warm=args.warm or args.preload is not None,
         preload=args.preload,
     )
+
+
+def say_unmeant(script: Sequence[str], is_module: bool) -> None:
+    """Say which words after SCRIPT look like the launcher's options; see unmeant()."""
+    if left := unmeant(script, is_module):
+        say(
+            f"{' and '.join(left)} after SCRIPT: passed to {script[0]}, whose text does not name"
+            f" {'it' if len(left) == 1 else 'them'}; put options of rankspawn run before SCRIPT"
+        )
 
 
 def _checked_script(args: argparse.Namespace) -> list[str]:
@@ -168,7 +174,8 @@ def _stdin(args: argparse.Namespace, script: str, job: Job) -> Literal["all", "n
     return stdin
 
 
-def _command(script: Sequence[str], args: argparse.Namespace) -> tuple[str, ...]:
+def command_of(script: Sequence[str], args: argparse.Namespace) -> tuple[str, ...]:
+    """The command of each rank: SCRIPT and its arguments, with the interpreter in front."""
     if args.no_python and not args.run_path:
         return tuple(script)
     # As in torchrun, PYTHON_EXEC names another interpreter for the ranks.

@@ -12,7 +12,7 @@ from .._place.sysfs import Tree
 from .._place.topology import Topology
 from .options import AUTO_BINDS, CommandError, PlacementOptions, add_placement_options, placement
 from .vocabulary import processes, respelt
-from .warm import describe, found
+from .warm import describe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def add_plan_options(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("-m", "--module", action="store_true", help="with --warm: SCRIPT is the name of a module")
     add_placement_options(plan)
     _add_common_options(plan)
-    plan.set_defaults(run=_plan, command=[], preload=None)
+    plan.set_defaults(run=_plan, command=[], preload=None, no_python=False, run_path=False)
 
 
 def respelt_for_plan(plan: argparse.ArgumentParser, words: Sequence[str]) -> Sequence[str]:
@@ -73,13 +73,15 @@ def respelt_for_plan(plan: argparse.ArgumentParser, words: Sequence[str]) -> Seq
 
     The options of ``run`` are added only then, because importing them takes a third of the command's time.
     """
-    if not _are_own(plan, words) or any(name.startswith("PET_") for name in os.environ):
+    are_own = _are_own(plan, words)
+    if not are_own or any(name.startswith("PET_") for name in os.environ):
         from .run import add_run_line
 
         add_run_line(plan)
-        # In a line of `run`, SCRIPT is no value of --warm, and all words after it are its own.
-        return ["--warm=" if word == "--warm" else word for word in respelt(plan, words)]
-    return words
+    if are_own:
+        return words
+    # In a line of `run`, SCRIPT is no value of --warm, and all words after it are its own.
+    return ["--warm=" if word == "--warm" else word for word in respelt(plan, words)]
 
 
 def _are_own(plan: argparse.ArgumentParser, words: Sequence[str]) -> bool:
@@ -144,16 +146,21 @@ def _plan(args: argparse.Namespace) -> int:
     from .._place.devices import find_devices, is_live
     from .._place.openmp import openmp_warnings, quota_note
 
-    if args.module and args.warm is None and not args.command:
+    words = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if args.module and args.warm is None and not words and not args.parser.get_default("module"):  # PET_MODULE
         args.parser.error("--module needs --warm, or SCRIPT")
-    warm, script = _warm_start(args)
+    warm, script = _warm_start(args, words)
+    if words and not args.no_python:
+        from .settings import say_unmeant
+
+        say_unmeant(words, args.module and not args.run_path)
     if warm is not None and args.nproc_per_node is None and not args.json:
         print(*describe(warm, script), sep="\n")
         return 0
     _check_folders(args.svg)
     topology = Topology.read(args.sysfs)
     options = PlacementOptions.read(args)
-    nprocs = 1 if args.nproc_per_node is None and args.command else args.nproc_per_node
+    nprocs = 1 if args.nproc_per_node is None and words else args.nproc_per_node
     if isinstance(nprocs, str):
         from .meeting import count_ranks
 
@@ -185,21 +192,20 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _warm_start(args: argparse.Namespace) -> tuple[Found | None, str]:
+def _warm_start(args: argparse.Namespace, words: Sequence[str]) -> tuple[Found | None, str]:
     """What a warm start would preload, and for which script; None if the command line asks for none.
 
-    The script is the value of --warm or, in a line of ``run``, SCRIPT.
+    The script is the value of --warm or, in a line of ``run``, SCRIPT, with which ``words`` begin.
     """
-    script = args.warm or next(iter(args.command), "")
-    if args.preload is not None:
-        from .._warm.find import Found
-
-        return Found(args.preload, ()), script
-    if args.warm is None:
+    if args.warm is None and args.preload is None:
         return None, ""
-    if not script:
-        args.parser.error("--warm needs SCRIPT")
-    return found([script], args.module), script
+    words = [args.warm] if args.warm else words
+    if not words:
+        args.parser.error(f"--{'warm' if args.preload is None else 'preload'} needs SCRIPT")
+    from .._warm.find import Found, find
+    from .settings import command_of
+
+    return Found(args.preload) if args.preload else find(command_of(words, args), os.getcwd()), words[0]
 
 
 def _auto_note(options: PlacementOptions, topology: Topology, ranks: Sequence[Placed]) -> str:

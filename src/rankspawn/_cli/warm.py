@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from contextlib import nullcontext
 
 TYPE_CHECKING = False
@@ -57,14 +55,6 @@ def template_for(
     template = Template(True if preload is None else preload, lasts=lasts)
     template.interrupt = interrupt
     return template
-
-
-def found(command: Sequence[str], module: bool) -> Found:
-    """What ``rankspawn run --warm`` would preload for SCRIPT."""
-    from .._warm.find import find
-
-    python = os.environ.get("PYTHON_EXEC", sys.executable)
-    return find([python, *(["-m"] if module else []), *command], os.getcwd())
 
 
 def describe(one: Found, script: str) -> list[str]:

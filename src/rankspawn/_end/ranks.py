@@ -136,8 +136,11 @@ def kill_sessions(
         The processes that do not end: pid -> the rank that they belong to.
     """
     zombies = [rank for number, rank in ranks.items() if number in ended]
-    for rank in unreaped(zombies[-_SEARCH_DESCRIPTORS:]):
-        rank._pidfd = None  # its number is its own until it is reaped
+    freed = 0
+    for rank in reversed(zombies):
+        if freed < _SEARCH_DESCRIPTORS and unreaped([rank]):
+            rank._pidfd = None  # its number is its own until it is reaped
+            freed += 1
     if found is None and not any(map(is_reaped, ranks.values())):
         with suppress(PermissionError):
             signal_ranks([*ranks.values()], SIGKILL, to="group")

@@ -112,13 +112,29 @@ def _temporary_folder() -> str:
 
 
 def _remove(folder: str) -> None:
-    """Remove a folder with all that is in it, as far as possible."""
-    for path, folders, files in os.walk(folder, topdown=False):
-        for name in (*files, *folders):
-            with suppress(OSError):
-                os.unlink(os.path.join(path, name))
-        with suppress(OSError):
-            os.rmdir(path)
+    """Remove a folder with all that is in it, as far as possible. No symbolic link is followed."""
+    if not hasattr(os, "fwalk"):
+        import shutil
+
+        return shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        for _, folders, files, fd in os.fwalk(folder, topdown=False):
+            for name in files:
+                with suppress(OSError):
+                    os.unlink(name, dir_fd=fd)
+            for name in folders:
+                with suppress(OSError):
+                    _remove_inner(name, fd)
+        os.rmdir(folder)
+    return None
+
+
+def _remove_inner(name: str, fd: int) -> None:
+    """Remove an empty folder, or a link to one, in an open folder."""
+    try:
+        os.rmdir(name, dir_fd=fd)
+    except NotADirectoryError:
+        os.unlink(name, dir_fd=fd)
 
 
 def _dated_folder(parent: str, name: str) -> str:
