@@ -27,7 +27,7 @@ pid_t own_pid(void);
 pid_t parent_pid(void);
 long session_of(pid_t pid);
 long group_of(pid_t pid);
-bool is_process(pid_t pid); /* tgkill(2): false for the number of a thread that is not a process's first one */
+bool is_process(pid_t pid);         /* tgkill(2): false for the number of a thread that is not a process's first one */
 long signal_to(pid_t pid, int sig); /* kill(2): a negative pid is a process group */
 long pidfd_of(pid_t pid);
 long signal_by(int pidfd, int sig);

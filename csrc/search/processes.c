@@ -85,11 +85,11 @@ add(struct processes *processes, pid_t pid, pid_t shown)
 struct listing {
     struct processes *processes;
     struct pids known;
-    size_t met;      /* how many of the known numbers the list has come to */
-    int depth;       /* the index of the own number in the line NSpid */
-    int folder;      /* /proc */
-    int64_t place;   /* of the next entry in it */
-    int64_t offset;  /* a number's place is at this distance from the number; UNKNOWN_OFFSET */
+    size_t met;     /* how many of the known numbers the list has come to */
+    int depth;      /* the index of the own number in the line NSpid */
+    int folder;     /* /proc */
+    int64_t place;  /* of the next entry in it */
+    int64_t offset; /* a number's place is at this distance from the number; UNKNOWN_OFFSET */
 };
 
 /* List a process that /proc shows. */

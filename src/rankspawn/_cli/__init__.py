@@ -11,7 +11,7 @@ meeting    which machine this is, and where ranks meet     program    whether th
 doctor     what this machine and this installation have    dump       what the ranks of a running job do
 warm       --warm: its template, and what it preloads        ps         what the ranks of all jobs do and use
 help       the examples and exit statuses of each command   completion  for a shell
-colours    of ranks and of failures, on a terminal
+colours    of ranks and of failures, on a terminal          line       the command line of run, as plan takes it
 stragglers  ranks that still run long after another ended with status 0
 
 Only __main__ imports it. It does not import _end, because a group ends its ranks.

@@ -179,7 +179,8 @@ def _topology(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(parser: argparse.ArgumentParser) -> Respell:
-    from .show import add_plan_options, respelt_for_plan
+    from .line import respelt_for_plan
+    from .show import add_plan_options
 
     add_plan_options(parser)
     return partial(respelt_for_plan, parser)

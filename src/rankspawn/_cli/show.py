@@ -10,8 +10,9 @@ from collections.abc import Collection, Iterable, Sequence
 from .._ids import format_ids
 from .._place.sysfs import Tree
 from .._place.topology import Topology
+from .line import warm_start
 from .options import AUTO_BINDS, CommandError, PlacementOptions, add_placement_options, placement
-from .vocabulary import processes, respelt
+from .vocabulary import processes
 from .warm import describe
 
 TYPE_CHECKING = False
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from .._place.plan import Placed
     from .._place.visible import Device
-    from .._warm.find import Found
 
 JSON_VERSION = 1
 """The version of the JSON. It changes when a field is removed or changes its meaning, not when a field is added."""
@@ -66,35 +66,6 @@ def add_plan_options(plan: argparse.ArgumentParser) -> None:
     add_placement_options(plan)
     _add_common_options(plan)
     plan.set_defaults(run=_plan, command=[], preload=None, no_python=False, run_path=False)
-
-
-def respelt_for_plan(plan: argparse.ArgumentParser, words: Sequence[str]) -> Sequence[str]:
-    """Have ``plan`` take the whole command line of ``run`` if it is one, and respell it as for ``run``.
-
-    The options of ``run`` are added only then, because importing them takes a third of the command's time.
-    """
-    are_own = _are_own(plan, words)
-    if not are_own or any(name.startswith("PET_") for name in os.environ):
-        from .run import add_run_line
-
-        add_run_line(plan)
-    if are_own:
-        return words
-    # In a line of `run`, SCRIPT is no value of --warm, and all words after it are its own.
-    return ["--warm=" if word == "--warm" else word for word in respelt(plan, words)]
-
-
-def _are_own(plan: argparse.ArgumentParser, words: Sequence[str]) -> bool:
-    """Whether the words are options of ``plan``, not abbreviated, and their values."""
-    rest = iter(words)
-    for word in rest:
-        name, has_value, _ = word.partition("=")
-        option = plan._option_string_actions.get(name)
-        if option is None:
-            return False
-        if not has_value and option.nargs != 0:
-            next(rest, None)
-    return True
 
 
 def _add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +120,7 @@ def _plan(args: argparse.Namespace) -> int:
     words = args.command[1:] if args.command[:1] == ["--"] else args.command
     if args.module and args.warm is None and not words and not args.parser.get_default("module"):  # PET_MODULE
         args.parser.error("--module needs --warm, or SCRIPT")
-    warm, script = _warm_start(args, words)
+    warm, script = warm_start(args, words)
     if words and not args.no_python:
         from .settings import say_unmeant
 
@@ -190,22 +161,6 @@ def _plan(args: argparse.Namespace) -> int:
     if warm is not None and not args.json:
         print("", *describe(warm, script), sep="\n")
     return 0
-
-
-def _warm_start(args: argparse.Namespace, words: Sequence[str]) -> tuple[Found | None, str]:
-    """What a warm start would preload, and for which script; None if the command line asks for none.
-
-    The script is the value of --warm or, in a line of ``run``, SCRIPT, with which ``words`` begin.
-    """
-    if args.warm is None and args.preload is None:
-        return None, ""
-    words = [args.warm] if args.warm else words
-    if not words:
-        args.parser.error(f"--{'warm' if args.preload is None else 'preload'} needs SCRIPT")
-    from .._warm.find import Found, find
-    from .settings import command_of
-
-    return Found(args.preload) if args.preload else find(command_of(words, args), os.getcwd()), words[0]
 
 
 def _auto_note(options: PlacementOptions, topology: Topology, ranks: Sequence[Placed]) -> str:

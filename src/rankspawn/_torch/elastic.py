@@ -232,9 +232,8 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
         if watch is None and self.subprocess_handlers:  # other code's function started them: no pidfd shows their end
             time.sleep(seconds)
         while watch is not None and watch.running and (left := end - time.monotonic()) > 0:
-            if any(watch.returncodes[number] for number in watch.look(extras.next_look(left))) and not failed:
+            if any(watch.returncodes[number] for number in watch.look(extras.after_orphans(left))) and not failed:
                 failed, end = True, time.monotonic() + _SIBLINGS_SECONDS
-            extras.reap_orphans()
 
     def _look_at_others(self) -> None:
         """Log what the running ranks do, before they are ended because others have failed."""
@@ -357,8 +356,7 @@ class MultiprocessContext(_Waiting, contexts.MultiprocessContext):  # type: igno
         end = time.monotonic() + seconds
         values = {queue._reader.fileno() for rank, queue in self._ret_vals.items() if rank not in self._return_values}
         while values and (left := end - time.monotonic()) > 0:
-            ready = connection.wait([*values, *self._pc.sentinels], extras.next_look(left))
-            extras.reap_orphans()
+            ready = connection.wait([*values, *self._pc.sentinels], extras.after_orphans(left))
             if not values.issuperset(ready):
                 break
             values.difference_update(ready)

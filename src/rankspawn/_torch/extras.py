@@ -39,15 +39,13 @@ class Extras(Frozen):
     record: Record | None = None
     orphans: Orphans | None = None
 
-    def next_look(self, seconds: float) -> float:
-        """The shorter of ``seconds`` and the time until reap_orphans() has something to do."""
-        due = None if self.orphans is None else self.orphans.left()
+    def after_orphans(self, seconds: float) -> float:
+        """Reap orphans, if it is time to look for them. Returns the shorter of ``seconds`` and the time until then."""
+        if self.orphans is None:
+            return seconds
+        self.orphans.reap()
+        due = self.orphans.left()
         return seconds if due is None else min(seconds, due)
-
-    def reap_orphans(self) -> None:
-        """Reap what this process has adopted and what has ended, if it is time to look."""
-        if self.orphans is not None:
-            self.orphans.reap()
 
     @property
     def place(self) -> bool:
