@@ -255,8 +255,14 @@ def test_a_misspelt_variable_is_said() -> None:
     assert "ignoring PET_COLOUR: torchrun has no such variable\n" in done.stderr
 
 
-def test_torchruns_variable_for_the_grace() -> None:
-    code = "import os, signal, time; signal.signal(15, 1)\nif os.environ['RANK'] == '0': os._exit(3)\ntime.sleep(60)"
+def test_torchruns_variable_for_the_grace(tmp_path: Path) -> None:
+    deaf = str(tmp_path / "deaf")  # rank 0 fails once rank 1 ignores SIGTERM
+    code = (
+        "import os, signal, time; signal.signal(15, 1)\n"
+        f"if os.environ['RANK'] == '1': os.mkdir({deaf!r}); time.sleep(60)\n"
+        f"while not os.path.exists({deaf!r}): time.sleep(0.01)\n"
+        "os._exit(3)"
+    )
     done = completed(in_ranks(code, *TWO), env=environment_here(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1"))
     assert done.returncode == 3 and "the grace period is over: killing" in done.stderr
     done = completed(in_ranks("", *TWO), env=environment_here(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="soon"))
