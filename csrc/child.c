@@ -30,6 +30,7 @@
 
 #include "granted.h"
 #include "numa_shim.h"
+#include "search/kernel.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -171,13 +172,6 @@ bind_to(const struct child_start *start)
 static void
 close_listed(unsigned int lowest, unsigned int highest)
 {
-    struct linux_dirent64 {
-        uint64_t inode;
-        int64_t offset;
-        unsigned short length;
-        unsigned char type;
-        char name[];
-    };
     _Alignas(8) char entries[1024];
     long bytes;
     int list = (int)syscall(SYS_openat, AT_FDCWD, "/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
@@ -194,7 +188,7 @@ close_listed(unsigned int lowest, unsigned int highest)
     }
     while ((bytes = syscall(SYS_getdents64, list, entries, sizeof entries)) > 0) {
         for (long at = 0; at < bytes;) {
-            const struct linux_dirent64 *entry = (const struct linux_dirent64 *)(const void *)(entries + at);
+            const struct entry *entry = (const struct entry *)(const void *)(entries + at);
             unsigned int fd = 0;
             at += entry->length;
             if (entry->name[0] < '0' || entry->name[0] > '9') {

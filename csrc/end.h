@@ -55,8 +55,8 @@ void end_signal(struct end_rank *ranks, size_t count, const int *signals, size_t
 /* Send SIGKILL to the process groups of these sessions' leaders. */
 void end_kill_groups(const struct end_sessions *sessions);
 
-/* Find the living members, and send SIGKILL to each if asked to. */
-void end_search(struct end_sessions *sessions, bool kills);
+/* Find the living members, and send SIGKILL to each if asked to. Returns whether it is certain that no other was missed. */
+bool end_search(struct end_sessions *sessions, bool kills);
 
 /* Whether these sessions certainly have no living member, except those that procfs hides from this user (hidepid). It is
  * harmless if other code has reaped a leader meanwhile, because nothing is signalled. */
@@ -75,7 +75,7 @@ void end_signal_members(struct end_sessions *sessions, const int *signals, size_
 #define end_collect(ranks, count) ((void)(ranks), (void)(count))
 #define end_signal(ranks, count, signals, signal_count) ((void)(ranks), (void)(signals), (void)(signal_count))
 #define end_kill_groups(sessions) ((void)(sessions))
-#define end_search(sessions, kills) ((void)(sessions), (void)(kills))
+#define end_search(sessions, kills) ((void)(sessions), (void)(kills), false)
 #define end_are_empty(sessions) ((void)(sessions), false)
 #define end_kill_found(sessions, pause) ((void)(sessions), (void)(pause))
 #define end_signal_members(sessions, signals, count, groups) ((void)(sessions), (void)(signals))

@@ -76,9 +76,8 @@ meet(void *context, const struct process *process, long session)
     return lives;
 }
 
-/* Returns whether it is certain that no member was missed. */
-static bool
-find_all(struct end_sessions *sessions, bool kills)
+bool
+end_search(struct end_sessions *sessions, bool kills)
 {
     struct search search = {.ended = NULL};
     struct looker looker = {sessions, kills};
@@ -90,19 +89,14 @@ find_all(struct end_sessions *sessions, bool kills)
         is_undecided = search_listed(&search, wants, meet, &looker) && sessions->found_count == 0;
     } while (is_undecided && ++looks < most_looks(&search));
     let_go(&search);
-    return !is_undecided && !search.is_blind && search.processes.is_whole && search.processes.procfs < PROCFS_NONE;
-}
-
-void
-end_search(struct end_sessions *sessions, bool kills)
-{
-    find_all(sessions, kills);
+    return !is_undecided && !search.is_blind && search.processes.is_whole && search.processes.procfs < PROCFS_NONE &&
+           !sessions->lacks_memory;
 }
 
 bool
 end_are_empty(struct end_sessions *sessions)
 {
-    return find_all(sessions, false) && sessions->found_count == 0 && !sessions->lacks_memory;
+    return end_search(sessions, false) && sessions->found_count == 0;
 }
 
 /* ---- killed -------------------------------------------------------------------------------------------------------*/

@@ -141,7 +141,7 @@ cdef extern from "end.h":
     void end_collect(end_rank *ranks, size_t count) nogil
     void end_signal(end_rank *ranks, size_t count, const int *signals, size_t signal_count) nogil
     void end_kill_groups(const end_sessions *sessions) nogil
-    void end_search(end_sessions *sessions, bint kills) nogil
+    bint end_search(end_sessions *sessions, bint kills) nogil
     bint end_are_empty(end_sessions *sessions) nogil
     void end_kill_found(const end_sessions *sessions, int64_t pause) nogil
     void end_signal_members(end_sessions *sessions, const int *signals, size_t count, bint groups) nogil
