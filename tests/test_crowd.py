@@ -40,8 +40,10 @@ def fork(number):
     return pid
 
 class Sessions:
-    def __init__(self):
+    def __init__(self, leaders):
         self.leaders, self.members = set(), set()
+        for number in leaders:
+            self.add(number)
 
     def add(self, number, *members):
         # A leader that has ended, and members of its session that live.
@@ -80,9 +82,7 @@ class Sessions:
                 return
 
 def case(leaders, *also):
-    sessions = Sessions()
-    for number in leaders:
-        sessions.add(number)
+    sessions = Sessions(leaders)
     for leader, *members in also:
         sessions.add(leader, *members)
     seen = sessions.look()
@@ -91,9 +91,7 @@ def case(leaders, *also):
 
 def signalled_with_threads(leaders):
     # A leader that lives, and two of whose threads have numbers among those of the others.
-    sessions = Sessions()
-    for number in leaders:
-        sessions.add(number)
+    sessions = Sessions(leaders)
     reader, writer = os.pipe()
     number = leaders[-1] + 1
     if fork(number) == 0:
@@ -121,9 +119,7 @@ def signalled_with_threads(leaders):
     return seen
 
 def reused_by_a_member(leaders):
-    sessions = Sessions()
-    for number in leaders:
-        sessions.add(number)
+    sessions = Sessions(leaders)
     sessions.reap(leaders[2])
     sessions.add(leaders[-1] + 1, leaders[2])
     seen = sessions.look()
@@ -131,9 +127,7 @@ def reused_by_a_member(leaders):
     return seen
 
 def reused_by_a_stranger(leaders):
-    sessions = Sessions()
-    for number in leaders:
-        sessions.add(number)
+    sessions = Sessions(leaders)
     sessions.reap(leaders[2])
     reader, writer = os.pipe()
     if fork(leaders[2]) == 0:

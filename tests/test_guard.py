@@ -621,11 +621,12 @@ def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Pa
         "pidfd_open:error=EPERM",  # a seccomp profile of that time
         "pidfd_send_signal:error=EPERM",
         "getsid:error=EPERM",  # a security module
+        "lseek:error=EINVAL",  # of a procfs whose parts cannot be skipped
     ],
 )
 def test_system_call_that_the_kernel_refuses(what: str, fault: Callable[[str], Path]) -> None:
     log = fault(what)
-    with launcher(guarded()) as killed:
+    with launcher(guarded(12)) as killed:
         guard = killed.hear()
         killed.kill()
         eventually(lambda: not killed.ranks)

@@ -266,3 +266,47 @@ def test_files_that_shall_be_kept_need_a_place() -> None:
             r" File too large; pass --log-dir DIR\n",
             done.stderr,
         )
+
+
+@pytest.mark.parametrize("how", ["links inside", "a link in its place"])
+def test_the_end_of_a_temporary_folder_follows_no_link(how: str, tmp_path: Path) -> None:
+    kept, moved = tmp_path / "kept", tmp_path / "moved"
+    kept.mkdir()
+    (kept / "file").write_text("text")
+    with LogFolder() as folder:
+        made = Path(folder.path)
+        (made / "attempt_0" / "0").mkdir(parents=True)
+        (made / "attempt_0" / "0" / "stdout.log").write_text("text")
+        (made / "attempt_0" / "folder").symlink_to(kept)
+        (made / "attempt_0" / "file").symlink_to(kept / "file")
+        (made / "attempt_0" / "nowhere").symlink_to(tmp_path / "nowhere")
+        if how == "a link in its place":
+            made.rename(moved)
+            made.symlink_to(kept)
+    assert (kept / "file").read_text() == "text"
+    if how == "links inside":
+        assert not made.exists()
+    else:
+        made.unlink()
+        assert (moved / "attempt_0" / "0" / "stdout.log").exists()
+
+
+def test_a_temporary_folder_is_made_where_there_is_one(tmp_path: Path) -> None:
+    """As by tempfile, which no command imports."""
+    chosen = str(tmp_path)
+    code = "import sys; from rankspawn._output.logs import LogFolder\nwith LogFolder() as made: print(made.path)\n"
+    code += "assert 'tempfile' not in sys.modules and 'shutil' not in sys.modules"
+    for variables, parent in (
+        ({"TMPDIR": chosen}, chosen),
+        ({"TMPDIR": f"{chosen}/nowhere", "TEMP": chosen}, chosen),
+        ({"TMPDIR": "", "TMP": chosen}, chosen),
+        ({"TMPDIR": f"{chosen}/nowhere"}, "/tmp"),
+    ):
+        environment = {
+            name: value for name, value in environment_here().items() if name not in ("TMPDIR", "TEMP", "TMP")
+        }
+        done = completed([sys.executable, "-c", code], env={**environment, **variables})
+        assert done.returncode == 0, done.stderr
+        path = Path(done.stdout.strip())
+        assert path.parent == Path(parent) and path.name.startswith("rankspawn-")
+        assert not path.exists()

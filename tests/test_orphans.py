@@ -13,18 +13,18 @@ import pytest
 from rankspawn._procfs import children
 from rankspawn._start.engine import EXTENSION_ERROR
 from tests.support.launchers import LAUNCHER, after, completed
+from tests.support.orphans import AWAIT_REAPER, SUBREAPER
 from tests.support.processes import eventually, has_ended
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux's kernel is asked who adopts")
 
 IN_NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child"]
-SUBREAPER = "import ctypes; assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0"
-
 # Rank 2 ends at once, and is kept until the end. Rank 0 leaves 50 orphans that end: the first of three is in a session
 # of its parent's, the second leads one, and the third stays in the rank's. It waits until nobody has their numbers.
 # Then it leaves one of each kind that lives.
-RANK = """
-import os, sys, time
+RANK = (
+    AWAIT_REAPER
+    + """
 rank = int(os.environ["RANK"])
 if rank == 2:
     sys.exit(9)
@@ -48,20 +48,7 @@ def leave(kind, lives):
 if rank == 0:
     for number in range(50):
         leave(number % 3, False)
-    told = b""
-    while told.count(b" ") < 50:
-        told += os.read(reading, 4096)
-    left = set(map(int, told.split()))
-    until = time.monotonic() + 40
-    while left and time.monotonic() < until:
-        time.sleep(0.02)
-        for pid in [*left]:
-            try:
-                os.kill(pid, 0)  # a zombie has its number still
-            except ProcessLookupError:
-                left.remove(pid)
-    if left:
-        sys.exit(f"{len(left)} of the orphans were not reaped")
+    await_reaper(reading, 50)
     told = b""
     for kind in range(3):
         leave(kind, True)
@@ -70,6 +57,7 @@ if rank == 0:
         file.write(told)
 sys.exit(7 * rank)
 """
+)
 
 
 def job(folder: Path, *options: str) -> list[str]:

@@ -11,20 +11,19 @@ import pytest
 
 from rankspawn._end.orphans import of_other_sessions
 from tests.support.launchers import after
+from tests.support.orphans import AWAIT_REAPER, SUBREAPER
 from tests.support.processes import PATIENCE
 
 pytest.importorskip("torch.distributed.run", reason="torch is not installed")
 
-SUBREAPER = "import ctypes; assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0"
-
 # Rank 0 leaves orphans that end at once, in its own process group and in one of their own, and waits until nobody has
 # their numbers. Rank 1 ends at once: its status is not lost.
-RANK = """
-import os, sys, time
+RANK = (
+    AWAIT_REAPER
+    + """
 if os.environ["RANK"] == "1":
     sys.exit(0)
 reading, writing = os.pipe()
-left = set()
 for number in range(20):
     middle = os.fork()
     if middle == 0:
@@ -34,21 +33,9 @@ for number in range(20):
             os.write(writing, b"%d " % os.getpid())
         os._exit(0)
     os.waitpid(middle, 0)
-told = b""
-while told.count(b" ") < 20:
-    told += os.read(reading, 4096)
-left = set(map(int, told.split()))
-until = time.monotonic() + 40
-while left and time.monotonic() < until:
-    time.sleep(0.02)
-    for pid in [*left]:
-        try:
-            os.kill(pid, 0)  # a zombie has its number still
-        except ProcessLookupError:
-            left.remove(pid)
-if left:
-    sys.exit(f"{len(left)} of the orphans were not reaped")
+await_reaper(reading, 20)
 """
+)
 
 
 @pytest.mark.parametrize("how", ["first", "subreaper"])
