@@ -522,14 +522,18 @@ def stranger_with(number: int) -> Iterator[subprocess.Popen[bytes]]:
 
 @contextmanager
 def adopting() -> Iterator[None]:
-    """Make this process the parent of its descendants' orphans, whatever process 1 does about them."""
+    """Make this process the parent of its descendants' orphans, and reap them when the block ends, not before."""
     set_child_subreaper = 36  # of linux/prctl.h
     prctl = ctypes.CDLL(None).prctl
+    before = psutil.Process().children()
     assert prctl(set_child_subreaper, 1, 0, 0, 0) == 0
     try:
         yield
     finally:
         prctl(set_child_subreaper, 0, 0, 0, 0)
+        adopted = [child for child in psutil.Process().children() if child not in before]
+        _, alive = psutil.wait_procs(adopted, timeout=PATIENCE)
+        assert not alive
 
 
 def test_number_that_becomes_anothers_while_the_guard_is_busy() -> None:
@@ -549,8 +553,6 @@ def test_number_that_becomes_anothers_while_the_guard_is_busy() -> None:
                 time.sleep(0.5)
                 assert not has_ended(guard) and not has_ended(stuck)
                 assert stranger.poll() is None
-        os.waitpid(stuck, 0)
-        os.waitpid(guard, 0)
 
 
 def test_number_that_becomes_anothers_while_the_guard_is_stopped() -> None:
@@ -626,7 +628,8 @@ def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Pa
 )
 def test_system_call_that_the_kernel_refuses(what: str, fault: Callable[[str], Path]) -> None:
     log = fault(what)
-    with launcher(guarded(12)) as killed:
+    # The ranks must not be reaped: the guard seeks past ranks that /proc shows.
+    with adopting(), launcher(guarded(12)) as killed:
         guard = killed.hear()
         killed.kill()
         eventually(lambda: not killed.ranks)
@@ -910,7 +913,6 @@ def test_temporary_folder_stays_while_a_rank_is_left(tmp_path: Path) -> None:
             killed.kill()
             os.waitpid(guard, 0)
             assert folder.is_dir()
-        os.waitpid(stuck, 0)
 
 
 @pytest.mark.parametrize("what", ["another folder", "a symbolic link", "nothing"])
