@@ -1,4 +1,4 @@
-"""Tests that take minutes: launchers killed at any moment, and a hundred thousand ranks. ``make test-storm``."""
+"""Tests that take minutes: launchers killed at any moment, many ranks, concurrent groups. ``make test-storm``."""
 
 from __future__ import annotations
 
@@ -220,3 +220,112 @@ def test_a_hundred_thousand_ranks() -> None:
         assert at_the_end[what] == after_a_tenth[what]
     # In KiB: a leak of 24 bytes with each rank would exceed it.
     assert at_the_end["rss"] - after_a_tenth["rss"] < 2048
+
+
+# Threads start and end groups at once, and every way of ending is met by signals: of other threads, and in the main
+# thread by a handler that raises at any moment. Ends with what it has after a tenth of the time, and at the end.
+MEDLEY = """
+import gc, json, os, random, signal, sys, threading, time, warnings
+from contextlib import suppress
+from rankspawn import Binding, launch
+warnings.simplefilter("ignore")
+seconds, chance = float(sys.argv[1]), random.Random(int(sys.argv[2]))
+CPUS = sorted(os.sched_getaffinity(0))
+COMMANDS = [
+    ["/bin/true"],
+    ["/bin/sleep", "300"],
+    ["/bin/sh", "-c", "timeout 300 sleep 300 & sleep 300 & wait"],
+    ["/bin/sh", "-c", "trap '' TERM HUP; sleep 300 & sleep 300"],
+    ["/bin/sh", "-c", "echo line; exit 3"],
+]
+
+class Struck(Exception):
+    pass
+
+def strike(*_):
+    raise Struck
+
+signal.signal(signal.SIGALRM, strike)
+sys.unraisablehook = lambda unraisable: None  # a finalizer was struck
+count = 0
+
+def one_group():
+    global count
+    bindings = [Binding({chance.choice(CPUS)}) if chance.random() < 0.5 else None for _ in range(8)]
+    with launch(
+        chance.choice(COMMANDS), 8, bindings=bindings, guard=chance.random() < 0.5, grace=0.02, keep_going=True,
+        signal_to=chance.choice(["session", "group", "rank"]), capture_output=chance.random() < 0.2,
+    ) as group:
+        what = chance.randrange(6)
+        if what == 0:
+            group.stop()
+        elif what == 1:
+            group.kill()
+        elif what == 2:
+            teller = threading.Timer(0.003, group.stop, [signal.SIGINT])
+            teller.start()
+            with suppress(TimeoutError):
+                group.wait(0.01)
+            teller.join()
+        elif what == 3:
+            group.send_signal(chance.choice([signal.SIGSTOP, signal.SIGUSR1, signal.SIGCONT]))
+        elif what == 4:
+            with suppress(TimeoutError):
+                group.wait(chance.uniform(0, 0.01))
+    count += 1
+
+def groups(until):
+    while time.monotonic() < until:
+        one_group()
+
+def struck_groups(until):
+    while time.monotonic() < until:
+        try:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0005, 0.05))
+                one_group()
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except Struck:
+            pass
+
+def state():
+    gc.collect()
+    until = time.monotonic() + 5
+    while True:
+        with open("/proc/self/status") as status:
+            said = dict(line.split(":", 1) for line in status)
+        children = [name for task in os.listdir("/proc/self/task")
+                    for name in open(f"/proc/self/task/{task}/children").read().split()]
+        if said["Threads"].strip() == "1" and not children or time.monotonic() > until:
+            return {"rss": int(said["VmRSS"].split()[0]), "threads": int(said["Threads"]),
+                    "fds": os.listdir("/proc/self/fd"), "children": children, "groups": count}
+        time.sleep(0.01)
+
+def run(seconds):
+    until = time.monotonic() + seconds
+    threads = [threading.Thread(target=groups, args=[until]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    struck_groups(until)
+    for thread in threads:
+        thread.join()
+    return state()
+
+print(json.dumps([run(seconds / 10), run(seconds * 9 / 10)]))
+"""
+
+
+def test_concurrent_groups_and_signals() -> None:
+    mark, seed = uuid.uuid4().hex, random.randrange(1 << 32)
+    seconds = os.environ.get("RANKSPAWN_STORM_SECONDS", "60")
+    command = [sys.executable, "-c", MEDLEY, seconds, str(seed)]
+    done = subprocess.run(command, env={**os.environ, MARK: mark}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
+    after_a_tenth, at_the_end = json.loads(done.stdout.splitlines()[-1])  # ranks have written lines before it
+    print(after_a_tenth, at_the_end)
+    assert at_the_end["children"] == [] and at_the_end["threads"] == 1, f"seed {seed}"
+    assert at_the_end["fds"] == after_a_tenth["fds"], f"seed {seed}"
+    assert left_behind(mark) == {}, f"seed {seed}"
+    # In KiB, and for each group less than a hundred bytes in half an hour.
+    assert at_the_end["rss"] - after_a_tenth["rss"] < 4096, f"seed {seed}"
