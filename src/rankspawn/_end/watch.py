@@ -54,7 +54,7 @@ class Watch:
         self._new = list(self.running)
         self._polled: set[int] = set()
         self._sleepers: set[asyncio.Future[None]] = set()
-        self._looks = 0
+        self._looks = self._rings = 0
         self._looking, self._ringing = threading.RLock(), threading.RLock()
         self._selector = selectors.DefaultSelector()
         # Their pidfds: number by descriptor, and the epoll that has them. It goes as a whole when the last rank has
@@ -100,27 +100,40 @@ class Watch:
             _way.way.await_ends(ranks, _SELDOM_SECONDS)
             self._in_turn(lambda: self._ended(self.running.copy()), 0)
 
-    def look(self, timeout: float | None) -> list[int]:
+    @property
+    def news(self) -> int:
+        """A number that changes when a rank is seen to end, by whatever thread, and with each ring()."""
+        return len(self.returncodes) + self._rings
+
+    def look(self, timeout: float | None, news: int | None = None) -> list[int]:
         """See which ranks have ended.
 
         Args:
             timeout: Seconds to wait for the first; None waits without end.
+            news: What ``news`` was before the caller looked what to wait for. The look does not wait if it has changed:
+                another thread or a signal handler has seen what the caller would wait for, or has something for it.
 
         Returns:
             The ranks that have ended since the last look. An empty list also means that an added descriptor is
             readable, that ring() was called, or that it is time to look again.
         """
-        return self._in_turn(lambda: self._look(timeout), timeout)
+        return self._in_turn(lambda: self._look(timeout if news in (None, self.news) else 0), timeout)
 
     def ring(self) -> None:
         """Make a look that sleeps return. For any thread, and for signal handlers."""
         with self._ringing:  # or the bell's number might be another file's by the time of the write
+            self._rings += 1  # the bell itself may be heard by another thread's look
             if self._bell >= 0:
                 os.eventfd_write(self._bell, 1)
         self._wake_sleepers()
 
-    async def sleep(self, due: float | None) -> None:
-        """Sleep in the running asyncio loop until ``look`` would return, ring() is called, or ``due`` comes."""
+    async def sleep(self, due: float | None, news: int | None = None) -> None:
+        """Sleep in the running asyncio loop until ``look`` would return, ring() is called, or ``due`` comes.
+
+        Args:
+            due: In seconds of time.monotonic(); None for never.
+            news: As for ``look``.
+        """
         import asyncio
 
         descriptor = self.fileno()
@@ -129,6 +142,8 @@ class Watch:
         loop = asyncio.get_running_loop()
         woken = loop.create_future()
         self._sleepers.add(woken)
+        if news not in (None, self.news):
+            _wake(woken)
         # A loop has one reader for a descriptor: it wakes all of the group's sleepers.
         loop.add_reader(descriptor, self._wake_sleepers)
         seconds = left(due)

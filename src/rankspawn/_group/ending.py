@@ -198,11 +198,11 @@ class Ending:
         for number in self._watch.running.copy():
             self.sent.setdefault(number, set()).add(sig)
 
-    def kill_and_reap(self, look: Callable[[float | None], object]) -> dict[int, str]:
+    def kill_and_reap(self, look: Callable[[float | None, int], object]) -> dict[int, str]:
         """Kill and reap all, within a limited time.
 
         Args:
-            look: Waits for a rank's end, at most the given seconds.
+            look: Waits for a rank's end, as Watch.look() does.
 
         Returns:
             The processes that are left: pid -> the rank that they belong to.
@@ -211,8 +211,10 @@ class Ending:
             self.kill()
         end = (self.give_up_at or time.monotonic() + KILL_SECONDS) - 1.0
         self._watch.look_seldom(end)
+        news = self._watch.news
         while self._watch.running and not passed(end):
-            look(left(end))
+            look(left(end), news)
+            news = self._watch.news
         # A second at least is for the sessions: a rank that does not end must not keep the others' children alive.
         numbered, codes = dict(enumerate(self._ranks)), self._watch.returncodes
         blind = next((why_blind(rank.pid) for rank in self._ranks if not is_reaped(rank)), "")
@@ -224,7 +226,7 @@ class Ending:
             if not self._cgroup.wait_empty(1.0 + (left(end) or 0)):
                 stuck.update(dict.fromkeys(self._cgroup.pids(), "the cgroup"))
         self.collected.update(reap(numbered, codes))
-        look(0)
+        look(0, 0)
         if blind and self._cgroup is None:
             warnings.warn(
                 "processes that the ranks started in process groups of their own may run on, because their sessions"

@@ -137,10 +137,12 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
             TimeoutError: A rank that was asked to end, and then killed, does not end.
         """
         end = until(timeout)
+        news = self._watch.news
         while self._watch.running:
             due = self._look_for_hang(self._ending.do_due())
-            if (ended := self._look(left(sooner(end, due)))) or passed(end):
+            if (ended := self._look(left(sooner(end, due)), news)) or passed(end):
                 return ended
+            news = self._watch.news
         return []
 
     def wait(self, timeout: float | None = None, *, check: bool = False) -> tuple[int, ...]:
@@ -186,9 +188,11 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
         Raises:
             TimeoutError: A killed rank does not end.
         """
+        news = self._watch.news  # before the checks: news that come after them end the look below
         self._end_after_failure()
         self._look_for_hang(self._ending.do_due())
-        if (self._watch.running or self._ending.lingering) and self._look(left(sooner(until(timeout), self._due()))):
+        waits = self._watch.running or self._ending.lingering
+        if waits and self._look(left(sooner(until(timeout), self._due())), news):
             self._end_after_failure()
         self._ending.look_at_sessions()
         self._hand_lines()
@@ -198,11 +202,7 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
         return self._restarts is not None and self._restarts.after_end(self)
 
     def watch(self, descriptor: int) -> None:
-        """Have ``advance`` also return when a descriptor is readable.
-
-        Args:
-            descriptor: A file descriptor, as for select(2). The caller still owns it.
-        """
+        """Have ``advance`` also return when a descriptor, as for select(2), is readable. The caller still owns it."""
         self._watch.add(descriptor)
         self._watched.append(descriptor)
 
@@ -211,13 +211,15 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
         return self._wait_in_loop().__await__()
 
     async def _wait_in_loop(self) -> tuple[int, ...]:
+        news = self._watch.news
         while self.advance():
-            await self._watch.sleep(self._due())
+            await self._watch.sleep(self._due(), news)
+            news = self._watch.news
         return self._all_returncodes()
 
-    def _look(self, timeout: float | None) -> list[int]:
+    def _look(self, timeout: float | None, news: int | None = None) -> list[int]:
         self._check_owner()
-        return self._look_for_deaths(timeout, self._ending.cgroup_path)
+        return self._look_for_deaths(timeout, news, self._ending.cgroup_path)
 
     def _all_returncodes(self) -> tuple[int, ...]:
         return tuple(self._watch.returncodes[number] for number in range(len(self.ranks)))
@@ -232,8 +234,7 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
             to: Which processes of each rank: all in its "session", its process "group", or the "rank" itself.
 
         Raises:
-            PermissionError: A rank runs as another user, so that this process may not signal it. All others were
-                signalled.
+            PermissionError: This process may not signal a rank of another user. All others were signalled.
         """
         self._check_owner()
         signal_ranks(self.ranks, sig, to=to)

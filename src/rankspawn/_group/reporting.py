@@ -143,7 +143,7 @@ class Reporting:
         """Why ranks have ended, as far as it is known, by local rank."""
         return {**self._why, **dict.fromkeys(self.hung, self._hang_reason)}
 
-    def _look_for_deaths(self, timeout: float | None, cgroup: str | None) -> list[int]:
+    def _look_for_deaths(self, timeout: float | None, news: int | None, cgroup: str | None) -> list[int]:
         """See which ranks have ended, and why, while the kernel still knows it.
 
         The kernel's counters are read before any rank dies, but not before the ranks have lived a moment, so that short
@@ -155,7 +155,7 @@ class Reporting:
                 timeout = young if timeout is None else min(timeout, young)
             else:
                 self._deaths = self._new_deaths(cgroup)
-        ended = self._watch.look(timeout)
+        ended = self._watch.look(timeout, news)
         codes = {number: code for number in ended if (code := self._watch.returncodes[number])}
         if codes and not sys.is_finalizing():  # while finalizing, nothing can be imported, and no caller will ask
             if self._deaths is None:
