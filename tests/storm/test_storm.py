@@ -261,7 +261,7 @@ def one_group():
             group.stop()
         elif what == 1:
             group.kill()
-        elif what == 2:
+        elif what == 2 and threading.current_thread() is not threading.main_thread():  # strike would break the timer
             teller = threading.Timer(0.003, group.stop, [signal.SIGINT])
             teller.start()
             with suppress(TimeoutError):
