@@ -63,6 +63,28 @@ def test_the_ranks_of_a_job(runtime: Path, tmp_path: Path) -> None:
     assert [*runtime.iterdir()] == []
 
 
+@pytest.mark.parametrize("command", [["ps"], ["dump"], ["dump", "--folded"]], ids=" ".join)
+def test_names_that_the_locale_or_a_terminal_cannot_show(command: list[str], runtime: Path, tmp_path: Path) -> None:
+    script = tmp_path / "pr\u00e9t.py"
+    script.write_text(
+        "import os, time\ndef pr\u00eate():\n    os.write(1, b'here')\n    time.sleep(120)\npr\u00eate()\n"
+    )
+    environ = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    job = [*LAUNCHER, "run", str(script), "one\ntwo\x1b[31m", "x" * 999]
+    with subprocess.Popen(job, stdout=subprocess.PIPE) as launcher:
+        try:
+            assert launcher.stdout is not None and launcher.stdout.read(4) == b"here"
+            about = [str(launcher.pid)] if command[0] == "dump" else []
+            done = subprocess.run([*LAUNCHER, *command, *about], env=environ, capture_output=True, timeout=60)
+        finally:
+            launcher.terminate()
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\x1b" not in done.stdout and b"Traceback" not in done.stdout
+    if command == ["ps"]:
+        (line,) = [one for one in done.stdout.splitlines() if b"launcher %d:" % launcher.pid in one]
+        assert rb"pr\xe9t.py one\ntwo\x1b[31m xxx" in line and len(line) < 300 and line.endswith(b"x ...")
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 def test_threads_that_have_left_their_binding_are_marked(runtime: Path) -> None:
     cpu, other = sorted(os.sched_getaffinity(0))[:2]

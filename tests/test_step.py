@@ -221,14 +221,50 @@ def test_who_started_a_process_last_is_its_launcher() -> None:
         {"PMIX_RANK": "1"},
         {"JSM_NAMESPACE_RANK": "1", "JSM_NAMESPACE_SIZE": "2"},
         {"ALPS_APP_PE": "1"},
+        {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+        {"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2"},
+        {"MVP_COMM_WORLD_RANK": "1", "MVP_COMM_WORLD_SIZE": "2"},
+        {"PALS_RANKID": "1"},
+        {"FLUX_TASK_RANK": "1", "FLUX_JOB_SIZE": "2"},
+        {"LSF_PM_TASKID": "1"},
+        {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
     ],
-    ids=["PMI", "PMIx", "JSM", "ALPS"],
+    ids=["PMI", "PMIx", "JSM", "ALPS", "Open MPI", "MVAPICH", "MVAPICH 3", "PALS", "Flux", "LSF", "Slurm"],
 )
 def test_a_rank_alone_is_not_the_only_process(environ: dict[str, str]) -> None:
     step = Step.read(environ)
     assert (step.rank, step.local_rank) == (1, None)
+    assert step.variable in environ
     with pytest.raises(StepError, match=f"{step.variable} is set.*--nnodes, --node-rank and --master-addr"):
         step.node()
+
+
+def test_a_task_of_slurm_whose_step_is_told_in_part() -> None:
+    step = Step.read({"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2"})
+    assert (step.launcher, step.local_rank, step.local_size) == ("srun", 1, None)
+    with pytest.raises(StepError, match=r"srun started this .SLURM_LOCALID is set"):
+        step.node()
+
+
+def test_a_task_of_pbsdsh_is_not_the_batch_script() -> None:
+    assert Step.read({"PBS_TASKNUM": "1"}) == Step()
+    with pytest.raises(StepError, match=r"pbsdsh started this .PBS_TASKNUM is set"):
+        Step.read({"PBS_TASKNUM": "2"}).node()
+
+
+@pytest.mark.parametrize(
+    ("rank", "size"),
+    [
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
+        ("PMI_RANK", "PMI_SIZE"),
+        ("SLURM_PROCID", "SLURM_NTASKS"),
+    ],
+)
+def test_the_only_process_of_a_step_needs_no_local_rank(rank: str, size: str) -> None:
+    step = Step.read({rank: "0", size: "1", "SLURM_STEP_ID": "0"})
+    assert (step.local_rank, step.local_size) == (0, 1)
+    assert step.node().nnodes == 1
 
 
 @pytest.mark.parametrize(

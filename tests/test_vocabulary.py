@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rankspawn._cli import main
 from tests.support.launchers import ENVIRONMENT, LAUNCHER, SAY, completed, environment_here, in_ranks, said
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="starts ranks")
@@ -64,6 +65,28 @@ def test_standalone_is_a_job_of_its_own_name_whatever_is_around() -> None:
     rank = told("--standalone", **step)[0]
     assert (rank["WORLD_SIZE"], rank["MASTER_ADDR"]) == ("1", "127.0.0.1")
     assert re.fullmatch("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", rank["TORCHELASTIC_RUN_ID"])
+
+
+def test_standalone_ignores_every_rendezvous() -> None:
+    for options in ("--rdzv-backend=etcd --rdzv-endpoint=h:1 --rdzv-id=5", "--rdzv-endpoint=:29621"):
+        rank = told("--standalone", *options.split())[0]
+        assert rank["MASTER_ADDR"] == "127.0.0.1" and len(rank["TORCHELASTIC_RUN_ID"]) == 36
+    assert told(PET_STANDALONE="1", PET_RDZV_BACKEND="etcd", PET_RDZV_ENDPOINT=":1").keys() == {0}
+
+
+def test_values_of_unset_variables_of_a_shell() -> None:
+    rank = told("--rdzv-endpoint=", "--role", "", "--master-addr", "localhost")[0]
+    assert (rank["ROLE_NAME"], rank["MASTER_ADDR"]) == ("", "localhost")
+
+
+def test_a_pod_without_variables_of_torchrun_is_told_that_it_is_the_whole_job() -> None:
+    pod = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    done = completed(in_ranks(ENVIRONMENT), env=environment_here(**pod))
+    assert (done.returncode, said(done.stdout)[0]["WORLD_SIZE"]) == (0, "1")
+    assert re.fullmatch("rankspawn: RANK=1, WORLD_SIZE=2 and MASTER_ADDR are not read, .*\n", done.stderr)
+    assert told(**pod, TORCHELASTIC_RUN_ID="a rank's own child").keys() == {0}
+    assert told("--nnodes", "1", **pod).keys() == {0}
+    assert told(**{**pod, "WORLD_SIZE": "1"}).keys() == {0}
 
 
 def test_the_lines_of_a_slurm_script_need_no_change() -> None:
@@ -148,6 +171,33 @@ def test_what_is_shown(options: str, stdout: list[str], stderr: list[str] | None
     assert done.returncode == 0
     assert sorted(done.stdout.splitlines()) == stdout
     assert stderr is None or sorted(done.stderr.splitlines()) == stderr
+
+
+def test_an_empty_filter_of_ranks_shows_all() -> None:
+    assert sorted(told(*TWO, "--local-ranks-filter=")) == sorted(told(*TWO, PET_LOCAL_RANKS_FILTER="")) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("short", "whole"),
+    [
+        ("--t 3", "--tee 3"),
+        ("--re 3", "--redirects 3"),
+        ("--log- logs", "--log-dir logs"),
+        ("--numa-b none", "--numa-binding none"),
+        ("--numa_bind none", "--numa-binding none"),
+        ("--no-", "--no-python"),
+    ],
+)
+def test_abbreviations_of_torchrun(short: str, whole: str) -> None:
+    for command in "run", "plan":
+        given = [
+            vars(main._parser(command).parse_args([command, *words.split(), "/bin/echo"])) for words in (short, whole)
+        ]
+        assert {**given[0], "parser": None} == {**given[1], "parser": None}
+
+
+def test_an_abbreviation_of_several_options_of_torchrun() -> None:
+    assert "ambiguous option: --st" in refused("--st")
 
 
 def test_the_prefix_of_torchruns_variable() -> None:
@@ -238,7 +288,7 @@ def test_flags_and_choices_in_variables() -> None:
         ("PET_STANDALONE=yes", "PET_STANDALONE: expected 0 or 1, got 'yes'"),
         ("PET_NUMA_BINDING=nodes", "PET_NUMA_BINDING: expected one of auto, "),
         ("PET_SHUTDOWN_TIMEOUT=soon", "PET_SHUTDOWN_TIMEOUT: expected a number of seconds, got 'soon'"),
-        ("PET_RDZV_ENDPOINT=a:b", "PET_RDZV_ENDPOINT: expected HOST:PORT, got 'a:b'"),
+        ("PET_RDZV_ENDPOINT=a:b", "--rdzv-endpoint: expected HOST:PORT, got 'a:b'"),
     ],
 )
 def test_variables_that_cannot_be(variable: str, words: str) -> None:

@@ -184,7 +184,9 @@ def _with_template(arguments: Sequence[str], prog: str, template: Template | Non
         return 1
     parser: argparse.ArgumentParser = run.get_args_parser()
     parser.prog = prog
+    torchs = frozenset(parser._option_string_actions)
     _add_options(parser)
+    _prefer(parser, torchs)
     options = parser.parse_args(arguments)
     if template is not None and not (options.warm or options.preload):
         template = None  # --warm was an argument of the script
@@ -280,6 +282,18 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--hang-timeout", "--hang_timeout", "--on-hang", "--on_hang", action=_OfRunAlone, help=SUPPRESS)
     add("--report", metavar="FILE.json", help="write times, bindings and exit statuses of each worker")
     add("--timeline", metavar="FILE", help="draw the workers' times (FILE.svg), or trace them for Perfetto (FILE.json)")
+
+
+def _prefer(parser: argparse.ArgumentParser, torchs: frozenset[str]) -> None:
+    """Have an abbreviation that fits one of torchrun's own options stand for it, as without our options."""
+    find: Any = parser._get_option_tuples
+
+    def fitting(word: str) -> list[Any]:
+        found: list[Any] = find(word)
+        own = [one for one in found if one[1] in torchs]
+        return own if len(own) == 1 else found
+
+    parser._get_option_tuples = fitting  # type: ignore[method-assign, assignment]
 
 
 def _adopt_orphans() -> None:

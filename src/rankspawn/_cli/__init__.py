@@ -6,6 +6,7 @@ attempts   all ranks started, watched, and started again    reports    the files
 progress   lines on stderr while ranks start and end        signals    the launcher's own signals, as bytes
 refusals   what the system refused of the bindings          bind       this process, bound, becomes a program
 step       what launchers' variables say: srun, ...         show       topology and plan
+launchers  the names of these variables
 vocabulary  torchrun's options, values and variables        streams    what becomes of the ranks' stdout and stderr
 meeting    which machine this is, and where ranks meet     program    whether the program of the ranks exists
 doctor     what this machine and this installation have    dump       what the ranks of a running job do

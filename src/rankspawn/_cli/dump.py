@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 from .options import CommandError, seconds
+from .progress import say
 
 DESCRIPTION = (
     "Shows what every thread of a running job is doing: its ranks and the processes that they started. It only looks"
@@ -50,7 +50,7 @@ def _dump(args: argparse.Namespace) -> int:
         print(found, end="")
     if args.folded or args.json:
         for note in found.notes:
-            print(f"rankspawn: {note}", file=sys.stderr)
+            say(note)
     return 0
 
 

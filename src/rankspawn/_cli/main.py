@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from .._binding import PlacementError
+from .._output.console import lenient
 from .._place.sysfs import TopologyError
 from .options import USAGE, CommandError
 
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, unknown = _parser(argv[0]).parse_known_args(argv)
         if unknown:
             args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(args.parser, unknown)}")
+        lenient(sys.stdout)
         status = int(args.run(args))
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -101,8 +103,22 @@ class _Parser(argparse.ArgumentParser):
         except argparse.ArgumentError as error:
             from .vocabulary import nearest
 
-            error.message += nearest(str(value), action.choices or (), 0.6)
+            near = nearest(str(value), action.choices or (), 0.6)
+            # Without it, as torchrun is called: options or a script first.
+            is_command = isinstance(action, argparse._SubParsersAction)
+            error.message += near or ("; `rankspawn run ...` starts the ranks of a script" if is_command else "")
             raise
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """Find what an abbreviation stands for: if one of torchrun's options fits, ours are not meant."""
+        found: list[Any] = super()._get_option_tuples(option_string)
+        if len(found) > 1:
+            from .vocabulary import ELASTIC, NEEDLESS, TAKEN
+
+            torchs = {*TAKEN, *NEEDLESS, *ELASTIC}
+            fitting = [one for one in found if one[1].replace("_", "-") in torchs]
+            return fitting if len(fitting) == 1 else found
+        return found
 
     def add_all_options(self) -> None:
         """Add the command's options, unless the parser already has them."""

@@ -7,11 +7,12 @@ import os
 from .options import USAGE, CommandError
 from .progress import say
 from .step import Step, StepNode
-from .vocabulary import only_torchrun
+from .vocabulary import endpoint, only_torchrun
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Mapping
 
     from .._group.job import Job
     from .._place.topology import Topology
@@ -84,7 +85,7 @@ def read_job(args: argparse.Namespace, nprocs: int) -> Job:
         node.node_rank,
         0,
         args.max_restarts,
-        args.role or "default",
+        "default" if args.role is None else args.role,
     )
 
 
@@ -93,15 +94,17 @@ def _node(args: argparse.Namespace, nprocs: int) -> StepNode:
     parser, nnodes, node_rank = args.parser, args.nnodes, args.node_rank
     if isinstance(nnodes, str):
         only_torchrun(parser, f"--nnodes {nnodes}")
-    if args.rdzv_backend not in (None, "static", "c10d"):
-        only_torchrun(parser, f"--rdzv-backend {args.rdzv_backend}")
-    if args.standalone:
+    if args.standalone:  # the options of a rendezvous are ignored then, as in torchrun
         if (nnodes or 1) > 1:
             parser.error(f"--standalone is for one machine, but --nnodes is {nnodes}")
         nnodes = 1
+    elif args.rdzv_backend not in (None, "static", "c10d"):
+        only_torchrun(parser, f"--rdzv-backend {args.rdzv_backend}")
     address, port = _meeting_place(args)
     step = Step.read(os.environ) if node_rank is None and nnodes != 1 else Step()
     if step.launcher not in ("", "torchrun") or (nnodes is None and node_rank is None):
+        if not step.launcher and not address:
+            _note_pod(os.environ)
         node = step.node(address, port)
         if nnodes not in (None, node.nnodes):
             parser.error(f"--nnodes {nnodes}, but {step.launcher} started this on {node.nnodes}: pass --node-rank too")
@@ -122,12 +125,30 @@ def _node(args: argparse.Namespace, nprocs: int) -> StepNode:
     return StepNode(node_rank, nnodes, address, port or (_STATIC_PORT if nnodes > 1 else None), None)
 
 
+def _note_pod(environ: Mapping[str, str]) -> None:
+    """Say that the variables of a pod (Kubeflow's PyTorchJob without PET_ variables) make no job of several machines.
+
+    torchrun does not read them, either, but each pod may have been meant to be a machine of the job.
+    """
+    size = environ.get("WORLD_SIZE", "")
+    if size.isdecimal() and int(size) > 1 and {"RANK", "MASTER_ADDR"} <= environ.keys():
+        if "TORCHELASTIC_RUN_ID" not in environ:
+            say(
+                f"RANK={environ['RANK']}, WORLD_SIZE={size} and MASTER_ADDR are not read, and this machine is the whole"
+                " job: for several machines, pass --nnodes, --node-rank and --master-addr (or PET_NNODES, ...)"
+            )
+
+
 def _meeting_place(args: argparse.Namespace) -> tuple[str | None, int | None]:
     """Find the address and the port that the options name."""
     if args.standalone:
         return args.local_addr, None
-    address, port, end = args.master_addr, args.master_port, args.rdzv_endpoint
-    if end is not None:  # --rdzv-endpoint wins, as in torchrun
+    address, port = args.master_addr, args.master_port
+    if args.rdzv_endpoint:  # it wins, as in torchrun; "" is an unset variable of a shell
+        try:
+            end = endpoint(args.rdzv_endpoint)
+        except ValueError as error:
+            args.parser.error(f"--rdzv-endpoint: {error}")
         address, port = end.host, end.port
         if port is None and args.rdzv_backend == "c10d" and args.nnodes not in (None, 1):
             port = _C10D_PORT

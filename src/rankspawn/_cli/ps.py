@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _COLUMNS = tuple("RANK,PID,S,BOUND TO,THREADS,CPU,WAITED,RSS,FAR,GPU,UP,SILENT,LAST LINE".split(","))
 _WIDEST = 60  # characters of a last line
+_WIDEST_COMMAND = 200
 
 
 def add_ps_options(ps: argparse.ArgumentParser) -> None:
@@ -73,10 +74,15 @@ def _fields(thing: JobNow | RankNow) -> dict[str, object]:
 def _as_text(jobs: Sequence[JobNow]) -> str:
     if not jobs:
         return "found no running rank that this user may look at"
+    from .._stacks.fold import printable
+
     lines = []
     for job in jobs:
         of = f" of {job.world}" if job.world else ""
-        lines.append(f"job {job.job or '-'}: {len(job.ranks)}{of} ranks, launcher {job.launcher}: {job.command}")
+        command = printable(job.command)
+        if len(command) > _WIDEST_COMMAND:
+            command = command[:_WIDEST_COMMAND] + " ..."
+        lines.append(f"job {printable(job.job or '-')}: {len(job.ranks)}{of} ranks, launcher {job.launcher}: {command}")
         rows = [_COLUMNS, *map(_row, job.ranks)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
         for row in rows:
@@ -89,6 +95,8 @@ def _row(rank: RankNow) -> tuple[str, ...]:
     if rank.strays:
         bound += f" ! asked {rank.asked}, {rank.strays} threads"
     silent = _silent(rank)
+    from .._stacks.fold import printable
+
     return (
         str(rank.rank),
         str(rank.pid),
@@ -102,7 +110,7 @@ def _row(rank: RankNow) -> tuple[str, ...]:
         "-" if rank.gpu is None else _size(rank.gpu),
         _time(rank.age),
         "-" if silent is None else _time(silent),
-        _last_line(rank)[:_WIDEST],
+        printable(_last_line(rank))[:_WIDEST],
     )
 
 

@@ -15,7 +15,7 @@ from .._ids import parse_ids
 from .options import CommandError, add_placement_options, natural, seconds
 from .progress import say
 from .settings import read_settings
-from .vocabulary import add_torchrun_options, endpoint, needles, nodes, processes, read_variables, streams
+from .vocabulary import add_torchrun_options, needles, nodes, processes, read_variables, streams
 from .warm import add_warm_options
 
 # The modules that start and watch processes, also the standard library's, are imported where they are used, because
@@ -110,7 +110,6 @@ def _add_options(run: argparse.ArgumentParser) -> None:
     add(
         "--rdzv-endpoint",
         "--rdzv_endpoint",
-        type=endpoint,
         metavar="ADDR:PORT",
         help="--master-addr and --master-port in one",
     )

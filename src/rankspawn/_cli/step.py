@@ -12,6 +12,7 @@ import re
 from .._binding import PlacementError
 from .._frozen import Frozen
 from .._ids import format_ids
+from .launchers import FLUX, MORE_CPUS, MPI, ONE_A_NODE, PBSDSH, PMI, RANK_ALONE, SRUN, TORCHRUN, UNBOUND, Told
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,101 +26,6 @@ _PORTS = 3001
 
 class StepError(PlacementError):
     """The environment of a job step contradicts itself, or does not say what is needed."""
-
-
-class _Told(Frozen):
-    """The variables by which a launcher numbers its processes; "" for a variable that it does not set.
-
-    Attributes:
-        launcher: The launcher's name in messages.
-        local_rank: The variable with the process's number on its node, from 0.
-        local_size: The variable with the number of processes on the node.
-        rank: The variable with the process's number in the whole step, from 0.
-        size: The variable with the number of processes in the whole step.
-    """
-
-    launcher: str
-    local_rank: str
-    local_size: str
-    rank: str
-    size: str
-
-
-# These are looked up before Slurm's, because the launchers run inside Slurm's jobs, and their processes have the
-# variables of both. Flux comes before jsrun, because it runs inside jsrun's jobs. jsrun comes before Open MPI, because
-# it starts Spectrum MPI, which sets Open MPI's variables, too.
-_FLUX = _Told("flux run", "FLUX_TASK_LOCAL_ID", "", "FLUX_TASK_RANK", "FLUX_JOB_SIZE")
-_MPI = (
-    # IBM's Job Step Manager
-    _Told(
-        "jsrun",
-        "JSM_NAMESPACE_LOCAL_RANK",
-        "JSM_NAMESPACE_LOCAL_SIZE",
-        "JSM_NAMESPACE_RANK",
-        "JSM_NAMESPACE_SIZE",
-    ),
-    # docs.open-mpi.org, "Environment variables set for MPI applications"
-    _Told(
-        "mpirun",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-    ),
-    # Hydra, which MPICH and Intel MPI share
-    _Told("mpiexec", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "PMI_RANK", "PMI_SIZE"),
-    # HPE's Parallel Application Launch Service
-    _Told("PALS mpiexec", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE", "PALS_RANKID", "PMI_SIZE"),
-    # MVAPICH's own launcher: the names of version 2, and of version 3 and later
-    *(
-        _Told(
-            "mpirun_rsh",
-            f"{prefix}_COMM_WORLD_LOCAL_RANK",
-            f"{prefix}_COMM_WORLD_LOCAL_SIZE",
-            f"{prefix}_COMM_WORLD_RANK",
-            f"{prefix}_COMM_WORLD_SIZE",
-        )
-        for prefix in ("MV2", "MVP")
-    ),
-    # HPE's Message Passing Toolkit
-    _Told("mpiexec_mpt", "MPT_LRANK", "", "", ""),
-)
-_PMI = _Told("a PMI launcher", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE", "PMI_RANK", "PMI_SIZE")
-_TORCHRUN = _Told("torchrun", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE")
-# These launchers set no local rank. They are listed so that no process takes itself for the only one.
-_RANK_ALONE = (
-    _Told("jsrun", "", "", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
-    # Cray's Application Level Placement Scheduler
-    _Told("aprun", "", "", "ALPS_APP_PE", ""),
-    _Told("a PMI launcher", "", "", "PMI_RANK", "PMI_SIZE"),
-    _Told("a PMIx launcher", "", "", "PMIX_RANK", ""),
-)
-
-# The launchers' options: start one process on each node; bind no process; give each process more CPUs.
-_ONE_A_NODE = {
-    "srun": "--ntasks-per-node=1",
-    "flux run": "--nodes=N --tasks-per-node=1",
-    "jsrun": "-r 1 -a 1 -c ALL_CPUS -g ALL_GPUS",
-    "aprun": "-N 1",
-    "mpirun": "--map-by ppr:1:node",
-    "mpiexec": "-ppn 1",
-    "PALS mpiexec": "--ppn 1",
-}
-_UNBOUND = {
-    "srun": "--cpu-bind=none",
-    "flux run": "-o cpu-affinity=off",
-    "jsrun": "--bind none",
-    "mpirun_rsh": "MV2_ENABLE_AFFINITY=0",
-    "mpirun": "--bind-to none",
-    "mpiexec": "-bind-to none",
-    "PALS mpiexec": "--cpu-bind none",
-}
-_MORE_CPUS = {
-    **_UNBOUND,
-    "srun": "--cpus-per-task=N",
-    "flux run": "--cores-per-task=N",
-    "jsrun": "-c ALL_CPUS",
-}
 
 
 class StepNode(Frozen):
@@ -145,8 +51,8 @@ class Step(Frozen):
 
     Attributes:
         launcher: What started it: "srun", "flux run", "jsrun", "mpirun", "mpiexec" (Hydra's), "PALS mpiexec",
-            "mpirun_rsh", "mpiexec_mpt", "aprun", "a PMI launcher", "a PMIx launcher", "torchrun" (and all that set
-            LOCAL_RANK), or "" for no launcher.
+            "mpirun_rsh", "mpiexec_mpt", "aprun", "blaunch", "pbsdsh", "a PMI launcher", "a PMIx launcher", "torchrun"
+            (and all that set LOCAL_RANK), or "" for no launcher.
         variable: A variable that only the launcher's own processes have; "" for no launcher.
         rank: Its number among all processes of the step, from 0.
         size: The number of the step's processes.
@@ -181,21 +87,25 @@ class Step(Frozen):
         # With these variables it is a worker of torchrun or a rank of ours, whatever started the launcher above it.
         if "TORCHELASTIC_RUN_ID" in environ and "LOCAL_RANK" in environ:
             return _torchrun(environ)
-        if _FLUX.local_rank in environ:
+        if FLUX.local_rank in environ:
             return _flux(environ)
-        for told in _MPI:
+        for told in MPI:
             if told.local_rank in environ:
                 return _mpi(told, environ)
         # A batch script is no step, although it has Slurm's other variables, as if it were task 0 of one task.
         if "SLURM_STEP_NUM_NODES" in environ and "SLURM_PROCID" in environ:
             return _slurm(environ)
-        if _PMI.local_rank in environ:
-            return _mpi(_PMI, environ)
+        if PMI.local_rank in environ:
+            return _mpi(PMI, environ)
         if "LOCAL_RANK" in environ:
             return _torchrun(environ)
-        for told in _RANK_ALONE:
+        for told in RANK_ALONE:
             if told.rank in environ:
-                return _mpi(told, environ)
+                return _alone(told, environ)
+        if "SLURM_STEP_ID" in environ and SRUN.rank in environ:
+            return _alone(SRUN, environ)
+        if environ.get(PBSDSH.rank, "1") != "1":  # the batch script itself is task 1
+            return _alone(PBSDSH, environ)
         return cls()
 
     def node(self, master_addr: str | None = None, master_port: int | None = None) -> StepNode:
@@ -224,7 +134,7 @@ class Step(Frozen):
                 )
             raise StepError(
                 f"{self.launcher} started {where}, and each would start all ranks: start one on each node"
-                f" ({self._with(_ONE_A_NODE)}), or a rank in each process with `rankspawn bind`;"
+                f" ({self._with(ONE_A_NODE)}), or a rank in each process with `rankspawn bind`;"
                 " in a shell of the step, --nnodes 1 starts all on this node"
             )
         if self.nnodes is None or self.node_rank is None:
@@ -252,12 +162,12 @@ class Step(Frozen):
         """
         if self.launcher in ("", "torchrun") or len(inherited) >= min(nprocs, len(online)):
             return None
-        return f"{nprocs} ranks share CPUs {format_ids(inherited)}: {self._with(_MORE_CPUS)} may give more"
+        return f"{nprocs} ranks share CPUs {format_ids(inherited)}: {self._with(MORE_CPUS)} may give more"
 
     @property
     def unbound(self) -> str:
         """The launcher's name with the option by which it binds no process by itself."""
-        return self._with(_UNBOUND)
+        return self._with(UNBOUND)
 
     def _with(self, options: Mapping[str, str]) -> str:
         return (
@@ -304,7 +214,7 @@ def _flux(environ: Mapping[str, str]) -> Step:
     Flux does not say how many tasks a node has. But it gives each node at least one task, so if there are as many
     tasks as nodes, each node has one.
     """
-    found = _named(_of(_FLUX, environ), environ.get("FLUX_JOB_ID"))
+    found = _named(_of(FLUX, environ), environ.get("FLUX_JOB_ID"))
     nnodes = _number(environ, "FLUX_JOB_NNODES")
     if nnodes == 1:
         return found.replace(local_size=found.size, node_rank=0, nnodes=1)
@@ -321,7 +231,7 @@ def _named(step: Step, name: str | None) -> Step:
     return step.replace(run_id=name, master_port=_FIRST_PORT + number % _PORTS)
 
 
-def _mpi(told: _Told, environ: Mapping[str, str]) -> Step:
+def _mpi(told: Told, environ: Mapping[str, str]) -> Step:
     """Read a process of an MPI launcher.
 
     No variable says where rank 0 runs. The addresses in the environment (as in OMPI_MCA_orte_hnp_uri) are those of the
@@ -334,12 +244,20 @@ def _mpi(told: _Told, environ: Mapping[str, str]) -> Step:
     return found
 
 
+def _alone(told: Told, environ: Mapping[str, str]) -> Step:
+    """Read a process whose launcher does not say how many processes this node has, unless it is the only process."""
+    found = _mpi(told, environ)
+    if found.size == 1:
+        return found.replace(local_rank=0, local_size=1, node_rank=0, nnodes=1)
+    return found
+
+
 def _torchrun(environ: Mapping[str, str]) -> Step:
     groups = _number(environ, "GROUP_RANK"), _number(environ, "GROUP_WORLD_SIZE")
-    return _of(_TORCHRUN, environ).replace(node_rank=groups[0], nnodes=groups[1])
+    return _of(TORCHRUN, environ).replace(node_rank=groups[0], nnodes=groups[1])
 
 
-def _of(told: _Told, environ: Mapping[str, str]) -> Step:
+def _of(told: Told, environ: Mapping[str, str]) -> Step:
     rank, size = _number(environ, told.rank), _number(environ, told.size)
     local_rank, local_size = _number(environ, told.local_rank), _number(environ, told.local_size)
     for name, number, of, count in (
@@ -348,7 +266,8 @@ def _of(told: _Told, environ: Mapping[str, str]) -> Step:
     ):
         if number is not None and count is not None and not number < count:
             raise StepError(f"{name}={number} contradicts {of}={count}")
-    return Step(told.launcher, told.local_rank or told.rank, rank, size, local_rank, local_size)
+    variable = told.rank if local_rank is None else told.local_rank
+    return Step(told.launcher, variable, rank, size, local_rank, local_size)
 
 
 def _number(environ: Mapping[str, str], name: str) -> int | None:

@@ -61,7 +61,7 @@ class Streams(Frozen):
         return cls(
             filed=tuple([a | b for a, b in zip(_by_rank(redirects, nprocs), shown, strict=True)]),
             shown=shown,
-            hidden=frozenset() if only is None else frozenset(range(nprocs)) - only,
+            hidden=frozenset(range(nprocs)) - only if only else frozenset(),
             prefix=template or (_TORCHRUNS_PREFIX if tee and not bare else _OUR_PREFIX),
             copied=copied,
             kept=any(_by_rank(redirects, nprocs)) or any(copied),

@@ -174,10 +174,10 @@ def processes(text: str) -> int | str:
 
 
 def endpoint(text: str) -> Endpoint:
-    """Read the value of --rdzv-endpoint: HOST or HOST:PORT, with an IPv6 address in brackets."""
+    """Read --rdzv-endpoint: HOST or HOST:PORT, with an IPv6 address in brackets. Raises ValueError for other text."""
     words = re.fullmatch(r"(?:\[(?P<six>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[\w.-]+))(?::(?P<port>\d{1,5}))?", text.strip())
     if words is None or int(words["port"] or 0) > 65535:
-        raise argparse.ArgumentTypeError(f"expected HOST:PORT, got {text!r}")
+        raise ValueError(f"expected HOST:PORT, got {text!r}")
     return Endpoint(words["six"] or words["host"], None if words["port"] is None else int(words["port"]))
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import _thread
 import atexit
+import codecs
+import io
 import os
 import signal
 import sys
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import IO
 
+_LENIENT = "rankspawn.lenient"  # a name for codecs.register_error()
 _MOMENT = 0.02  # seconds that the caller waits for its line
 _PATIENCE = 2.0  # seconds that the end of the process waits for a reader who takes nothing
 _MOST = 256  # texts that wait to be written; beyond that, only their number is written
@@ -73,6 +76,19 @@ def encoded(text: str, encoding: str | None) -> bytes:
     except UnicodeEncodeError:
         named = ("surrogateescape" if "\udc80" <= one <= "\udcff" else "backslashreplace" for one in text)
         return b"".join(one.encode(encoding, errors) for one, errors in zip(text, named, strict=True))
+
+
+def lenient(stream: IO[str] | None) -> None:
+    """Have print() to a stream write what encoded() makes of a text, instead of a UnicodeEncodeError."""
+    if isinstance(stream, io.TextIOWrapper):
+        codecs.register_error(_LENIENT, _without_error)
+        stream.reconfigure(errors=_LENIENT)
+
+
+def _without_error(error: UnicodeError) -> tuple[bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return encoded(error.object[error.start : error.end], error.encoding), error.end
 
 
 def write_bytes(fd: int, data: bytes) -> None:

@@ -89,8 +89,9 @@ def as_text(
             lines.append(f"  thread {thread.tid}" + (f" ({thread.name})" if thread.name else "") + f", {said}")
             lines += [f"    {frame.function} ({frame.file}:{frame.line})" for frame in thread.frames]
             lines += [f"    [kernel] {function}" for function in thread.kernel] if not thread.frames else []
-    return "".join(f"{_printable(line)}\n" for line in lines)
+    return "".join(f"{printable(line)}\n" for line in lines)
 
 
-def _printable(line: str) -> str:
+def printable(line: str) -> str:
+    """A line without characters that a terminal would obey, such as ESC: they are written "\\x1b"."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
