@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import rankspawn
+from rankspawn._start.engine import mechanisms
 from tests.support.launchers import LAUNCHER, completed
 
 
@@ -88,6 +90,59 @@ def test_an_interpreter_that_is_not_there(command: list[str], status: int, tmp_p
         assert f"({script} exists, but {said}" in done.stderr
     done = completed([*LAUNCHER, *command, str(tmp_path / "none")])
     assert done.returncode == status and "exists, but" not in done.stderr
+
+
+def test_an_interpreter_that_is_not_there_is_a_note_in_python(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_bytes(b"#!/bin/sh\r\ntrue\n")
+    script.chmod(0o755)
+    for start in (
+        lambda: rankspawn.Popen([script]),
+        lambda: rankspawn.Popen(["./script"], cwd=tmp_path),
+        lambda: rankspawn.launch([str(script)], 2),
+    ):
+        with pytest.raises(FileNotFoundError) as failed:
+            start()
+        if sys.version_info >= (3, 11) and mechanisms():
+            assert "its interpreter /bin/sh\\r does not" in failed.value.__notes__[0]
+    with pytest.raises(FileNotFoundError) as failed:
+        rankspawn.Popen([tmp_path / "none"])
+    assert not hasattr(failed.value, "__notes__")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"", "is an empty file"),
+        (b"true\n", "is no program, and has no #! line"),
+        (b"\x7fELF\x02\x01\x01" + bytes(60), "is not a program for this machine"),
+        (b"#! {}/no-program\n", "may be executed, but its interpreter {}/no-program may not"),
+    ],
+    ids=["empty", "no #!", "ELF", "interpreter"],
+)
+@pytest.mark.parametrize("command", ["run --no-python", "bind --local-rank 0 --nproc-per-node 1"])
+def test_a_file_that_cannot_be_executed(command: str, text: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "no-program").write_text("x")
+    script = tmp_path / "script"
+    script.write_bytes(text.replace(b"{}", os.fsencode(tmp_path)))
+    script.chmod(0o755)
+    done = completed([*LAUNCHER, *command.split(), str(script)])
+    assert done.returncode == 126
+    assert f"({script} {said.replace('{}', str(tmp_path))}" in done.stderr
+
+
+def test_programs_that_were_meant_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "wrap.sh").write_text("#!/bin/sh\n")
+    (tmp_path / "wrap.sh").chmod(0o755)
+    done = completed([*LAUNCHER, "run", "--no-python", "wrap.sh"], cwd=tmp_path)
+    assert done.returncode == 127 and "(it is not in PATH; did you mean ./wrap.sh?)" in done.stderr
+    done = completed([*LAUNCHER, "run", "env", "e.py"], cwd=tmp_path)
+    assert (
+        done.returncode == 2 and "env: No such file or directory; to run the program, pass --no-python" in done.stderr
+    )
+    for words in (["--nproc-per-node", "2", "e.py"], ["e.py"]):
+        done = completed([*LAUNCHER, *words])
+        assert done.returncode == 2 and done.stderr.endswith("; `rankspawn run ...` starts the ranks of a script\n")
 
 
 def test_what_is_run_is_run() -> None:

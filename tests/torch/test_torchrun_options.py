@@ -99,3 +99,18 @@ def test_a_cgroup_that_is_none_is_said(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "--cgroup", str(tmp_path / "none"))
     assert done.returncode == 1
     assert str(tmp_path / "none") in done.stderr
+
+
+def test_what_only_torchrun_has_may_be_abbreviated_as_there(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "--t", "3", "--re", "3", "--no-", "/bin/echo")
+    assert done.returncode == 0 and "worker.py" in done.stdout, done.stderr
+
+
+def test_an_interpreter_that_is_not_there_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "crlf.sh"
+    script.write_bytes(b"#!/bin/sh\r\ntrue\r\n")
+    script.chmod(0o755)
+    done = torchrun(tmp_path, "--no-python", str(script))
+    assert done.returncode == 1
+    if sys.version_info >= (3, 11):
+        assert "its interpreter /bin/sh\\r does not" in done.stderr

@@ -17,8 +17,8 @@ from .._output.logs import RankFiles, rank_files
 from .._output.noted import noted
 from .._place.glance import sets_threads
 from .._start.outcome import BindingError
+from .._start.unexecuted import why_unexecuted
 from .colours import red
-from .program import missing_interpreter
 from .progress import Progress, say
 from .refusals import refusals
 from .reports import Reports
@@ -103,7 +103,7 @@ def _run_attempt(
         except OSError as error:
             if not hasattr(error, "rank") or isinstance(error, BindingError):
                 raise
-            say(f"cannot start the ranks: {error}{missing_interpreter(error, settings.command[0])}")
+            say(f"cannot start the ranks: {error}{why_unexecuted(error, settings.command[0])}")
             # As in a shell: 127 if the program does not exist, 126 if it cannot be executed.
             return 1 if error.errno in _TOO_MANY else 127 if isinstance(error, FileNotFoundError) else 126, True
         try:

@@ -208,7 +208,7 @@ def _become(command: list[str]) -> int:
     try:
         os.execvp(command[0], command)
     except OSError as error:
-        from .program import missing_interpreter
+        from .._start.unexecuted import why_unexecuted
 
-        say(f"{command[0]}: {error.strerror}{missing_interpreter(error, command[0])}")
+        say(f"{command[0]}: {error.strerror}{why_unexecuted(error, command[0])}")
         return 127 if isinstance(error, FileNotFoundError) else 126

@@ -1,4 +1,4 @@
-"""Checks before the start whether the script exists, and says why an existing program cannot be executed."""
+"""Checks before the start whether the script exists."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ def check_script(path: str) -> None:
     if path == "-" or os.path.exists(path):
         return
     folder, name = os.path.split(path)
+    if not folder and _is_in_path(name):
+        raise CommandError(f"{path}: {os.strerror(errno.ENOENT)}; to run the program, pass --no-python", USAGE)
     try:
         others = os.listdir(folder or ".")
     except OSError:
@@ -30,6 +32,11 @@ def check_script(path: str) -> None:
     raise CommandError(
         f"{path}: {os.strerror(errno.ENOENT)}{nearest(name, others)}", USAGE
     )  # the interpreter's status, too
+
+
+def _is_in_path(name: str) -> bool:
+    paths = [os.path.join(folder, name) for folder in os.get_exec_path()]
+    return any(os.path.isfile(path) and os.access(path, os.X_OK) for path in paths)
 
 
 def check_folder_of(path: str | None) -> None:
@@ -64,27 +71,3 @@ def unmeant(script: Sequence[str], is_module: bool) -> list[str]:
     except OSError:
         return []
     return [word for word in found if word.strip("-").replace("_", "-") not in text]
-
-
-def missing_interpreter(error: OSError, program: str) -> str:
-    """Say which interpreter is missing if the program itself exists; "" for any other error.
-
-    execve(2) fails with the same error in both cases, and nobody sees a carriage return at the end of a line.
-    """
-    if error.errno != errno.ENOENT:
-        return ""
-    paths = [program] if "/" in program else [os.path.join(one, program) for one in os.get_exec_path()]
-    for path in filter(os.path.isfile, paths):
-        try:
-            with open(path, "rb") as file:
-                line = file.readline(256)
-        except OSError:
-            return ""
-        if not line.startswith(b"#!"):
-            return f" ({path} exists, but its ELF interpreter, which loads it, does not)"
-        words = line[2:].strip(b" \t\n").split()
-        named = os.fsdecode(words[0]) if words else ""
-        returns = ": its first line ends with a carriage return, as in a file from Windows" if b"\r" in line else ""
-        named += "\\r" if line.endswith(b"\r\n") and len(words) == 1 else ""
-        return f" ({path} exists, but its interpreter {named} does not{returns})"
-    return ""

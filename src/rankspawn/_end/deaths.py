@@ -236,7 +236,8 @@ def _cpu_time_used(pid: int, limit: int, option: str, proc: str) -> str:
         return ""
     if used < _ENOUGH * limit:
         return ""
-    return f"it has used {used:.1f} s of CPU time, and its limit is {limit} s (ulimit {option})"
+    # Not how much it has used: that is counted in ticks, and may be a little less.
+    return f"it has reached its limit of CPU time, {limit} s (ulimit {option})"
 
 
 def _limits(pid: int, name: str) -> tuple[int | None, int | None]:

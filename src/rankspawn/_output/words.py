@@ -17,9 +17,11 @@ _FRAME = re.compile(r' *File "(?P<path>.*)", line (?P<line>\d+)')
 _LIBRARY = re.compile(r"<frozen |.*[/\\](?:(?:site|dist)-packages|python3\.\d+t?)[/\\]")
 
 _SHELLS = {
-    126: "126 is the status of a shell or wrapper (env, timeout, numactl) that could not execute its command",
-    127: "127 is the status of a shell or wrapper (env, timeout, numactl) that did not find its command",
+    126: "126 usually means that a shell or wrapper (env, timeout, numactl) could not execute its command",
+    127: "127 usually means that a shell or wrapper (env, timeout, numactl) did not find its command",
 }
+# What the loaders of glibc and of musl say before they end a program with 127.
+_LOADER = re.compile(r".*error while loading shared libraries: .*|Error loading shared library .*")
 
 
 def why_by_words(returncode: int, error: RecordedError | None, lines: Sequence[str]) -> str:
@@ -32,6 +34,8 @@ def why_by_words(returncode: int, error: RecordedError | None, lines: Sequence[s
     """
     if error is not None and not error.problem and error.message.strip():
         return error.message.strip().splitlines()[0]
+    if returncode == 127 and (said := next(filter(_LOADER.fullmatch, lines), "")):
+        return said.strip()
     if returncode in _SHELLS:
         return _SHELLS[returncode] + (f": {lines[-1].strip()}" if lines else "")
     return _exception_in(lines) if returncode > 0 else ""

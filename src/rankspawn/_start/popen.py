@@ -318,7 +318,7 @@ class Popen(Started[AnyStr]):
         if self._binding is not None and step in ("sched_setaffinity", "set_mempolicy"):
             return BindingError.refused(step, code, self._binding)
         if step == "execve":
-            return OSError(code, os.strerror(code), program)
+            return _noted(OSError(code, os.strerror(code), program), program, cwd)
         if step == "chdir":
             return OSError(code, os.strerror(code), cwd)
         number = _STREAMS.index(step) if step in _STREAMS else -1
@@ -350,6 +350,20 @@ class Popen(Started[AnyStr]):
             else:
                 self._refused, self._late = start_bound(binding, lambda: (execute(*seam), self.pid)[1])
         self.mechanism = "subprocess"
+
+
+def _noted(error: OSError, program: str | bytes, cwd: str | bytes | None) -> OSError:
+    """Note what an error of execve leaves unsaid; its text stays that of subprocess. Python has notes since 3.11.
+
+    Nothing is noted about a name without a slash, because the child may look it up in another PATH.
+    """
+    path = os.fsdecode(program)
+    if "/" in path and hasattr(error, "add_note"):
+        from .unexecuted import why_unexecuted
+
+        if why := why_unexecuted(error, os.path.join(os.fsdecode(cwd), path) if cwd else path):
+            error.add_note(why.strip(" ()"))
+    return error
 
 
 def _same(one: tuple[Any, int], other: tuple[Any, int]) -> bool:
