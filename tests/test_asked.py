@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 import rankspawn._group.launch  # noqa: F401
-from rankspawn import AffinityMode, Binding, Job, MemoryPolicy, NumaOptions, Topology, launch, place
+from rankspawn import AffinityMode, Binding, Job, MemoryPolicy, NumaOptions, Template, Topology, launch, place
 
 _launch = sys.modules["rankspawn._group.launch"]
 
@@ -73,6 +74,138 @@ def test_a_wrong_type_is_named(args: Any, nprocs: Any, options: dict[str, Any], 
 def test_what_does_not_fit_is_named(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         launch(**{"args": TRUE, "nprocs": 1, **options})
+
+
+async def _coroutine(line: object) -> None:
+    raise AssertionError(line)
+
+
+class _AsyncCallable:
+    async def __call__(self, line: object) -> None:
+        raise AssertionError(line)
+
+
+_RAW = io.BytesIO()
+_FLAGS = ("required", "keep_going", "capture_output", "handle_signals", "stacks", "guard", "die_with_parent")
+_COMMON: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"devices": "none"}, TypeError, "devices: expected a sequence of PCI addresses or Device objects, .* got 'none'"),
+    ({"devices": "gpu0"}, TypeError, "devices: expected a sequence .* got 'gpu0'"),
+    ({"devices": 3}, TypeError, "devices: expected a sequence .* got 3"),
+    ({"devices": {}}, TypeError, r"devices: expected a sequence .* got \{\}"),
+    ({"devices": [3]}, TypeError, r"devices\[0\]: expected a PCI address or a Device, got 3"),
+    ({"devices": ["gpu0"]}, ValueError, "device 'gpu0' is not a PCI address"),
+    ({"reserve_cores": "1"}, TypeError, "reserve_cores: expected a non-negative integer, got '1'"),
+    ({"reserve_cores": 1.5}, TypeError, "reserve_cores: expected a non-negative integer, got 1.5"),
+    ({"reserve_cores": True}, TypeError, "reserve_cores: expected a non-negative integer, got True"),
+    ({"reserve_cores": 4096}, ValueError, "reserve_cores 4096: must be from 0 to "),
+    ({"reserve_cores": -1}, ValueError, "reserve_cores -1: must be from 0 to "),
+    ({"threads_per_core": "1"}, TypeError, "threads_per_core: expected a positive integer or None, got '1'"),
+    ({"threads_per_core": 1.0}, TypeError, "threads_per_core: expected a positive integer or None, got 1.0"),
+    ({"threads_per_core": True}, TypeError, "threads_per_core: expected a positive integer or None, got True"),
+    ({"threads_per_core": 0}, ValueError, "threads_per_core: expected a positive integer, got 0"),
+    ({"memory_policy": 3}, TypeError, "memory_policy: expected a mode or a MemoryPolicy, got 3"),
+    ({"memory_policy": "bnd"}, ValueError, "memory_policy: expected one of default, .*, got 'bnd'"),
+    ({"numa": "nodes"}, ValueError, "numa: expected one of .*node, socket, exclusive, core-complex, got 'nodes'"),
+    ({"numa": "Node"}, ValueError, "numa: expected one of .*node, socket, exclusive, core-complex, got 'Node'"),
+    ({"numa": 3}, TypeError, "numa: expected one of .*core-complex, got 3"),
+    ({"numa": True}, TypeError, "numa: expected one of .*core-complex, got True"),
+    ({"required": 1}, TypeError, "required: expected True or False, got 1"),
+]
+_OF_LAUNCH: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"args": ["python", "t.py", "--lr", 0.1]}, TypeError, r"args\[3\]: expected a text or a path, got 0.1"),
+    ({"args": lambda rank: ["true", *[0.1] * rank]}, TypeError, r"args\(1\)\[1\]: expected a text or a path, got 0.1"),
+    ({"args": [None]}, TypeError, r"args\[0\]: expected a text or a path, got None"),
+    ({"args": [["true"]]}, TypeError, r"args\[0\]: expected a text or a path, got \['true'\]"),
+    ({"args": {"true"}}, TypeError, r"args: expected a list of words or a function that gives one, got \{'true'\}"),
+    ({"args": {"true": 1}}, TypeError, "args: expected a list of words or a function that gives one, got {'true'"),
+    ({"args": lambda rank: {"true"}}, TypeError, r"args\(0\): expected a list of words, got \{'true'\}"),
+    ({"numa": "nodes"}, ValueError, "numa: expected one of auto, none, node, socket, exclusive, core-complex, got"),
+    ({"numa": True, "bindings": [None, None]}, TypeError, "numa: expected one of auto, none, node"),
+    ({"numa": None, "devices": 3}, TypeError, "devices: "),
+    ({"reserve_cores": False}, TypeError, "reserve_cores: expected a non-negative integer, got False"),
+    ({"tee": _RAW}, TypeError, "tee: expected True, False or a text stream, got <_io.BytesIO"),
+    ({"tee": io.BufferedWriter(io.FileIO(os.devnull, "w"))}, TypeError, "tee: expected True, False or a text stream"),
+    ({"tee": 1}, TypeError, "tee: expected True, False or a text stream, got 1"),
+    ({"on_line": _coroutine}, TypeError, r"on_line: expected a plain function, got <function _coroutine.*lines\(\)"),
+    ({"on_line": _AsyncCallable()}, TypeError, "on_line: expected a plain function"),
+    ({"on_line": _AsyncCallable().__call__}, TypeError, "on_line: expected a plain function"),
+    ({"on_line": functools.partial(_coroutine)}, TypeError, "on_line: expected a plain function"),
+    ({"tee": True, "tee_ranks": 3}, TypeError, "tee_ranks: expected a collection of local ranks or None, got 3"),
+    ({"tee": True, "tee_ranks": "0"}, TypeError, "tee_ranks: expected a collection of local ranks or None, got '0'"),
+    ({"tee": True, "tee_ranks": ["0"]}, TypeError, r"tee_ranks: expected a collection of local .*, got \['0'\]"),
+    ({"tee": True, "tee_ranks": {0, 2}}, ValueError, "tee_ranks: expected local ranks, from 0 to 1, got 2"),
+    ({"tee": True, "tee_ranks": [-1]}, ValueError, "tee_ranks: expected local ranks, from 0 to 1, got -1"),
+    ({"tee": True, "tee_prefix": 3}, TypeError, r'tee_prefix: expected a text like "\[rank {rank}\]:", got 3'),
+    ({"files": [1, 2]}, TypeError, r"files\[0\]: expected a RankFiles, got 1"),
+    ({"progress": 3}, TypeError, "progress: expected a function or None, got 3"),
+    ({"warm": 3}, TypeError, "warm: expected .* got 3"),
+    ({"warm": "torch"}, TypeError, "warm: expected .* got 'torch'"),
+    ({"cwd": 3}, TypeError, "cwd: expected a path or None, got 3"),
+    ({"cgroup": 3}, TypeError, "cgroup: expected a path or None, got 3"),
+    ({"temporary": 3}, TypeError, "temporary: expected a path or None, got 3"),
+    ({"log_dir": 3}, TypeError, "log_dir: expected a text, a path or None, got 3"),
+    ({"log_dir": b"x"}, TypeError, "log_dir: expected a text, a path or None, got b'x'"),
+    ({"log_dir": ""}, ValueError, "log_dir: expected a folder, got ''"),
+    ({"job": Job("2")}, TypeError, "job.nprocs: expected an integer, got '2'"),  # type: ignore[arg-type]
+    ({"job": Job(2, "29500")}, TypeError, "job.master_port: expected an integer, got '29500'"),  # type: ignore[arg-type]
+    ({"job": Job(2, 70000)}, ValueError, "job.master_port: expected an integer from 0 to 65535, got 70000"),
+    ({"job": Job(2, run_id=3)}, TypeError, "job.run_id: expected a text, got 3"),  # type: ignore[arg-type]
+    ({"job": Job(2, master_addr=3)}, TypeError, "job.master_addr: expected a text, got 3"),  # type: ignore[arg-type]
+    ({"job": Job(2, 1, nnodes=2, node_rank=5)}, ValueError, "job.node_rank: expected an integer from 0 to 1, got 5"),
+    ({"job": Job(2, nnodes=0)}, ValueError, "job.nnodes: expected an integer of at least 1, got 0"),
+    *[({name: 1}, TypeError, f"{name}: expected True.* False.*, got 1") for name in _FLAGS],
+    *[({name: "no"}, TypeError, f"{name}: expected True.* False.*, got 'no'") for name in _FLAGS],
+    *[({name: None}, TypeError, f"{name}: expected True or False, got None") for name in _FLAGS[:5]],
+]
+
+
+@pytest.mark.parametrize(("options", "kind", "says"), [*_COMMON, *_OF_LAUNCH])
+def test_launch_names_the_wrong_argument(options: dict[str, Any], kind: type[Exception], says: str) -> None:
+    with pytest.raises(kind, match=f"^{says}"):
+        launch(**{"args": TRUE, "nprocs": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "says"),
+    [
+        *_COMMON,
+        ({"numa": "auto"}, ValueError, "numa: expected one of node, socket, exclusive, core-complex, got 'auto'"),
+        ({"nprocs": "2"}, TypeError, "nprocs: expected a positive integer or None, got '2'"),
+        ({"nprocs": 0}, ValueError, "nprocs: expected a positive integer, got 0"),
+        ({"gpu_index": 1.0}, TypeError, "gpu_index: expected a non-negative integer or None, got 1.0"),
+        ({"allowed_cpus": "0-3"}, TypeError, "allowed_cpus: expected CPU numbers or None, got '0-3'"),
+        ({"allowed_cpus": 3}, TypeError, "allowed_cpus: expected CPU numbers or None, got 3"),
+    ],
+)
+def test_place_names_the_wrong_argument(options: dict[str, Any], kind: type[Exception], says: str) -> None:
+    with pytest.raises(kind, match=f"^{says}"):
+        place(Topology.read(), **{"numa": "node", "nprocs": 2, "devices": [], **options})
+
+
+def test_what_is_unusual_and_right_is_taken(tmp_path: Path) -> None:
+    words = (b"/bin/sh", "-c", Path("pwd"))
+    shown = io.StringIO()
+    options: dict[str, Any] = {"tee": shown, "tee_ranks": range(1), "cwd": os.fsencode(tmp_path), "devices": ()}
+    with launch(
+        words, 2, job=Job(2, run_id="x"), guard=None, on_line=functools.partial(list.append, []), **options
+    ) as g:  # type: ignore[arg-type]
+        g.wait(60, check=True)
+    assert shown.getvalue() == f"[rank 0]:{tmp_path}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"modules": 3}, "modules: expected a sequence of names or True, got 3"),
+        ({"modules": [3]}, r"modules: expected a sequence of names or True, got \[3\]"),
+        ({"modules": False}, "modules: expected a sequence of names or True, got False"),
+        ({"timeout": "3"}, "timeout: expected a number of seconds, got '3'"),
+        ({"required": 1}, "required: expected True or False, got 1"),
+    ],
+)
+def test_a_template_names_the_wrong_argument(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(TypeError, match=f"^{says}$"):
+        Template(**arguments)
 
 
 def test_bindings_say_what_they_want() -> None:
@@ -140,3 +273,5 @@ def test_options_of_torch_say_what_they_want() -> None:
         NumaOptions("node")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^memory_policy: expected a mode or a MemoryPolicy, got \{0\}$"):
         NumaOptions(AffinityMode.NODE, memory_policy={0})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^memory_policy: expected one of default, .*, got 'bnd'$"):
+        NumaOptions(AffinityMode.NODE, memory_policy="bnd")  # type: ignore[arg-type]

@@ -121,6 +121,19 @@ def test_without_files_there_are_no_lines() -> None:
             group.lines()
 
 
+@LOOPS
+def test_lines_after_the_end_need_files_that_last(read: Read, tmp_path: Path) -> None:
+    with launch(TALK, 1, log_dir=tmp_path) as group:
+        group.wait(PATIENCE)
+    assert len(read(group)) == 4
+    with launch(TALK, 1, capture_output=True) as group:
+        group.wait(PATIENCE)
+        begun = group.lines()
+    for after in (read, lambda _: list(begun)):
+        with pytest.raises(ValueError, match="the group is closed, and its temporary log files are gone"):
+            after(group)
+
+
 # ---- on_line ---------------------------------------------------------------------------------------------------------
 
 

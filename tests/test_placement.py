@@ -78,9 +78,9 @@ def test_reserved_cores_and_threads_per_core() -> None:
     assert lists(place(topology, "node", nprocs=2, devices=on(0, 1), reserve_cores=3)) == ["2-3,10-11", "5-7,13-15"]
     assert lists(place(topology, "exclusive", nprocs=2, devices=on(0, 0), threads_per_core=1)) == ["0-1", "2-3"]
     for wrong in (8, -1):
-        with pytest.raises(PlacementError, match=rf"--reserve-cores {wrong}: must be from 0 to 7"):
+        with pytest.raises(PlacementError, match=rf"reserve_cores {wrong}: must be from 0 to 7"):
             place(topology, "node", nprocs=1, reserve_cores=wrong)
-    with pytest.raises(PlacementError, match="--threads-per-core: expected a positive integer, got 0"):
+    with pytest.raises(PlacementError, match="threads_per_core: expected a positive integer, got 0"):
         place(topology, "node", nprocs=1, threads_per_core=0)
 
 
@@ -153,7 +153,7 @@ def test_wrong_arguments_are_named() -> None:
     for arguments, message in (
         (
             {"numa": "numa", "nprocs": 1},
-            "affinity mode: expected one of node, socket, exclusive, core-complex, got 'numa'",
+            "numa: expected one of node, socket, exclusive, core-complex, got 'numa'",
         ),
         ({"numa": "node", "nprocs": 0}, "nprocs: expected a positive integer, got 0"),
         ({"numa": "node", "gpu_index": -1}, "gpu_index: expected a non-negative integer, got -1"),
@@ -161,7 +161,7 @@ def test_wrong_arguments_are_named() -> None:
         ({"numa": "node"}, "there are no accelerators to count: give the number of ranks"),
         (
             {"numa": "node", "nprocs": 1, "memory_policy": "strict"},
-            "memory policy: expected one of default, local, bind",
+            "memory_policy: expected one of default, local, bind",
         ),
         ({"numa": "node", "nprocs": 1, "devices": ("gpu0",)}, "device 'gpu0' is not a PCI address"),
         ({"numa": "node", "nprocs": 1, "devices": ("af:00.0",)}, r"device 0000:af:00\.0: there is no "),
@@ -332,7 +332,7 @@ def test_what_holds_of_every_plan(machine, nprocs, mode, reserve, threads, requi
         )
     except PlacementError as error:
         # Only too few cores, or a device whose node has no usable CPU, is an error.
-        words = ["--reserve-cores"] if reserve else []
+        words = ["reserve_cores"] if reserve else []
         words += ["exclusive: "] if required and mode == "exclusive" else []
         words += ["has no usable CPU"] if required and machine.gpus else []
         assert any(word in str(error) for word in words)

@@ -387,7 +387,7 @@ def _(folder: Path) -> str:
     return command("topology", "--sysfs", str(folder))
 
 
-@provokes("--reserve-cores ...: must be from 0 to ...")
+@provokes("reserve_cores ...: must be from 0 to ...")
 def _(folder: Path) -> str:
     return plan(folder, Machine(), "--nproc-per-node", "1", "--reserve-cores", "4")
 

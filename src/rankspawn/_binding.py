@@ -1,4 +1,4 @@
-"""A rank's binding as plain frozen data, which is checked when it is made. Nothing here touches the machine."""
+"""A rank's binding as plain frozen data, and checks of what says where ranks go. Nothing here touches the machine."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from ._public import public
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from typing import Literal
+    from collections.abc import Callable, Iterable, Mapping
+    from typing import Any, Literal
 
     MemoryMode = Literal["default", "local", "bind", "preferred", "preferred-many", "interleave", "weighted-interleave"]
     ModeName = Literal["node", "socket", "exclusive", "core-complex"]
     NumaMode = Literal["auto", "none", "node", "socket", "exclusive", "core-complex"]
+    Kind = tuple[str, Callable[[Any], bool]]
 
 MEMORY_MODES: tuple[MemoryMode, ...] = (
     "default",
@@ -32,6 +33,44 @@ _MODES_WITHOUT_NODES = ("default", "local")
 # because a mask for it could take gigabytes.
 _MAX_CPU = 1 << 16
 _MAX_NODE = 1 << 12
+
+
+def is_integer(given: object) -> bool:
+    """Whether it is an integer, also one of numpy; True and False are none."""
+    return hasattr(type(given), "__index__") and not isinstance(given, bool)
+
+
+def is_sequence(given: object) -> bool:
+    """Whether it has items in an order; a text is not a sequence of its letters."""
+    unordered = (str, bytes, dict, set, frozenset)
+    return hasattr(type(given), "__iter__") and not isinstance(given, unordered)
+
+
+def refuse_other_kinds(kinds: Mapping[str, Kind], given: Mapping[str, object]) -> None:
+    """Raise TypeError for the first argument that has another type than ``kinds`` says."""
+    for name, value in given.items():
+        what, is_one = kinds[name]
+        if not is_one(value):
+            raise TypeError(f"{name}: expected {what}, got {value!r}")
+
+
+def or_none(what: str, is_one: Callable[[Any], bool]) -> Kind:
+    """The kind of an argument that may be left out."""
+    return f"{what} or None", lambda given: given is None or is_one(given)
+
+
+FLAG: Kind = "True or False", lambda given: isinstance(given, bool)
+
+PLACEMENT_KINDS: dict[str, Kind] = {
+    "nprocs": or_none("a positive integer", is_integer),
+    "gpu_index": or_none("a non-negative integer", is_integer),
+    "devices": or_none("a sequence of PCI addresses or Device objects, empty for no accelerators,", is_sequence),
+    "allowed_cpus": or_none("CPU numbers", lambda given: is_sequence(given) or isinstance(given, (set, frozenset))),
+    "reserve_cores": ("a non-negative integer", is_integer),
+    "threads_per_core": or_none("a positive integer", is_integer),
+    "required": FLAG,
+}
+"""The arguments of ``place`` that have no function of their own below: what each must be."""
 
 
 def _checked_ids(what: str, ids: Iterable[int], limit: int) -> frozenset[int]:
@@ -66,6 +105,35 @@ class AffinityMode(str, Enum):
 
     CORE_COMPLEX = "core-complex"
     """The CPUs of one last-level cache of that node; each rank gets its own cache if there are enough."""
+
+
+def affinity_mode(numa: object, *others: str) -> AffinityMode:
+    """The mode that ``numa`` names.
+
+    Args:
+        numa: An AffinityMode, torch's own, which is another class, or its name.
+        others: What the caller takes beside the modes, for the message.
+
+    Raises:
+        PlacementError: No mode has that name.
+        TypeError: It is no name.
+    """
+    name = getattr(numa, "value", numa)
+    modes = [mode.value for mode in AffinityMode]
+    if isinstance(name, str) and name in modes:
+        return AffinityMode(name)
+    wrong = PlacementError if isinstance(name, str) else TypeError
+    raise wrong(f"numa: expected one of {', '.join([*others, *modes])}, got {numa!r}")
+
+
+def check_memory_policy(policy: object) -> None:
+    """Raise TypeError or PlacementError if it is no MemoryPolicy, no mode of one, and not None."""
+    if policy is None or isinstance(policy, MemoryPolicy):
+        return
+    if not isinstance(policy, str):
+        raise TypeError(f"memory_policy: expected a mode or a MemoryPolicy, got {policy!r}")
+    if policy not in MEMORY_MODES:
+        raise PlacementError(f"memory_policy: expected one of {', '.join(MEMORY_MODES)}, got {policy!r}")
 
 
 @public

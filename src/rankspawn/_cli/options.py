@@ -83,7 +83,8 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--numa-binding-optional",
         action="store_true",
-        help="start a rank unbound, with a warning, if it cannot be placed or bound (default: an error)",
+        help="start a rank unbound, with a warning, if it cannot be placed or bound (default: an error); a wrong --cpus"
+        " or --mems is always an error",
     )
 
 

@@ -4,14 +4,123 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
-from .._binding import Binding
+from .._binding import FLAG, PLACEMENT_KINDS, Binding, affinity_mode, is_integer, or_none, refuse_other_kinds
 from .job import Job
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
+
+    from .._binding import Kind
+
+
+_PATH = or_none("a path", lambda given: isinstance(given, (str, bytes, os.PathLike)))
+_FLAG_OR_NONE = or_none("True, False", FLAG[1])
+_NUMBER: Kind = "an integer", is_integer
+_TEXT: Kind = "a text", lambda given: isinstance(given, str)
+
+_KINDS: dict[str, Kind] = {
+    **PLACEMENT_KINDS,
+    "required": FLAG,
+    "keep_going": FLAG,
+    "capture_output": FLAG,
+    "handle_signals": FLAG,
+    "stacks": FLAG,
+    "guard": _FLAG_OR_NONE,
+    "die_with_parent": _FLAG_OR_NONE,
+    "cwd": _PATH,
+    "cgroup": _PATH,
+    "temporary": _PATH,
+    "log_dir": or_none("a text, a path", lambda given: isinstance(given, (str, os.PathLike))),
+    "tee": ("True, False or a text stream", lambda given: isinstance(given, bool) or _is_text_stream(given)),
+    "tee_prefix": ('a text like "[rank {rank}]:"', _TEXT[1]),
+    "tee_ranks": or_none("a collection of local ranks", lambda given: _is_integers(given)),
+    "on_line": ("a function that takes a RankLine", lambda given: given is None or callable(given)),
+    "progress": or_none("a function", callable),
+    "job.nprocs": _NUMBER,
+    "job.master_port": _NUMBER,
+    "job.master_addr": _TEXT,
+    "job.run_id": _TEXT,
+    "job.nnodes": _NUMBER,
+    "job.node_rank": _NUMBER,
+    "job.restart_count": _NUMBER,
+    "job.max_restarts": _NUMBER,
+    "job.role": _TEXT,
+}
+"""What each argument of ``launch`` must be, if it has no function of its own below, and each field of ``job``."""
+
+_CO_COROUTINE, _CO_ASYNC_GENERATOR = 0x80, 0x200  # as in inspect, whose import takes milliseconds
+
+
+def check_kinds(**given: object) -> None:
+    """Raise TypeError for the first argument that has the wrong type."""
+    refuse_other_kinds(_KINDS, given)
+
+
+def check_numa(numa: object) -> None:
+    """Raise TypeError or PlacementError if it is no value of ``numa``."""
+    if numa is not None and not (isinstance(numa, str) and numa in ("auto", "none")):
+        affinity_mode(numa, "auto", "none")
+
+
+def check_output(
+    files: Sequence[object] | None,
+    log_dir: object,
+    tee: object,
+    tee_prefix: str,
+    tee_ranks: Collection[int] | None,
+    on_line: Callable[..., object] | None,
+    *,
+    job: Job,
+    max_restarts: int,
+) -> None:
+    """Check where lines go; ``check_kinds`` has checked the types. Raises TypeError and ValueError."""
+    if log_dir == "":
+        raise ValueError("log_dir: expected a folder, got ''")
+    if files is not None and log_dir is not None:
+        raise ValueError("log_dir and files exclude each other: give one of them")
+    if files is not None and max_restarts:
+        raise ValueError("files are those of one attempt: with max_restarts, give log_dir")
+    if files is not None:
+        from .._output.logs import RankFiles
+
+        for number, of_rank in enumerate(files):
+            if not isinstance(of_rank, RankFiles):
+                raise TypeError(f"files[{number}]: expected a RankFiles, got {of_rank!r}; rank_files() makes them")
+    if tee_ranks is not None and not tee:
+        raise ValueError("tee_ranks needs tee")
+    for rank in tee_ranks or ():
+        if not 0 <= rank < job.nprocs:
+            raise ValueError(f"tee_ranks: expected local ranks, from 0 to {job.nprocs - 1}, got {rank!r}")
+    try:
+        tee_prefix.format(rank=0)
+    except (AttributeError, LookupError, ValueError):
+        raise ValueError(f"tee_prefix: expected {_KINDS['tee_prefix'][0]}, got {tee_prefix!r}") from None
+    if on_line is not None and _is_async(on_line):
+        raise TypeError(
+            f"on_line: expected a plain function, got {on_line!r}; in asyncio, loop over the group's lines() instead"
+        )
+
+
+def _is_text_stream(given: object) -> bool:
+    if not callable(getattr(given, "write", None)):
+        return False
+    import io
+
+    return not isinstance(given, (io.RawIOBase, io.BufferedIOBase))
+
+
+def _is_integers(given: Any) -> bool:
+    return not isinstance(given, (str, bytes, Mapping)) and hasattr(given, "__len__") and all(map(is_integer, given))
+
+
+def _is_async(function: Callable[..., object]) -> bool:
+    """Whether calling it, or what a functools.partial calls, runs nothing but makes a coroutine."""
+    function = getattr(function, "func", function)
+    codes = [getattr(one, "__code__", None) for one in (function, type(function).__call__)]
+    return any(code is not None and code.co_flags & (_CO_COROUTINE | _CO_ASYNC_GENERATOR) for code in codes)
 
 
 def commands_of_ranks(args: Sequence[str] | Callable[[int], Sequence[str]], nprocs: int) -> list[Sequence[str]]:
@@ -30,13 +139,14 @@ def _command(name: str, words: Any) -> Sequence[str]:
     if isinstance(words, (str, bytes)):
         example = '["sh", "-c", "echo hi"]'
         raise TypeError(f"{name}: expected a list of words, got {words!r}; a line for a shell is {example}")
-    try:
-        count = len(words)
-    except TypeError:
+    if isinstance(words, (Set, Mapping)) or not hasattr(words, "__len__"):
         or_function = " or a function that gives one" if name == "args" else ""
-        raise TypeError(f"{name}: expected a list of words{or_function}, got {words!r}") from None
-    if not count:
+        raise TypeError(f"{name}: expected a list of words{or_function}, got {words!r}")
+    if not len(words):
         raise ValueError(f"{name}: expected a program and its arguments, got {words!r}")
+    for number, word in enumerate(words):
+        if not isinstance(word, (str, bytes, os.PathLike)):
+            raise TypeError(f"{name}[{number}]: expected a text or a path, got {word!r}")
     return words  # type: ignore[no-any-return]
 
 
@@ -68,6 +178,7 @@ def checked_job(job: Any, nprocs: int, max_restarts: Any) -> Job:
         raise ValueError(f"max_restarts: expected a non-negative integer, got {max_restarts}")
     if job is None:
         return Job(nprocs, max_restarts=max_restarts)
+    _check_fields(job)
     if job.nprocs != nprocs:
         raise ValueError(f"nprocs: expected {job.nprocs}, as in job, got {nprocs}")
     if not job.master_port and job.nnodes > 1:
@@ -80,6 +191,22 @@ def checked_job(job: Any, nprocs: int, max_restarts: Any) -> Job:
     if job.max_restarts not in (0, max_restarts):
         raise ValueError(f"max_restarts: expected {job.max_restarts}, as in job, got {max_restarts}")
     return job._replace(max_restarts=max_restarts)
+
+
+def _check_fields(job: Job) -> None:
+    fields = job._asdict()
+    refuse_other_kinds(_KINDS, {f"job.{name}": value for name, value in fields.items()})
+    for name, least, most in (
+        ("nprocs", 1, None),
+        ("master_port", 0, 65535),
+        ("nnodes", 1, None),
+        ("node_rank", 0, job.nnodes - 1),
+        ("restart_count", 0, None),
+        ("max_restarts", 0, None),
+    ):
+        if fields[name] < least or (most is not None and fields[name] > most):
+            wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise ValueError(f"job.{name}: expected an integer {wanted}, got {fields[name]!r}")
 
 
 def check_ranks(

@@ -15,7 +15,17 @@ from .._end.ranks import SignalTo, end_ranks
 from .._public import public
 from .._start.arguments import named_by_text
 from .._start.popen import Popen
-from .asked import check_environment, check_ranks, check_stdin, checked_job, commands_of_ranks, number_of_ranks
+from .asked import (
+    check_environment,
+    check_kinds,
+    check_numa,
+    check_output,
+    check_ranks,
+    check_stdin,
+    checked_job,
+    commands_of_ranks,
+    number_of_ranks,
+)
 from .descriptors import check_descriptors
 from .group import GRACE_SECONDS, RankGroup
 from .hangs import checked_hang
@@ -100,7 +110,7 @@ def launch(
         tee: True also shows the lines of the ranks' log files in this process's output. With a text stream, another
             thread writes all lines to that stream. Without ``log_dir`` the log files are temporary.
         tee_prefix: The text before each of these lines; ``{rank}`` is the rank's number.
-        tee_ranks: Show only the lines of these ranks; None shows all.
+        tee_ranks: Show only the lines of these local ranks; None shows all.
         capture_output: True has the ranks write to log files, for ``lines()`` of the group and for the text of a
             failure. Without ``log_dir`` the files are temporary.
         on_line: A function that is called with each line that a rank writes, as a RankLine. A wait for the group calls
@@ -154,7 +164,7 @@ def launch(
             raise this process's limit.
         PlacementError: The ranks cannot be placed on this machine.
         TypeError: An argument has the wrong type: the message names the argument and says what is expected.
-        ValueError: Arguments do not fit each other.
+        ValueError: An argument has a wrong value, or arguments do not fit each other.
     """
     called_ns = time.monotonic_ns()
     nprocs = number_of_ranks(nprocs)
@@ -164,11 +174,16 @@ def launch(
     if env is not None:
         check_environment("env", env)
     check_stdin(stdin, job)
-    if on_line is not None and not callable(on_line):
-        raise TypeError(f"on_line: expected a function that takes a RankLine, got {on_line!r}")
+    check_kinds(
+        required=required, keep_going=keep_going, capture_output=capture_output, handle_signals=handle_signals,
+        stacks=stacks, guard=guard, die_with_parent=die_with_parent, cwd=cwd, cgroup=cgroup, temporary=temporary,
+        log_dir=log_dir, tee=tee, tee_prefix=tee_prefix, tee_ranks=tee_ranks, on_line=on_line, progress=progress,
+        devices=devices, reserve_cores=reserve_cores, threads_per_core=threads_per_core,
+    )  # fmt: skip
+    check_numa(numa)
     _check_ending(grace, signal_to)
     hang = checked_hang(hang_timeout, on_hang, job.max_restarts)
-    _check_output(files, log_dir, tee, tee_prefix, tee_ranks, max_restarts)
+    check_output(files, log_dir, tee, tee_prefix, tee_ranks, on_line, job=job, max_restarts=max_restarts)
     wanted = _given(
         memory_policy=memory_policy,
         devices=devices,
@@ -250,24 +265,6 @@ def _check_ending(grace: object, signal_to: object) -> None:
         raise ValueError(f"grace: expected a non-negative number of seconds, got {grace}")
     if signal_to not in ("rank", "group", "session"):
         raise ValueError(f"signal_to: expected 'rank', 'group' or 'session', got {signal_to!r}")
-
-
-def _check_output(
-    files: object, log_dir: object, tee: object, tee_prefix: str, tee_ranks: object, max_restarts: int
-) -> None:
-    if files is not None and log_dir is not None:
-        raise ValueError("log_dir and files exclude each other: give one of them")
-    if files is not None and max_restarts:
-        raise ValueError("files are those of one attempt: with max_restarts, give log_dir")
-    if tee_ranks is not None and not tee:
-        raise ValueError("tee_ranks needs tee")
-    if not isinstance(tee, bool) and not callable(getattr(tee, "write", None)):
-        raise TypeError(f"tee: expected True, False or a text stream, got {tee!r}")
-    try:
-        tee_prefix.format(rank=0)
-    except (AttributeError, LookupError, ValueError):
-        example = '"[rank {rank}]:"'
-        raise ValueError(f"tee_prefix: expected a text like {example}, got {tee_prefix!r}") from None
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ class Lined:
     job: Job
     _watch: Watch
     _ending: Ending
+    _closed: bool
     _on_line: Callable[[RankLine], object] | None
     _loops: list[Loop]
 
@@ -42,13 +44,22 @@ class Lined:
             RankLine objects, each with ``rank``, ``stream`` and ``text``; those of one stream are in their order.
 
         Raises:
-            ValueError: The ranks have no log files, because they write to this process's output.
+            ValueError: The ranks have no log files, because they write to this process's output; or they had temporary
+                ones, and the group is closed.
             TimeoutError: In the loop, a killed rank does not end.
             OSError: In the loop, a file cannot be read.
         """
         if self.files is None:
             raise ValueError("the ranks have no log files: launch them with capture_output=True, or with log_dir")
+        self._refuse_if_gone()
         return Lines(self)
+
+    def _refuse_if_gone(self) -> None:
+        from .._output.tee import sources
+
+        paths = [source.path for source in sources(self.files or ())] if self._closed else []
+        if paths and not any(map(os.path.exists, paths)):
+            raise ValueError("the group is closed, and its temporary log files are gone: give log_dir to keep them")
 
     def _begin_lines(self) -> None:
         """Begin to read the files of a new attempt."""
@@ -64,6 +75,7 @@ class Lined:
 
     @contextmanager
     def _loop(self) -> Iterator[Loop]:
+        self._refuse_if_gone()
         loop = Loop(self._new_reader())
         self._loops.append(loop)
         try:

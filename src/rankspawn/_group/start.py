@@ -6,6 +6,7 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
+from .._binding import is_sequence
 from .._end.ranks import end_ranks
 from .._start.crew import RankProcess, name_rank, start_by_engine
 from .._start.engine import mechanisms, why_no_engine
@@ -151,4 +152,6 @@ def chosen_template(warm: Template | Sequence[str] | bool | Literal["required"],
     if isinstance(warm, Template):
         return warm
     required = isinstance(warm, str) and warm == "required"
+    if not (required or warm is True or is_sequence(warm)):
+        raise TypeError(f"warm: expected True, False, 'required', names of modules or a Template, got {warm!r}")
     return Template(True if required or warm is True else warm, required=required, lasts=lasts)

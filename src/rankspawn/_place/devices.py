@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
+from .._binding import PLACEMENT_KINDS, refuse_other_kinds
 from .sysfs import Tree
 from .topology import Topology
 from .visible import Device, DeviceError, Visible, intel_visible, nvidia_visible, rocm_visible
@@ -109,7 +110,12 @@ def as_devices(topology: Topology, given: Sequence[str | Device]) -> tuple[Devic
 
     Raises:
         DeviceError: A text is not an address, or no device has that address.
+        TypeError: It is no sequence of these.
     """
+    refuse_other_kinds(PLACEMENT_KINDS, {"devices": given})
+    for number, one in enumerate(given := tuple(given)):
+        if not isinstance(one, (str, Device)):
+            raise TypeError(f"devices[{number}]: expected a PCI address or a Device, got {one!r}")
     tree = Tree(topology.root)
     return tuple(one if isinstance(one, Device) else _pci_device(tree, _address(one, "device ")) for one in given)
 

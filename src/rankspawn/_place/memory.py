@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .._binding import MEMORY_MODES, MemoryPolicy, PlacementError
+from .._binding import MemoryPolicy, PlacementError, check_memory_policy
 from .._ids import format_ids
 from .topology import Node, Topology, nearest
 from .usable import Home, Machine
@@ -36,8 +36,10 @@ def policy_of_rank(
 
     Raises:
         PlacementError: The mode is unknown, or the policy is impossible and ``required`` is true.
+        TypeError: ``memory`` is neither a mode nor a policy.
     """
     topology = machine.topology
+    check_memory_policy(memory)
     if memory is None:
         return None
     if isinstance(memory, MemoryPolicy):
@@ -47,8 +49,6 @@ def policy_of_rank(
             problem = f"nodes {format_ids(absent)} are absent or not allowed ({format_ids(topology.allowed_nodes)} are)"
     elif memory in ("default", "local"):
         return MemoryPolicy(memory)
-    elif memory not in MEMORY_MODES:
-        raise PlacementError(f"memory policy: expected one of {', '.join(MEMORY_MODES)}, got {memory!r}")
     else:
         near = [n for n in topology.nodes if (n.cpus & cpus if cpus is not None else n.id == home.node)]
         nodes, problem = _memory_nodes(topology, near, home, devices)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 
-from .._binding import AffinityMode, Binding, PlacementError
+from .._binding import PLACEMENT_KINDS, AffinityMode, Binding, PlacementError, affinity_mode, refuse_other_kinds
 from .._frozen import Frozen
 from .._public import public
 from .devices import as_devices, find_visible, locate
@@ -87,10 +87,12 @@ def place(
 
     Raises:
         PlacementError: No placement is possible. The message names the option or file, and its value.
+        TypeError: An argument has the wrong type: the message names the argument and says what is expected.
     """
     if not isinstance(topology, Topology):
         raise TypeError(f"topology: expected a Topology, got {topology!r}; Topology.read() is this machine's")
-    mode = _mode(numa)
+    refuse_other_kinds(PLACEMENT_KINDS, {"nprocs": nprocs, "gpu_index": gpu_index, "required": required})
+    mode = affinity_mode(numa)
     machine = usable_machine(topology, allowed_cpus, reserve_cores, threads_per_core)
     placed = _placed(machine, mode, nprocs, gpu_index, devices, memory_policy, required)
     for note in dict.fromkeys(note for home, _ in placed for note in home.notes):
@@ -112,7 +114,7 @@ def plan(
     required: bool = True,
 ) -> tuple[Placed, ...]:
     """Do what ``place`` does, but return all about each rank, and notes instead of warnings."""
-    mode = _mode(numa)
+    mode = affinity_mode(numa)
     machine = usable_machine(topology, allowed_cpus, reserve_cores, threads_per_core)
     placed = _placed(machine, mode, nprocs, gpu_index, devices, memory_policy, required)
     threads = threads_of_ranks(topology, machine.allowed, [binding.cpus for _, binding in placed])
@@ -144,14 +146,6 @@ def _placed(
             home.notes.append(f"rank {i} {is_left}: {home.problem}")
         bound.append((home, Binding(cpus, policy, required)))
     return bound
-
-
-def _mode(mode: AffinityMode | str) -> AffinityMode:
-    try:
-        return AffinityMode(getattr(mode, "value", mode))  # torch's own AffinityMode is another class
-    except ValueError:
-        modes = ", ".join(m.value for m in AffinityMode)
-        raise PlacementError(f"affinity mode: expected one of {modes}, got {mode!r}") from None
 
 
 def homes_of_ranks(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .._binding import PlacementError
+from .._binding import PLACEMENT_KINDS, PlacementError, refuse_other_kinds
 from .._ids import format_ids
 from .topology import Topology
 from .visible import Device
@@ -67,7 +67,7 @@ class Machine:
         """Keep ``count`` cores free of ranks: each time the lowest core of the node with the most cores left."""
         total = sum(map(len, self.cores.values()))
         if not 0 <= count < total:
-            raise PlacementError(f"--reserve-cores {count}: must be from 0 to {total - 1}, with {total} usable cores")
+            raise PlacementError(f"reserve_cores {count}: must be from 0 to {total - 1}, with {total} usable cores")
         for _ in range(count):
             most = max(self.cores, key=lambda node: (len(self.cores[node]), -node))
             del self.cores[most][0]
@@ -85,9 +85,12 @@ def usable_machine(
 
     Raises:
         PlacementError: An argument is out of range, or no CPU is left.
+        TypeError: An argument has the wrong type.
     """
+    given = {"allowed_cpus": allowed_cpus, "reserve_cores": reserve_cores, "threads_per_core": threads_per_core}
+    refuse_other_kinds(PLACEMENT_KINDS, given)
     if threads_per_core is not None and threads_per_core < 1:
-        raise PlacementError(f"--threads-per-core: expected a positive integer, got {threads_per_core}")
+        raise PlacementError(f"threads_per_core: expected a positive integer, got {threads_per_core}")
     allowed = topology.allowed_cpus if allowed_cpus is None else frozenset(allowed_cpus) & topology.cpus
     machine = Machine(topology, allowed, threads_per_core)
     if reserve_cores:

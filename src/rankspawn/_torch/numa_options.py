@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from .._binding import MemoryPolicy
+from .._binding import check_memory_policy
 from .._public import public
 
 if TYPE_CHECKING:
-    from .._binding import AffinityMode, MemoryMode
+    from .._binding import AffinityMode, MemoryMode, MemoryPolicy
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class NumaOptions:
 
     Raises:
         TypeError: An argument has the wrong type.
+        ValueError: ``memory_policy`` is the name of no mode.
     """
 
     affinity_mode: AffinityMode
@@ -39,6 +40,4 @@ class NumaOptions:
         if not isinstance(self.affinity_mode, Enum):  # torch's AffinityMode is another class than ours
             mode = self.affinity_mode
             raise TypeError(f"affinity_mode: expected an AffinityMode, got {mode!r}; AffinityMode({mode!r}) makes one")
-        policy = self.memory_policy
-        if policy is not None and not isinstance(policy, (str, MemoryPolicy)):
-            raise TypeError(f"memory_policy: expected a mode or a MemoryPolicy, got {policy!r}")
+        check_memory_policy(self.memory_policy)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
+from .._binding import FLAG, is_sequence, refuse_other_kinds
 from .._ids import name_ranks
 from .._public import public
 from .._start.engine import mechanisms, why_no_engine
@@ -49,7 +50,7 @@ class Template:
             and end as soon as the ranks have been forked.
 
     Raises:
-        TypeError: ``modules`` is a text.
+        TypeError: An argument has the wrong type.
         ValueError: ``timeout`` is not a positive number.
     """
 
@@ -61,8 +62,12 @@ class Template:
         timeout: float = 300.0,
         lasts: bool = True,
     ) -> None:
-        if isinstance(modules, str) or not (modules is True or all(isinstance(name, str) for name in modules)):
+        refuse_other_kinds({"required": FLAG, "lasts": FLAG}, {"required": required, "lasts": lasts})
+        named = modules is True or (is_sequence(modules) and all(isinstance(name, str) for name in modules))
+        if not named:
             raise TypeError(f"modules: expected a sequence of names or True, got {modules!r}")
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+            raise TypeError(f"timeout: expected a number of seconds, got {timeout!r}")
         if not timeout > 0:
             raise ValueError(f"timeout: expected a positive number of seconds, got {timeout!r}")
         self.modules: tuple[str, ...] | Literal[True] = True if modules is True else tuple(modules)
