@@ -275,3 +275,38 @@ def test_options_of_torch_say_what_they_want() -> None:
         NumaOptions(AffinityMode.NODE, memory_policy={0})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^memory_policy: expected one of default, .*, got 'bnd'$"):
         NumaOptions(AffinityMode.NODE, memory_policy="bnd")  # type: ignore[arg-type]
+
+
+# ---- the group's methods ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "kind", "told"),
+    [
+        ("stop", ("TERM",), TypeError, "sig: expected the number of a signal, got 'TERM'"),
+        ("stop", (True,), TypeError, "sig: expected the number of a signal, got True"),
+        ("stop", (99,), ValueError, "sig: expected the number of a signal, from 1 to 64, got 99"),
+        ("stop", (-9,), ValueError, "sig: expected the number of a signal, from 1 to 64, got -9"),
+        ("stop", (15, "1"), TypeError, "grace: expected a number of seconds, got '1'"),
+        ("stop", (15, float("nan")), ValueError, "grace: expected a non-negative number of seconds, got nan"),
+        ("terminate", ("x",), TypeError, "grace: expected a number of seconds, got 'x'"),
+        ("terminate", (-1,), ValueError, "grace: expected a non-negative number of seconds, got -1"),
+        ("send_signal", ("TERM",), TypeError, "sig: expected the number of a signal, got 'TERM'"),
+        ("send_signal", (99,), ValueError, "sig: expected the number of a signal, from 1 to 64, got 99"),
+        ("send_signal", (15, "all"), ValueError, "to: expected 'rank', 'group' or 'session', got 'all'"),
+        ("wait", ("3",), TypeError, "timeout: expected a number of seconds, got '3'"),
+        ("wait", (float("nan"),), ValueError, "timeout: expected a number of seconds, got nan"),
+        ("wait_any", (True,), TypeError, "timeout: expected a number of seconds, got True"),
+    ],
+)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names Linux's signals")
+def test_a_groups_method_with_a_wrong_argument_does_nothing(
+    method: str, arguments: tuple[Any, ...], kind: type[Exception], told: str
+) -> None:
+    with launch(["/bin/sleep", "1000"], 2, grace=0.5) as group:
+        with pytest.raises(kind) as caught:
+            getattr(group, method)(*arguments)
+        assert str(caught.value) == told
+        assert group.stop_asked is None and not group.stopping and not group.killing
+        assert group.poll() == (None, None)
+        group.kill()

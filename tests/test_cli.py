@@ -502,7 +502,6 @@ def test_what_cannot_be_placed_starts_unbound_where_that_is_allowed() -> None:
         ("topology --svg no/such/x.svg", "no/such/x.svg: No such file or directory"),
         ("plan --nproc-per-node 1 --svg no/such/x.svg", "no/such/x.svg: No such file or directory"),
         ("plan --nproc-per-node 0", "expected a positive integer, auto, cpu, gpu or xpu, got '0'"),
-        ("plan --cpus 0", "--cpus and --mems need the number of ranks"),
         ("plan --nproc-per-node 1 --devices gpu0", "'gpu0' is not a PCI address"),
         ("plan --threads-per-core 0", "expected a positive integer, got '0'"),
         ("bind --reserve-cores -1 x.py", "expected a non-negative integer, got '-1'"),

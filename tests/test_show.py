@@ -112,10 +112,27 @@ def test_lists_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert command(*words, "--nproc-per-node", 2, "--mems", "2", "--json") == 0
     ranks = json.loads(capsys.readouterr().out)["ranks"]
     assert [(rank["cpus"], rank["memory"]) for rank in ranks] == [("0-1", "bind:2"), ("4", "bind:2")]
-    with pytest.raises(PlacementError, match="--cpus and --mems need the number of ranks"):
-        command(*words)
     with pytest.raises(PlacementError, match="--numa-binding node cannot be combined with --cpus and --mems"):
         command(*words, "--nproc-per-node", 2, "--numa-binding", "node")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--reserve-cores", 1],
+        ["--numa-binding", "none"],
+        ["--numa-binding", "node"],
+        ["--cpus", "0"],
+        ["--mems", "0"],
+    ],
+)
+def test_one_rank_without_a_number_as_run_starts(
+    options: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, Machine())
+    assert command("plan", "--sysfs", tmp_path, "--json", *options) == 0
+    assert len(json.loads(capsys.readouterr().out)["ranks"]) == 1
 
 
 def test_devices_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -336,9 +336,10 @@ def _(folder: Path) -> str:
     return raised(lambda: place(topology, "node", gpu_index=1))
 
 
-@provokes("there are no accelerators to count: give the number of ranks (--nproc-per-node, nprocs)")
+@provokes("there are no accelerators to count: give the number of ranks, nprocs")
 def _(folder: Path) -> str:
-    return plan(folder, Machine())
+    topology = Topology.read(write(folder, Machine()))
+    return raised(lambda: place(topology, "node"))
 
 
 @provokes("is not a PCI address like 0000:3b:00.0")
@@ -390,11 +391,6 @@ def _(folder: Path) -> str:
 @provokes("reserve_cores ...: must be from 0 to ...")
 def _(folder: Path) -> str:
     return plan(folder, Machine(), "--nproc-per-node", "1", "--reserve-cores", "4")
-
-
-@provokes("--cpus and --mems need the number of ranks")
-def _(folder: Path) -> str:
-    return plan(folder, Machine(), "--cpus", "0")
 
 
 @provokes("cannot be combined with --cpus and --mems, which already say where ranks go")

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -219,3 +220,17 @@ def test_a_full_stdout_as_report(tmp_path: Path) -> None:
     finally:
         os.close(reader)
         os.close(writer)
+
+
+def test_a_full_disk_ends_no_job(tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    script = f"mount -t tmpfs -o size=16k none {full} && head -c 1M /dev/zero > {full}/zeros; " + shlex.join(
+        [*LAUNCHER, "run", "--report", f"{full}/report.json", "--timeline", f"{full}/timeline.svg", "--no-python"]
+    )
+    command = ["unshare", "--mount", "sh", "-c", f"{script} sh -c 'sleep 0.5; echo survived; exit 5'"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    if "unshare: " in done.stderr or "mount: " in done.stderr:
+        pytest.skip(done.stderr)
+    assert (done.returncode, done.stdout) == (5, "survived\n"), done.stderr
+    assert "rankspawn: " in done.stderr and "report.json: No space left on device" in done.stderr

@@ -163,7 +163,7 @@ def placement(options: PlacementOptions, topology: Topology, nprocs: int | None)
     Args:
         options: The options.
         topology: The machine.
-        nprocs: How many ranks there are; None for one rank for each device.
+        nprocs: How many ranks there are; None for one rank for each device, or for one.
 
     Raises:
         PlacementError: The options contradict each other, or a rank cannot be placed and is required to be.
@@ -178,17 +178,13 @@ def placement(options: PlacementOptions, topology: Topology, nprocs: int | None)
         _refuse_beside(
             "--cpus and --mems, which already say where ranks go", options, numa_binding=mode, memory_policy=None
         )
-        if nprocs is None:
-            raise PlacementError("--cpus and --mems need the number of ranks: pass --nproc-per-node")
         memory: MemoryMode = options.memory_policy or "bind"
         return plan_lists(
-            topology, nprocs, cpus=options.cpus, mems=options.mems, memory_policy=memory, required=required
+            topology, nprocs or 1, cpus=options.cpus, mems=options.mems, memory_policy=memory, required=required
         )
     if options.numa_binding == "none":
         _refuse_beside("--numa-binding none, which leaves ranks unbound", options, numa_binding="")
-        if nprocs is None:
-            raise PlacementError("--numa-binding none needs the number of ranks: pass --nproc-per-node")
-        return unbound(topology, nprocs)
+        return unbound(topology, nprocs or 1)
     devices = None
     if options.devices is not None:
         from .._place.devices import parse_devices

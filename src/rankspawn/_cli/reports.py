@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 from .._group.record import write_attempts
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from .._group.group import RankGroup
     from .._output.report import Attempt
     from .settings import RunSettings
+
+
+_MAY_PASS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}
+"""What says nothing against the path. write_last() tries again."""
 
 
 class Reports:
@@ -37,9 +42,10 @@ class Reports:
         """Write both files as soon as the ranks run, so that a bad path ends the job before the ranks have done work.
 
         After a restart the job has work to lose. If a file cannot be written then, a line says so and the job runs on.
+        So it does if the path is good, but the disk is full or does not answer: no job fails for its paperwork.
 
         Raises:
-            CommandError: A file cannot be written in the first attempt. Nothing is written at the end then.
+            CommandError: A path is wrong in the first attempt. Nothing is written at the end then.
         """
         if not self._is_asked:
             return
@@ -47,7 +53,7 @@ class Reports:
             self._write([*self._attempts, group.attempt()], first=True)
         except OSError as error:
             problem = f"{error.filename}: {error.strerror}"
-            if self._attempts:
+            if self._attempts or error.errno in _MAY_PASS:
                 say(problem)
                 return
             self._report = self._timeline = None

@@ -53,7 +53,7 @@ def add_plan_options(plan: argparse.ArgumentParser) -> None:
         type=processes,
         metavar="N",
         help="how many ranks, or as many as there are of: auto, cpu, gpu, xpu (default: one for each device; with a"
-        " SCRIPT, 1)",
+        " SCRIPT, or without devices, 1)",
     )
     plan.add_argument(
         "--warm",
@@ -103,6 +103,12 @@ def _topology(args: argparse.Namespace) -> int:
     return 0
 
 
+def _has_devices(options: PlacementOptions, topology: Topology) -> bool:
+    from .._place.devices import find_devices, parse_devices
+
+    return bool(find_devices(topology) if options.devices is None else parse_devices(options.devices))
+
+
 def _check_folders(*paths: str | None) -> None:
     """Raise CommandError if the folder of a file to write does not exist; None stands for no file."""
     if any(paths):
@@ -131,7 +137,9 @@ def _plan(args: argparse.Namespace) -> int:
     _check_folders(args.svg)
     topology = Topology.read(args.sysfs)
     options = PlacementOptions.read(args)
-    nprocs = 1 if args.nproc_per_node is None and words else args.nproc_per_node
+    nprocs = args.nproc_per_node
+    if nprocs is None and (words or not _has_devices(options, topology)):
+        nprocs = 1  # as in `run`
     if isinstance(nprocs, str):
         from .meeting import count_ranks
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import operator
 import os
+import signal
 from collections.abc import Mapping, Sequence, Set
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from .._binding import FLAG, PLACEMENT_KINDS, Binding, affinity_mode, is_integer, or_none, refuse_other_kinds
@@ -121,6 +123,37 @@ def _is_async(function: Callable[..., object]) -> bool:
     function = getattr(function, "func", function)
     codes = [getattr(one, "__code__", None) for one in (function, type(function).__call__)]
     return any(code is not None and code.co_flags & (_CO_COROUTINE | _CO_ASYNC_GENERATOR) for code in codes)
+
+
+def check_ending(sig: object = 0, grace: object = None, **to: object) -> None:
+    """Check how ranks are to be signalled or ended. Raises TypeError and ValueError.
+
+    Args:
+        sig: The signal.
+        grace: Seconds, or None.
+        **to: Which processes of a rank get the signal, under the argument's name.
+    """
+    if isinstance(sig, bool) or not isinstance(sig, int):
+        raise TypeError(f"sig: expected the number of a signal, got {sig!r}")
+    if not 0 <= sig < signal.NSIG:
+        raise ValueError(f"sig: expected the number of a signal, from 1 to {signal.NSIG - 1}, got {sig}")
+    if grace is not None and not _seconds("grace", grace) >= 0:
+        raise ValueError(f"grace: expected a non-negative number of seconds, got {grace}")
+    for name, value in to.items():
+        if value not in ("rank", "group", "session"):
+            raise ValueError(f"{name}: expected 'rank', 'group' or 'session', got {value!r}")
+
+
+def check_timeout(timeout: object) -> None:
+    """Raise TypeError or ValueError if it is neither a number of seconds nor None."""
+    if timeout is not None and isnan(_seconds("timeout", timeout)):
+        raise ValueError(f"timeout: expected a number of seconds, got {timeout}")
+
+
+def _seconds(name: str, given: Any) -> float:
+    if isinstance(given, bool) or not hasattr(given, "__float__"):
+        raise TypeError(f"{name}: expected a number of seconds, got {given!r}")
+    return float(given)
 
 
 def commands_of_ranks(args: Sequence[str] | Callable[[int], Sequence[str]], nprocs: int) -> list[Sequence[str]]:

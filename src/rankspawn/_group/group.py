@@ -17,6 +17,7 @@ from .._end.deferral import Deferral
 from .._end.ranks import SIGKILL, SignalTo, name_running, name_stuck, signal_ranks
 from .._end.watch import Watch
 from .._public import public
+from .asked import check_ending, check_timeout
 from .descriptors import enough_descriptors
 from .ending import Ending
 from .hangs import Hangs
@@ -136,6 +137,7 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
         Raises:
             TimeoutError: A rank that was asked to end, and then killed, does not end.
         """
+        check_timeout(timeout)
         end = until(timeout)
         news = self._watch.news
         while self._watch.running:
@@ -166,6 +168,7 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
             RanksFailedError: A rank has failed, and ``check`` is true.
             OSError: The ranks cannot be started again, as from launch().
         """
+        check_timeout(timeout)
         end = until(timeout)
         while self.advance(left(end)):
             if passed(end):
@@ -236,6 +239,7 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
         Raises:
             PermissionError: This process may not signal a rank of another user. All others were signalled.
         """
+        check_ending(sig=sig, to=to)
         self._check_owner()
         signal_ranks(self.ranks, sig, to=to)
         if to == "session":
@@ -251,26 +255,6 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
         """Whether the ranks are being started again."""
         return self._restarts is not None and self._restarts.is_active
 
-    @property
-    def stopping(self) -> bool:
-        """Whether the ranks have been asked to end."""
-        return self._ending.kill_at is not None
-
-    @property
-    def killing(self) -> bool:
-        """Whether ranks have been killed because they had not ended in time."""
-        return self._ending.give_up_at is not None
-
-    @property
-    def kill_at(self) -> float | None:
-        """When the ranks that still run will be killed (time.monotonic()); None until they are asked to end."""
-        return self._ending.kill_at
-
-    @property
-    def killed_at(self) -> float | None:
-        """When they were killed, on the same clock; None if they were not."""
-        return self._ending.killed_at
-
     def stop(self, sig: int = signal.SIGTERM, grace: float | None = None) -> None:
         """Ask every rank to end, and return at once. A wait, then or later, kills what outlives the grace.
 
@@ -285,6 +269,7 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
         Raises:
             PermissionError: As from ``send_signal``.
         """
+        check_ending(sig=sig, grace=grace)
         self._check_owner()
         self.stop_asked = sig, grace  # first: an attempt that is being started looks here
         self._ending.ask(sig, grace)
@@ -300,6 +285,7 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
         Raises:
             TimeoutError: A killed process does not end. The message names the process and its state.
         """
+        check_ending(grace=grace)
         with Deferral(self._watch.ring) as deferred:
             self._terminate(deferred, grace)
 

@@ -16,6 +16,7 @@ from .._public import public
 from .._start.arguments import named_by_text
 from .._start.popen import Popen
 from .asked import (
+    check_ending,
     check_environment,
     check_kinds,
     check_numa,
@@ -181,7 +182,7 @@ def launch(
         devices=devices, reserve_cores=reserve_cores, threads_per_core=threads_per_core,
     )  # fmt: skip
     check_numa(numa)
-    _check_ending(grace, signal_to)
+    check_ending(grace=grace, signal_to=signal_to)
     hang = checked_hang(hang_timeout, on_hang, job.max_restarts)
     check_output(files, log_dir, tee, tee_prefix, tee_ranks, on_line, job=job, max_restarts=max_restarts)
     wanted = _given(
@@ -256,15 +257,6 @@ def launch(
             if signals is not None:
                 signals.close()
         raise
-
-
-def _check_ending(grace: object, signal_to: object) -> None:
-    if grace is not None and (isinstance(grace, bool) or not isinstance(grace, (int, float))):
-        raise TypeError(f"grace: expected a number of seconds, got {grace!r}")
-    if grace is not None and not grace >= 0:
-        raise ValueError(f"grace: expected a non-negative number of seconds, got {grace}")
-    if signal_to not in ("rank", "group", "session"):
-        raise ValueError(f"signal_to: expected 'rank', 'group' or 'session', got {signal_to!r}")
 
 
 def _given(**options: Any) -> dict[str, Any]:

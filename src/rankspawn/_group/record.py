@@ -79,8 +79,10 @@ class Record:
         reports = [rank.binding_report for rank in ranks]
         self._effective = {number: one.effective or one.at_birth(inherited) for number, one in enumerate(reports)}
 
-    def end(self, watch: Watch, collected: Mapping[int, tuple[tuple[Any, ...], bool]]) -> None:
-        """Note that the attempt has ended, and what the reaped ranks used, as reap() returns it."""
+    def end(
+        self, watch: Watch, collected: Mapping[int, tuple[tuple[Any, ...], bool]], why: Mapping[int, str] | None = None
+    ) -> None:
+        """Note that the attempt has ended, what the reaped ranks used, as reap() returns it, and why ranks ended."""
         from .._output.report import attempt
 
         if not self._ranks:
@@ -95,6 +97,7 @@ class Record:
                 returncodes=ended,
                 effective=self._effective,
                 collected=collected,
+                why=why or {},
             )
         )
         self._ranks = ()

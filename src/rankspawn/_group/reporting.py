@@ -108,6 +108,26 @@ class Reporting:
         """The first rank that was seen to fail, or one that stood still in a hang that was ended; else None."""
         return self.hung[0] if self.hung else self._watch.first_failure
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the ranks have been asked to end."""
+        return self._ending.kill_at is not None
+
+    @property
+    def killing(self) -> bool:
+        """Whether ranks have been killed because they had not ended in time."""
+        return self._ending.give_up_at is not None
+
+    @property
+    def kill_at(self) -> float | None:
+        """When the ranks that still run will be killed (time.monotonic()); None until they are asked to end."""
+        return self._ending.kill_at
+
+    @property
+    def killed_at(self) -> float | None:
+        """When they were killed, on the same clock; None if they were not."""
+        return self._ending.killed_at
+
     def pids(self) -> tuple[int, ...]:
         """The process ids, in rank order; each is its rank's own until the group is closed."""
         return tuple(rank.pid for rank in self.ranks)

@@ -171,9 +171,7 @@ def homes_of_ranks(
     count = len(machine.cores) if nprocs is None else nprocs
     if gpu_index is None:
         if nprocs is None:
-            raise PlacementError(
-                "there are no accelerators to count: give the number of ranks (--nproc-per-node, nprocs)"
-            )
+            raise PlacementError("there are no accelerators to count: give the number of ranks, nprocs")
         return _dealt(machine, count), range(count)
     if gpu_index >= count:
         raise PlacementError(

@@ -26,13 +26,13 @@ from .._end.reap import returncodes
 from .._end.watch import Watch
 from .._group.order import hold
 from .._group.start import start_ranks
-from .._ids import format_ids
 from .._multiprocessing.context import get_context
 from .._start.engine import bind_thread, mechanisms
 from .._start.popen import Popen
 from .._start.without import in_thread
 from . import deaths
 from .deaths import get_error_handler as get_error_handler
+from .ending import grace_for_all, look_at_others
 from .extras import Extras
 from .handed_out import get_free_port as get_free_port
 from .handed_out import release_port
@@ -154,13 +154,14 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
     _watch: Watch | None = None
     _guard: Guard | None = None
     _deaths: Deaths | None = None
+    _why: dict[int, str]
     _resources: ExitStack | None = None
 
     def _start(self) -> None:
         if self.subprocess_handlers:
             super()._start()  # this raises
         deaths.forget()
-        self._deaths = Deaths(time.monotonic_ns())
+        self._deaths, self._why = Deaths(time.monotonic_ns()), {}
         start = contexts.get_subprocess_handler
         if start is not get_subprocess_handler and start is not TORCHS_HANDLER:
             self._start_through(start)
@@ -235,24 +236,6 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
             if any(watch.returncodes[number] for number in watch.look(extras.after_orphans(left))) and not failed:
                 failed, end = True, time.monotonic() + _SIBLINGS_SECONDS
 
-    def _look_at_others(self) -> None:
-        """Log what the running ranks do, before they are ended because others have failed."""
-        from .._stacks.take import add_to, take
-
-        alive = {
-            handler.proc.pid: int(self.envs[number]["RANK"])
-            for number, handler in self.subprocess_handlers.items()
-            if number not in self._failures and handler.proc.poll() is None
-        }
-        if alive:
-            failed = format_ids(int(self.envs[number]["RANK"]) for number in self._failures)
-            found = take(alive, f"rank {failed} has failed")
-            # The error files lie in the folders of the ranks, whether or not the ranks have logs.
-            add_to(Path(self.error_files[0]).parent.with_name("stacks.txt"), found)
-            _log.error("rank %s has failed; what the others did then: %s", failed, found.folded)
-            for note in found.notes:
-                _log.error("%s", note)
-
     def _poll(self) -> Any:
         # torch reaps the ended ranks, and the kernel then forgets why they ended.
         ours = {number: handler for number, handler in self.subprocess_handlers.items() if isinstance(handler, Worker)}
@@ -260,24 +243,31 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
         codes = dict(zip(alive, returncodes([handler.proc for handler in alive.values()]), strict=True))
         dead = {number: code for number, code in codes.items() if code is not None and code < 0}
         ended = {number: (ours[number].proc, code, ours[number].sent) for number, code in dead.items()}
-        why = self._deaths.why(ended) if self._deaths is not None and ended else {}
+        if self._deaths is not None and ended:
+            self._why |= self._deaths.why(ended)
         result = super()._poll()
         for number, failure in self._failures.items():
             if number in ours and -failure.exitcode in ours[number].sent:
                 deaths.note(failure, "sent by the agent")
-            elif why.get(number):
-                deaths.note(failure, why[number])
+            elif self._why.get(number):
+                deaths.note(failure, self._why[number])
         return result
 
     def _close(self, death_sig: Any, timeout: int = 30) -> None:
         if self._failures and extras.stacks and death_sig != signal.SIGKILL:
-            self._look_at_others()
+            running = [one for one in self.subprocess_handlers if one not in self._failures]
+            alive = {one: proc for one in running if (proc := self.subprocess_handlers[one].proc).poll() is None}
+            # The error files lie in the folders of the ranks, whether or not the ranks have logs.
+            look_at_others(alive, self._failures, self.envs, Path(self.error_files[0]).parent.with_name("stacks.txt"))
         if self._failures:
             # torch signals only the groups of running ranks. The groups of failed ranks may still have members.
             for handler in self.subprocess_handlers.values():
-                if handler.proc.poll() is not None:
+                if handler.proc.returncode is not None:
                     handler.close(death_sig)
-        super()._close(death_sig, timeout)
+        processes = [handler.proc for handler in self.subprocess_handlers.values()]
+        grace = 0 if death_sig == signal.SIGKILL else timeout
+        with grace_for_all(processes, death_sig, grace, extras.after_orphans):
+            super()._close(death_sig, timeout)
         if self._guard is not None:
             # torch has reaped the ranks, so only the guard knows which sessions are still theirs.
             self._guard.end_what_is_left()
@@ -287,7 +277,7 @@ class SubprocessContext(_Waiting, contexts.SubprocessContext):  # type: ignore[m
             self._resources = None
         if self._watch is not None:
             if extras.record is not None:
-                extras.record.end(self._watch, {})
+                extras.record.end(self._watch, {}, self._why)
             self._watch.close()
             self._watch = None
 
