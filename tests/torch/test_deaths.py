@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -60,6 +61,15 @@ def test_signals() -> None:
 def test_a_limit(tmp_path: Path) -> None:
     (said,) = told(f"ulimit -f 1; exec dd if=/dev/zero of={tmp_path}/file bs=4096 count=1 status=none")
     assert "(ulimit -f)" in said
+
+
+def test_the_report_says_why_as_well(tmp_path: Path) -> None:
+    script = f"ulimit -f 1; exec dd if=/dev/zero of={tmp_path}/file bs=4096 count=1 status=none"
+    command = [sys.executable, "-m", "rankspawn.torchrun", "--report", str(tmp_path / "report.json"), "--no-python"]
+    done = subprocess.run([*command, "sh", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    (attempt,) = json.loads((tmp_path / "report.json").read_text())["attempts"]
+    assert "(ulimit -f)" in attempt["ranks"][0]["exit"]["why"]
 
 
 def test_the_kernel_for_want_of_memory() -> None:
