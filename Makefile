@@ -127,7 +127,7 @@ test-cpython-forky: | build/.forky ## test-cpython on the Pythons of Debian's su
 test-numavm: $(VENV)/.test $(VENV)/.built ## bindings on a kernel with five NUMA nodes, in a virtual machine (8 minutes)
 	$(PY) -m tests.numavm.run $(NUMAVM_ARGS)
 
-test-storm: $(VENV)/.test $(VENV)/.built ## launchers killed at 960 random moments, and 100,000 ranks (20 minutes)
+test-storm: $(VENV)/.test $(VENV)/.built ## launchers killed at 960 random moments, 100,000 ranks, concurrent groups (20 minutes)
 	$(PY) -m pytest tests/storm $(PYTEST_ARGS)
 
 # The tests start Slurm's daemons themselves, in folders and on ports of their own, and use nothing of a Slurm that is

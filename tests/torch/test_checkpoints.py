@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import PATIENCE, eventually
+from tests.support.processes import PATIENCE, eventually, has_ended
 
 pytest.importorskip("torch.distributed.run", reason="torch is not installed")
 
@@ -26,6 +27,12 @@ signal.signal(signal.SIGTERM, save)
 while True:  # a signal that comes just before a sleep does not end that sleep
     time.sleep(0.2)
 """
+DEAF = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+(pathlib.Path(sys.argv[1]) / f"ready.{os.environ['RANK']}").write_text(str(os.getpid()))
+time.sleep(1000)
+"""
 WRAPPERS = {
     "program": '"$PYTHON" "$0" "$1"',
     "shell": '"$PYTHON" "$0" "$1"; exit $?',
@@ -33,8 +40,8 @@ WRAPPERS = {
 }
 
 
-def torchrun(folder: Path, script: str, *options: str) -> subprocess.Popen[str]:
-    (folder / "program.py").write_text(PROGRAM)
+def torchrun(folder: Path, script: str, *options: str, program: str = PROGRAM) -> subprocess.Popen[str]:
+    (folder / "program.py").write_text(program)
     script = script.replace('"$PYTHON"', f'"{sys.executable}" -I -S')
     command = [
         sys.executable,
@@ -50,6 +57,21 @@ def torchrun(folder: Path, script: str, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
+
+
+@pytest.mark.parametrize("guard", [[], ["--no-guard"]])
+def test_a_child_that_does_not_end_is_killed_when_the_grace_is_over(guard: list[str], tmp_path: Path) -> None:
+    """Without the guard it stays, as under torchrun, but the launcher waits no longer for it."""
+    launcher = torchrun(tmp_path, WRAPPERS["timeout"], "--shutdown-timeout", "1", *guard, program=DEAF)
+    eventually(lambda: [path.read_text() != "" for path in tmp_path.glob("ready.*")] == [True, True])
+    pids = [int(path.read_text()) for path in tmp_path.glob("ready.*")]
+    launcher.send_signal(signal.SIGTERM)
+    launcher.wait(timeout=PATIENCE)
+    left = [pid for pid in pids if not has_ended(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    told, _ = launcher.communicate(timeout=PATIENCE)
+    assert left == (pids if guard else []), told
 
 
 def saved(folder: Path) -> list[str]:
