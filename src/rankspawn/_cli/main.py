@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from functools import partial
 
 from .._binding import PlacementError
-from .._output.console import lenient
 from .._place.sysfs import TopologyError
 from .options import USAGE, CommandError
 
@@ -44,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, unknown = _parser(argv[0]).parse_known_args(argv)
         if unknown:
             args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(args.parser, unknown)}")
+        from .._output.console import lenient
+
         lenient(sys.stdout)
         status = int(args.run(args))
         if sys.stdout is not None:

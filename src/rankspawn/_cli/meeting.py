@@ -131,12 +131,12 @@ def _note_pod(environ: Mapping[str, str]) -> None:
     torchrun does not read them, either, but each pod may have been meant to be a machine of the job.
     """
     size = environ.get("WORLD_SIZE", "")
-    if size.isdecimal() and int(size) > 1 and {"RANK", "MASTER_ADDR"} <= environ.keys():
-        if "TORCHELASTIC_RUN_ID" not in environ:
-            say(
-                f"RANK={environ['RANK']}, WORLD_SIZE={size} and MASTER_ADDR are not read, and this machine is the whole"
-                " job: for several machines, pass --nnodes, --node-rank and --master-addr (or PET_NNODES, ...)"
-            )
+    is_of_pod = {"RANK", "MASTER_ADDR"} <= environ.keys() and "TORCHELASTIC_RUN_ID" not in environ
+    if is_of_pod and size.isdecimal() and int(size) > 1:
+        say(
+            f"RANK={environ['RANK']}, WORLD_SIZE={size} and MASTER_ADDR are not read, and this machine is the whole"
+            " job: for several machines, pass --nnodes, --node-rank and --master-addr (or PET_NNODES, ...)"
+        )
 
 
 def _meeting_place(args: argparse.Namespace) -> tuple[str | None, int | None]:

@@ -23,8 +23,11 @@ def check_script(path: str) -> None:
     if path == "-" or os.path.exists(path):
         return
     folder, name = os.path.split(path)
-    if not folder and _is_in_path(name):
-        raise CommandError(f"{path}: {os.strerror(errno.ENOENT)}; to run the program, pass --no-python", USAGE)
+    if not folder:
+        from shutil import which
+
+        if which(name):
+            raise CommandError(f"{path}: {os.strerror(errno.ENOENT)}; to run the program, pass --no-python", USAGE)
     try:
         others = os.listdir(folder or ".")
     except OSError:
@@ -32,11 +35,6 @@ def check_script(path: str) -> None:
     raise CommandError(
         f"{path}: {os.strerror(errno.ENOENT)}{nearest(name, others)}", USAGE
     )  # the interpreter's status, too
-
-
-def _is_in_path(name: str) -> bool:
-    paths = [os.path.join(folder, name) for folder in os.get_exec_path()]
-    return any(os.path.isfile(path) and os.access(path, os.X_OK) for path in paths)
 
 
 def check_folder_of(path: str | None) -> None:

@@ -25,7 +25,6 @@ _TEXT: Kind = "a text", lambda given: isinstance(given, str)
 
 _KINDS: dict[str, Kind] = {
     **PLACEMENT_KINDS,
-    "required": FLAG,
     "keep_going": FLAG,
     "capture_output": FLAG,
     "handle_signals": FLAG,
@@ -125,23 +124,24 @@ def _is_async(function: Callable[..., object]) -> bool:
     return any(code is not None and code.co_flags & (_CO_COROUTINE | _CO_ASYNC_GENERATOR) for code in codes)
 
 
-def check_ending(sig: object = 0, grace: object = None, **to: object) -> None:
-    """Check how ranks are to be signalled or ended. Raises TypeError and ValueError.
-
-    Args:
-        sig: The signal.
-        grace: Seconds, or None.
-        **to: Which processes of a rank get the signal, under the argument's name.
-    """
+def check_signal(sig: object) -> None:
+    """Raise TypeError or ValueError if it is not the number of a signal."""
     if isinstance(sig, bool) or not isinstance(sig, int):
         raise TypeError(f"sig: expected the number of a signal, got {sig!r}")
     if not 0 <= sig < signal.NSIG:
         raise ValueError(f"sig: expected the number of a signal, from 1 to {signal.NSIG - 1}, got {sig}")
+
+
+def check_grace(grace: object) -> None:
+    """Raise TypeError or ValueError if it is neither seconds to wait nor None."""
     if grace is not None and not _seconds("grace", grace) >= 0:
         raise ValueError(f"grace: expected a non-negative number of seconds, got {grace}")
-    for name, value in to.items():
-        if value not in ("rank", "group", "session"):
-            raise ValueError(f"{name}: expected 'rank', 'group' or 'session', got {value!r}")
+
+
+def check_signal_to(name: str, to: object) -> None:
+    """Raise ValueError if the argument of that name does not say which processes of a rank get a signal."""
+    if to not in ("rank", "group", "session"):
+        raise ValueError(f"{name}: expected 'rank', 'group' or 'session', got {to!r}")
 
 
 def check_timeout(timeout: object) -> None:

@@ -198,7 +198,7 @@ class Ending:
         for number in self._watch.running.copy():
             self.sent.setdefault(number, set()).add(sig)
 
-    def kill_and_reap(self, look: Callable[[float | None, int], object]) -> dict[int, str]:
+    def kill_and_reap(self, look: Callable[..., object]) -> dict[int, str]:
         """Kill and reap all, within a limited time.
 
         Args:
@@ -226,7 +226,7 @@ class Ending:
             if not self._cgroup.wait_empty(1.0 + (left(end) or 0)):
                 stuck.update(dict.fromkeys(self._cgroup.pids(), "the cgroup"))
         self.collected.update(reap(numbered, codes))
-        look(0, 0)
+        look(0)
         if blind and self._cgroup is None:
             warnings.warn(
                 "processes that the ranks started in process groups of their own may run on, because their sessions"

@@ -17,7 +17,7 @@ from .._end.deferral import Deferral
 from .._end.ranks import SIGKILL, SignalTo, name_running, name_stuck, signal_ranks
 from .._end.watch import Watch
 from .._public import public
-from .asked import check_ending, check_timeout
+from .asked import check_grace, check_signal, check_signal_to, check_timeout
 from .descriptors import enough_descriptors
 from .ending import Ending
 from .hangs import Hangs
@@ -239,7 +239,8 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
         Raises:
             PermissionError: This process may not signal a rank of another user. All others were signalled.
         """
-        check_ending(sig=sig, to=to)
+        check_signal(sig)
+        check_signal_to("to", to)
         self._check_owner()
         signal_ranks(self.ranks, sig, to=to)
         if to == "session":
@@ -269,7 +270,8 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
         Raises:
             PermissionError: As from ``send_signal``.
         """
-        check_ending(sig=sig, grace=grace)
+        check_signal(sig)
+        check_grace(grace)
         self._check_owner()
         self.stop_asked = sig, grace  # first: an attempt that is being started looks here
         self._ending.ask(sig, grace)
@@ -285,7 +287,7 @@ class RankGroup(Reporting, Lined, Hangs, Owned):
         Raises:
             TimeoutError: A killed process does not end. The message names the process and its state.
         """
-        check_ending(grace=grace)
+        check_grace(grace)
         with Deferral(self._watch.ring) as deferred:
             self._terminate(deferred, grace)
 

@@ -16,12 +16,13 @@ from .._public import public
 from .._start.arguments import named_by_text
 from .._start.popen import Popen
 from .asked import (
-    check_ending,
     check_environment,
+    check_grace,
     check_kinds,
     check_numa,
     check_output,
     check_ranks,
+    check_signal_to,
     check_stdin,
     checked_job,
     commands_of_ranks,
@@ -182,7 +183,8 @@ def launch(
         devices=devices, reserve_cores=reserve_cores, threads_per_core=threads_per_core,
     )  # fmt: skip
     check_numa(numa)
-    check_ending(grace=grace, signal_to=signal_to)
+    check_grace(grace)
+    check_signal_to("signal_to", signal_to)
     hang = checked_hang(hang_timeout, on_hang, job.max_restarts)
     check_output(files, log_dir, tee, tee_prefix, tee_ranks, on_line, job=job, max_restarts=max_restarts)
     wanted = _given(
