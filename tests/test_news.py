@@ -1,6 +1,8 @@
-"""A wait has found out what to wait for. Before it sleeps, another look sees just that, or hears the bell for it.
+"""A wait must not sleep if the event that it would wait for was seen just before the sleep.
 
-Who only polls does nothing about what it sees, so the wait must not sleep then.
+A wait first decides what to wait for, and then sleeps. In between, another thread or a signal handler may call poll().
+That call takes the event (a rank's end, or the bell of stop()), but does not act on it. The number Watch.news changes
+with each such event, so the wait can see that it must not sleep.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def wait_for_each(group: RankGroup) -> tuple[int | None, ...]:
     return group.poll()
 
 
-# How to wait; which of the group's methods is the last that it calls before it sleeps, and at which call.
+# For each way to wait: the function that waits; the last method of the group that it calls before it sleeps; and the
+# number of that call.
 WAYS: dict[str, tuple[Callable[[RankGroup], object], str, int]] = {
     "wait": (RankGroup.wait, "_due", 1),
     "await": (lambda group: asyncio.run(in_a_loop(group)), "_due", 2),

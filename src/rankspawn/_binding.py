@@ -111,7 +111,7 @@ def affinity_mode(numa: object, *others: str) -> AffinityMode:
     """The mode that ``numa`` names.
 
     Args:
-        numa: An AffinityMode, torch's own, which is another class, or its name.
+        numa: An AffinityMode, ours or torch's (they are two classes), or the name of a mode.
         others: What the caller takes beside the modes, for the message.
 
     Raises:

@@ -12,7 +12,7 @@ class Told(Frozen):
         launcher: The launcher's name in messages.
         local_rank: The variable with the process's number on its node, from 0.
         local_size: The variable with the number of processes on the node.
-        rank: The variable with the process's number in the whole step, from 0.
+        rank: The variable with the process's number in the whole step, from 0 (PBS_TASKNUM counts from 1).
         size: The variable with the number of processes in the whole step.
     """
 
@@ -67,7 +67,8 @@ TORCHRUN = Told("torchrun", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZ
 SRUN = Told("srun", "SLURM_LOCALID", "", "SLURM_PROCID", "SLURM_NTASKS")
 """A task of srun whose other variables are missing; see Step.read() for the whole set."""
 # These processes have no local rank: their launcher sets none, or a wrapper passes only some variables on. They are
-# listed so that no process takes itself for the only one. PMI comes first, because Hydra's local rank tells it apart.
+# listed so that no process takes itself for the only one. Hydra's mpiexec is not listed, because without its local rank
+# it looks like any PMI launcher.
 RANK_ALONE = (
     FLUX,
     PMI,

@@ -105,7 +105,7 @@ class _Parser(argparse.ArgumentParser):
             from .vocabulary import nearest
 
             near = nearest(str(value), action.choices or (), 0.6)
-            # Without it, as torchrun is called: options or a script first.
+            # The user may have left out the command: torchrun has none, its options or the script come first.
             is_command = isinstance(action, argparse._SubParsersAction)
             error.message += near or ("; `rankspawn run ...` starts the ranks of a script" if is_command else "")
             raise

@@ -163,7 +163,7 @@ def placement(options: PlacementOptions, topology: Topology, nprocs: int | None)
     Args:
         options: The options.
         topology: The machine.
-        nprocs: How many ranks there are; None for one rank for each device, or for one.
+        nprocs: How many ranks there are. None: one for each device; one in all with --cpus, --mems or no binding.
 
     Raises:
         PlacementError: The options contradict each other, or a rank cannot be placed and is required to be.

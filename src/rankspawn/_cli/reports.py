@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 _MAY_PASS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}
-"""What says nothing against the path. write_last() tries again."""
+"""Errors that do not mean a wrong path. write_last() tries again."""
 
 
 class Reports:
@@ -42,7 +42,7 @@ class Reports:
         """Write both files as soon as the ranks run, so that a bad path ends the job before the ranks have done work.
 
         After a restart the job has work to lose. If a file cannot be written then, a line says so and the job runs on.
-        So it does if the path is good, but the disk is full or does not answer: no job fails for its paperwork.
+        The same holds in the first attempt if the disk is full or does not answer: the path may be right.
 
         Raises:
             CommandError: A path is wrong in the first attempt. Nothing is written at the end then.

@@ -102,7 +102,10 @@ class Watch:
 
     @property
     def news(self) -> int:
-        """A number that changes when a rank is seen to end, by whatever thread, and with each ring()."""
+        """A number that grows when any thread sees a rank's end, and with each ring().
+
+        A caller that compares it with an older value knows whether it has missed an event.
+        """
         return len(self.returncodes) + self._rings
 
     def look(self, timeout: float | None, news: int | None = None) -> list[int]:
@@ -110,8 +113,8 @@ class Watch:
 
         Args:
             timeout: Seconds to wait for the first; None waits without end.
-            news: What ``news`` was before the caller looked what to wait for. The look does not wait if it has changed:
-                another thread or a signal handler has seen what the caller would wait for, or has something for it.
+            news: The value of ``news`` from before the caller decided what to wait for. If it has changed since, the
+                look does not wait: another thread or a signal handler may have seen that event, or called ring().
 
         Returns:
             The ranks that have ended since the last look. An empty list also means that an added descriptor is
@@ -122,7 +125,7 @@ class Watch:
     def ring(self) -> None:
         """Make a look that sleeps return. For any thread, and for signal handlers."""
         with self._ringing:  # or the bell's number might be another file's by the time of the write
-            self._rings += 1  # the bell itself may be heard by another thread's look
+            self._rings += 1  # a look in another thread may take the bell's event
             if self._bell >= 0:
                 os.eventfd_write(self._bell, 1)
         self._wake_sleepers()

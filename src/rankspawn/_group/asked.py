@@ -118,7 +118,7 @@ def _is_integers(given: Any) -> bool:
 
 
 def _is_async(function: Callable[..., object]) -> bool:
-    """Whether calling it, or what a functools.partial calls, runs nothing but makes a coroutine."""
+    """Whether a call of it, or of what a functools.partial calls, makes a coroutine and runs no code of it."""
     function = getattr(function, "func", function)
     codes = [getattr(one, "__code__", None) for one in (function, type(function).__call__)]
     return any(code is not None and code.co_flags & (_CO_COROUTINE | _CO_ASYNC_GENERATOR) for code in codes)

@@ -1,4 +1,7 @@
-"""Why the kernel does not execute a file that exists: a file and its interpreter have the same errors in execve(2)."""
+"""Why the kernel does not execute a file that exists.
+
+execve(2) has the same errors for the file and for its interpreter, so the error does not say which of the two is meant.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 
 
 def why_unexecuted(error: OSError, program: str) -> str:
-    """What execve(2) leaves unsaid about a program, in parentheses after a space; "" if that is nothing.
+    """Say why an existing program was not executed: a space and text in parentheses; "" if nothing can be said.
 
     Args:
         error: The error of the start.

@@ -58,7 +58,8 @@ def grace_for_all(
 
     torch signals the ranks' process groups, and waits for the ranks alone. But a shell may end before its program, and
     timeout(1) puts a program into a process group of its own. So the rest of the ranks' sessions is signalled here.
-    The ranks are reaped when the sessions are empty, or the grace is over: a session's number is its own until then.
+    The ranks are reaped only when their sessions are empty or the grace is over. Until a rank is reaped, no other
+    session can get its number, so no foreign process is signalled.
 
     Args:
         processes: The ranks. One that torch has reaped, because it ended by itself, is left out.
